@@ -1,0 +1,168 @@
+"""What a run leaves behind: its configuration, where it comes from, its metrics, its result.
+
+`runs/<name>/` holds `config.json`, `record.json`, `metrics.jsonl` and figures. Each file appears whole
+(temporary file, fsync, rename) or not at all. Only the main rank writes.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, TextIO
+
+SCHEMA_VERSION = 1
+
+CONFIG_FILE = "config.json"
+RECORD_FILE = "record.json"
+METRICS_FILE = "metrics.jsonl"
+FIGURE_FILES = ("training.png", "training.svg")
+PARTIAL = ".part"
+
+_OWN_FILES = (CONFIG_FILE, RECORD_FILE, METRICS_FILE, METRICS_FILE + PARTIAL, *FIGURE_FILES)
+_LIBRARIES = ("torchreg", "torch", "numpy", "pandas", "ezpz", "mpi4py", "matplotlib")
+_ALLOWED_VARIABLES = re.compile(
+    r"(OMP|MKL)_NUM_THREADS|CUDA_VISIBLE_DEVICES|CUDA_DEVICE_ORDER|ZE_AFFINITY_MASK|CPU_BIND|"
+    r"(NCCL|FI|MPICH|CCL|GLOO)_[A-Z0-9_]+|MASTER_(ADDR|PORT)|(LOCAL_)?(RANK|WORLD_SIZE)|"
+    r"PBS_(JOBNAME|QUEUE)|SLURM_(JOB_NUM_NODES|NTASKS|JOB_PARTITION)|TORCHELASTIC_RUN_ID"
+)
+
+
+def utc_now() -> str:
+    """The time in UTC, to the second, in ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def default_name() -> str:
+    """A run's name where none is given: train-<date>-<time>, in UTC."""
+    return datetime.now(timezone.utc).strftime("train-%Y%m%d-%H%M%S")
+
+
+class RunDirectory:
+    """The folder of one run.
+
+    Raises `ValueError` when the folder already holds a run and `overwrite` is not given, or cannot be written.
+    """
+
+    def __init__(self, runs_dir: str | Path, name: str, *, overwrite: bool = False) -> None:
+        self.path = Path(runs_dir) / name
+        try:
+            self.path.mkdir(parents=True, exist_ok=overwrite)
+            probe = self.path / PARTIAL
+            probe.touch()
+            probe.unlink()
+        except FileExistsError:
+            raise ValueError(
+                f"name is {name!r}, and {self.path} exists already: choose another --name, or replace it with --overwrite"
+            ) from None
+        except OSError as error:
+            raise ValueError(
+                f"runs_dir is {str(runs_dir)!r}, where {self.path} cannot be written ({error.strerror}): choose "
+                "another --runs-dir"
+            ) from error
+        for file in _OWN_FILES:
+            (self.path / file).unlink(missing_ok=True)
+        self._metrics: TextIO | None = None
+
+    def write_json(self, file: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file that appears whole or not at all."""
+        write_atomically(self.path / file, to_json(content, indent=2) + "\n")
+
+    def note(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Add lines to the metrics, which appear under their name when the run is finished."""
+        if self._metrics is None:
+            self._metrics = (self.path / (METRICS_FILE + PARTIAL)).open("w", encoding="utf-8")
+        self._metrics.writelines(to_json(line) + "\n" for line in lines)
+
+    def finish(self, record: Mapping[str, Any]) -> None:
+        """Close the metrics and write the record: the run is complete when `record.json` is there."""
+        self.note(())
+        assert self._metrics is not None
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+        self._metrics.close()
+        (self.path / (METRICS_FILE + PARTIAL)).replace(self.path / METRICS_FILE)
+        self.write_json(RECORD_FILE, record)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file by way of a temporary one beside it: readers see the old file or the whole new one."""
+    partial = path.with_name(path.name + PARTIAL)
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def to_json(content: Any, indent: int | None = None) -> str:
+    """JSON that any reader accepts: a number that is not finite becomes null."""
+    return json.dumps(_finite(content), indent=indent, allow_nan=False)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return content
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The metrics of a finished run, one dictionary a logged step."""
+    lines = (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def provenance(started: str) -> dict[str, Any]:
+    """Where a result comes from: source, command, libraries, machine, job, and an allow-list of the environment.
+
+    The rest of the environment, which may hold secrets, is never looked at.
+    """
+    return {
+        "started_utc": started,
+        "finished_utc": utc_now(),
+        "argv": sys.argv,
+        "source": _source_version(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "libraries": {name: version for name in _LIBRARIES if (version := _version(name))},
+        "job_id": os.environ.get("PBS_JOBID") or os.environ.get("SLURM_JOB_ID"),
+        "environment": {
+            name: value for name, value in sorted(os.environ.items()) if _ALLOWED_VARIABLES.fullmatch(name)
+        },
+    }
+
+
+def _version(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _source_version() -> dict[str, Any]:
+    """Commit and dirty flag of the checkout that this file is in; nulls where it is installed without one."""
+    here = Path(__file__).resolve()
+    if not (here.parents[2] / "pyproject.toml").is_file():
+        return {"commit": None, "dirty": None}
+    try:
+        commit = _git(here.parent, "rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(_git(here.parent, "status", "--porcelain", "--", "."))}
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()

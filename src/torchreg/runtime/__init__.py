@@ -1,0 +1,10 @@
+"""Who am I, which device, how gradients are averaged: the only home of ezpz, torch.distributed and mpi4py.
+
+- `rendezvous`: how ranks find each other and become a process group;
+- `real_ezpz`: everything that torchreg knows about ezpz;
+- `ranks`: the `Runtime` that the rest of the package sees, and `open_runtime()`.
+"""
+
+from torchreg.runtime.ranks import AddOverRanks, AgreedError, AnySync, Place, Runtime, open_runtime
+
+__all__ = ["AddOverRanks", "AgreedError", "AnySync", "Place", "Runtime", "open_runtime"]

@@ -1,0 +1,344 @@
+"""The `Runtime`: this process's place among the ranks, its device, and the ways to talk to the others."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any, Literal, NoReturn, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from torchreg.runtime import real_ezpz
+from torchreg.launcher import Launcher, detect_launcher
+from torchreg.runtime.rendezvous import agree_with_mpi, init_process_group
+
+T = TypeVar("T")
+AddOverRanks = Callable[[], None]
+AnySync = Literal["ddp", "allreduce", "mpi"]
+
+_FAILED = "torchreg/failed"
+
+
+class AgreedError(ValueError):
+    """An error that every rank raises together, so that each can leave in good order; the main rank tells it."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank runs."""
+
+    rank: int
+    host: str
+    local_rank: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process among the ranks. Made by `open_runtime()`, used as a context manager.
+
+    `name` is `ezpz`, `torch`, or `single` (one process, no process group); `backend` is what carries gradients:
+    gloo, nccl, xccl, MPI, or none. `places` is the map rank → host → device.
+    """
+
+    launcher: Launcher
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    name: Literal["single", "torch", "ezpz"]
+    ezpz_version: str | None
+    backend: str
+    places: tuple[Place, ...]
+    mpi: Any
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which reads, writes and speaks."""
+        return self.rank == 0
+
+    @property
+    def num_nodes(self) -> int:
+        """Hosts that ranks run on."""
+        return len({place.host for place in self.places})
+
+    def describe(self) -> str:
+        """The bring-up in one line: launcher, runtime, backend, ranks × nodes, devices."""
+        devices = sorted({place.device.split(":")[0] for place in self.places})
+        nodes = f"{self.num_nodes} node{'s' * (self.num_nodes > 1)}"
+        ezpz = f" {self.ezpz_version}" if self.ezpz_version else ""
+        ranks = f"{self.world_size} rank{'s' * (self.world_size > 1)} on {nodes}"
+        return (
+            f"{ranks} · launcher {self.launcher.name} · runtime {self.name}{ezpz} · backend {self.backend} · "
+            f"device {', '.join(devices)}{f' × {self.world_size}' if self.world_size > 1 else ''}"
+        )
+
+    def evidence(self, requested: str) -> dict[str, Any]:
+        """What a record says about the ranks, beside what was requested."""
+        return {
+            "launcher": self.launcher.name,
+            "requested": requested,
+            "effective": self.name,
+            "ezpz_version": self.ezpz_version,
+            "backend": self.backend,
+            "world_size": self.world_size,
+            "num_nodes": self.num_nodes,
+            "mpi_library": self.mpi and _mpi_library(),
+            "nccl_version": ".".join(map(str, torch.cuda.nccl.version())) if self.backend == "nccl" else None,
+            "device_name": _device_name(self.device),
+            "places": [asdict(place) for place in self.places],
+        }
+
+    def from_main(self, work: Callable[[], T]) -> T:
+        """What `work` returns on the main rank, on every rank.
+
+        What the user can mend (`ValueError`, `OSError`) becomes the same `AgreedError` on every rank.
+        """
+        answer: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                answer[0] = work()
+            except (ValueError, OSError) as error:
+                answer[1] = _one_line(error)
+        if self.world_size > 1:
+            dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
+        if answer[1] is not None:
+            raise AgreedError(answer[1])
+        return cast(T, answer[0])
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """The main rank's values in every rank's tensor, in place."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+    def largest(self, value: float) -> float:
+        """The largest of the ranks' values."""
+        if self.world_size == 1:
+            return value
+        values = torch.tensor([value], dtype=torch.float64)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values.item()
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def add_over_ranks(self, buffer: Tensor, sync: AnySync = "allreduce") -> AddOverRanks:
+        """A function that replaces `buffer` by its sum over ranks, in place.
+
+        `mpi` reduces the tensor's own memory through mpi4py (CPU only), others through torch.distributed.
+        """
+        if self.world_size == 1:
+            return lambda: None
+        if sync == "mpi":
+            from mpi4py import MPI
+
+            in_place, allreduce, memory = MPI.IN_PLACE, self.mpi.Allreduce, _mpi_memory(buffer)
+            return lambda: allreduce(in_place, memory)
+        return lambda: cast(None, dist.all_reduce(buffer))
+
+    def wrap(self, model: nn.Module, sync: AnySync) -> nn.Module:
+        """The model with its gradients averaged over ranks in every backward: DistributedDataParallel.
+
+        ezpz makes it where ezpz is the runtime. With `mpi` a communication hook averages through mpi4py.
+        """
+        if self.world_size == 1:
+            return model
+        if self.name == "ezpz":
+            wrapped = real_ezpz.wrap(model)
+        else:
+            wrapped = DistributedDataParallel(model, None if self.device.type == "cpu" else [self.device])
+        if sync == "mpi":
+            wrapped.register_comm_hook(self.mpi, _average_through_mpi)
+        return wrapped
+
+    def averaging(self, model: nn.Module, *, now: bool) -> AbstractContextManager[Any]:
+        """A context whose backward averages gradients over ranks now, or leaves them to a later micro-batch."""
+        if now or not isinstance(model, DistributedDataParallel):
+            return nullcontext()
+        return model.no_sync()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and self.world_size > 1 and not isinstance(error, AgreedError):
+            self._abort(error)
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+    def _abort(self, error: BaseException) -> NoReturn:
+        """End all ranks, telling the reason of the first that failed.
+
+        A rank whose peers are gone would hang in MPI_Finalize, so it leaves without: MPI's Abort, or a bare exit.
+        """
+        if self._is_first_to_fail():
+            if not isinstance(error, (KeyboardInterrupt, OSError, ValueError, MemoryError, dist.DistError)):
+                traceback.print_exception(error)
+            host = self.places[self.rank].host
+            print(f"torchreg: error on rank {self.rank} ({host}): {_one_line(error)}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if self.mpi is not None:
+            self.mpi.Abort(1)
+        os._exit(1)
+
+    def _is_first_to_fail(self) -> bool:
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            return bool(store.add(_FAILED, 1) == 1)
+        except RuntimeError:  # the store went with the main rank
+            return True
+
+
+def open_runtime(
+    *,
+    runtime: Literal["auto", "ezpz", "torch"] = "auto",
+    device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = "auto",
+    sync: AnySync = "ddp",
+    timeout_s: float = 300.0,
+) -> Runtime:
+    """Bring up this process among its ranks: find the launcher, make the process group, choose the device.
+
+    Raises `ValueError` for what the user can mend: launchers that disagree, a missing package or device.
+    """
+    launcher, mpi = agree_with_mpi(detect_launcher(os.environ), sync, os.environ)
+    device_type = _device_type(device, sync, launcher.world_size)
+    ezpz_version = None
+    if launcher.world_size > 1 or runtime == "ezpz":
+        ezpz_version = real_ezpz.find_ezpz(runtime)
+    host = socket.gethostname()
+    if launcher.world_size == 1:
+        torch_device = torch.device(device_type) if device_type in ("cpu", "mps") else torch.device(device_type, 0)
+        place = Place(0, host, 0, str(torch_device))
+        return Runtime(launcher, 0, 1, 0, torch_device, "single", None, "none", (place,), mpi)
+
+    init_process_group(launcher, mpi, timeout_s)
+    hosts = _gather(host, launcher.world_size)
+    local_ranks = [hosts[:rank].count(hosts[rank]) for rank in range(launcher.world_size)]
+    local_rank = launcher.local_rank if launcher.local_rank is not None else local_ranks[launcher.rank]
+    torch_device, problem = _device_of(device_type, local_rank)
+    problems = [text for text in _gather(problem, launcher.world_size) if text]
+    if problems:
+        dist.destroy_process_group()
+        raise AgreedError(problems[0])
+    if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, _num_cpus() // hosts.count(host)))
+    if ezpz_version:
+        real_ezpz.adopt(launcher.rank, launcher.world_size, torch_device, timeout_s)
+    backend = "MPI" if sync == "mpi" else {"cuda": "nccl", "xpu": "xccl"}.get(device_type, "gloo")
+    places = _gather(Place(launcher.rank, host, local_rank, str(torch_device)), launcher.world_size)
+    return Runtime(
+        launcher=launcher,
+        rank=launcher.rank,
+        world_size=launcher.world_size,
+        local_rank=local_rank,
+        device=torch_device,
+        name="ezpz" if ezpz_version else "torch",
+        ezpz_version=ezpz_version,
+        backend=backend,
+        places=tuple(places),
+        mpi=mpi,
+    )
+
+
+def _device_type(device: str, sync: str, world_size: int) -> str:
+    present = {
+        "cuda": torch.cuda.is_available(),
+        "xpu": hasattr(torch, "xpu") and torch.xpu.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if device == "auto":
+        device = next(name for name in present if present[name] and not (name == "mps" and world_size > 1))
+    if not present[device]:
+        raise ValueError(f"device is {device}, and torch {torch.__version__} sees none here: choose --device cpu")
+    if device == "mps" and world_size > 1:
+        raise ValueError(f"device is mps, which trains on one rank only, not {world_size}: choose --device cpu")
+    if sync == "mpi" and device != "cpu":
+        raise ValueError(
+            f"sync is mpi and the device is {device}, whose tensors mpi4py cannot reduce: add --device cpu, or "
+            "choose --sync ddp or allreduce"
+        )
+    return device
+
+
+def _device_of(device_type: str, local_rank: int) -> tuple[torch.device, str | None]:
+    """The device of a local rank, and what is wrong with it, if anything."""
+    if device_type == "cpu":
+        return torch.device("cpu"), None
+    module = torch.get_device_module(device_type)
+    count = module.device_count()
+    index = 0 if count == 1 and _sees_its_own_device() else local_rank
+    device = torch.device(device_type, index)
+    if index >= count:
+        return device, (
+            f"local rank {local_rank} has no {device_type} device of its own: {count} are visible; start at most "
+            f"{count} ranks a node, or --device cpu"
+        )
+    module.set_device(index)
+    return device, None
+
+
+def _sees_its_own_device() -> bool:
+    """An affinity script left this rank one device, which is then number 0 for every rank."""
+    return any(name in os.environ for name in ("CUDA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"))
+
+
+def _num_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _gather(item: T, world_size: int) -> list[T]:
+    items: list[Any] = [None] * world_size
+    dist.all_gather_object(items, item)
+    return items
+
+
+def _mpi_library() -> str:
+    from mpi4py import MPI
+
+    return MPI.Get_library_version().splitlines()[0].strip(" \0")
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cpu":
+        return platform.processor() or platform.machine()
+    if device.type == "mps":
+        return "Apple GPU"
+    return str(torch.get_device_module(device).get_device_name(device))
+
+
+def _mpi_memory(tensor: Tensor) -> Any:
+    if tensor.device.type != "cpu":
+        raise ValueError(f"sync is mpi and the tensor is on {tensor.device}: mpi4py reduces CPU tensors")
+    return tensor.numpy()
+
+
+def _average_through_mpi(comm: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    from mpi4py import MPI
+
+    gradient = bucket.buffer()
+    comm.Allreduce(MPI.IN_PLACE, _mpi_memory(gradient))
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(gradient.div_(comm.Get_size()))
+    return done
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"

@@ -1,0 +1,91 @@
+"""Everything that torchreg knows about ezpz (github.com/saforem2/ezpz).
+
+torchreg makes the process group; `ezpz.setup_torch()` adopts the group that it finds, and ezpz then makes the
+DistributedDataParallel model. ezpz is imported only on several ranks: it brings transformers and wandb along.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import nn
+
+
+def find_ezpz(choice: Literal["auto", "ezpz", "torch"]) -> str | None:
+    """The version of the real ezpz if it is to be used, or None for torch alone.
+
+    Raises `ValueError` when another package of that name is installed (PyPI's ezpz crops images), or when
+    ezpz is asked for and there is none.
+    """
+    if choice == "torch":
+        return None
+    if importlib.util.find_spec("ezpz") is None:
+        if choice == "auto":
+            return None
+        raise ValueError("runtime is ezpz, which is not installed: pip install 'torchreg[ezpz]', or --runtime torch")
+    try:
+        version = importlib.metadata.version("ezpz")
+    except importlib.metadata.PackageNotFoundError:
+        version = "of no known version"
+    try:
+        is_real = hasattr(_ezpz(), "setup_torch")
+    except ImportError as error:
+        raise ValueError(f"ezpz {version} cannot be imported ({error}): mend it, or --runtime torch") from error
+    if not is_real:
+        raise ValueError(
+            f"the installed package ezpz {version} has no setup_torch: it is another package of that name (PyPI's "
+            "ezpz crops images). pip uninstall ezpz, then pip install 'torchreg[ezpz]'; or --runtime torch"
+        )
+    return version
+
+
+def adopt(rank: int, world_size: int, device: torch.device, timeout_s: float) -> None:
+    """Let ezpz adopt the process group that is there; LOCAL_RANK becomes the index of this rank's device."""
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(device.index or 0),
+        TORCH_DEVICE=device.type,
+    )
+    with _quiet(), tempfile.NamedTemporaryFile("w", suffix=".hostfile") as hostfile:
+        os.environ.setdefault("HOSTFILE", hostfile.name)  # else ezpz writes ./hostfile
+        _ezpz().setup_torch(timeout=int(timeout_s))
+        if os.environ["HOSTFILE"] == hostfile.name:
+            del os.environ["HOSTFILE"]
+
+
+def wrap(model: nn.Module) -> nn.Module:
+    """The model as DistributedDataParallel, made by ezpz."""
+    with _quiet():
+        wrapped: nn.Module = _ezpz().wrap_model(model, use_fsdp=False)
+    return wrapped
+
+
+def _ezpz() -> ModuleType:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the dependencies' deprecations are not the user's
+        return importlib.import_module("ezpz")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep ezpz's log lines off stdout, which belongs to the result, and undo its changes of warning filters."""
+    previous = logging.root.manager.disable
+    with warnings.catch_warnings():
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(previous)
+            logging.captureWarnings(False)

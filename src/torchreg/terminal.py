@@ -1,0 +1,90 @@
+"""What a person sees while a run goes on: a progress bar on a terminal, plain lines in a batch log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Reporter(Protocol):
+    """Something that tells a person how a run goes. Called on the main rank only."""
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+
+    def warn(self, text: str) -> None:
+        """A line that must not be missed."""
+
+    def progress(self, step: int, num_steps: int, loss: float) -> None:
+        """`step` of `num_steps` steps are done, the last with this loss."""
+
+    def close(self) -> None:
+        """Nothing more will come."""
+
+
+class Silent:
+    """Says nothing: other ranks than the main one, and callers who only want the result."""
+
+    def say(self, text: str) -> None: ...  # noqa: D102
+
+    def warn(self, text: str) -> None: ...  # noqa: D102
+
+    def progress(self, step: int, num_steps: int, loss: float) -> None: ...  # noqa: D102
+
+    def close(self) -> None: ...  # noqa: D102
+
+
+class Terminal:
+    """A `Reporter` on stdout, or on stderr where stdout belongs to a JSON object.
+
+    On a terminal a bar that updates in place; elsewhere the first and last steps, a tenth of the steps apart at
+    most, and at least ten seconds apart, so that a log of a thousand-node job stays readable.
+    """
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        self._console = Console(file=sys.stderr if stderr else sys.stdout, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._next_line_s = 0.0
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self._console.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """Print a warning, in colour where there is one."""
+        self._console.print(f"warning: {text}", style="yellow", markup=False)
+
+    def progress(self, step: int, num_steps: int, loss: float) -> None:
+        """Move the bar, or print a line when one is due."""
+        if self._console.is_terminal:
+            self._move_bar(step, num_steps, loss)
+        elif step == num_steps or time.monotonic() >= self._next_line_s:
+            self._next_line_s = time.monotonic() + _SECONDS_BETWEEN_LINES
+            self.say(f"step {step}/{num_steps}  loss {loss:.6g}")
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+    def _move_bar(self, step: int, num_steps: int, loss: float) -> None:
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("steps · loss {task.fields[loss]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._bar.add_task("training", total=num_steps, loss="")
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], completed=step, loss=f"{loss:.6g}")

@@ -1,0 +1,258 @@
+"""The program in one read: one step, one loop, and what is told at the end.
+
+`sgd_step` and `hand_step` are the algorithm. `train` puts rows, rates and a model around them; everything that
+was decided before the first step is in `prepare`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from torchreg.batches import Block
+from torchreg.config import TrainConfig
+from torchreg.data import Table
+from torchreg.metrics import Metrics, accumulable
+from torchreg.model import Gradient, make_model, squared_error
+from torchreg.optim import descend, make_sgd, set_rates
+from torchreg.prepare import Prepared, prepare
+from torchreg.record import CONFIG_FILE, RunDirectory, default_name, utc_now
+from torchreg.result import Result, make_record, make_result
+from torchreg.runtime import AddOverRanks, AgreedError, AnySync, Runtime, open_runtime
+from torchreg.terminal import Reporter, Silent
+
+MicroBatches = Sequence[tuple[Tensor, Tensor]]
+"""This rank's share of one step: pairs x (rows, num_features), y (rows, 1); rows may be 0."""
+
+TakeStep = Callable[[tuple[float, float], MicroBatches, int], Tensor]
+
+
+def sgd_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: MicroBatches,
+    step_rows: int,
+    runtime: Runtime,
+) -> Tensor:
+    """One update of `torch.optim.SGD` from this rank's share of the step's rows.
+
+    The loss of a step is the squared error summed over its `step_rows` rows on all ranks, divided by their number.
+    Gradients are averaged over ranks, so each rank weighs its own sum by world_size / step_rows, and uneven and
+    empty shares count exactly as much as they should. Returns this rank's squared error.
+    """
+    optimizer.zero_grad()
+    total = None
+    for number, (x, y) in enumerate(micro_batches, start=1):
+        with runtime.averaging(model, now=number == len(micro_batches)):
+            error = squared_error(model(x), y)
+            (error * (runtime.world_size / step_rows)).backward()
+        total = error.detach() if total is None else total + error.detach()
+    optimizer.step()
+    assert total is not None
+    return total
+
+
+def hand_step(
+    weight: Tensor,
+    bias: Tensor,
+    gradient: Gradient,
+    rates: tuple[float, float],
+    micro_batches: MicroBatches,
+    step_rows: int,
+    add_over_ranks: AddOverRanks,
+) -> Tensor:
+    """The same update without autograd: the gradient as derived on paper, added up over ranks, applied.
+
+    Returns this rank's squared error before the update.
+    """
+    error = _gradient_of_step(weight, bias, gradient, micro_batches, add_over_ranks)
+    descend(weight, gradient.weight, 2 * rates[0] / step_rows)
+    descend(bias, gradient.bias, 2 * rates[1] / step_rows)
+    return error
+
+
+def sequential_step(
+    weight: Tensor,
+    bias: Tensor,
+    gradient: Gradient,
+    rates: tuple[float, float],
+    micro_batches: MicroBatches,
+    step_rows: int,
+    add_over_ranks: AddOverRanks,
+) -> Tensor:
+    """The lesson's order: the weight first, then the bias with the gradient at the new weight."""
+    error = _gradient_of_step(weight, bias, gradient, micro_batches, add_over_ranks)
+    descend(weight, gradient.weight, 2 * rates[0] / step_rows)
+    _gradient_of_step(weight, bias, gradient, micro_batches, add_over_ranks)
+    descend(bias, gradient.bias, 2 * rates[1] / step_rows)
+    return error
+
+
+def _gradient_of_step(
+    weight: Tensor, bias: Tensor, gradient: Gradient, micro_batches: MicroBatches, add_over_ranks: AddOverRanks
+) -> Tensor:
+    gradient.flat.zero_()
+    total = None
+    for x, y in micro_batches:
+        error = gradient.add(weight, bias, x, y)
+        total = error if total is None else total + error
+    add_over_ranks()
+    assert total is not None
+    return total
+
+
+def make_step(
+    optimizer: Literal["sgd", "hand"],
+    sync: AnySync,
+    model: nn.Linear,
+    runtime: Runtime,
+    *,
+    sequential: bool = False,
+) -> TakeStep:
+    """The step of one of the four combinations: a function of the rates, this rank's micro-batches, the step's rows."""
+    if optimizer == "sgd":
+        averaged = runtime.wrap(model, sync)
+        sgd = make_sgd(model, (0.0, 0.0))
+
+        def take_sgd_step(rates: tuple[float, float], micro_batches: MicroBatches, step_rows: int) -> Tensor:
+            set_rates(sgd, rates)
+            return sgd_step(averaged, sgd, micro_batches, step_rows, runtime)
+
+        return take_sgd_step
+
+    weight, bias = model.weight.detach(), model.bias.detach()  # the same memory, unseen by autograd
+    gradient = Gradient(model)
+    add_over_ranks = runtime.add_over_ranks(gradient.flat, sync)
+    step = sequential_step if sequential else hand_step
+
+    def take_hand_step(rates: tuple[float, float], micro_batches: MicroBatches, step_rows: int) -> Tensor:
+        return step(weight, bias, gradient, rates, micro_batches, step_rows, add_over_ranks)
+
+    return take_hand_step
+
+
+def rows_of_steps(block: Block, x: Tensor, y: Tensor) -> Iterator[tuple[int, MicroBatches, int]]:
+    """Step, this rank's micro-batches and the step's rows on all ranks, for every step of a block.
+
+    The block's rows are gathered at once; the micro-batches are views of them.
+    """
+    if isinstance(block.rows, slice):
+        sizes = block.micro_batch_sizes[0]
+        pieces = list(zip(x[block.rows].split(sizes), y[block.rows].split(sizes), strict=True))
+        for number, step_rows in enumerate(block.step_rows):
+            yield block.first_step + number, pieces, step_rows
+        return
+    rows = torch.from_numpy(block.rows).to(x.device)
+    flat_sizes = [size for sizes in block.micro_batch_sizes for size in sizes]
+    pairs = zip(x.index_select(0, rows).split(flat_sizes), y.index_select(0, rows).split(flat_sizes), strict=True)
+    steps = zip(block.micro_batch_sizes, block.step_rows, strict=True)
+    for number, (sizes, step_rows) in enumerate(steps):
+        yield block.first_step + number, [next(pairs) for _ in sizes], step_rows
+
+
+def run_steps(
+    prepared: Prepared, x: Tensor, y: Tensor, take_step: TakeStep, metrics: Metrics, runtime: Runtime
+) -> None:
+    """The loop: rows and rates of each step in, one update, its loss to the metrics, until they say stop."""
+    schedule = prepared.schedule
+    for block in prepared.plan.blocks(runtime.rank, 0, prepared.num_steps):
+        for step, micro_batches, step_rows in rows_of_steps(block, x, y):
+            loss = take_step(schedule(step), micro_batches, step_rows)
+            if metrics.note(step, loss, step_rows):
+                return
+
+
+def evaluate(model: nn.Linear, x: Tensor, y: Tensor, runtime: Runtime, sync: AnySync, share: slice) -> float:
+    """The loss on all rows: each rank takes its share of them, all ranks get the same number."""
+    with torch.no_grad():
+        residual = accumulable(model(x[share]) - y[share])
+        error = residual.square().sum().reshape(1)
+    runtime.add_over_ranks(error, sync)()
+    return error.item() / len(x)
+
+
+def train(config: TrainConfig, runtime: Runtime | None = None, reporter: Reporter | None = None) -> Result:
+    """Train the model of a configuration, leave the run's records, and return the result.
+
+    Opens a runtime of its own unless one is given. Raises `ValueError`, on every rank, for what cannot work.
+    """
+    if runtime is None:
+        with open_runtime(
+            runtime=config.runtime, device=config.device, sync=config.effective_sync, timeout_s=config.timeout_s
+        ) as runtime:
+            return train(config, runtime, reporter)
+    if reporter is None or not runtime.is_main:
+        reporter = Silent()
+    started = utc_now()
+    reporter.say(runtime.describe())
+
+    kept: list[tuple[Table, RunDirectory]] = []  # what only the main rank has
+
+    def begin() -> tuple[Prepared, str]:
+        prepared, table = prepare(config, runtime.world_size)
+        directory = RunDirectory(config.runs_dir, config.name or default_name(), overwrite=config.overwrite)
+        directory.write_json(CONFIG_FILE, asdict(config))
+        kept.append((table, directory))
+        return prepared, str(directory.path)
+
+    prepared, run_dir = runtime.from_main(begin)
+    table, directory = kept[0] if kept else (None, None)
+    for warning in prepared.warnings:
+        reporter.warn(warning)
+
+    sync = config.effective_sync
+    dtype = _dtype(config.dtype, runtime.device)
+    x, y = _rows_on_device(table, prepared, runtime, dtype)
+    model = make_model(prepared.start[0].tolist(), prepared.start[1], device=runtime.device, dtype=dtype)
+    take_step = make_step(
+        config.optimizer, sync, model, runtime, sequential=config.update_order == "sequential"
+    )
+    share = prepared.plan.share(len(x), runtime.rank)
+    metrics = Metrics(
+        prepared,
+        runtime,
+        sync,
+        directory,
+        reporter,
+        target_excess=config.target_excess,
+        loss_on_all_rows=lambda: evaluate(model, x, y, runtime, sync, share),
+    )
+    metrics.start()
+    run_steps(prepared, x, y, take_step, metrics, runtime)
+    metrics.stop()
+    reporter.close()
+
+    weight, bias = prepared.standardizer.parameters_out(
+        model.weight.detach().cpu().double().numpy()[0], model.bias.item()
+    )
+    result = make_result(prepared, weight, bias, metrics, run_dir)
+    if directory:
+        directory.finish(make_record(config, prepared, runtime, result, str(dtype), started))
+    runtime.barrier()
+    return result
+
+
+def _dtype(choice: Literal["auto", "float32", "float64"], device: torch.device) -> torch.dtype:
+    if choice == "auto":
+        return torch.float64 if device.type == "cpu" else torch.float32
+    if choice == "float64" and device.type == "mps":
+        raise AgreedError("dtype is float64, which the mps device does not have: choose --dtype float32")
+    return torch.float32 if choice == "float32" else torch.float64
+
+
+def _rows_on_device(
+    table: Table | None, prepared: Prepared, runtime: Runtime, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """All rows as the model sees them, x (num_rows, num_features) and y (num_rows, 1), on every rank's device."""
+    num_features = len(prepared.feature_names)
+    rows = torch.empty(prepared.plan.num_rows, num_features + 1, dtype=torch.float64)
+    if table:
+        rows[:, :-1] = torch.from_numpy(prepared.standardizer.apply(table.features))
+        rows[:, -1:] = torch.from_numpy(table.target)
+    runtime.broadcast(rows)
+    rows = rows.to(dtype)
+    return rows[:, :-1].contiguous().to(runtime.device), rows[:, -1:].contiguous().to(runtime.device)
