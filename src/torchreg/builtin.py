@@ -34,7 +34,7 @@ def make_houses(num_rows: int, num_features: int, seed: int) -> tuple[NDArray[np
             f"num_rows is {num_rows} and num_features is {num_features}: the built-in data needs at least "
             f"num_features + 2 = {num_features + 2} rows"
         )
-    stream = np.random.RandomState(seed)  # noqa: NPY002 - frozen on purpose, see above
+    stream = np.random.RandomState(seed)
     mean_x, mean_y = REAL_SUM_X / REAL_NUM_ROWS, REAL_SUM_Y / REAL_NUM_ROWS
     variance_x = REAL_SUM_XX / REAL_NUM_ROWS - mean_x**2
     covariance = REAL_SUM_XY / REAL_NUM_ROWS - mean_x * mean_y

@@ -135,9 +135,13 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _train(argv: list[str]) -> int:
-    recipe = _recipe(argv)
-    arguments = _parse(TrainArguments, "torchreg train", argv, TrainArguments(with_recipe(recipe), recipe=recipe))
+    defaults = TrainArguments(with_recipe(_recipe(argv)))  # --recipe itself is parsed with the other options
+    arguments = _parse(TrainArguments, "torchreg train", argv, defaults)
     config = arguments.config
+    if config.plot:
+        from torchreg.figures import require_matplotlib
+
+        require_matplotlib()
     runtime = _open_runtime(config)
 
     from torchreg.runtime import AgreedError
@@ -168,7 +172,10 @@ def _open_runtime(config: TrainConfig) -> Runtime:
 
     try:
         return open_runtime(
-            runtime=config.runtime, device=config.device, sync=config.effective_sync, timeout_s=config.timeout_s
+            runtime=config.runtime,
+            device=config.device,
+            sync=config.effective_sync,
+            timeout_s=config.timeout_s,
         )
     except AgreedError:
         raise
@@ -218,8 +225,12 @@ def _data(argv: list[str]) -> int:
         print(arguments.output)
         return 0
     from torchreg.data import describe
+    from torchreg.theory import Moments
 
-    print("\n".join(describe(table)))
+    best = Moments.of(table.features, table.target).closed_form()
+    terms = " + ".join(f"{w:.6f} {name}" for w, name in zip(best.weight, table.feature_names, strict=True))
+    print(*describe(table), sep="\n")
+    print(f"closed form  {table.target_name} = {terms} + {best.bias:.6f}, mean squared error {best.loss:.6f}")
     return 0
 
 

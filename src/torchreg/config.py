@@ -264,3 +264,8 @@ def field_docs() -> dict[str, str]:
         ):
             docs[field.target.id] = " ".join(str(text.value.value).split())
     return docs
+
+
+def from_json(values: dict[str, object]) -> TrainConfig:
+    """The configuration that a record holds."""
+    return TrainConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})  # type: ignore[arg-type]

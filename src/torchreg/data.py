@@ -137,16 +137,14 @@ def fetch_ames() -> Path:
         return Path(cache.fetch("slimmed_realestate_data.csv"))
     except (requests.RequestException, OSError) as error:
         raise ValueError(
-            f"data is ames: its table cannot be fetched from {AMES_URL} ({_first_line(error)}); run `torchreg data "
+            f"data is ames: its table cannot be fetched from {AMES_URL} ({type(error).__name__}); run `torchreg data "
             f"fetch` where there is a network (on a compute node set https_proxy), or use --data builtin"
         ) from error
     except ValueError as error:
         raise ValueError(f"data is ames: what was fetched from {AMES_URL} is not the table: {error}") from error
 
 
-def read_table(
-    path: Path, features: Sequence[str], target: str | None, *, drop_missing: bool, source: str
-) -> Table:
+def read_table(path: Path, features: Sequence[str], target: str | None, *, drop_missing: bool, source: str) -> Table:
     """A file's columns as a `Table`; see `load_table`."""
     frame = _read_file(path)
     target = target or DEFAULT_TARGET
@@ -167,10 +165,10 @@ def read_table(
         raise ValueError(f"{path}: column {names[column]!r} is infinite in row {row + 1}: correct the file")
     missing = np.flatnonzero(np.isnan(columns).any(axis=1))
     if len(missing) and not drop_missing:
-        column = int(np.argmax(np.isnan(columns[missing[0]])))
+        first = names[int(np.argmax(np.isnan(columns[missing[0]])))]
         raise ValueError(
             f"{path}: {len(missing)} of {len(columns)} rows have a missing value (NaN), the first in row "
-            f"{missing[0] + 1}, column {names[column]!r}: correct the file, or leave such rows out with --drop-missing"
+            f"{missing[0] + 1}, column {first!r}: correct the file, or leave such rows out with --drop-missing"
         )
     columns = np.delete(columns, missing, axis=0)
     if len(columns) < 2:
@@ -182,6 +180,27 @@ def read_table(
                 "choose other --features"
             )
     return Table(columns[:, :-1], columns[:, -1:], tuple(features), target, source, num_dropped=len(missing))
+
+
+def describe(table: Table) -> list[str]:
+    """The table for a person: where it is from, its columns, and for one feature the six sums that decide all."""
+    x, y = table.features, table.target
+    columns = [*zip(table.feature_names, x.T, strict=True), (table.target_name, y[:, 0])]
+    lines = [
+        f"source       {table.source}: {table.num_rows} rows"
+        + (f", {table.num_dropped} with missing values left out" if table.num_dropped else ""),
+        f"fingerprint  {table.fingerprint()}",
+        *(
+            f"{name:12} min {v.min():,.6g}  mean {v.mean():,.8g}  max {v.max():,.6g}  standard deviation {v.std():,.6g}"
+            for name, v in columns
+        ),
+    ]
+    if table.num_features == 1:
+        lines.append(
+            f"sums         n {table.num_rows}  Σx {x.sum():.15g}  Σy {y.sum():.15g}  Σxy {(x * y).sum():.15g}  "
+            f"Σx² {(x * x).sum():.15g}  Σy² {(y * y).sum():.15g}"
+        )
+    return lines
 
 
 def write_table(table: Table, path: Path) -> None:

@@ -98,9 +98,7 @@ def _read(
         return number(variable) if variable in environ else None  # type: ignore[arg-type]
 
     if number(rank) >= number(world_size):
-        raise ValueError(
-            f"{name} says rank {number(rank)} of {number(world_size)}: unset {rank} and {world_size}"
-        )
+        raise ValueError(f"{name} says rank {number(rank)} of {number(world_size)}: unset {rank} and {world_size}")
     return Launcher(
         name=name,
         rank=number(rank),

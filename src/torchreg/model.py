@@ -7,7 +7,11 @@ from torch import Tensor, nn
 
 
 def make_model(
-    weight: Tensor | list[float], bias: float, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64
+    weight: Tensor | list[float],
+    bias: float,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float64,
 ) -> nn.Linear:
     """`nn.Linear(num_features, 1)` that starts at `weight` (num_features,) and `bias`."""
     start = torch.as_tensor(weight, dtype=dtype, device=device).reshape(1, -1)

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 
-def lr_scale(
-    rule: Literal["linear", "sqrt", "none"], global_batch_size: int, reference_batch_size: int
-) -> float:
+def lr_scale(rule: Literal["linear", "sqrt", "none"], global_batch_size: int, reference_batch_size: int) -> float:
     """What `base_learning_rate` is multiplied by at a global batch size (linear: Goyal et al. 2017)."""
     ratio = global_batch_size / reference_batch_size
     return {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1.0}[rule]

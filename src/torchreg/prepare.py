@@ -134,10 +134,8 @@ def _rates(
         return lr_scale(config.lr_scaling, global_batch_size, config.reference_batch_size)
 
     scale = scale_at(plan.global_batch_size)
-    if config.base_learning_rate:
-        base = config.base_learning_rate
-    else:  # the same share of the curvature in both directions
-        base = (DEFAULT_RATE / float(np.mean(np.sum(features**2, axis=1))), DEFAULT_RATE)
+    # By default the same share of the curvature in the weight's and in the bias's direction.
+    base = config.base_learning_rate or (DEFAULT_RATE / float(np.mean(np.sum(features**2, axis=1))), DEFAULT_RATE)
     scaled = (base[0] * scale, base[1] * scale)
     stability = Stability.of(features, scaled, plan.global_batch_size, config.update_order)
     limit = stability.largest_multiplier()

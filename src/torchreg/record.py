@@ -61,7 +61,8 @@ class RunDirectory:
             probe.unlink()
         except FileExistsError:
             raise ValueError(
-                f"name is {name!r}, and {self.path} exists already: choose another --name, or replace it with --overwrite"
+                f"name is {name!r}, and {self.path} exists already: choose another --name, or replace it with "
+                "--overwrite"
             ) from None
         except OSError as error:
             raise ValueError(

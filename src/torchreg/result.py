@@ -66,8 +66,7 @@ class Result:
 
     def _equation(self, weight: tuple[float, ...], bias: float) -> str:
         terms = " ".join(
-            f"{'+' if w >= 0 else '-'} {abs(w):.6f} {name}"
-            for w, name in zip(weight, self.feature_names, strict=True)
+            f"{'+' if w >= 0 else '-'} {abs(w):.6f} {name}" for w, name in zip(weight, self.feature_names, strict=True)
         )
         return f"{self.target_name} = {terms.removeprefix('+ ')} {'+' if bias >= 0 else '-'} {abs(bias):.6f}"
 

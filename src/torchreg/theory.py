@@ -83,7 +83,7 @@ class Moments:
                 f"feature {dependent[0] + 1} of {len(lengths)} is a linear combination of those before it, so "
                 "infinitely many lines fit equally well: leave it out"
             )
-        weight = np.linalg.solve(r_features, r_target)
+        weight = np.asarray(np.linalg.solve(r_features, r_target), dtype=np.float64)
         bias = self.mean[-1] - weight @ self.mean[:-1]
         return ClosedForm(weight, float(bias), float(r_residual**2 / self.num_rows))
 
@@ -103,7 +103,7 @@ def _triangle(rows: Matrix) -> Matrix:
     num_columns = rows.shape[1]
     if len(rows) < num_columns:
         rows = np.vstack([rows, np.zeros((num_columns - len(rows), num_columns))])
-    return np.linalg.qr(rows, mode="r")
+    return np.asarray(np.linalg.qr(rows, mode="r"))
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,11 @@ def sequential_step(
 
 
 def _gradient_of_step(
-    weight: Tensor, bias: Tensor, gradient: Gradient, micro_batches: MicroBatches, add_over_ranks: AddOverRanks
+    weight: Tensor,
+    bias: Tensor,
+    gradient: Gradient,
+    micro_batches: MicroBatches,
+    add_over_ranks: AddOverRanks,
 ) -> Tensor:
     gradient.flat.zero_()
     total = None
@@ -182,7 +186,10 @@ def train(config: TrainConfig, runtime: Runtime | None = None, reporter: Reporte
     """
     if runtime is None:
         with open_runtime(
-            runtime=config.runtime, device=config.device, sync=config.effective_sync, timeout_s=config.timeout_s
+            runtime=config.runtime,
+            device=config.device,
+            sync=config.effective_sync,
+            timeout_s=config.timeout_s,
         ) as runtime:
             return train(config, runtime, reporter)
     if reporter is None or not runtime.is_main:
@@ -208,9 +215,7 @@ def train(config: TrainConfig, runtime: Runtime | None = None, reporter: Reporte
     dtype = _dtype(config.dtype, runtime.device)
     x, y = _rows_on_device(table, prepared, runtime, dtype)
     model = make_model(prepared.start[0].tolist(), prepared.start[1], device=runtime.device, dtype=dtype)
-    take_step = make_step(
-        config.optimizer, sync, model, runtime, sequential=config.update_order == "sequential"
-    )
+    take_step = make_step(config.optimizer, sync, model, runtime, sequential=config.update_order == "sequential")
     share = prepared.plan.share(len(x), runtime.rank)
     metrics = Metrics(
         prepared,

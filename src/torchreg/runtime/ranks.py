@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from torchreg.runtime import real_ezpz
 from torchreg.launcher import Launcher, detect_launcher
+from torchreg.runtime import mpi, real_ezpz
 from torchreg.runtime.rendezvous import agree_with_mpi, init_process_group
 
 T = TypeVar("T")
@@ -60,7 +60,7 @@ class Runtime:
     ezpz_version: str | None
     backend: str
     places: tuple[Place, ...]
-    mpi: Any
+    mpi_comm: Any
 
     @property
     def is_main(self) -> bool:
@@ -93,7 +93,7 @@ class Runtime:
             "backend": self.backend,
             "world_size": self.world_size,
             "num_nodes": self.num_nodes,
-            "mpi_library": self.mpi and _mpi_library(),
+            "mpi_library": self.mpi_comm and mpi.mpi_library(),
             "nccl_version": ".".join(map(str, torch.cuda.nccl.version())) if self.backend == "nccl" else None,
             "device_name": _device_name(self.device),
             "places": [asdict(place) for place in self.places],
@@ -143,10 +143,7 @@ class Runtime:
         if self.world_size == 1:
             return lambda: None
         if sync == "mpi":
-            from mpi4py import MPI
-
-            in_place, allreduce, memory = MPI.IN_PLACE, self.mpi.Allreduce, _mpi_memory(buffer)
-            return lambda: allreduce(in_place, memory)
+            return mpi.summation(self.mpi_comm, buffer)
         return lambda: cast(None, dist.all_reduce(buffer))
 
     def wrap(self, model: nn.Module, sync: AnySync) -> nn.Module:
@@ -157,11 +154,11 @@ class Runtime:
         if self.world_size == 1:
             return model
         if self.name == "ezpz":
-            wrapped = real_ezpz.wrap(model)
+            wrapped = cast(DistributedDataParallel, real_ezpz.wrap(model))
         else:
             wrapped = DistributedDataParallel(model, None if self.device.type == "cpu" else [self.device])
         if sync == "mpi":
-            wrapped.register_comm_hook(self.mpi, _average_through_mpi)
+            wrapped.register_comm_hook(self.mpi_comm, mpi.average_gradients)
         return wrapped
 
     def averaging(self, model: nn.Module, *, now: bool) -> AbstractContextManager[Any]:
@@ -193,8 +190,8 @@ class Runtime:
             print(f"torchreg: error on rank {self.rank} ({host}): {_one_line(error)}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        if self.mpi is not None:
-            self.mpi.Abort(1)
+        if self.mpi_comm is not None:
+            self.mpi_comm.Abort(1)
         os._exit(1)
 
     def _is_first_to_fail(self) -> bool:
@@ -216,7 +213,7 @@ def open_runtime(
 
     Raises `ValueError` for what the user can mend: launchers that disagree, a missing package or device.
     """
-    launcher, mpi = agree_with_mpi(detect_launcher(os.environ), sync, os.environ)
+    launcher, mpi_comm = agree_with_mpi(detect_launcher(os.environ), sync, os.environ)
     device_type = _device_type(device, sync, launcher.world_size)
     ezpz_version = None
     if launcher.world_size > 1 or runtime == "ezpz":
@@ -225,9 +222,9 @@ def open_runtime(
     if launcher.world_size == 1:
         torch_device = torch.device(device_type) if device_type in ("cpu", "mps") else torch.device(device_type, 0)
         place = Place(0, host, 0, str(torch_device))
-        return Runtime(launcher, 0, 1, 0, torch_device, "single", None, "none", (place,), mpi)
+        return Runtime(launcher, 0, 1, 0, torch_device, "single", None, "none", (place,), mpi_comm)
 
-    init_process_group(launcher, mpi, timeout_s)
+    init_process_group(launcher, mpi_comm, timeout_s)
     hosts = _gather(host, launcher.world_size)
     local_ranks = [hosts[:rank].count(hosts[rank]) for rank in range(launcher.world_size)]
     local_rank = launcher.local_rank if launcher.local_rank is not None else local_ranks[launcher.rank]
@@ -252,7 +249,7 @@ def open_runtime(
         ezpz_version=ezpz_version,
         backend=backend,
         places=tuple(places),
-        mpi=mpi,
+        mpi_comm=mpi_comm,
     )
 
 
@@ -309,34 +306,12 @@ def _gather(item: T, world_size: int) -> list[T]:
     return items
 
 
-def _mpi_library() -> str:
-    from mpi4py import MPI
-
-    return MPI.Get_library_version().splitlines()[0].strip(" \0")
-
-
 def _device_name(device: torch.device) -> str:
     if device.type == "cpu":
         return platform.processor() or platform.machine()
     if device.type == "mps":
         return "Apple GPU"
     return str(torch.get_device_module(device).get_device_name(device))
-
-
-def _mpi_memory(tensor: Tensor) -> Any:
-    if tensor.device.type != "cpu":
-        raise ValueError(f"sync is mpi and the tensor is on {tensor.device}: mpi4py reduces CPU tensors")
-    return tensor.numpy()
-
-
-def _average_through_mpi(comm: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    from mpi4py import MPI
-
-    gradient = bucket.buffer()
-    comm.Allreduce(MPI.IN_PLACE, _mpi_memory(gradient))
-    done: torch.futures.Future[Tensor] = torch.futures.Future()
-    done.set_result(gradient.div_(comm.Get_size()))
-    return done
 
 
 def _one_line(error: BaseException) -> str:

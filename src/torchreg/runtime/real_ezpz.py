@@ -30,7 +30,8 @@ def find_ezpz(choice: Literal["auto", "ezpz", "torch"]) -> str | None:
     """
     if choice == "torch":
         return None
-    if importlib.util.find_spec("ezpz") is None:
+    spec = importlib.util.find_spec("ezpz")
+    if spec is None or spec.origin is None:  # no origin: only a folder of that name
         if choice == "auto":
             return None
         raise ValueError("runtime is ezpz, which is not installed: pip install 'torchreg[ezpz]', or --runtime torch")

@@ -11,25 +11,14 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store, TCPStore
 
-from torchreg.launcher import NO_LAUNCHER, Launcher
+from torchreg.launcher import Launcher
+from torchreg.runtime.mpi import import_mpi, mpi_library
 
 _LOOPBACK = "127.0.0.1"
 _ALCF_NODE = re.compile(r"x\d+c\d+s\d+b\d+n\d+")
 _PMI_HINTS = ("PMI_RANK", "PMI_FD", "PMIX_RANK")
-
-
-def import_mpi(reason: str) -> Any:
-    """`mpi4py.MPI`. Raises `ValueError`, with the reason that it is needed for, where it cannot be imported."""
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # mpi4py's wheel raises RuntimeError when it finds no libmpi
-        cause = str(error).splitlines()[0]
-        raise ValueError(
-            f"{reason}, and mpi4py cannot be imported ({cause}): pip install 'torchreg[mpi]', or on an HPC system use "
-            "the site's mpi4py"
-        ) from error
-    return MPI
 
 
 def agree_with_mpi(launcher: Launcher, sync: str, environ: Mapping[str, str]) -> tuple[Launcher, Any]:
@@ -63,9 +52,7 @@ def agree_with_mpi(launcher: Launcher, sync: str, environ: Mapping[str, str]) ->
             "torchrun": "start with mpiexec, or choose --sync ddp or allreduce",
             "srun": "use `srun --mpi=...` with the plug-in of mpi4py's MPI, or set MASTER_ADDR and MASTER_PORT",
         }.get(launcher.name, "use the mpiexec of the MPI that mpi4py was built for")
-        raise ValueError(
-            f"{who}, but MPI ({mpi.Get_library_version().split(chr(10))[0].strip()}) says rank {rank} of {size}: {remedy}"
-        )
+        raise ValueError(f"{who}, but MPI ({mpi_library()}) says rank {rank} of {size}: {remedy}")
     return launcher, comm
 
 
@@ -82,16 +69,12 @@ def init_process_group(launcher: Launcher, comm: Any, timeout_s: float) -> None:
     elif "GLOO_SOCKET_IFNAME" not in os.environ and any(name == "hsn0" for _, name in socket.if_nameindex()):
         os.environ["GLOO_SOCKET_IFNAME"] = "hsn0"
     backend = "cpu:gloo" + "".join(
-        f",{device}:{name}"
-        for device, name in (("cuda", "nccl"), ("xpu", "xccl"))
-        if dist.is_backend_available(name)
+        f",{device}:{name}" for device, name in (("cuda", "nccl"), ("xpu", "xccl")) if dist.is_backend_available(name)
     )
-    store: dist.Store | None = None
+    store: Store | None = None
     if launcher.name != "torchrun" or "TORCHELASTIC_RUN_ID" not in os.environ:
         store = _make_store(launcher, comm, timeout, one_node)
-    dist.init_process_group(
-        backend, store=store, rank=launcher.rank, world_size=launcher.world_size, timeout=timeout
-    )
+    dist.init_process_group(backend, store=store, rank=launcher.rank, world_size=launcher.world_size, timeout=timeout)
 
 
 def _is_one_node(launcher: Launcher, comm: Any) -> bool:
@@ -102,22 +85,20 @@ def _is_one_node(launcher: Launcher, comm: Any) -> bool:
     return os.environ.get("SLURM_STEP_NUM_NODES", os.environ.get("SLURM_NNODES")) == "1"
 
 
-def _make_store(launcher: Launcher, comm: Any, timeout: timedelta, one_node: bool) -> dist.Store:
+def _make_store(launcher: Launcher, comm: Any, timeout: timedelta, one_node: bool) -> Store:
     is_main = launcher.rank == 0
     if comm is not None:
         store = _serve(launcher, 0, timeout, one_node) if is_main else None
         address = _LOOPBACK if one_node else os.environ.get("MASTER_ADDR") or _reachable_name()
         address, port = comm.bcast((address, store.port) if store else None)
-        return store or dist.TCPStore(address, port, launcher.world_size, is_master=False, timeout=timeout)
+        return store or TCPStore(address, port, launcher.world_size, is_master=False, timeout=timeout)
     address, port = _address_without_mpi(launcher, os.environ)
     if is_main:
         return _serve(launcher, port, timeout, one_node)
-    return dist.TCPStore(
-        _LOOPBACK if one_node else address, port, launcher.world_size, is_master=False, timeout=timeout
-    )
+    return TCPStore(_LOOPBACK if one_node else address, port, launcher.world_size, is_master=False, timeout=timeout)
 
 
-def _serve(launcher: Launcher, port: int, timeout: timedelta, one_node: bool) -> dist.TCPStore:
+def _serve(launcher: Launcher, port: int, timeout: timedelta, one_node: bool) -> TCPStore:
     """The main rank's store. TCPStore itself would listen on every interface; on one node it gets a loopback socket."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -126,7 +107,7 @@ def _serve(launcher: Launcher, port: int, timeout: timedelta, one_node: bool) ->
     except OSError as error:
         raise ValueError(f"MASTER_PORT is {port}, which is taken ({error.strerror}): choose another") from error
     listener.listen(launcher.world_size)
-    return dist.TCPStore(
+    return TCPStore(
         _LOOPBACK if one_node else socket.gethostname(),
         listener.getsockname()[1],
         launcher.world_size,
@@ -173,6 +154,3 @@ def _reachable_name() -> str:
                 continue
             return name
     return host
-
-
-__all__ = ["NO_LAUNCHER", "agree_with_mpi", "first_slurm_node", "import_mpi", "init_process_group"]

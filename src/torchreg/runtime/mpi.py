@@ -1,0 +1,54 @@
+"""Everything that torchreg does through mpi4py, which is imported when it is first needed."""
+
+# No `from __future__ import annotations`: DistributedDataParallel reads the hook's annotations as types.
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import GradBucket
+
+
+def import_mpi(reason: str) -> Any:
+    """`mpi4py.MPI`. Raises `ValueError`, with the reason that it is needed for, where it cannot be imported."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # mpi4py's wheel raises RuntimeError when it finds no libmpi
+        cause = str(error).splitlines()[0]
+        raise ValueError(
+            f"{reason}, and mpi4py cannot be imported ({cause}): pip install 'torchreg[mpi]', or on an HPC system use "
+            "the site's mpi4py"
+        ) from error
+    return MPI
+
+
+def mpi_library() -> str:
+    """The MPI library behind mpi4py, and its version."""
+    from mpi4py import MPI
+
+    return MPI.Get_library_version().splitlines()[0].strip(" \0").replace("\t", " ")
+
+
+def summation(comm: Any, tensor: Tensor) -> Callable[[], None]:
+    """A function that replaces a CPU tensor by its sum over ranks, in its own memory."""
+    from mpi4py import MPI
+
+    in_place, allreduce, memory = MPI.IN_PLACE, comm.Allreduce, _memory(tensor)
+    return lambda: allreduce(in_place, memory)
+
+
+def average_gradients(comm: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    """A communication hook of DistributedDataParallel that averages a bucket through mpi4py."""
+    from mpi4py import MPI
+
+    gradient = bucket.buffer()
+    comm.Allreduce(MPI.IN_PLACE, _memory(gradient))
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(gradient.div_(comm.Get_size()))
+    return done
+
+
+def _memory(tensor: Tensor) -> Any:
+    if tensor.device.type != "cpu":
+        raise ValueError(f"sync is mpi and the tensor is on {tensor.device}: mpi4py reduces CPU tensors")
+    return tensor.numpy()
