@@ -227,7 +227,7 @@ def _read_file(path: Path) -> pd.DataFrame:
         frame: pd.DataFrame = _with_pyarrow(path, lambda: pd.read_parquet(path))
         return frame
     try:
-        return pd.read_csv(path, float_precision="round_trip")
+        return pd.read_csv(path)
     except (ValueError, OSError) as error:  # pandas' parser errors and Unicode errors are ValueErrors
         raise ValueError(f"data is {path}, which cannot be read as CSV: {_first_line(error)}") from error
 

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Everything that must hold: format, lint, types, layers, tests. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash scripts/setup.sh dev
+export PATH="$PWD/.venv/bin:$PATH"
+ruff format --check .
+ruff check .
+mypy
+lint-imports
+python -m pytest "$@"

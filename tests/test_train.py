@@ -1,0 +1,206 @@
+"""If these fail, torchreg does not train what it says, or leaves no evidence of it."""
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from torchreg.config import RECIPES, TrainConfig, from_json, with_recipe
+from torchreg.record import read_metrics
+from torchreg.runtime import AgreedError
+from torchreg.theory import Moments
+from torchreg.train import train
+
+from .conftest import (
+    BEST_BIAS,
+    BEST_WEIGHT,
+    LESSON_BIAS,
+    LESSON_LOSS,
+    LESSON_WEIGHT,
+    data_sources,
+)
+
+
+@pytest.mark.parametrize("source", data_sources())
+def test_the_lesson_to_the_digit(source):
+    result = train(with_recipe("lesson", data=source))
+    assert result.weight[0] == pytest.approx(LESSON_WEIGHT, abs=5e-7)
+    assert result.bias == pytest.approx(LESSON_BIAS, abs=5e-7)
+    assert result.loss == pytest.approx(LESSON_LOSS, rel=1e-14)
+    assert result.closed_form_weight[0] == pytest.approx(BEST_WEIGHT, abs=5e-7)
+    assert result.closed_form_bias == pytest.approx(BEST_BIAS, abs=5e-7)
+    assert result.num_steps == 30
+
+
+def test_the_lessons_first_step_by_hand():
+    # One row pair: x = (1, 3), y = (5, 4), from w = 2, b = 1, rates 0.1 and 0.1, sequential.
+    # Gradient of w: 2·(1·(−2) + 3·3)/2 = 7, so w = 2 − 0.7 = 1.3. Residuals then 1.3+1−5 = −2.7 and 3.9+1−4 = 0.9;
+    # gradient of b: 2·(−2.7 + 0.9)/2 = −1.8, so b = 1 + 0.18 = 1.18. (Simultaneous: b = 1 − 0.1·(−2+3) = 0.9.)
+    Path("two.csv").write_text("GrLivArea,SalePrice\n1,5\n3,4\n")
+    config = with_recipe(
+        "lesson",
+        data="two.csv",
+        base_learning_rate=(0.1, 0.1),
+        initial_weight=2.0,
+        initial_bias=1.0,
+        max_steps=1,
+        runs_dir="a",
+    )
+    result = train(config)
+    assert (*result.weight, result.bias) == pytest.approx((1.3, 1.18), rel=1e-14)
+    result = train(replace(config, update_order="simultaneous", runs_dir="b"))
+    assert (*result.weight, result.bias) == pytest.approx((1.3, 0.9), rel=1e-14)
+
+
+def test_hand_and_sgd_follow_the_same_trajectory():
+    shared = {"global_batch_size": 100, "max_steps": 40, "warmup_steps": 5, "decay": "cosine"}
+    results = [
+        train(TrainConfig(optimizer=optimizer, micro_batch_size=micro, name=f"{optimizer}{micro}", **shared))
+        for optimizer, micro in itertools.product(("sgd", "hand"), (None, 7))
+    ]
+    for result in results[1:]:
+        np.testing.assert_allclose(result.weight, results[0].weight, rtol=1e-10)
+        assert result.bias == pytest.approx(results[0].bias, rel=1e-10)
+
+
+@pytest.mark.parametrize("sampling", ["shuffle", "random"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_small_batches_come_close_to_the_optimum(sampling, dtype):
+    result = train(TrainConfig(sampling=sampling, dtype=dtype))
+    assert 0 <= result.excess < 0.02
+
+
+def test_full_batches_reach_the_optimum_of_many_features():
+    config = TrainConfig(
+        sampling="full", optimizer="hand", num_features=5, num_rows=300, lr_scaling="none", max_steps=3000
+    )
+    result = train(config)
+    assert result.excess < 1e-12
+    np.testing.assert_allclose(result.weight, result.closed_form_weight, rtol=1e-6)
+
+
+def test_target_excess_stops_at_the_first_checked_step_within_it():
+    config = TrainConfig(sampling="full", target_excess=0.01, log_every=1, epochs=500)
+    result = train(config)
+    assert result.stopped_by == "target"
+    assert result.num_steps < 500
+    assert result.excess <= 0.01
+    losses = [line["full_loss"] / result.closed_form_loss - 1 for line in read_metrics(Path(result.run_dir))]
+    assert losses[-1] <= 0.01 < losses[-2]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "hand"])
+@pytest.mark.parametrize("log_every", [1, 7, 1000])
+def test_divergence_is_noticed_and_recorded(optimizer, log_every):
+    config = TrainConfig(
+        optimizer=optimizer, base_learning_rate=(2.0, 2.0), lr_scaling="none", log_every=log_every, max_steps=300
+    )
+    result = train(config)
+    assert result.diverged
+    assert result.excess is None
+    record = json.loads((Path(result.run_dir) / "record.json").read_text())
+    assert record["result"]["diverged_at_step"] == result.diverged_at_step
+    # (1 − 2·2)² = 9 in the loss each step, from about 2e10 to a thousand times its largest sample: 4 to 8 steps.
+    assert 3 <= result.diverged_at_step <= 10
+
+
+def test_divergence_in_the_very_last_update_is_noticed():
+    result = train(TrainConfig(base_learning_rate=(1e9, 1e9), max_steps=1))
+    assert result.diverged
+
+
+def test_rates_above_the_limit_are_warned_of_with_limit_and_world_size():
+    config = TrainConfig(
+        standardize=False,
+        base_learning_rate=(4e-7, 4e-1),
+        max_steps=1,
+        on_unstable="refuse",
+    )
+    # theory.md: 64 rows at (1e-7, 1e-1) are stable up to a factor of 3.14, so 4 is 4 / 3.14 = 1.27 limits.
+    with pytest.raises(ValueError, match=r"1\.27 times the stability limit .* largest stable world size is 0"):
+        train(config)
+    result = train(replace(config, on_unstable="warn"))
+    assert "expect divergence" in json.loads((Path(result.run_dir) / "record.json").read_text())["warnings"][0]
+
+
+def test_capped_rates_converge():
+    config = TrainConfig(base_learning_rate=(3.0, 3.0), lr_scaling="none", on_unstable="cap", epochs=30)
+    assert not train(config).diverged
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_the_default_recipe_is_stable_at_any_world_size_that_the_data_allows(world_size):
+    from torchreg.prepare import prepare
+
+    for config in (TrainConfig(), TrainConfig(num_features=12, num_rows=64 * world_size)):
+        prepared, _ = prepare(config, world_size)
+        assert prepared.stability_limit >= 2 - 1e-6
+        assert prepared.warnings == ()
+
+
+def test_a_run_leaves_whole_records():
+    result = train(TrainConfig(name="first", max_steps=9))
+    run = Path("runs/first")
+    assert sorted(path.name for path in run.iterdir()) == ["config.json", "metrics.jsonl", "record.json"]
+    record = json.loads((run / "record.json").read_text())
+    assert record["schema_version"] == 1
+    assert record["result"]["weight"] == list(result.weight)
+    assert record["runtime"]["places"][0]["rank"] == 0
+    assert from_json(json.loads((run / "config.json").read_text())) == TrainConfig(name="first", max_steps=9)
+    lines = read_metrics(run)
+    assert [line["step"] for line in lines] == list(range(9))
+    # 551 rows in steps of 64: eight of them and one of 39.
+    assert lines[-1]["num_samples"] == 551
+    assert lines[-1]["epoch"] == 1
+
+
+def test_logged_losses_are_the_losses_before_each_update():
+    Path("two.csv").write_text("GrLivArea,SalePrice\n1,5\n3,4\n")
+    config = with_recipe("lesson", data="two.csv", initial_weight=2.0, initial_bias=1.0, max_steps=1)
+    result = train(config)
+    # Residuals −2 and 3: mean square 13/2.
+    assert read_metrics(Path(result.run_dir))[0]["loss"] == pytest.approx(6.5)
+
+
+def test_a_second_run_loses_nothing_of_the_first():
+    train(TrainConfig(name="twice", max_steps=3))
+    before = Path("runs/twice/record.json").read_text()
+    with pytest.raises(AgreedError, match=r"'twice'.*exists already.*--overwrite"):
+        train(TrainConfig(name="twice", max_steps=4))
+    assert Path("runs/twice/record.json").read_text() == before
+    train(TrainConfig(name="twice", max_steps=4, overwrite=True))
+    assert json.loads(Path("runs/twice/record.json").read_text())["result"]["num_steps"] == 4
+
+
+def test_bad_input_leaves_an_earlier_run_alone_even_with_overwrite():
+    train(TrainConfig(name="kept", max_steps=3))
+    with pytest.raises(AgreedError, match="600"):
+        train(TrainConfig(name="kept", overwrite=True, global_batch_size=600))
+    assert Path("runs/kept/record.json").is_file()
+
+
+def test_secrets_of_the_environment_stay_out_of_the_record(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "secret-of-the-user")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    result = train(TrainConfig(max_steps=1))
+    text = (Path(result.run_dir) / "record.json").read_text()
+    assert "secret-of-the-user" not in text
+    assert json.loads(text)["provenance"]["environment"]["OMP_NUM_THREADS"] == "1"
+
+
+def test_results_are_in_the_datas_own_units_whatever_the_model_sees():
+    raw = train(with_recipe("lesson", name="raw"))
+    x = Moments.of(*_houses())
+    assert raw.loss == pytest.approx(x.loss(np.array(raw.weight), raw.bias), rel=1e-12)
+    standard = train(replace(RECIPES["lesson"], standardize=True, base_learning_rate=(0.1, 0.1), name="standard"))
+    assert standard.loss == pytest.approx(x.loss(np.array(standard.weight), standard.bias), rel=1e-12)
+
+
+def _houses():
+    from torchreg.data import load_table
+
+    table = load_table("builtin")
+    return table.features, table.target
