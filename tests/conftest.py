@@ -35,7 +35,7 @@ def run():
     """Run a command and return its completed process; its PATH begins with this Python's scripts."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
-    def run_command(*command: str, cwd: Path, timeout_s: float = 240, **variables: str):
+    def run_command(*command: str, cwd: Path, timeout_s: float = 120, **variables: str):
         environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **variables}
         return subprocess.run(
             command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False

@@ -1,0 +1,156 @@
+"""The front door: what a user meets first, and what they meet when they make a mistake."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from torchreg import cli
+from torchreg.cli import main
+
+from .conftest import LESSON_BIAS, LESSON_LOSS, LESSON_WEIGHT
+
+
+@pytest.mark.parametrize("code", ["import torchreg", "from torchreg.cli import main; main(['--help'])"])
+def test_the_front_door_imports_nothing_heavy(code, run, tmp_path):
+    heavy = "torch pandas matplotlib numpy mpi4py pyarrow".split()
+    done = run(
+        sys.executable, "-c", f"{code}; import sys; print(sorted(set({heavy}) & set(sys.modules)))", cwd=tmp_path
+    )
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
+def test_help_of_train_needs_no_torch(run, tmp_path):
+    code = (
+        "import sys\nfrom torchreg.cli import main\n"
+        "try:\n    main(['train', '--help'])\nexcept SystemExit as end:\n    assert not end.code\n"
+        "print('torch' in sys.modules)"
+    )
+    done = run(sys.executable, "-c", code, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
+    assert "--global-batch-size" in done.stdout
+
+
+def test_the_lesson_as_json(capsys):
+    assert main(["train", "--recipe", "lesson", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (*result["weight"], result["bias"]) == pytest.approx((LESSON_WEIGHT, LESSON_BIAS), abs=5e-7)
+    assert result["loss"] == pytest.approx(LESSON_LOSS, rel=1e-9)
+
+
+def test_the_result_for_a_person(capsys):
+    assert main(["train", "--recipe", "lesson", "--name", "lesson"]) == 0
+    told = capsys.readouterr().out
+    assert "1 rank on 1 node · launcher none · runtime single" in told
+    assert "fit          SalePrice = 88.890079 GrLivArea + 32912.241402" in told
+    assert "closed form  SalePrice = 87.688145 GrLivArea + 34754.077892" in told
+    assert "0.0284 % above the best possible" in told
+    assert "runs/lesson" in told
+
+
+def test_any_flag_overrides_a_recipe(capsys):
+    assert main(["train", "--recipe=lesson", "--epochs", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_steps"] == 2
+
+
+def test_divergence_has_its_own_exit_code(capsys):
+    assert main(["train", "--base-learning-rate", "5", "5", "--name", "gone"]) == 3
+    out, err = capsys.readouterr()
+    assert "diverged at step" in out
+    assert "stability limit" in out + err
+    assert Path("runs/gone/record.json").is_file()
+
+
+BAD_INPUT = {
+    "no file": (["--data", "nowhere.csv"], "nowhere.csv, which does not exist"),
+    "empty file": (["--data", "empty.csv"], "empty"),
+    "no such column": (["--data", "houses.csv", "--features", "GrLivAera"], "nearest names are GrLivArea"),
+    "text": (["--data", "text.csv"], "'large' in row 2"),
+    "NaN": (["--data", "nan.csv"], "--drop-missing"),
+    "infinity": (["--data", "inf.csv"], "infinite in row 1"),
+    "one row": (["--data", "one.csv"], "1 usable row"),
+    "constant feature": (["--data", "constant.csv"], "in every row"),
+    "zero batch": (["--global-batch-size", "0"], "global_batch_size is 0"),
+    "negative batch": (["--local-batch-size", "-4"], "local_batch_size is -4"),
+    "negative rate": (["--base-learning-rate", "-1", "1"], "base_learning_rate of the weight is -1.0"),
+    "batch too large": (["--global-batch-size", "552"], "more than the data's 551 rows"),
+    "both batches": (["--global-batch-size", "64", "--local-batch-size", "64"], "give one of them"),
+    "existing run": (["--name", "there"], "exists already"),
+    "unwritable runs_dir": (["--runs-dir", "empty.csv"], "cannot be written"),
+    "unknown recipe": (["--recipe", "lessons"], "the recipes are default, lesson"),
+    "unknown option": (["--batch-size", "64"], "--batch-size"),
+    "no number": (["--max-steps", "many"], "many"),
+    "no such choice": (["--sampling", "all"], "all"),
+    "no cuda": (["--device", "cuda"], "device is cuda"),
+    "rates refused": (["--base-learning-rate", "9", "9", "--on-unstable", "refuse"], "stability limit"),
+    "numbers too large": (["--data", "huge.csv", "--global-batch-size", "2"], "too large"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_clear_line_and_exit_code_2(case, capsys, monkeypatch):
+    Path("empty.csv").touch()
+    Path("houses.csv").write_text("GrLivArea,SalePrice\n1,2\n2,3\n3,5\n")
+    Path("text.csv").write_text("GrLivArea,SalePrice\n1,2\nlarge,3\n")
+    Path("nan.csv").write_text("GrLivArea,SalePrice\n1,2\n2,\n3,4\n")
+    Path("inf.csv").write_text("GrLivArea,SalePrice\ninf,2\n2,3\n")
+    Path("one.csv").write_text("GrLivArea,SalePrice\n1,2\n")
+    Path("constant.csv").write_text("GrLivArea,SalePrice\n1,2\n1,3\n")
+    Path("huge.csv").write_text("GrLivArea,SalePrice\n1e200,2\n2,3\n")
+    Path("runs/there").mkdir(parents=True)
+    options, part = BAD_INPUT[case]
+    monkeypatch.setattr(cli.os, "_exit", sys.exit)  # bring-up leaves at once, without waiting for other ranks
+    with pytest.raises(SystemExit) as left:
+        sys.exit(main(["train", *options]))
+    out, err = capsys.readouterr()
+    assert left.value.code == 2
+    assert out == "" or "rank" in out
+    assert len(err.strip().splitlines()) == 1, err
+    assert err.startswith("torchreg: error: ")
+    assert part in err
+    assert [path.name for path in Path("runs").iterdir()] == ["there"]
+
+
+def test_an_unknown_command_names_the_commands(capsys):
+    assert main(["trian"]) == 2
+    assert "train, data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["--num-features", "3", "--num-rows", "200"]])
+def test_plot_draws_png_and_svg(options, capsys):
+    assert main(["train", "--plot", "--name", "drawn", "--max-steps", "9", *options]) == 0
+    assert Path("runs/drawn/training.png").read_bytes().startswith(b"\x89PNG")
+    svg = Path("runs/drawn/training.svg").read_text()
+    assert "<svg" in svg
+    assert "runs/drawn/training.png" in capsys.readouterr().out
+
+
+def test_data_show_make_and_train_on_it(capsys):
+    assert main(["data", "show"]) == 0
+    assert "Σxy 136013443019" in capsys.readouterr().out
+    assert main(["data", "make", "--num-rows", "200", "--output", "made.csv"]) == 0
+    assert main(["data", "make", "--output", "made.csv"]) == 2
+    assert main(["train", "--data", "made.csv", "--max-steps", "2"]) == 0
+
+
+def test_mpi_without_mpi4py_says_how_to_get_it(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    monkeypatch.setattr(cli.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as left:
+        main(["train", "--sync", "mpi"])
+    assert left.value.code == 2
+    assert "sync is mpi, and mpi4py cannot be imported" in capsys.readouterr().err
+
+
+def test_another_package_called_ezpz_is_told_apart(capsys, monkeypatch, tmp_path):
+    (tmp_path / "ezpz").mkdir()
+    (tmp_path / "ezpz" / "__init__.py").write_text("def crop(image): ...\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "ezpz", raising=False)
+    monkeypatch.setattr(cli.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as left:
+        main(["train", "--runtime", "ezpz"])
+    assert left.value.code == 2
+    assert "has no setup_torch: it is another package" in capsys.readouterr().err
+    monkeypatch.delitem(sys.modules, "ezpz", raising=False)

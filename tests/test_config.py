@@ -1,0 +1,72 @@
+"""If a bad choice is accepted, the run fails late or, worse, does something else than was asked."""
+
+import pytest
+
+from torchreg.config import RECIPES, TrainConfig, field_docs, with_recipe
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "num_rows",
+        "num_features",
+        "global_batch_size",
+        "local_batch_size",
+        "micro_batch_size",
+        "reference_batch_size",
+        "max_steps",
+        "epochs",
+        "target_excess",
+        "log_every",
+        "decay_every",
+        "timeout_s",
+    ],
+)
+@pytest.mark.parametrize("value", [0, -1])
+def test_zero_and_negative_sizes_name_their_field_and_value(field, value):
+    with pytest.raises(ValueError, match=f"{field} is {value}"):
+        TrainConfig(**{field: value})
+
+
+@pytest.mark.parametrize("rates", [(0.0, 0.1), (0.1, -1.0), (float("nan"), 0.1), (0.1, float("inf"))])
+def test_rates_must_be_positive_and_finite(rates):
+    with pytest.raises(ValueError, match="base_learning_rate of the (weight|bias)"):
+        TrainConfig(base_learning_rate=rates)
+
+
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        ({"global_batch_size": 64, "local_batch_size": 32}, "give one of them"),
+        ({"sampling": "full", "global_batch_size": 64}, "leave the batch size out"),
+        ({"optimizer": "sgd", "sync": "allreduce"}, "sgd goes with ddp or mpi"),
+        ({"optimizer": "hand", "sync": "ddp"}, "hand with allreduce or mpi"),
+        ({"update_order": "sequential"}, "add --optimizer hand"),
+        ({"data": "houses.csv", "num_rows": 9}, "only the built-in data can be made"),
+        ({"features": ("a",)}, "name a file with --data"),
+        ({"decay_floor": 1.5}, "fraction from 0 to 1"),
+        ({"initial_weight": float("nan")}, "finite"),
+        ({"name": "../elsewhere"}, "plain folder name"),
+        ({"seed": -1}, "0 or more"),
+    ],
+)
+def test_combinations_that_cannot_work_say_what_to_do(values, part):
+    with pytest.raises(ValueError, match=part):
+        TrainConfig(**values)
+
+
+def test_sync_follows_the_optimizer():
+    assert TrainConfig(optimizer="sgd").effective_sync == "ddp"
+    assert TrainConfig(optimizer="hand").effective_sync == "allreduce"
+
+
+def test_any_value_overrides_a_recipes():
+    assert with_recipe("lesson", epochs=3) == RECIPES["lesson"].__class__(**{**vars(RECIPES["lesson"]), "epochs": 3})
+    with pytest.raises(ValueError, match="recipes are default, lesson"):
+        with_recipe("lessons")
+
+
+def test_every_option_has_a_sentence():
+    docs = field_docs()
+    assert docs.keys() == TrainConfig.__dataclass_fields__.keys()
+    assert all(sentence.endswith(".") for sentence in docs.values())
