@@ -22,6 +22,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +31,10 @@ import tyro
 
 LOCAL_BATCH_SIZE = 64
 RATES = (0.01, 0.01)
+FULL_RUN_STEPS = 500
 LESSON_RATES = (1e-7, 1e-1)
+
+ANSWER_VARIABLE = "TORCHREG_BENCHMARK_ANSWER"  # set in a child: where its main rank writes what it measured
 
 TakeSteps = Callable[[int], None]
 
@@ -77,9 +81,6 @@ class Options:
 
     output: Path = field(default=Path("benchmark.json"))
     """Where the measurements are written."""
-
-    worker: tyro.conf.Suppress[Path | None] = None
-    """Set in a child: where its main rank writes what it measured."""
 
 
 def lesson_loop(x: Any, y: Any) -> TakeSteps:
@@ -151,7 +152,7 @@ def tutorial_parts(x: Any, y: Any, world_size: int, rank: int, *, sharded: bool)
 
     data = TensorDataset(x, y)
     if sharded:
-        sampler = DistributedSampler(data, num_replicas=world_size, rank=rank, shuffle=True)
+        sampler: Any = DistributedSampler(data, num_replicas=world_size, rank=rank, shuffle=True)
         loader: Any = DataLoader(data, batch_size=LOCAL_BATCH_SIZE, sampler=sampler)
     else:
         loader = DataLoader(data, batch_size=LOCAL_BATCH_SIZE, shuffle=True)
@@ -220,22 +221,27 @@ def fabric_loop(x: Any, y: Any, runtime: Any) -> TakeSteps:
 
 def torchreg_loop(x: Any, y: Any, runtime: Any, optimizer: Any, sync: Any) -> TakeSteps:
     """torchreg's bare loop: rows, rates, step; no metrics."""
+    import torch
+
     from torchreg.batches import BatchPlan
     from torchreg.model import make_model
     from torchreg.optim import Schedule
-    from torchreg.train import make_step, rows_of_steps
+    from torchreg.train import hand_rows, make_step, rows_of_steps
 
     plan = BatchPlan.derive(len(x), runtime.world_size, local_batch_size=LOCAL_BATCH_SIZE)
     take_step = make_step(optimizer, sync, make_model([0.0] * x.shape[1], 0.0, dtype=x.dtype), runtime)
     schedule = Schedule(RATES, 1.0, num_steps=1)
+    if optimizer == "hand":
+        x, y = hand_rows(x, y)
     done = {"steps": 0}
     errors: list[Any] = []
 
     def take_steps(count: int) -> None:
         errors.clear()
-        for block in plan.blocks(runtime.rank, done["steps"], done["steps"] + count):
-            for step, micro_batches, step_rows in rows_of_steps(block, x, y):
-                errors.append(take_step(schedule(step), micro_batches, step_rows))
+        with torch.no_grad() if optimizer == "hand" else nullcontext():
+            for block in plan.blocks(runtime.rank, done["steps"], done["steps"] + count):
+                for step, micro_batches, step_rows in rows_of_steps(block, x, y):
+                    errors.append(take_step(schedule(step), micro_batches, step_rows))
         done["steps"] += count
 
     return take_steps
@@ -323,7 +329,10 @@ def measure(runtime: Any, dtype: str, options: Options, left_out: dict[str, str]
         full_runs = {}
         for optimizer, sync in full:
             bare = f"{optimizer}/{sync}" if runtime.world_size > 1 else optimizer
-            full_runs[f"full run {bare}"] = (full_run(runtime, optimizer, sync, dtype, runs_dir), counts[bare])
+            full_runs[f"full run {bare}"] = (
+                full_run(runtime, optimizer, sync, dtype, runs_dir),
+                max(FULL_RUN_STEPS, counts[bare]),
+            )
         seconds: dict[str, list[float]] = {name: [] for name in (*contenders, *full_runs)}
         order = np.random.default_rng(0)
         for _ in range(options.rounds):
@@ -337,12 +346,13 @@ def measure(runtime: Any, dtype: str, options: Options, left_out: dict[str, str]
     return seconds
 
 
-def work(options: Options) -> None:
+def work(options: Options, answer: Path) -> None:
     """A child's part: measure at this world size, write what was measured."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     import torch
     import torch.distributed as dist
+    from torch._C._distributed_c10d import HashStore
 
     from torchreg.runtime import open_runtime
 
@@ -356,12 +366,12 @@ def work(options: Options) -> None:
             MASTER_PORT="29511",
         )
         if runtime.world_size == 1:  # DistributedDataParallel needs a group even there
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
         left_out: dict[str, str] = {}
         seconds = {dtype: measure(runtime, dtype, options, left_out) for dtype in options.dtypes}
-        if runtime.is_main and options.worker:
-            answer = {"seconds_a_step": seconds, "left_out": left_out, "mpi": runtime.evidence("torch")["mpi_library"]}
-            options.worker.write_text(json.dumps(answer))
+        if runtime.is_main:
+            mpi = runtime.evidence("torch")["mpi_library"]
+            answer.write_text(json.dumps({"seconds_a_step": seconds, "left_out": left_out, "mpi": mpi}))
         if runtime.world_size == 1:
             dist.destroy_process_group()
 
@@ -376,11 +386,10 @@ def launch(world_size: int, options: Options) -> dict[str, Any]:
             raise ValueError(f"ranks has {world_size}, and there is no mpiexec: pip install 'torchreg[mpi]'")
         command = [
             *([str(mpiexec), "-n", str(world_size)] if world_size > 1 else []),
-            *(sys.executable, __file__, "--worker", str(answer)),
-            *("--dtypes", *options.dtypes),
+            *(sys.executable, __file__, "--dtypes", *options.dtypes),
             *("--rounds", str(options.rounds), "--block-s", str(options.block_s)),
         ]
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", ANSWER_VARIABLE: str(answer)})
         result: dict[str, Any] = json.loads(answer.read_text())
         return result
 
@@ -427,8 +436,8 @@ def show(world_size: int, dtype: str, seconds: dict[str, list[float]]) -> list[d
 def main() -> int:
     """Measure, print, write; returns the exit code."""
     options = tyro.cli(Options, description=__doc__)
-    if options.worker:
-        work(options)
+    if ANSWER_VARIABLE in os.environ:
+        work(options, Path(os.environ[ANSWER_VARIABLE]))
         return 0
     if min(options.ranks, default=0) < 1 or options.rounds < 1 or options.block_s <= 0:
         print("benchmark: error: ranks, rounds and block_s must be above 0", file=sys.stderr)

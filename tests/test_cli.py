@@ -14,7 +14,7 @@ from .conftest import LESSON_BIAS, LESSON_LOSS, LESSON_WEIGHT
 
 @pytest.mark.parametrize("code", ["import torchreg", "from torchreg.cli import main; main(['--help'])"])
 def test_the_front_door_imports_nothing_heavy(code, run, tmp_path):
-    heavy = "torch pandas matplotlib numpy mpi4py pyarrow".split()
+    heavy = ["torch", "pandas", "matplotlib", "numpy", "mpi4py", "pyarrow"]
     done = run(
         sys.executable, "-c", f"{code}; import sys; print(sorted(set({heavy}) & set(sys.modules)))", cwd=tmp_path
     )

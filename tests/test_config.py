@@ -30,7 +30,7 @@ def test_zero_and_negative_sizes_name_their_field_and_value(field, value):
 
 @pytest.mark.parametrize("rates", [(0.0, 0.1), (0.1, -1.0), (float("nan"), 0.1), (0.1, float("inf"))])
 def test_rates_must_be_positive_and_finite(rates):
-    with pytest.raises(ValueError, match="base_learning_rate of the (weight|bias)"):
+    with pytest.raises(ValueError, match=r"base_learning_rate of the (weight|bias)"):
         TrainConfig(base_learning_rate=rates)
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchreg.model import Gradient, make_model, squared_error
+from torchreg.model import WeightAndBias, add_gradient, make_model, squared_error, with_constant
 from torchreg.optim import Schedule, descend, lr_scale, make_sgd
 
 DTYPES = (torch.float32, torch.float64)
@@ -32,41 +32,49 @@ def close(a, b, dtype, scale):
 @given(problem=problems())
 def test_hand_written_gradient_is_autograds(problem):
     model, x, y = problem
-    gradient = Gradient(model)
-    error = gradient.add(model.weight.detach(), model.bias.detach(), x, y)
+    theta = torch.cat([model.weight.detach()[0], model.bias.detach()])
+    gradient = WeightAndBias(torch.zeros_like(theta))
+    error = add_gradient(theta, with_constant(x), y[:, 0], gradient.flat)
     loss = squared_error(model(x), y)
     loss.backward()
     scale = loss.item() + 1000 * len(x)
     close(error, loss.detach(), x.dtype, scale)
-    close(2 * gradient.weight, model.weight.grad, x.dtype, scale)
+    close(2 * gradient.weight, model.weight.grad[0], x.dtype, scale)
     close(2 * gradient.bias, model.bias.grad, x.dtype, scale)
 
 
 @given(problem=problems(), rates=st.tuples(st.floats(1e-8, 1.0), st.floats(1e-8, 1.0)))
 def test_hand_written_update_is_torchs_sgd(problem, rates):
     model, x, y = problem
-    gradient = Gradient(model)
-    weight, bias = model.weight.detach().clone(), model.bias.detach().clone()
-    gradient.add(weight, bias, x, y)
-    descend(weight, gradient.weight, 2 * rates[0])
-    descend(bias, gradient.bias, 2 * rates[1])
+    theta = WeightAndBias(torch.cat([model.weight.detach()[0], model.bias.detach()]))
+    gradient = WeightAndBias(torch.zeros_like(theta.flat))
+    add_gradient(theta.flat, with_constant(x), y[:, 0], gradient.flat)
+    descend(theta.weight, gradient.weight, 2 * rates[0])
+    descend(theta.bias, gradient.bias, 2 * rates[1])
     optimizer = make_sgd(model, rates)
     loss = squared_error(model(x), y)
     loss.backward()
     optimizer.step()
     scale = loss.item() + 1000 * len(x)
-    close(weight, model.weight.detach(), x.dtype, scale)
-    close(bias, model.bias.detach(), x.dtype, scale)
+    close(theta.weight, model.weight.detach()[0], x.dtype, scale)
+    close(theta.bias, model.bias.detach(), x.dtype, scale)
 
 
 def test_gradient_of_two_rows_by_hand():
     # w = 2, b = 1; rows (1, 5) and (3, 4). Residuals 2·1+1−5 = −2 and 2·3+1−4 = 3.
     # Squared error 4 + 9 = 13; ½ ∂/∂w = 1·(−2) + 3·3 = 7; ½ ∂/∂b = −2 + 3 = 1.
-    model = make_model([2.0], 1.0)
-    gradient = Gradient(model)
-    x, y = torch.tensor([[1.0], [3.0]], dtype=torch.float64), torch.tensor([[5.0], [4.0]], dtype=torch.float64)
-    assert gradient.add(model.weight.detach(), model.bias.detach(), x, y).item() == 13
-    assert gradient.flat.tolist() == [7, 1]
+    theta = torch.tensor([2.0, 1.0], dtype=torch.float64)
+    a = torch.tensor([[1.0, 1.0], [3.0, 1.0]], dtype=torch.float64)
+    gradient = torch.zeros(2, dtype=torch.float64)
+    assert add_gradient(theta, a, torch.tensor([5.0, 4.0], dtype=torch.float64), gradient).item() == 13
+    assert gradient.tolist() == [7, 1]
+
+
+def test_parameters_and_their_flat_buffer_are_the_same_memory():
+    model = make_model([2.0, 3.0], 1.0)
+    theta = WeightAndBias.of(model)
+    theta.flat += 1
+    assert [*model.weight[0].tolist(), model.bias.item()] == [3, 4, 2]
 
 
 def test_lr_scale_at_four_times_the_reference():

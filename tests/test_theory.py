@@ -122,7 +122,9 @@ def test_mean_square_limit_agrees_with_simulated_second_moments():
 
 def test_largest_stable_world_size_of_the_lessons_rates():
     x, _ = houses()
-    sizes = [largest_stable_world_size(x, LESSON_RATES, 64, lambda b: b / 64, o) for o in ("simultaneous", "sequential")]
+    sizes = [
+        largest_stable_world_size(x, LESSON_RATES, 64, lambda b: b / 64, o) for o in ("simultaneous", "sequential")
+    ]
     assert sizes == [3, 7]
     assert largest_stable_world_size(x, (1e-6, 1.0), 64, lambda b: b / 64) == 0
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ Rows = NDArray[np.int64]
 
 DEFAULT_LOCAL_BATCH_SIZE = 64
 
-_BLOCK_ROWS = 65_536  # rows gathered at once on one rank
+_BLOCK_ROWS = 8_192  # rows gathered at once on one rank, about
 _BLOCK_STEPS = 1_024
 _DRAWS = 64  # steps that share one generator in random sampling
 
@@ -112,40 +113,32 @@ class BatchPlan:
 
     def rows_of_step(self, step: int) -> Rows:
         """The table's rows that make a step, over all ranks."""
-        if self.sampling == "full":
-            return np.arange(self.num_rows)
-        if self.sampling == "shuffle":
-            epoch, place = divmod(step, self.steps_per_epoch)
-            start = place * self.global_batch_size
-            return self._permutation(epoch)[start : start + self.global_batch_size]
-        return self._draws(step // _DRAWS)[step % _DRAWS]
+        group, place = divmod(step, self._steps_per_group)
+        start = place * self.global_batch_size
+        return self._group(group)[start : start + self.global_batch_size]
 
     def blocks(self, rank: int, start: int, stop: int) -> Iterator[Block]:
         """The steps start..stop−1 of one rank, in blocks whose rows are gathered at once."""
-        if self.sampling == "full":
-            steps_per_block, source = _BLOCK_STEPS, stop
-        else:
-            steps_per_block = min(_BLOCK_STEPS, max(1, _BLOCK_ROWS // self.local_batch_size))
-            source = self.steps_per_epoch if self.sampling == "shuffle" else _DRAWS
+        shape = _group_shape(self, rank)
         while start < stop:
-            end = min(stop, start + steps_per_block, (start // source + 1) * source)
-            step_rows = [self._step_rows(step) for step in range(start, end)]
-            pieces = {count: self._pieces(self.share(count, rank)) for count in set(step_rows)}
-            yield Block(start, self._rows(start, end, rank), [pieces[count] for count in step_rows], step_rows)
-            start = end
-
-    def _rows(self, start: int, stop: int, rank: int) -> Rows | slice:
-        """One rank's rows of consecutive steps that share an epoch or a generator."""
-        if self.sampling == "full":
-            return self.share(self.num_rows, rank)
-        if self.sampling == "shuffle":
-            epoch, place = divmod(start, self.steps_per_epoch)
-            order, size = self._permutation(epoch), self.global_batch_size
-            steps = [order[i * size : (i + 1) * size] for i in range(place, place + stop - start)]
-        else:
-            draws, place = self._draws(start // _DRAWS), start % _DRAWS
-            steps = list(draws[place : place + stop - start])
-        return np.concatenate([rows[self.share(len(rows), rank)] for rows in steps])
+            num_steps, num_rows = 0, 0
+            parts: list[Rows] = []
+            sizes: list[list[int]] = []
+            step_rows: list[int] = []
+            while start < stop and num_steps < _BLOCK_STEPS and num_rows < _BLOCK_ROWS:
+                group, place = divmod(start, shape.num_steps)
+                most = max(1, _BLOCK_ROWS // self.local_batch_size)
+                end = min(shape.num_steps, place + stop - start, place + most)
+                if self.sampling != "full":
+                    positions = shape.positions[shape.bounds[place] : shape.bounds[end]]
+                    parts.append(self._group(group)[positions])
+                    num_rows += len(positions)
+                sizes += shape.micro_batch_sizes[place:end]
+                step_rows += shape.step_rows[place:end]
+                num_steps += end - place
+                start += end - place
+            rows = self.share(self.num_rows, rank) if self.sampling == "full" else np.concatenate(parts)
+            yield Block(start - num_steps, rows, sizes, step_rows)
 
     def _step_rows(self, step: int) -> int:
         if self.sampling == "shuffle" and (step + 1) % self.steps_per_epoch == 0:
@@ -157,11 +150,48 @@ class BatchPlan:
         piece = self.micro_batch_size or max(size, 1)
         return [min(piece, size - start) for start in range(0, size, piece)] or [0]
 
-    def _permutation(self, epoch: int) -> Rows:
-        return _permutation(self.num_rows, self.seed, epoch)
+    @property
+    def _steps_per_group(self) -> int:
+        """Steps whose rows are drawn together: an epoch, or a number of random draws."""
+        return {"full": 1, "shuffle": self.steps_per_epoch, "random": _DRAWS}[self.sampling]
 
-    def _draws(self, block: int) -> Rows:
-        return _draws(self.num_rows, self.global_batch_size, self.seed, block)
+    def _group(self, group: int) -> Rows:
+        """The rows of all steps of a group, one step after another, over all ranks."""
+        if self.sampling == "full":
+            return np.arange(self.num_rows)
+        if self.sampling == "shuffle":
+            return _permutation(self.num_rows, self.seed, group)
+        return _draws(self.num_rows, self.global_batch_size, self.seed, group)
+
+
+@dataclass(frozen=True)
+class _GroupShape:
+    """What every group of steps looks like to one rank.
+
+    Step i of a group has the rows `positions[bounds[i]:bounds[i + 1]]` of the group's rows.
+    """
+
+    num_steps: int
+    positions: Rows
+    bounds: list[int]
+    micro_batch_sizes: list[list[int]]
+    step_rows: list[int]
+
+
+@lru_cache(maxsize=4)
+def _group_shape(plan: BatchPlan, rank: int) -> _GroupShape:
+    num_steps = plan._steps_per_group
+    step_rows = [plan._step_rows(step) for step in range(num_steps)]
+    shares = [plan.share(count, rank) for count in step_rows]
+    starts = [step * plan.global_batch_size for step in range(num_steps)]
+    pieces = {(share.start, share.stop): plan._pieces(share) for share in shares}
+    return _GroupShape(
+        num_steps,
+        np.concatenate([np.arange(s + share.start, s + share.stop) for s, share in zip(starts, shares, strict=True)]),
+        [0, *accumulate(share.stop - share.start for share in shares)],
+        [pieces[share.start, share.stop] for share in shares],
+        step_rows,
+    )
 
 
 @lru_cache(maxsize=2)
@@ -172,4 +202,5 @@ def _permutation(num_rows: int, seed: int, epoch: int) -> Rows:
 @lru_cache(maxsize=2)
 def _draws(num_rows: int, batch_size: int, seed: int, block: int) -> Rows:
     generator = np.random.default_rng([seed, block])
-    return np.stack([generator.choice(num_rows, batch_size, replace=False, shuffle=False) for _ in range(_DRAWS)])
+    draws = [generator.choice(num_rows, batch_size, replace=False, shuffle=False) for _ in range(_DRAWS)]
+    return np.concatenate(draws)

@@ -36,6 +36,7 @@ class Metrics:
         directory: RunDirectory | None,
         reporter: Reporter,
         *,
+        dtype: torch.dtype,
         target_excess: float | None,
         loss_on_all_rows: Callable[[], float],
     ) -> None:
@@ -45,7 +46,8 @@ class Metrics:
         self._reporter = reporter
         self._target_excess = target_excess
         self._loss_on_all_rows = loss_on_all_rows
-        self._sums = accumulable(torch.zeros(prepared.log_every, device=runtime.device))
+        self._stacked = torch.zeros(prepared.log_every, device=runtime.device, dtype=dtype)
+        self._sums = accumulable(self._stacked.clone())
         self._add_over_ranks = runtime.add_over_ranks(self._sums, sync)
         self._errors: list[Tensor] = []
         self._step_rows: list[int] = []
@@ -83,22 +85,24 @@ class Metrics:
     def _flush(self, step: int) -> bool:
         count = len(self._errors)
         self._sums.zero_()
-        self._sums[:count] = torch.stack(self._errors)
+        torch.stack(self._errors, out=self._stacked[:count])
+        self._sums[:count] = self._stacked[:count]
         self._add_over_ranks()
-        losses = [total / rows for total, rows in zip(self._sums.tolist(), self._step_rows, strict=False)]
-        first = step + 1 - count
-        self._errors.clear()
-        bad = next((i for i, loss in enumerate(losses) if not loss <= self._prepared.exploding_loss), None)
-        if bad is not None:
-            self.stopped_by, self.diverged_at_step = "divergence", first + bad
-        shown = count - 1 if bad is None else bad
+        losses = self._sums[:count].cpu().numpy() / self._step_rows
         self.num_steps = step + 1
         self.num_samples += sum(self._step_rows)
+        self._errors.clear()
         self._step_rows.clear()
-        full_loss = self._evaluate() if self._target_excess is not None and bad is None else None
+        first, shown = step + 1 - count, count - 1
+        fine = losses <= self._prepared.exploding_loss
+        if not fine.all():
+            shown = int(fine.argmin())
+            self.stopped_by, self.diverged_at_step = "divergence", first + shown
+        full_loss = self._evaluate() if self._target_excess is not None and fine.all() else None
         if self._directory:
-            self._directory.note([self._line(first + shown, losses[shown], full_loss)])
-            self._reporter.progress(step + 1, self._prepared.num_steps, losses[shown])
+            loss = float(losses[shown])
+            self._directory.note(self._line(first + shown, loss, full_loss))
+            self._reporter.progress(step + 1, self._prepared.num_steps, loss)
         return self.stopped_by != "steps"
 
     def _line(self, step: int, loss: float, full_loss: float | None) -> dict[str, float | int | None]:
@@ -107,7 +111,7 @@ class Metrics:
             "step": step,
             "epoch": (step + 1) / self._prepared.plan.steps_per_epoch,
             "num_samples": self.num_samples,
-            "loss": loss,
+            "loss": loss if math.isfinite(loss) else None,
             "learning_rate_weight": rate_of_weight,
             "learning_rate_bias": rate_of_bias,
             "time_s": round(self._elapsed_s(), 6),

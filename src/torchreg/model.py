@@ -27,25 +27,37 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     return nn.functional.mse_loss(prediction, target, reduction="sum")
 
 
-class Gradient:
-    """Gradient of the weight (1, num_features) and of the bias (1,): two views of one flat buffer.
+class WeightAndBias:
+    """θ = (weight, bias), or its gradient, as one flat buffer (num_features + 1,), of which both are views.
 
-    One reduction of `flat` (num_features + 1,) then carries both.
+    One reduction over ranks, and one product with rows a = (x, 1), then serve both.
     """
 
-    def __init__(self, model: nn.Linear) -> None:
-        self.flat = torch.zeros(model.in_features + 1, dtype=model.weight.dtype, device=model.weight.device)
-        self.weight = self.flat[:-1].view(1, -1)
-        self.bias = self.flat[-1:]
+    def __init__(self, flat: Tensor) -> None:
+        self.flat = flat
+        self.weight = flat[:-1]
+        self.bias = flat[-1:]
 
-    def add(self, weight: Tensor, bias: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """Add half the gradient of the squared error of the rows, and return that squared error.
+    @classmethod
+    def of(cls, model: nn.Linear) -> WeightAndBias:
+        """The model's parameters, which become views of the new buffer: what changes one changes the other."""
+        both = cls(torch.cat([model.weight.detach().view(-1), model.bias.detach()]))
+        model.weight.data = both.weight.view(1, -1)
+        model.bias.data = both.bias
+        return both
 
-        With the residual r = x w + b − y, the squared error Σ r² has ∂/∂w = 2 rᵀx and ∂/∂b = 2 Σ r; the factor 2
-        is left to the caller, who scales anyway. `x` is (rows, num_features), `y` is (rows, 1).
-        """
-        residual = torch.addmm(bias, x, weight.T).sub_(y)
-        self.weight.addmm_(residual.T, x)
-        self.bias.add_(residual.sum())
-        flat = residual.view(-1)
-        return torch.dot(flat, flat)
+
+def with_constant(x: Tensor) -> Tensor:
+    """Rows a = (x, 1), (rows, num_features + 1), of x (rows, num_features)."""
+    return torch.hstack([x, x.new_ones(len(x), 1)])
+
+
+def add_gradient(theta: Tensor, a: Tensor, y: Tensor, gradient: Tensor) -> Tensor:
+    """Add half the gradient of the rows' squared error to `gradient`, and return that squared error.
+
+    With the residual r = aθ − y the squared error is rᵀr, and its gradient 2 aᵀr; the factor 2 is left to the caller,
+    who scales anyway. `a` is (rows, num_features + 1), `y` is (rows,), `theta` and `gradient` are (num_features + 1,).
+    """
+    residual = torch.addmv(y, a, theta, beta=-1)
+    gradient.addmv_(a.T, residual)
+    return torch.dot(residual, residual)

@@ -14,7 +14,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
@@ -71,22 +71,18 @@ class RunDirectory:
             ) from error
         for file in _OWN_FILES:
             (self.path / file).unlink(missing_ok=True)
-        self._metrics: TextIO | None = None
+        self._metrics: TextIO = (self.path / (METRICS_FILE + PARTIAL)).open("w", encoding="utf-8")
 
     def write_json(self, file: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file that appears whole or not at all."""
         write_atomically(self.path / file, to_json(content, indent=2) + "\n")
 
-    def note(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Add lines to the metrics, which appear under their name when the run is finished."""
-        if self._metrics is None:
-            self._metrics = (self.path / (METRICS_FILE + PARTIAL)).open("w", encoding="utf-8")
-        self._metrics.writelines(to_json(line) + "\n" for line in lines)
+    def note(self, line: Mapping[str, Any]) -> None:
+        """Add a line to the metrics, which appear under their name when the run is finished."""
+        self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """Close the metrics and write the record: the run is complete when `record.json` is there."""
-        self.note(())
-        assert self._metrics is not None
         self._metrics.flush()
         os.fsync(self._metrics.fileno())
         self._metrics.close()

@@ -17,7 +17,7 @@ from torchreg.batches import Block
 from torchreg.config import TrainConfig
 from torchreg.data import Table
 from torchreg.metrics import Metrics, accumulable
-from torchreg.model import Gradient, make_model, squared_error
+from torchreg.model import WeightAndBias, add_gradient, make_model, squared_error, with_constant
 from torchreg.optim import descend, make_sgd, set_rates
 from torchreg.prepare import Prepared, prepare
 from torchreg.record import CONFIG_FILE, RunDirectory, default_name, utc_now
@@ -26,7 +26,7 @@ from torchreg.runtime import AddOverRanks, AgreedError, AnySync, Runtime, open_r
 from torchreg.terminal import Reporter, Silent
 
 MicroBatches = Sequence[tuple[Tensor, Tensor]]
-"""This rank's share of one step: pairs x (rows, num_features), y (rows, 1); rows may be 0."""
+"""This rank's share of one step: pairs x (rows, num_features), y (rows, 1), or those of `hand_rows`; rows may be 0."""
 
 TakeStep = Callable[[tuple[float, float], MicroBatches, int], Tensor]
 
@@ -57,9 +57,8 @@ def sgd_step(
 
 
 def hand_step(
-    weight: Tensor,
-    bias: Tensor,
-    gradient: Gradient,
+    theta: WeightAndBias,
+    gradient: WeightAndBias,
     rates: tuple[float, float],
     micro_batches: MicroBatches,
     step_rows: int,
@@ -69,40 +68,35 @@ def hand_step(
 
     Returns this rank's squared error before the update.
     """
-    error = _gradient_of_step(weight, bias, gradient, micro_batches, add_over_ranks)
-    descend(weight, gradient.weight, 2 * rates[0] / step_rows)
-    descend(bias, gradient.bias, 2 * rates[1] / step_rows)
+    error = _gradient_of_step(theta, gradient, micro_batches, add_over_ranks)
+    descend(theta.weight, gradient.weight, 2 * rates[0] / step_rows)
+    descend(theta.bias, gradient.bias, 2 * rates[1] / step_rows)
     return error
 
 
 def sequential_step(
-    weight: Tensor,
-    bias: Tensor,
-    gradient: Gradient,
+    theta: WeightAndBias,
+    gradient: WeightAndBias,
     rates: tuple[float, float],
     micro_batches: MicroBatches,
     step_rows: int,
     add_over_ranks: AddOverRanks,
 ) -> Tensor:
     """The lesson's order: the weight first, then the bias with the gradient at the new weight."""
-    error = _gradient_of_step(weight, bias, gradient, micro_batches, add_over_ranks)
-    descend(weight, gradient.weight, 2 * rates[0] / step_rows)
-    _gradient_of_step(weight, bias, gradient, micro_batches, add_over_ranks)
-    descend(bias, gradient.bias, 2 * rates[1] / step_rows)
+    error = _gradient_of_step(theta, gradient, micro_batches, add_over_ranks)
+    descend(theta.weight, gradient.weight, 2 * rates[0] / step_rows)
+    _gradient_of_step(theta, gradient, micro_batches, add_over_ranks)
+    descend(theta.bias, gradient.bias, 2 * rates[1] / step_rows)
     return error
 
 
 def _gradient_of_step(
-    weight: Tensor,
-    bias: Tensor,
-    gradient: Gradient,
-    micro_batches: MicroBatches,
-    add_over_ranks: AddOverRanks,
+    theta: WeightAndBias, gradient: WeightAndBias, micro_batches: MicroBatches, add_over_ranks: AddOverRanks
 ) -> Tensor:
     gradient.flat.zero_()
     total = None
-    for x, y in micro_batches:
-        error = gradient.add(weight, bias, x, y)
+    for a, y in micro_batches:
+        error = add_gradient(theta.flat, a, y, gradient.flat)
         total = error if total is None else total + error
     add_over_ranks()
     assert total is not None
@@ -117,7 +111,10 @@ def make_step(
     *,
     sequential: bool = False,
 ) -> TakeStep:
-    """The step of one of the four combinations: a function of the rates, this rank's micro-batches, the step's rows."""
+    """The step of one of the four combinations: a function of the rates, this rank's micro-batches, the step's rows.
+
+    `hand` takes rows as `hand_rows` makes them.
+    """
     if optimizer == "sgd":
         averaged = runtime.wrap(model, sync)
         sgd = make_sgd(model, (0.0, 0.0))
@@ -128,15 +125,20 @@ def make_step(
 
         return take_sgd_step
 
-    weight, bias = model.weight.detach(), model.bias.detach()  # the same memory, unseen by autograd
-    gradient = Gradient(model)
+    theta = WeightAndBias.of(model)
+    gradient = WeightAndBias(torch.zeros_like(theta.flat))
     add_over_ranks = runtime.add_over_ranks(gradient.flat, sync)
     step = sequential_step if sequential else hand_step
 
     def take_hand_step(rates: tuple[float, float], micro_batches: MicroBatches, step_rows: int) -> Tensor:
-        return step(weight, bias, gradient, rates, micro_batches, step_rows, add_over_ranks)
+        return step(theta, gradient, rates, micro_batches, step_rows, add_over_ranks)
 
     return take_hand_step
+
+
+def hand_rows(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows as paper has them: a = (x, 1), (rows, num_features + 1), and y as a vector (rows,)."""
+    return with_constant(x), y[:, 0].contiguous()
 
 
 def rows_of_steps(block: Block, x: Tensor, y: Tensor) -> Iterator[tuple[int, MicroBatches, int]]:
@@ -223,11 +225,16 @@ def train(config: TrainConfig, runtime: Runtime | None = None, reporter: Reporte
         sync,
         directory,
         reporter,
+        dtype=dtype,
         target_excess=config.target_excess,
         loss_on_all_rows=lambda: evaluate(model, x, y, runtime, sync, share),
     )
     metrics.start()
-    run_steps(prepared, x, y, take_step, metrics, runtime)
+    if config.optimizer == "hand":
+        with torch.no_grad():
+            run_steps(prepared, *hand_rows(x, y), take_step, metrics, runtime)
+    else:
+        run_steps(prepared, x, y, take_step, metrics, runtime)
     metrics.stop()
     reporter.close()
 

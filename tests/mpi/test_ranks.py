@@ -53,7 +53,16 @@ def test_the_same_global_batch_gives_the_same_weights_at_every_world_size(launch
 @pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
 def test_the_command_speaks_once_and_only_json_on_stdout(launcher, run, tmp_path):
     done = run(
-        *launch(launcher, 3), "-m", "torchreg", "train", "--json", "--runtime", "torch", "--max-steps", "4", cwd=tmp_path
+        *launch(launcher, 3),
+        "-m",
+        "torchreg",
+        "train",
+        "--json",
+        "--runtime",
+        "torch",
+        "--max-steps",
+        "4",
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["world_size"] == 3
