@@ -323,16 +323,15 @@ def measure(runtime: Any, dtype: str, options: Options, left_out: dict[str, str]
     for name, take_steps in contenders.items():
         timed(take_steps, 20)
         counts[name] = max(20, int(20 * options.block_s / timed(take_steps, 20)))
-    full = (("hand", "mpi"), ("sgd", "ddp")) if runtime.world_size > 1 else (("hand", "allreduce"), ("sgd", "ddp"))
+    full = {"hand/mpi": ("hand", "mpi"), "sgd/ddp": ("sgd", "ddp")}
+    if runtime.world_size == 1:
+        full = {"hand": ("hand", "allreduce"), "sgd": ("sgd", "ddp")}
     with tempfile.TemporaryDirectory() as folder:
         runs_dir = comm.bcast(folder)
         full_runs = {}
-        for optimizer, sync in full:
-            bare = f"{optimizer}/{sync}" if runtime.world_size > 1 else optimizer
-            full_runs[f"full run {bare}"] = (
-                full_run(runtime, optimizer, sync, dtype, runs_dir),
-                max(FULL_RUN_STEPS, counts[bare]),
-            )
+        for bare, (optimizer, sync) in full.items():
+            counts[bare] = max(FULL_RUN_STEPS, counts[bare])  # a run and its bare loop take as many steps
+            full_runs[f"full run {bare}"] = (full_run(runtime, optimizer, sync, dtype, runs_dir), counts[bare])
         seconds: dict[str, list[float]] = {name: [] for name in (*contenders, *full_runs)}
         order = np.random.default_rng(0)
         for _ in range(options.rounds):

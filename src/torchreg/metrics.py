@@ -36,7 +36,6 @@ class Metrics:
         directory: RunDirectory | None,
         reporter: Reporter,
         *,
-        dtype: torch.dtype,
         target_excess: float | None,
         loss_on_all_rows: Callable[[], float],
     ) -> None:
@@ -46,8 +45,7 @@ class Metrics:
         self._reporter = reporter
         self._target_excess = target_excess
         self._loss_on_all_rows = loss_on_all_rows
-        self._stacked = torch.zeros(prepared.log_every, device=runtime.device, dtype=dtype)
-        self._sums = accumulable(self._stacked.clone())
+        self._sums = accumulable(torch.zeros(prepared.log_every, device=runtime.device))
         self._add_over_ranks = runtime.add_over_ranks(self._sums, sync)
         self._errors: list[Tensor] = []
         self._step_rows: list[int] = []
@@ -85,8 +83,7 @@ class Metrics:
     def _flush(self, step: int) -> bool:
         count = len(self._errors)
         self._sums.zero_()
-        torch.stack(self._errors, out=self._stacked[:count])
-        self._sums[:count] = self._stacked[:count]
+        self._sums[:count] = torch.stack(self._errors)
         self._add_over_ranks()
         losses = self._sums[:count].cpu().numpy() / self._step_rows
         self.num_steps = step + 1

@@ -225,7 +225,6 @@ def train(config: TrainConfig, runtime: Runtime | None = None, reporter: Reporte
         sync,
         directory,
         reporter,
-        dtype=dtype,
         target_excess=config.target_excess,
         loss_on_all_rows=lambda: evaluate(model, x, y, runtime, sync, share),
     )
