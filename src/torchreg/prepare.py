@@ -114,7 +114,8 @@ def read(config: TrainConfig) -> Table:
 def _moments(table: Table) -> Moments:
     with np.errstate(over="ignore", invalid="ignore"):
         moments = Moments.of(table.features, table.target)
-    if not np.isfinite(moments.factor).all():
+        squares = np.square(moments.factor).sum() + np.square(moments.mean).sum() * table.num_rows
+    if not np.isfinite(squares):
         raise ValueError(f"data is {table.source}, whose numbers are too large to square: rescale its columns")
     return moments
 
