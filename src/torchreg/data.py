@@ -226,8 +226,10 @@ def _read_file(path: Path) -> pd.DataFrame:
     if path.suffix in (".parquet", ".pq"):
         frame: pd.DataFrame = _with_pyarrow(path, lambda: pd.read_parquet(path))
         return frame
+    # From pandas 3.1 on every number is read to the last bit, and asking for it is deprecated.
+    is_older = tuple(map(int, pd.__version__.split(".")[:2])) < (3, 1)
     try:
-        return pd.read_csv(path)
+        return pd.read_csv(path, **({"float_precision": "round_trip"} if is_older else {}))
     except (ValueError, OSError) as error:  # pandas' parser errors and Unicode errors are ValueErrors
         raise ValueError(f"data is {path}, which cannot be read as CSV: {_first_line(error)}") from error
 
