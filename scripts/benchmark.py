@@ -238,7 +238,7 @@ def torchreg_loop(x: Any, y: Any, runtime: Any, optimizer: Any, sync: Any) -> Ta
 
     def take_steps(count: int) -> None:
         errors.clear()
-        with torch.no_grad() if optimizer == "hand" else nullcontext():
+        with torch.inference_mode() if optimizer == "hand" else nullcontext():
             for block in plan.blocks(runtime.rank, done["steps"], done["steps"] + count):
                 for step, micro_batches, step_rows in rows_of_steps(block, x, y):
                     errors.append(take_step(schedule(step), micro_batches, step_rows))

@@ -155,7 +155,7 @@ class TrainConfig:
     """Replace the records of an earlier run of this name."""
 
     log_every: int | None = None
-    """Steps between two lines of metrics. Default: about fifty lines a run."""
+    """Steps between two lines of metrics. Default: about forty lines a run."""
 
     plot: bool = False
     """Draw data, fit, closed form and loss as PNG and SVG in the run's folder."""

@@ -228,8 +228,9 @@ def _read_file(path: Path) -> pd.DataFrame:
         return frame
     # From pandas 3.1 on every number is read to the last bit, and asking for it is deprecated.
     is_older = tuple(map(int, pd.__version__.split(".")[:2])) < (3, 1)
+    exactly: dict[str, Any] = {"float_precision": "round_trip"} if is_older else {}
     try:
-        return pd.read_csv(path, **({"float_precision": "round_trip"} if is_older else {}))
+        return pd.read_csv(path, **exactly)
     except (ValueError, OSError) as error:  # pandas' parser errors and Unicode errors are ValueErrors
         raise ValueError(f"data is {path}, which cannot be read as CSV: {_first_line(error)}") from error
 

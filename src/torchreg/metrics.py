@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchreg.prepare import Prepared
 from torchreg.record import RunDirectory
-from torchreg.runtime import AnySync, Runtime
+from torchreg.runtime import Runtime
 from torchreg.terminal import Reporter
 
 
@@ -32,7 +32,6 @@ class Metrics:
         self,
         prepared: Prepared,
         runtime: Runtime,
-        sync: AnySync,
         directory: RunDirectory | None,
         reporter: Reporter,
         *,
@@ -46,9 +45,10 @@ class Metrics:
         self._target_excess = target_excess
         self._loss_on_all_rows = loss_on_all_rows
         self._sums = accumulable(torch.zeros(prepared.log_every, device=runtime.device))
-        self._add_over_ranks = runtime.add_over_ranks(self._sums, sync)
+        self._add_over_ranks = runtime.add_over_ranks(self._sums, runtime.quick_sync)
         self._errors: list[Tensor] = []
         self._step_rows: list[int] = []
+        self._log_every, self._last_step = prepared.log_every, prepared.num_steps - 1
         self._not_timed_s = 0.0
         self._start_s = 0.0
         self.num_steps = 0
@@ -68,7 +68,7 @@ class Metrics:
         """Take this rank's squared error of a step; True when training is to stop after it."""
         self._errors.append(error)
         self._step_rows.append(step_rows)
-        if len(self._errors) < self._prepared.log_every and step + 1 < self._prepared.num_steps:
+        if len(self._errors) < self._log_every and step < self._last_step:
             return False
         return self._flush(step)
 

@@ -17,7 +17,7 @@ from torchreg.theory import ClosedForm, Matrix, Moments, Stability, largest_stab
 DEFAULT_RATE = 0.05
 _SAFE_FRACTION = 0.5  # of the stability limit: the default's and the cap's distance from it
 _EXPLODING_FACTOR = 1_000.0  # times the loss at the start, and at the mean of the target
-_LOG_LINES = 50
+_LOG_LINES = 40
 _MAX_LOG_EVERY = 1_000
 
 

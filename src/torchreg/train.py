@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -149,15 +150,15 @@ def rows_of_steps(block: Block, x: Tensor, y: Tensor) -> Iterator[tuple[int, Mic
     if isinstance(block.rows, slice):
         sizes = block.micro_batch_sizes[0]
         pieces = list(zip(x[block.rows].split(sizes), y[block.rows].split(sizes), strict=True))
-        for number, step_rows in enumerate(block.step_rows):
-            yield block.first_step + number, pieces, step_rows
+        for step, step_rows in enumerate(block.step_rows, start=block.first_step):
+            yield step, pieces, step_rows
         return
     rows = torch.from_numpy(block.rows).to(x.device)
     flat_sizes = [size for sizes in block.micro_batch_sizes for size in sizes]
     pairs = zip(x.index_select(0, rows).split(flat_sizes), y.index_select(0, rows).split(flat_sizes), strict=True)
     steps = zip(block.micro_batch_sizes, block.step_rows, strict=True)
-    for number, (sizes, step_rows) in enumerate(steps):
-        yield block.first_step + number, [next(pairs) for _ in sizes], step_rows
+    for step, (sizes, step_rows) in enumerate(steps, start=block.first_step):
+        yield step, list(islice(pairs, len(sizes))), step_rows
 
 
 def run_steps(
@@ -172,12 +173,12 @@ def run_steps(
                 return
 
 
-def evaluate(model: nn.Linear, x: Tensor, y: Tensor, runtime: Runtime, sync: AnySync, share: slice) -> float:
+def evaluate(model: nn.Linear, x: Tensor, y: Tensor, runtime: Runtime, share: slice) -> float:
     """The loss on all rows: each rank takes its share of them, all ranks get the same number."""
     with torch.no_grad():
         residual = accumulable(model(x[share]) - y[share])
         error = residual.square().sum().reshape(1)
-    runtime.add_over_ranks(error, sync)()
+    runtime.add_over_ranks(error, runtime.quick_sync)()
     return error.item() / len(x)
 
 
@@ -222,15 +223,14 @@ def train(config: TrainConfig, runtime: Runtime | None = None, reporter: Reporte
     metrics = Metrics(
         prepared,
         runtime,
-        sync,
         directory,
         reporter,
         target_excess=config.target_excess,
-        loss_on_all_rows=lambda: evaluate(model, x, y, runtime, sync, share),
+        loss_on_all_rows=lambda: evaluate(model, x, y, runtime, share),
     )
     metrics.start()
     if config.optimizer == "hand":
-        with torch.no_grad():
+        with torch.inference_mode():
             run_steps(prepared, *hand_rows(x, y), take_step, metrics, runtime)
     else:
         run_steps(prepared, x, y, take_step, metrics, runtime)

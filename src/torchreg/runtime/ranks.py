@@ -72,6 +72,11 @@ class Runtime:
         """Hosts that ranks run on."""
         return len({place.host for place in self.places})
 
+    @property
+    def quick_sync(self) -> AnySync:
+        """The quickest way to add up a few numbers over ranks, whoever averages the gradients."""
+        return "mpi" if self.mpi_comm is not None and self.device.type == "cpu" else "allreduce"
+
     def describe(self) -> str:
         """The bring-up in one line: launcher, runtime, backend, ranks × nodes, devices."""
         devices = sorted({place.device.split(":")[0] for place in self.places})
