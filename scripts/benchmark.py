@@ -31,7 +31,7 @@ import tyro
 
 LOCAL_BATCH_SIZE = 64
 RATES = (0.01, 0.01)
-FULL_RUN_STEPS = 500
+FULL_RUN_STEPS = {"hand": 5_000, "sgd": 500}  # a run of a few tenths of a second
 LESSON_RATES = (1e-7, 1e-1)
 
 ANSWER_VARIABLE = "TORCHREG_BENCHMARK_ANSWER"  # set in a child: where its main rank writes what it measured
@@ -330,7 +330,7 @@ def measure(runtime: Any, dtype: str, options: Options, left_out: dict[str, str]
         runs_dir = comm.bcast(folder)
         full_runs = {}
         for bare, (optimizer, sync) in full.items():
-            counts[bare] = max(FULL_RUN_STEPS, counts[bare])  # a run and its bare loop take as many steps
+            counts[bare] = max(FULL_RUN_STEPS[optimizer], counts[bare])  # a run and its bare loop take as many steps
             full_runs[f"full run {bare}"] = (full_run(runtime, optimizer, sync, dtype, runs_dir), counts[bare])
         seconds: dict[str, list[float]] = {name: [] for name in (*contenders, *full_runs)}
         order = np.random.default_rng(0)

@@ -28,6 +28,7 @@ FIGURE_FILES = ("training.png", "training.svg")
 PARTIAL = ".part"
 
 _OWN_FILES = (CONFIG_FILE, RECORD_FILE, METRICS_FILE, METRICS_FILE + PARTIAL, *FIGURE_FILES)
+_METRICS_JSON = json.JSONEncoder(allow_nan=False)  # made once: a line is written from inside the loop
 _LIBRARIES = ("torchreg", "torch", "numpy", "pandas", "ezpz", "mpi4py", "matplotlib")
 _ALLOWED_VARIABLES = re.compile(
     r"(OMP|MKL)_NUM_THREADS|CUDA_VISIBLE_DEVICES|CUDA_DEVICE_ORDER|ZE_AFFINITY_MASK|CPU_BIND|"
@@ -79,7 +80,7 @@ class RunDirectory:
 
     def note(self, line: Mapping[str, Any]) -> None:
         """Add a line to the metrics, which appear under their name when the run is finished."""
-        self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
+        self._metrics.write(_METRICS_JSON.encode(line) + "\n")
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """Close the metrics and write the record: the run is complete when `record.json` is there."""
