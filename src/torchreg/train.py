@@ -64,29 +64,18 @@ def hand_step(
     micro_batches: MicroBatches,
     step_rows: int,
     add_over_ranks: AddOverRanks,
+    *,
+    sequential: bool = False,
 ) -> Tensor:
     """The same update without autograd: the gradient as derived on paper, added up over ranks, applied.
 
-    Returns this rank's squared error before the update.
+    `sequential` is the lesson's order: the weight first, then the bias with the gradient at the new weight. Returns
+    this rank's squared error before the update.
     """
     error = _gradient_of_step(theta, gradient, micro_batches, add_over_ranks)
     descend(theta.weight, gradient.weight, 2 * rates[0] / step_rows)
-    descend(theta.bias, gradient.bias, 2 * rates[1] / step_rows)
-    return error
-
-
-def sequential_step(
-    theta: WeightAndBias,
-    gradient: WeightAndBias,
-    rates: tuple[float, float],
-    micro_batches: MicroBatches,
-    step_rows: int,
-    add_over_ranks: AddOverRanks,
-) -> Tensor:
-    """The lesson's order: the weight first, then the bias with the gradient at the new weight."""
-    error = _gradient_of_step(theta, gradient, micro_batches, add_over_ranks)
-    descend(theta.weight, gradient.weight, 2 * rates[0] / step_rows)
-    _gradient_of_step(theta, gradient, micro_batches, add_over_ranks)
+    if sequential:
+        _gradient_of_step(theta, gradient, micro_batches, add_over_ranks)
     descend(theta.bias, gradient.bias, 2 * rates[1] / step_rows)
     return error
 
@@ -129,10 +118,9 @@ def make_step(
     theta = WeightAndBias.of(model)
     gradient = WeightAndBias(torch.zeros_like(theta.flat))
     add_over_ranks = runtime.add_over_ranks(gradient.flat, sync)
-    step = sequential_step if sequential else hand_step
 
     def take_hand_step(rates: tuple[float, float], micro_batches: MicroBatches, step_rows: int) -> Tensor:
-        return step(theta, gradient, rates, micro_batches, step_rows, add_over_ranks)
+        return hand_step(theta, gradient, rates, micro_batches, step_rows, add_over_ranks, sequential=sequential)
 
     return take_hand_step
 
