@@ -134,6 +134,12 @@ def test_data_show_make_and_train_on_it(capsys):
     assert main(["train", "--data", "made.csv", "--max-steps", "2"]) == 0
 
 
+@pytest.mark.parametrize("options", [["--features", "GrLivArea"], ["--data", "houses.csv", "--num-rows", "9"]])
+def test_data_options_that_have_no_effect_are_refused(options, capsys):
+    assert main(["data", "show", *options]) == 2
+    assert "torchreg: error: " in capsys.readouterr().err
+
+
 def test_mpi_without_mpi4py_says_how_to_get_it(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     monkeypatch.setattr(cli.os, "_exit", sys.exit)

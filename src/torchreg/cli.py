@@ -207,10 +207,8 @@ def _data(argv: list[str]) -> int:
     if arguments.action == "fetch":
         print(fetch_ames())
         return 0
-    if arguments.data != "builtin" and (arguments.num_rows or arguments.num_features):
-        raise ValueError(f"data is {arguments.data}: only the built-in data can be made to size")
-    table = load_table(
-        arguments.data,
+    config = TrainConfig(  # checks them as it does for training
+        data=arguments.data,
         features=arguments.features,
         target=arguments.target,
         num_rows=arguments.num_rows,
@@ -218,6 +216,7 @@ def _data(argv: list[str]) -> int:
         data_seed=arguments.data_seed,
         drop_missing=arguments.drop_missing,
     )
+    table = load_table(config.data, **config.data_options())
     if arguments.action == "make":
         if arguments.output.exists() and not arguments.overwrite:
             raise ValueError(f"output is {arguments.output}, which exists already: choose another, or --overwrite")

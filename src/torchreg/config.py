@@ -10,7 +10,7 @@ import ast
 import inspect
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 Optimizer = Literal["sgd", "hand"]
 Sync = Literal["auto", "ddp", "allreduce", "mpi"]
@@ -217,6 +217,11 @@ class TrainConfig:
             )
         if self.name is not None and (not self.name or self.name in (".", "..") or "/" in self.name):
             raise ValueError(f"name is {self.name!r}: give a plain folder name; --runs-dir chooses where it goes")
+
+    def data_options(self) -> dict[str, Any]:
+        """What `load_table` needs besides the source."""
+        names = ("features", "target", "num_rows", "num_features", "data_seed", "drop_missing")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def effective_sync(self) -> Literal["ddp", "allreduce", "mpi"]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 class Launcher:
     """What the launcher says about this process.
 
-    `local_rank` and `local_world_size` are None where it does not say (then MPI is asked).
+    `local_rank` and `local_world_size` are None where it does not say: the runtime then counts hosts.
     """
 
     name: str

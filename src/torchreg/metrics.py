@@ -113,7 +113,9 @@ class Metrics:
             "learning_rate_bias": rate_of_bias,
             "time_s": round(self._elapsed_s(), 6),
         }
-        return line if full_loss is None else {**line, "full_loss": full_loss}
+        if full_loss is not None:
+            line["full_loss"] = full_loss if math.isfinite(full_loss) else None
+        return line
 
     def _evaluate(self) -> float:
         start_s = time.perf_counter()
@@ -121,6 +123,8 @@ class Metrics:
         assert self._target_excess is not None
         if loss <= self._prepared.closed_form.loss * (1 + self._target_excess):
             self.stopped_by = "target"
+        elif not loss <= self._prepared.exploding_loss:  # the update after the last step's loss
+            self.stopped_by, self.diverged_at_step = "divergence", self.num_steps - 1
         self._not_timed_s += time.perf_counter() - start_s
         return loss
 

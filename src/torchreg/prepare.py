@@ -100,15 +100,7 @@ def prepare(config: TrainConfig, world_size: int) -> tuple[Prepared, Table]:
 
 def read(config: TrainConfig) -> Table:
     """The table that a configuration names."""
-    return load_table(
-        config.data,
-        features=config.features,
-        target=config.target,
-        num_rows=config.num_rows,
-        num_features=config.num_features,
-        data_seed=config.data_seed,
-        drop_missing=config.drop_missing,
-    )
+    return load_table(config.data, **config.data_options())
 
 
 def _moments(table: Table) -> Moments:

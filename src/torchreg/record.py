@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -42,19 +43,21 @@ def utc_now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def default_name() -> str:
-    """A run's name where none is given: train-<date>-<time>, in UTC."""
-    return datetime.now(timezone.utc).strftime("train-%Y%m%d-%H%M%S")
+def _free_name(runs_dir: Path) -> str:
+    """A run's name where none is given: train-<date>-<time> in UTC, and a number where that second has one already."""
+    name = datetime.now(timezone.utc).strftime("train-%Y%m%d-%H%M%S")
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if not (runs_dir / name).exists())
 
 
 class RunDirectory:
-    """The folder of one run.
+    """The folder of one run, named by its time where no name is given.
 
     Raises `ValueError` when the folder already holds a run and `overwrite` is not given, or cannot be written.
     """
 
-    def __init__(self, runs_dir: str | Path, name: str, *, overwrite: bool = False) -> None:
-        self.path = Path(runs_dir) / name
+    def __init__(self, runs_dir: str | Path, name: str | None = None, *, overwrite: bool = False) -> None:
+        self.path = Path(runs_dir) / (name or _free_name(Path(runs_dir)))
         try:
             self.path.mkdir(parents=True, exist_ok=overwrite)
             probe = self.path / PARTIAL

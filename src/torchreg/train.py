@@ -21,7 +21,7 @@ from torchreg.metrics import Metrics, accumulable
 from torchreg.model import WeightAndBias, add_gradient, make_model, squared_error, with_constant
 from torchreg.optim import descend, make_sgd, set_rates
 from torchreg.prepare import Prepared, prepare
-from torchreg.record import CONFIG_FILE, RunDirectory, default_name, utc_now
+from torchreg.record import CONFIG_FILE, RunDirectory, utc_now
 from torchreg.result import Result, make_record, make_result
 from torchreg.runtime import AddOverRanks, AgreedError, AnySync, Runtime, open_runtime
 from torchreg.terminal import Reporter, Silent
@@ -187,12 +187,13 @@ def train(config: TrainConfig, runtime: Runtime | None = None, reporter: Reporte
         reporter = Silent()
     started = utc_now()
     reporter.say(runtime.describe())
+    dtype = _dtype(config.dtype, runtime.device)
 
     kept: list[tuple[Table, RunDirectory]] = []  # what only the main rank has
 
     def begin() -> tuple[Prepared, str]:
         prepared, table = prepare(config, runtime.world_size)
-        directory = RunDirectory(config.runs_dir, config.name or default_name(), overwrite=config.overwrite)
+        directory = RunDirectory(config.runs_dir, config.name, overwrite=config.overwrite)
         directory.write_json(CONFIG_FILE, asdict(config))
         kept.append((table, directory))
         return prepared, str(directory.path)
@@ -203,7 +204,6 @@ def train(config: TrainConfig, runtime: Runtime | None = None, reporter: Reporte
         reporter.warn(warning)
 
     sync = config.effective_sync
-    dtype = _dtype(config.dtype, runtime.device)
     x, y = _rows_on_device(table, prepared, runtime, dtype)
     model = make_model(prepared.start[0].tolist(), prepared.start[1], device=runtime.device, dtype=dtype)
     take_step = make_step(config.optimizer, sync, model, runtime, sequential=config.update_order == "sequential")

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -160,28 +161,35 @@ def test_torchrun_with_mpi_averaging_is_refused(run, tmp_path):
     assert "torchrun says rank 0 of 2, but MPI" in done.stderr
 
 
+LISTENING = """
+import os
+from pathlib import Path
+from torchreg.runtime import open_runtime
+
+with open_runtime(sync="ddp", device="cpu", runtime="torch") as runtime:
+    runtime.barrier()
+    descriptors = Path("/proc/self/fd")
+    mine = {os.readlink(descriptors / name) for name in os.listdir(descriptors) if os.path.islink(descriptors / name)}
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in mine:
+                print("listens", fields[1].split(":")[0], flush=True)
+    runtime.barrier()
+"""
+
+
 def test_sockets_of_one_node_are_on_loopback_only(run, tmp_path):
+    # Ranks started by hand: MPI, whose sockets are its own, has no part in it.
     script = tmp_path / "listening.py"
-    script.write_text(
-        "import os\n"
-        "from pathlib import Path\n"
-        "from torchreg.runtime import open_runtime\n"
-        "own = lambda: {os.readlink(f'/proc/self/fd/{fd}') for fd in os.listdir('/proc/self/fd')\n"
-        "               if os.path.exists(f'/proc/self/fd/{fd}') or os.path.islink(f'/proc/self/fd/{fd}')}\n"
-        "with open_runtime(sync='ddp', device='cpu', runtime='torch') as runtime:\n"
-        "    runtime.barrier()\n"
-        "    mine = own()\n"
-        "    for name in ('tcp', 'tcp6'):\n"
-        "        for line in Path(f'/proc/net/{name}').read_text().splitlines()[1:]:\n"
-        "            fields = line.split()\n"
-        "            if fields[3] == '0A' and f'socket:[{fields[9]}]' in mine:\n"
-        "                print('listens', fields[1].split(':')[0])\n"
-        "    runtime.barrier()\n"
-    )
-    # MASTER_ADDR and MASTER_PORT keep MPI, whose sockets are its own, out of it.
-    done = run(*launch("mpiexec", 2), str(script), cwd=tmp_path)
+    script.write_text(LISTENING)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = f"LOCAL_RANK=0 RANK=0 {sys.executable} {script} & LOCAL_RANK=1 RANK=1 {sys.executable} {script}; wait $!"
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    done = run("bash", "-ec", both, cwd=tmp_path, **world)
     assert done.returncode == 0, done.stderr
-    listens = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("listens")}
-    loopback = {"0100007F", "0000000000000000FFFF00000100007F"}
-    assert loopback & listens
-    assert "00000000000000000000000000000000" not in listens, "TCPStore on every interface"
+    addresses = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("listens")}
+    assert addresses, done.stdout
+    assert addresses <= {"0100007F", "0000000000000000FFFF00000100007F"}, "anyone on the network can connect"
