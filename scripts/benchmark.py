@@ -225,7 +225,7 @@ def torchreg_loop(x: Any, y: Any, runtime: Any, optimizer: Any, sync: Any) -> Ta
 
     from torchreg.batches import BatchPlan
     from torchreg.model import make_model
-    from torchreg.optim import Schedule
+    from torchreg.schedule import Schedule
     from torchreg.train import hand_rows, make_step, rows_of_steps
 
     plan = BatchPlan.derive(len(x), runtime.world_size, local_batch_size=LOCAL_BATCH_SIZE)

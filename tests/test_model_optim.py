@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchreg.model import WeightAndBias, add_gradient, make_model, squared_error, with_constant
-from torchreg.optim import Schedule, descend, lr_scale, make_sgd
+from torchreg.optim import descend, make_sgd
+from torchreg.schedule import Schedule, lr_scale
 
 DTYPES = (torch.float32, torch.float64)
 

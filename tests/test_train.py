@@ -107,6 +107,17 @@ def test_divergence_is_noticed_and_recorded(optimizer, log_every):
     assert 3 <= result.diverged_at_step <= 10
 
 
+def test_divergence_seen_first_on_all_rows_is_divergence_not_a_crash():
+    # The first step's loss is finite; the update after it is not, and the check of the target meets it first.
+    result = train(TrainConfig(base_learning_rate=(1e200, 1e200), target_excess=0.1, log_every=1))
+    assert (result.stopped_by, result.diverged_at_step) == ("divergence", 0)
+
+
+def test_runs_without_a_name_in_the_same_second_do_not_collide():
+    runs = {train(TrainConfig(max_steps=1)).run_dir for _ in range(4)}
+    assert len(runs) == 4
+
+
 def test_divergence_in_the_very_last_update_is_noticed():
     result = train(TrainConfig(base_learning_rate=(1e9, 1e9), max_steps=1))
     assert result.diverged
@@ -137,7 +148,7 @@ def test_the_default_recipe_is_stable_at_any_world_size_that_the_data_allows(wor
 
     for config in (TrainConfig(), TrainConfig(num_features=12, num_rows=64 * world_size)):
         prepared, _ = prepare(config, world_size)
-        assert prepared.stability_limit >= 2 - 1e-6
+        assert prepared.forecast.stability_limit >= 2 - 1e-6
         assert prepared.warnings == ()
 
 

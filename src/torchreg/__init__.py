@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torchreg.data import Table, load_table
     from torchreg.result import Result
     from torchreg.runtime import Runtime, open_runtime
-    from torchreg.theory import ClosedForm, Moments, Stability
+    from torchreg.theory import ClosedForm, Dynamics, Moments
 
 __version__ = "0.1.0"
 
@@ -21,10 +21,10 @@ __all__ = [
     "RECIPES",
     "BatchPlan",
     "ClosedForm",
+    "Dynamics",
     "Moments",
     "Result",
     "Runtime",
-    "Stability",
     "Table",
     "TrainConfig",
     "load_table",
@@ -36,10 +36,10 @@ _MODULE_OF = {
     "RECIPES": "config",
     "BatchPlan": "batches",
     "ClosedForm": "theory",
+    "Dynamics": "theory",
     "Moments": "theory",
     "Result": "result",
     "Runtime": "runtime",
-    "Stability": "theory",
     "Table": "data",
     "TrainConfig": "config",
     "load_table": "data",

@@ -1,9 +1,11 @@
-"""What is decided before the first step, once, on the main rank: rows, batches, rates, and the right answer."""
+"""What is decided before the first step, once, on the main rank: rows, batches, rates, the right answer, the forecast.
+
+No torch: `torchreg plan` decides all of it for many world sizes and trains nothing.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +13,9 @@ import numpy as np
 from torchreg.batches import BatchPlan
 from torchreg.config import DEFAULT_EPOCHS, TrainConfig
 from torchreg.data import Standardizer, Table, load_table
-from torchreg.optim import Schedule, lr_scale
-from torchreg.theory import ClosedForm, Matrix, Moments, Stability, largest_stable_world_size
+from torchreg.forecast import Forecast, forecast
+from torchreg.schedule import Schedule, lr_scale
+from torchreg.theory import ClosedForm, Dynamics, Matrix, Moments, RowGradients, largest_stable_world_size
 
 DEFAULT_RATE = 0.05
 _SAFE_FRACTION = 0.5  # of the stability limit: the default's and the cap's distance from it
@@ -22,11 +25,49 @@ _MAX_LOG_EVERY = 1_000
 
 
 @dataclass(frozen=True)
+class Problem:
+    """What a configuration's table decides, at any world size: the right answer, and how SGD moves towards it.
+
+    `moments` and `closed_form` are in the data's units, `rows` and `start` (weight, bias) in the model's, and
+    `standardizer` maps between them. `start_error` is start − optimum, (num_features + 1,), in the model's units.
+    """
+
+    table: Table
+    standardizer: Standardizer
+    moments: Moments
+    closed_form: ClosedForm
+    rows: RowGradients
+    start: tuple[Matrix, float]
+    start_error: Matrix
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Problem:
+        """Read the table and solve it. Raises `ValueError` for data that cannot be trained on."""
+        table = read(config)
+        moments = _moments(table)
+        best = moments.closed_form()
+        standardizer = Standardizer.of(table.features, standardize=config.standardize)
+        weight = np.full(table.num_features, config.initial_weight)
+        off = standardizer.parameters_in(weight - best.weight, config.initial_bias - best.bias)
+        mean = moments.mean
+        residual = table.target - mean[-1] - (table.features - mean[:-1]) @ best.weight[:, None]
+        return cls(
+            table=table,
+            standardizer=standardizer,
+            moments=moments,
+            closed_form=best,
+            rows=RowGradients.of(standardizer.apply(table.features), residual),
+            start=standardizer.parameters_in(weight, config.initial_bias),
+            start_error=np.append(*off),
+        )
+
+
+@dataclass(frozen=True)
 class Prepared:
     """Everything that the loop needs besides the rows and the model; the same on every rank.
 
     `moments` and `closed_form` are in the data's units, `start` is in the model's, and `standardizer` maps between
-    them. `stability_limit` is the largest stable multiple of the scaled rates.
+    them.
     """
 
     feature_names: tuple[str, ...]
@@ -38,8 +79,7 @@ class Prepared:
     schedule: Schedule
     moments: Moments
     closed_form: ClosedForm
-    stability_limit: float
-    stability_criterion: str
+    forecast: Forecast
     num_steps: int
     log_every: int
     start: tuple[Matrix, float]
@@ -47,12 +87,18 @@ class Prepared:
     warnings: tuple[str, ...]
 
 
-def prepare(config: TrainConfig, world_size: int) -> tuple[Prepared, Table]:
-    """Read the data, derive the batches and choose the rates of a run.
+def prepare(config: TrainConfig, world_size: int, problem: Problem | None = None) -> tuple[Prepared, Table]:
+    """Read the data (unless `problem` has it), derive the batches and choose the rates of a run.
 
     Raises `ValueError` with the field, its value and the remedy for what cannot work.
     """
-    table = read(config)
+    problem = problem or Problem.of(config)
+    table, best = problem.table, problem.closed_form
+    if config.target_excess is not None and best.loss == 0:
+        raise ValueError(
+            f"target_excess is {config.target_excess}, a fraction of the closed form's loss, which is 0 for this data: "
+            "leave it out"
+        )
     plan = BatchPlan.derive(
         table.num_rows,
         world_size,
@@ -62,38 +108,29 @@ def prepare(config: TrainConfig, world_size: int) -> tuple[Prepared, Table]:
         sampling=config.sampling,
         seed=config.seed,
     )
-    moments = _moments(table)
-    closed_form = moments.closed_form()
-    if config.target_excess is not None and closed_form.loss == 0:
-        raise ValueError(
-            f"target_excess is {config.target_excess}, a fraction of the closed form's loss, which is 0 for this data: "
-            "leave it out"
-        )
-    standardizer = Standardizer.of(table.features, standardize=config.standardize)
-    features = standardizer.apply(table.features)
     num_steps = _num_steps(config, plan)
-    schedule, limit, criterion, warnings = _rates(config, features, plan, num_steps)
-    weight = np.full(table.num_features, config.initial_weight)
+    schedule, dynamics, warnings = _rates(config, problem, plan, num_steps)
     # One step sees at most num_rows / global_batch_size times the loss on all rows.
-    worst_start = max(moments.loss(weight, config.initial_bias), float(table.target.var()))
-    exploding_loss = _EXPLODING_FACTOR * worst_start * table.num_rows / plan.global_batch_size
+    at_start = best.loss + problem.moments.excess(
+        np.full(table.num_features, config.initial_weight), config.initial_bias
+    )
+    worst_start = max(at_start, float(table.target.var()))
     prepared = Prepared(
         feature_names=table.feature_names,
         target_name=table.target_name,
         fingerprint=table.fingerprint(),
         num_dropped=table.num_dropped,
-        standardizer=standardizer,
+        standardizer=problem.standardizer,
         plan=plan,
         schedule=schedule,
-        moments=moments,
-        closed_form=closed_form,
-        stability_limit=limit,
-        stability_criterion=criterion,
+        moments=problem.moments,
+        closed_form=best,
+        forecast=forecast(dynamics, schedule, problem.start_error, best.loss, plan.sampling, config.target_excess),
         num_steps=num_steps,
         log_every=config.log_every or min(_MAX_LOG_EVERY, math.ceil(num_steps / _LOG_LINES)),
-        start=standardizer.parameters_in(weight, config.initial_bias),
-        exploding_loss=exploding_loss,
-        warnings=warnings,
+        start=problem.start,
+        exploding_loss=_EXPLODING_FACTOR * worst_start * table.num_rows / plan.global_batch_size,
+        warnings=(*warnings, *([best.warning] if best.warning else [])),
     )
     return prepared, table
 
@@ -101,6 +138,32 @@ def prepare(config: TrainConfig, world_size: int) -> tuple[Prepared, Table]:
 def read(config: TrainConfig) -> Table:
     """The table that a configuration names."""
     return load_table(config.data, **config.data_options())
+
+
+def scale_at(config: TrainConfig, global_batch_size: int) -> float:
+    """What the configuration's base rates are multiplied by at a global batch size."""
+    return lr_scale(config.lr_scaling, global_batch_size, config.reference_batch_size)
+
+
+def base_rates(config: TrainConfig, problem: Problem) -> tuple[float, float]:
+    """The rates of weight and bias at the reference batch size, before any lowering for stability.
+
+    By default the same share of the curvature in the weight's and in the bias's direction.
+    """
+    mean_square = float(np.sum(problem.rows.feature_unit**2))
+    return config.base_learning_rate or (DEFAULT_RATE / mean_square, DEFAULT_RATE)
+
+
+def stable_world_size(config: TrainConfig, problem: Problem, local_batch_size: int) -> int:
+    """The most ranks at which the configuration's rates are stable, with `local_batch_size` rows each."""
+    return largest_stable_world_size(
+        problem.rows,
+        base_rates(config, problem),
+        local_batch_size,
+        lambda global_batch_size: scale_at(config, global_batch_size),
+        config.update_order,
+        config.sampling,
+    )
 
 
 def _moments(table: Table) -> Moments:
@@ -119,31 +182,29 @@ def _num_steps(config: TrainConfig, plan: BatchPlan) -> int:
 
 
 def _rates(
-    config: TrainConfig, features: Matrix, plan: BatchPlan, num_steps: int
-) -> tuple[Schedule, float, str, tuple[str, ...]]:
-    """The schedule, the largest stable multiple of its scaled rates, by which criterion, and what to tell the user."""
+    config: TrainConfig, problem: Problem, plan: BatchPlan, num_steps: int
+) -> tuple[Schedule, Dynamics, tuple[str, ...]]:
+    """The schedule, the dynamics of its base rates, and what to tell the user."""
 
-    def scale_at(global_batch_size: int) -> float:
-        return lr_scale(config.lr_scaling, global_batch_size, config.reference_batch_size)
+    def dynamics_of(rates: tuple[float, float]) -> Dynamics:
+        return Dynamics.of(problem.rows, rates, plan.global_batch_size, config.update_order, plan.sampling)
 
-    scale = scale_at(plan.global_batch_size)
-    # By default the same share of the curvature in the weight's and in the bias's direction.
-    base = config.base_learning_rate or (DEFAULT_RATE / float(np.mean(np.sum(features**2, axis=1))), DEFAULT_RATE)
-    scaled = (base[0] * scale, base[1] * scale)
-    stability = Stability.of(features, scaled, plan.global_batch_size, config.update_order)
-    limit = stability.largest_multiplier()
+    scale = scale_at(config, plan.global_batch_size)
+    base = base_rates(config, problem)
+    dynamics = dynamics_of(base)
+    limit = dynamics.largest_multiplier() / scale
 
     warnings: tuple[str, ...] = ()
     lower = not config.base_learning_rate and limit * _SAFE_FRACTION < 1
     if config.base_learning_rate and limit < 1:
-        told = _unstable(config, scaled, limit, stability.criterion, features, plan, scale_at)
+        told = _unstable(config, problem, plan, limit, dynamics.criterion)
         if config.on_unstable == "refuse":
             raise ValueError(f"{told}; lower base_learning_rate, or see it diverge with --on-unstable warn")
         lower = config.on_unstable == "cap"
         warnings = (f"{told}; {'the rates are lowered to half the limit' if lower else 'expect divergence'}",)
     if lower:
         base = (base[0] * limit * _SAFE_FRACTION, base[1] * limit * _SAFE_FRACTION)
-        limit = 1 / _SAFE_FRACTION
+        dynamics = dynamics_of(base)
     schedule = Schedule(
         base,
         scale,
@@ -154,28 +215,19 @@ def _rates(
         decay_factor=config.decay_factor,
         decay_every=config.decay_every,
     )
-    return schedule, limit, stability.criterion, warnings
+    return schedule, dynamics, warnings
 
 
-def _unstable(
-    config: TrainConfig,
-    scaled: tuple[float, float],
-    limit: float,
-    criterion: str,
-    features: Matrix,
-    plan: BatchPlan,
-    scale_at: Callable[[int], float],
-) -> str:
+def _unstable(config: TrainConfig, problem: Problem, plan: BatchPlan, limit: float, criterion: str) -> str:
     """What is wrong with the rates, with the limit and the largest world size that keeps within it."""
+    scale = scale_at(config, plan.global_batch_size)
+    weight, bias = (rate * scale for rate in base_rates(config, problem))
     told = (
-        f"scaled_learning_rate is {scaled[0]:.4g} (weight) and {scaled[1]:.4g} (bias) at global_batch_size "
-        f"{plan.global_batch_size}, {1 / limit:.3g} times the stability limit ({criterion}) of {scaled[0] * limit:.4g} "
-        f"and {scaled[1] * limit:.4g}"
+        f"scaled_learning_rate is {weight:.4g} (weight) and {bias:.4g} (bias) at global_batch_size "
+        f"{plan.global_batch_size}, {1 / limit:.3g} times the stability limit ({criterion}) of {weight * limit:.4g} "
+        f"and {bias * limit:.4g}"
     )
     if config.lr_scaling == "none" or plan.sampling == "full" or config.global_batch_size:
         return told
-    assert config.base_learning_rate is not None
-    most = largest_stable_world_size(
-        features, config.base_learning_rate, plan.local_batch_size, scale_at, config.update_order
-    )
+    most = stable_world_size(config, problem, plan.local_batch_size)
     return f"{told}; at {plan.local_batch_size} rows a rank the largest stable world size is {most}"

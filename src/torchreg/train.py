@@ -200,6 +200,7 @@ def train(config: TrainConfig, runtime: Runtime | None = None, reporter: Reporte
 
     prepared, run_dir = runtime.from_main(begin)
     table, directory = kept[0] if kept else (None, None)
+    reporter.say(f"forecast     {prepared.forecast.told()}")
     for warning in prepared.warnings:
         reporter.warn(warning)
 

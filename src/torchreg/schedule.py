@@ -1,0 +1,61 @@
+"""Learning rates as pure functions of the global batch size and of the step. No torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+def lr_scale(rule: Literal["linear", "sqrt", "none"], global_batch_size: int, reference_batch_size: int) -> float:
+    """What `base_learning_rate` is multiplied by at a global batch size (linear: Goyal et al. 2017)."""
+    ratio = global_batch_size / reference_batch_size
+    return {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1.0}[rule]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rates (weight, bias) of each step: warm-up from base to scaled, then decay.
+
+    `decay_floor` is the fraction of the scaled rates at which `linear` and `cosine` end, on the last of
+    `num_steps`; `step` multiplies by `decay_factor` every `decay_every` steps after the warm-up.
+    """
+
+    base: tuple[float, float]
+    scale: float
+    num_steps: int
+    warmup_steps: int = 0
+    decay: Literal["constant", "linear", "cosine", "step"] = "constant"
+    decay_floor: float = 0.0
+    decay_factor: float = 0.1
+    decay_every: int | None = None
+
+    def __call__(self, step: int) -> tuple[float, float]:
+        """The rates of step 0, 1, …, `num_steps` − 1."""
+        factor = self.scale if self.is_constant else self.factor(step)
+        return self.base[0] * factor, self.base[1] * factor
+
+    @property
+    def scaled(self) -> tuple[float, float]:
+        """The rates between warm-up and decay."""
+        return self.base[0] * self.scale, self.base[1] * self.scale
+
+    @property
+    def is_constant(self) -> bool:
+        """Every step has the scaled rates."""
+        return self.decay == "constant" and self.warmup_steps == 0
+
+    def factor(self, step: int) -> float:
+        """What `base` is multiplied by in a step."""
+        if step < self.warmup_steps:
+            return 1 + (self.scale - 1) * step / self.warmup_steps
+        steps_left = self.num_steps - 1 - self.warmup_steps
+        done = (step - self.warmup_steps) / steps_left if steps_left > 0 else 0.0
+        if self.decay == "linear":
+            return self.scale * (1 - (1 - self.decay_floor) * done)
+        if self.decay == "cosine":
+            return self.scale * (self.decay_floor + (1 - self.decay_floor) * (1 + math.cos(math.pi * done)) / 2)
+        if self.decay == "step":
+            every = self.decay_every or max(1, math.ceil(self.num_steps / 3))
+            return float(self.scale * self.decay_factor ** ((step - self.warmup_steps) // every))
+        return self.scale

@@ -1,0 +1,29 @@
+"""What linear algebra says about this training, before it happens. NumPy only, in float64.
+
+- `moments`: the best line, from sums that chunks and ranks can merge;
+- `dynamics`: what one step of SGD does to the mean and the mean square of the error, and so stability, noise
+  floor, learning curve and steps to a target;
+- `scaling`: what that means for a world size or a batch size.
+
+Notation: n rows, a_i = (x_i, 1) ∈ R^p, G = (1/n) Σ a_i a_iᵀ, θ = (weight, bias), θ* the optimum, δ = θ − θ*,
+residuals e_i = y_i − a_iᵀθ*, loss L(θ) = (1/n) Σ (y_i − a_iᵀθ)² = L* + δᵀGδ, gradient 2Gδ; P is the diagonal matrix
+of the learning rates.
+"""
+
+from torchreg.theory.dynamics import MAX_FEATURES, Dynamics, LearningCurve, Order, RowGradients
+from torchreg.theory.moments import ClosedForm, Matrix, Moments
+from torchreg.theory.scaling import CriticalBatch, critical_batch_size, largest_stable_world_size
+
+__all__ = [
+    "MAX_FEATURES",
+    "ClosedForm",
+    "CriticalBatch",
+    "Dynamics",
+    "LearningCurve",
+    "Matrix",
+    "Moments",
+    "Order",
+    "RowGradients",
+    "critical_batch_size",
+    "largest_stable_world_size",
+]

@@ -1,0 +1,422 @@
+"""What SGD does to the error of the parameters, in the mean and in the mean square: exact, not asymptotic.
+
+One step with the rows of a batch B is affine in the error, δ ← δ − 2kP·mean_B(a(aᵀδ − e)), so z = (δ, 1) is multiplied
+by a random matrix A(k), and Z = E[z zᵀ], which holds the mean and the second moment of δ, moves by the linear map
+Z ← E[A Z Aᵀ]. With Q_i = 2P a_i b_iᵀ, b_i = (a_i, −e_i), and rows drawn without replacement, afresh for each step,
+
+    A(k) = I − k mean_B(Q),   E[A Z Aᵀ] = Z − k(Q̄Z + ZQ̄ᵀ) + k²(Q̄ZQ̄ᵀ + φ Cov(Q)[Z]),   φ = (n − B) / (B(n − 1)),
+
+so a few matrices, found once, answer for every multiple k of the rates. Written out, the k² terms are those of Needell,
+Ward and Srebro (2014) and Jain et al. (2018) for SGD on least squares: 4φ P(F − G⊗G)P, the noise 4φ PSP, and the third
+moment E[e a aᵀ ⊗ a], which couples the mean into the second moment on the way. φ is the finite-population correction
+(Cochran 1977, §2.6).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchreg.theory.moments import Matrix
+
+Order = Literal["simultaneous", "sequential"]
+Sampling = Literal["random", "shuffle", "full"]
+Steps = NDArray[np.int64]
+
+MAX_FEATURES = 16
+"""The second moment costs num_features⁴: beyond this many features only the mean is predicted."""
+
+_CHUNK_ROWS = 4_096
+_SAMPLED_BATCHES = 4_096
+_SAMPLE_GROUPS = 8
+_BAND_DRAWS = 4_000
+_BAND = (0.025, 0.975)
+_BLOCK_STEPS = 64
+_MOST_STEPS = 10_000_000
+
+
+@dataclass(frozen=True)
+class RowGradients:
+    """Mean and covariance over rows of a_i b_iᵀ, of which the gradient of every batch is made; b_i = (a_i, −e_i).
+
+    Features, in the model's units, are divided by `feature_unit` (num_features,) and residuals by `error_unit`.
+    `rows` (num_rows, p + 1) are the b_i so divided, p being num_features + 1; `mean` is (p, p + 1), and `covariance`
+    (p(p + 1), p(p + 1)), or None beyond `MAX_FEATURES`.
+    """
+
+    rows: Matrix
+    feature_unit: Matrix
+    error_unit: float
+    mean: Matrix
+    covariance: Matrix | None
+
+    @classmethod
+    def of(cls, features: Matrix, residual: Matrix) -> RowGradients:
+        """From features (rows, num_features) as the model sees them and the optimum's residuals y − aᵀθ* (rows, 1)."""
+        largest = np.abs(features).max(axis=0)
+        feature_unit = largest * np.sqrt(np.mean((features / largest) ** 2, axis=0))
+        error_unit = float(np.sqrt(np.mean(residual**2))) or 1.0
+        rows = np.hstack([features / feature_unit, np.ones_like(residual), -residual / error_unit])
+        a = rows[:, :-1]
+        mean = a.T @ rows / len(rows)
+        covariance = None
+        if features.shape[1] <= MAX_FEATURES:
+            covariance = np.zeros((mean.size, mean.size))
+            for i in range(0, len(rows), _CHUNK_ROWS):
+                products = a[i : i + _CHUNK_ROWS, :, None] * rows[i : i + _CHUNK_ROWS, None, :] - mean
+                flat = products.reshape(len(products), -1)
+                covariance += flat.T @ flat / len(rows)
+        return cls(rows, feature_unit, error_unit, mean, covariance)
+
+
+@dataclass(frozen=True)
+class LearningCurve:
+    """The expected excess loss L − L* after `steps` steps, and where single runs lie.
+
+    `excess` is exact where the dynamics are. `low` and `high` enclose 95 % of runs if δ is normal with its exact mean
+    and covariance: good for small rates and large batches; near the stability limit the true tails are heavier. They
+    are NaN where only the mean is predicted. All are (len(steps),); losses are in the loss's own units.
+    """
+
+    steps: Steps
+    excess: Matrix
+    low: Matrix
+    high: Matrix
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """SGD with one batch size and the rates k·(weight rate, bias rate), as a question about k.
+
+    Exact for `random` sampling and for full batches. For `shuffle` it is an approximation: the batches have the sizes
+    that an epoch has, the short last one too, but are taken for independent of each other. In the `sequential` order
+    the bias moves with the new weight but the same rows, so higher moments of a batch enter at k³ and k⁴: those are
+    means over sampled batches, and `sampling_error` says what that costs.
+
+    `criterion` is what is predicted and must shrink: the mean square of the error, or beyond `MAX_FEATURES` its mean
+    alone, which leaves out the noise of mini-batches.
+
+    The error is held as δ̃ = scale·δ, in which every rate is 1, with k̃ = rate_unit·k, and losses as multiples of
+    error_unit², so that neither raw units nor extreme rates overflow. The maps are polynomials in k̃: E[A] is
+    I + Σ_j k̃^j mean_maps[j − 1], each (p + 1, p + 1), and E[A⊗A] is I + Σ_j k̃^j square_maps[j − 1], each on the
+    (p + 1)(p + 2)/2 coordinates of a symmetric matrix.
+    """
+
+    criterion: Literal["mean square", "mean"]
+    rate_unit: float
+    scale: Matrix
+    error_unit: float
+    gram: Matrix
+    order: Order
+    mean_maps: tuple[Matrix, ...]
+    square_maps: tuple[Matrix, ...]
+    groups: tuple[tuple[Matrix, ...], ...] = ()
+    """`square_maps` of each group of sampled batches; empty where nothing is sampled."""
+    steps_per_epoch: int = 1
+    short: Dynamics | None = None
+    """The dynamics of the last step of each epoch, where its batch is short."""
+
+    @classmethod
+    def of(
+        cls,
+        rows: RowGradients,
+        rates: tuple[float, float],
+        batch_size: int,
+        order: Order = "simultaneous",
+        sampling: Sampling = "random",
+        seed: int = 0,
+    ) -> Dynamics:
+        """The dynamics of batches of `batch_size` rows, with these rates of the weight and of the bias at k = 1.
+
+        `seed` is that of the batches that the `sequential` order samples.
+        """
+        num_rows, q = rows.rows.shape
+        root_rates = np.sqrt(np.array([rates[0]] * (q - 2) + [rates[1]]))
+        lengths = np.append(rows.feature_unit, 1.0) * root_rates
+        unit = float(lengths.max())
+        factor = np.append(lengths / unit, 1.0)  # what turns the rows' units into those of δ̃
+        scaling = 2 * np.outer(factor[:-1], factor)
+        mean_q = np.zeros((q, q))
+        mean_q[:-1] = scaling * rows.mean
+        pairs = _pairs(mean_q, mean_q)
+        if rows.covariance is not None and batch_size < num_rows:
+            phi = (num_rows - batch_size) / (batch_size * (num_rows - 1))
+            covariance = (phi * rows.covariance * scaling.ravel() * scaling.reshape(-1, 1)).reshape(q - 1, q, q - 1, q)
+            pairs[:-1, :-1] += covariance.transpose(0, 2, 1, 3)
+        mean_maps, square_maps = [-mean_q], [-_on_symmetric(_both_sides(mean_q)), _on_symmetric(pairs)]
+        groups: list[tuple[Matrix, ...]] = []
+        if order == "sequential":
+            # A = (I − kBQ)(I − kWQ), W and B keeping the weight's rows and the bias's: I − kQ + k² BQWQ.
+            twice = np.zeros((q, q))
+            twice[-2] = np.einsum("jjc->c", pairs[-2, :-2, :-2])
+            mean_maps.append(twice)
+            square_maps[1] = square_maps[1] + _on_symmetric(_both_sides(twice))
+            if rows.covariance is not None:
+                exact = tuple(square_maps)
+                draws = _sampled_batches(rows.rows, batch_size, seed)
+                groups = [(*exact, *_higher_maps(batches, factor)) for batches in draws]
+                square_maps += [np.mean([group[j] for group in groups], axis=0) for j in (2, 3)]
+        remainder = num_rows % batch_size if sampling == "shuffle" and rows.covariance is not None else 0
+        return cls(
+            criterion="mean" if rows.covariance is None else "mean square",
+            rate_unit=unit**2,
+            scale=unit / (root_rates * rows.error_unit),
+            error_unit=rows.error_unit,
+            gram=mean_q[:-1, :-1] / 2,
+            order=order,
+            mean_maps=tuple(mean_maps),
+            square_maps=tuple(square_maps),
+            groups=tuple(groups) if len(groups) > 1 else (),
+            steps_per_epoch=math.ceil(num_rows / batch_size),
+            short=cls.of(rows, rates, remainder, order, seed=seed) if remainder else None,
+        )
+
+    def contraction(self, k: float = 1.0) -> float:
+        """The factor by which a step shrinks the mean of the error, in the long run: the spectral radius of E[A]."""
+        return _spectral_radius(np.eye(len(self.gram)) + self._polynomial(self.mean_maps, k)[:-1, :-1])
+
+    def radius(self, k: float = 1.0) -> float:
+        """The spectral radius of what `criterion` names; training converges if and only if it is below 1.
+
+        With a short last batch it is the mean over the steps of an epoch.
+        """
+        if self.criterion == "mean":
+            return self.contraction(k)
+        with np.errstate(over="ignore", invalid="ignore"):
+            epoch = self._epoch(k)
+        radius = _spectral_radius(epoch[np.ix_(self._inner, self._inner)])
+        return radius ** (1 / self.steps_per_epoch) if self.short else radius
+
+    def largest_multiplier(self) -> float:
+        """The k at which the rates times k cease to converge.
+
+        In the simultaneous order E[A⊗A] − I = −kL + k²N with L and N positive maps, so stability ends at
+        k = 1 / ρ(L⁻¹N): for a full batch, and in the mean, at 1 / λmax(PG). In the sequential order, and with a short
+        last batch, it is found by bisection, to one part in a million.
+        """
+        if self.order == "sequential" or self.short:
+            return self._bisected_multiplier()
+        if self.criterion == "mean":
+            return 1 / float(np.linalg.eigvalsh(self.gram)[-1]) / self.rate_unit
+        linear, quadratic = (matrix[np.ix_(self._inner, self._inner)] for matrix in self.square_maps)
+        return 1 / _spectral_radius(np.linalg.solve(-linear, quadratic)) / self.rate_unit
+
+    def noise_floor(self, k: float = 1.0) -> float:
+        """The excess loss at which training levels off, tr(GΣ): infinite where unstable, NaN for the mean alone.
+
+        With a short last batch it is that at the end of an epoch.
+        """
+        if self.criterion == "mean":
+            return math.nan
+        if not self.radius(k) < 1:
+            return math.inf
+        epoch = self._epoch(k)
+        change = self._polynomial(self.square_maps, k) if self.short is None else epoch - np.eye(len(epoch))
+        steady = np.linalg.solve(change[:-1, :-1], -change[:-1, -1])
+        floor = float(self._excess(np.append(steady, 1.0)))
+        return floor if floor > 1e-24 * self.error_unit**2 else 0.0  # a full batch has none, to rounding
+
+    def learning_curve(
+        self, start: Matrix, factors: Sequence[float], at: Sequence[int] | Steps | None = None
+    ) -> LearningCurve:
+        """The expected curve from δ = `start` (p,), in the model's units, with k = `factors[t]` in step t.
+
+        `at` are numbers of steps done, from 0 to len(factors) and growing; by default all of them.
+        """
+        wanted = np.arange(len(factors) + 1) if at is None else np.asarray(at, dtype=np.int64)
+        is_wanted = np.isin(np.arange(len(factors) + 1), wanted)
+        with np.errstate(over="ignore", invalid="ignore"):
+            states = np.array([s for s, keep in zip(self._states(start, factors), is_wanted, strict=True) if keep])
+            excess = np.nan_to_num(self._excess(states), nan=np.inf)
+        low, high = self._band(states)
+        return LearningCurve(wanted, excess, low, high)
+
+    def steps_to(self, excess: float, start: Matrix, factors: Sequence[float], *, hold: bool = True) -> int | None:
+        """Steps after which the expected excess loss is first at most `excess`, from δ = `start`; None if never.
+
+        The k of step t is `factors[t]`, and the last of them for ever after unless `hold` is False. Ten million steps
+        count as never. (The step at which the expected curve gets there, not the expected step of single runs.)
+        """
+        with np.errstate(over="ignore", invalid="ignore"):
+            state = self._start(start)
+            for step, state in enumerate(self._states(start, factors)):
+                if self._excess(state) <= excess:
+                    return step
+            return self._steps_on(state, len(factors), excess, factors[-1]) if hold else None
+
+    def sampling_error(self, prediction: Callable[[Dynamics], float]) -> float:
+        """The standard error of a prediction that comes from sampling batches; 0 where nothing is sampled."""
+        if not self.groups:
+            return 0.0
+        values = [prediction(replace(self, square_maps=maps, groups=(), short=None)) for maps in self.groups]
+        return float(np.std(values, ddof=1) / math.sqrt(len(values)))
+
+    @property
+    def _inner(self) -> NDArray[np.bool_]:
+        """Which coordinates of Z are the second moment of δ."""
+        return np.triu_indices(len(self.gram) + 1)[1] < len(self.gram)
+
+    def _polynomial(self, maps: tuple[Matrix, ...], k: float) -> Matrix:
+        """Σ_j k̃^j maps[j − 1]."""
+        x = np.float64(k) * self.rate_unit
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.asarray(sum(x**j * matrix for j, matrix in enumerate(maps, start=1)))
+
+    def _bisected_multiplier(self) -> float:
+        low, high = 0.0, 1 / float(np.linalg.eigvalsh(self.gram)[-1]) / self.rate_unit
+        while self.radius(high) < 1:
+            low, high = high, 2 * high
+        while high - low > 1e-6 * high:
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.radius(middle) < 1 else (low, middle)
+        return low
+
+    def _start(self, start: Matrix) -> Matrix:
+        """The state of a known error: z, or z zᵀ."""
+        z = np.append(self.scale * start, 1.0)
+        return z if self.criterion == "mean" else _symmetric_basis(len(z)) @ np.outer(z, z).ravel()
+
+    def _states(self, start: Matrix, factors: Sequence[float]) -> Iterator[Matrix]:
+        state = self._start(start)
+        yield state
+        changes: dict[bool, tuple[float, Matrix]] = {}
+        for step, k in enumerate(factors):
+            is_short = self._equal_steps(step) == 0
+            if is_short not in changes or changes[is_short][0] != k:
+                changes[is_short] = k, self._change(k, is_short=is_short)
+            state = state + changes[is_short][1] @ state
+            yield state
+
+    def _change(self, k: float, *, is_short: bool = False) -> Matrix:
+        """What one step adds to a state, as a matrix."""
+        source = self.short if is_short and self.short else self
+        return self._polynomial(source.mean_maps if self.criterion == "mean" else source.square_maps, k)
+
+    def _equal_steps(self, step: int) -> int:
+        """How many steps from this one on have batches of the full size."""
+        return self.steps_per_epoch - 1 - step % self.steps_per_epoch if self.short else _MOST_STEPS
+
+    def _epoch(self, k: float) -> Matrix:
+        """E[A⊗A] of one step, or of all steps of an epoch whose last batch is short."""
+        step = np.eye(len(self._inner)) + self._change(k)
+        if self.short is None:
+            return step
+        last = np.eye(len(step)) + self._change(k, is_short=True)
+        return last @ np.linalg.matrix_power(step, self.steps_per_epoch - 1)
+
+    def _steps_on(self, state: Matrix, step: int, excess: float, k: float) -> int | None:
+        """`steps_to` with constant rates: the powers of one step, a block of steps at a time."""
+        one_step = np.eye(len(state)) + self._change(k)
+        last_step = np.eye(len(state)) + self._change(k, is_short=True)
+        powers = [one_step]
+        while len(powers) < _BLOCK_STEPS:
+            powers.append(one_step @ powers[-1])
+        block, worst, before = np.array(powers), 1e6 * (float(self._excess(state)) + excess), state
+        while step < _MOST_STEPS:
+            equal = self._equal_steps(step)
+            states = block[:equal] @ state if equal else (last_step @ state)[None]
+            values = self._excess(states)
+            reached = np.flatnonzero(values <= excess)
+            if len(reached):
+                return step + int(reached[0]) + 1
+            state, step = states[-1], step + len(states)
+            if not values[-1] <= worst:
+                return None
+            if self.short is None or not equal:
+                if np.abs(state - before).max() <= 1e-13 * np.abs(state).max():
+                    return None
+                before = state
+        return None
+
+    def _excess(self, states: Matrix) -> Matrix:
+        """δ̃ᵀG̃δ̃ = tr(G̃C̃) of states (..., size), in the loss's own units."""
+        if self.criterion == "mean":
+            error = states[..., :-1]
+            return np.asarray(self.error_unit**2 * np.einsum("...i,ij,...j->...", error, self.gram, error))
+        weights = _symmetric_basis(len(self.gram) + 1) @ np.pad(self.gram, (0, 1)).ravel()
+        return np.asarray(self.error_unit**2 * (states @ weights))
+
+    def _band(self, states: Matrix) -> tuple[Matrix, Matrix]:
+        """Quantiles of |y|² for y = G̃^½ δ̃, normal with the states' mean and covariance."""
+        if self.criterion == "mean":
+            return np.full(len(states), np.nan), np.full(len(states), np.nan)
+        q = len(self.gram) + 1
+        root = np.linalg.cholesky(self.gram).T
+        quantiles = np.full((2, len(states)), np.inf)
+        finite = np.isfinite(states).all(axis=1)
+        moments = (states[finite] @ _symmetric_basis(q)).reshape(-1, q, q)
+        means = moments[:, :-1, -1]
+        values, vectors = np.linalg.eigh(root @ (moments[:, :-1, :-1] - means[:, :, None] * means[:, None, :]) @ root.T)
+        spreads = vectors * np.sqrt(np.maximum(values, 0))[:, None, :]
+        draws = np.random.default_rng(0).standard_normal((_BAND_DRAWS // 2, q - 1))
+        draws = np.vstack([draws, -draws])
+        for place, mean, spread in zip(np.flatnonzero(finite), means @ root.T, spreads, strict=True):
+            quantiles[:, place] = np.quantile(np.sum((mean + draws @ spread.T) ** 2, axis=1), _BAND)
+        return self.error_unit**2 * quantiles[0], self.error_unit**2 * quantiles[1]
+
+
+def _sampled_batches(rows: Matrix, batch_size: int, seed: int) -> Iterator[Matrix]:
+    """Groups of batches drawn without replacement, (batches, batch_size, p + 1); all rows once for a full batch."""
+    if batch_size >= len(rows):
+        yield rows[None]
+        return
+    generator = np.random.default_rng(seed)
+    for _ in range(_SAMPLE_GROUPS):
+        draws = [
+            generator.choice(len(rows), batch_size, replace=False, shuffle=False)
+            for _ in range(_SAMPLED_BATCHES // _SAMPLE_GROUPS)
+        ]
+        yield rows[np.array(draws)]
+
+
+def _higher_maps(batches: Matrix, factor: Matrix) -> tuple[Matrix, Matrix]:
+    """The k³ and k⁴ terms of E[A⊗A] in the sequential order, from batches (batches, batch_size, p + 1)."""
+    b = batches * factor
+    q = b.shape[-1]
+    gradients = np.zeros((len(b), q, q))
+    gradients[:, :-1] = 2 * b[:, :, :-1].swapaxes(1, 2) @ b / b.shape[1]
+    twice = np.zeros_like(gradients)
+    twice[:, -2] = np.einsum("nj,njc->nc", gradients[:, -2, :-2], gradients[:, :-2])
+    crossed = np.einsum("nib,njc->ijbc", gradients, twice) / len(b)
+    third = crossed + crossed.transpose(1, 0, 3, 2)
+    return -_on_symmetric(third), _on_symmetric(np.einsum("nib,njc->ijbc", twice, twice) / len(b))
+
+
+def _pairs(left: Matrix, right: Matrix) -> Matrix:
+    """The map Z ↦ left Z rightᵀ as an array [i, j, b, c]: entry (i, j) from Z[b, c]."""
+    return np.einsum("ib,jc->ijbc", left, right)
+
+
+def _both_sides(matrix: Matrix) -> Matrix:
+    """The map Z ↦ matrix Z + Z matrixᵀ."""
+    identity = np.eye(len(matrix))
+    return _pairs(matrix, identity) + _pairs(identity, matrix)
+
+
+def _on_symmetric(pairs: Matrix) -> Matrix:
+    """A map [i, j, b, c] on the coordinates of symmetric matrices."""
+    basis = _symmetric_basis(len(pairs))
+    return basis @ pairs.reshape(len(pairs) ** 2, -1) @ basis.T
+
+
+@lru_cache(maxsize=4)
+def _symmetric_basis(q: int) -> Matrix:
+    """An orthonormal basis of the symmetric (q, q) matrices, (q(q + 1)/2, q²), upper triangle row by row."""
+    basis = []
+    for i, j in zip(*np.triu_indices(q), strict=True):
+        element = np.zeros((q, q))
+        element[i, j] = element[j, i] = 1.0 if i == j else math.sqrt(0.5)
+        basis.append(element.ravel())
+    return np.array(basis)
+
+
+def _spectral_radius(matrix: Matrix) -> float:
+    if not np.isfinite(matrix).all():
+        return math.inf
+    return float(np.abs(np.linalg.eigvals(matrix)).max())

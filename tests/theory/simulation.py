@@ -1,0 +1,48 @@
+"""Many runs of SGD at once in plain NumPy, written straight from the algorithm: what theory is held against."""
+
+import numpy as np
+
+from torchreg.data import Standardizer, load_table
+from torchreg.theory import Moments, RowGradients
+
+
+class Houses:
+    """A table, its optimum in the model's units, and what theory needs of it."""
+
+    def __init__(self, source="builtin", *, standardize=False, **options):
+        table = load_table(source, **options)
+        best = Moments.of(table.features, table.target).closed_form()
+        standardizer = Standardizer.of(table.features, standardize=standardize)
+        self.best_loss = best.loss
+        self.x, self.y = standardizer.apply(table.features), table.target
+        self.optimum = np.append(*standardizer.parameters_in(best.weight, best.bias))
+        self.a = np.hstack([self.x, np.ones_like(self.y)])
+        self.rows = RowGradients.of(self.x, self.y - self.a @ self.optimum[:, None])
+
+    def excess(self, theta):
+        """L(θ) − L* of parameters (..., p)."""
+        off = theta - self.optimum
+        return np.mean((off @ self.a.T) ** 2, axis=-1)
+
+
+def simulate(houses, start, rates, batch_size, factors, num_runs, *, order="simultaneous", seed=0):
+    """Yield θ (num_runs, p) after each step of `num_runs` runs that draw their rows without replacement."""
+    generator = np.random.default_rng(seed)
+    num_rows = len(houses.a)
+    theta = np.tile(np.asarray(start, dtype=float), (num_runs, 1))
+    rate = np.array([rates[0]] * (len(start) - 1) + [rates[1]])
+    for factor in factors:
+        keys = generator.random((num_runs, num_rows), dtype=np.float32)
+        rows = keys.argpartition(batch_size - 1, axis=1)[:, :batch_size] if batch_size < num_rows else keys.argsort(1)
+        a, y = houses.a[rows], houses.y[rows, 0]
+        if order == "sequential":
+            theta[:, :-1] -= factor * (rate * _gradient(theta, a, y))[:, :-1]
+            theta[:, -1] -= factor * (rate * _gradient(theta, a, y))[:, -1]
+        else:
+            theta = theta - factor * rate * _gradient(theta, a, y)
+        yield theta
+
+
+def _gradient(theta, a, y):
+    residual = np.einsum("rbp,rp->rb", a, theta) - y
+    return 2 * np.einsum("rbp,rb->rp", a, residual) / y.shape[1]
