@@ -32,6 +32,7 @@ _ECHO_DELAY_S = 2.0
 
 COMMANDS = {
     "train": "train the model, on one process or many ranks",
+    "plan": "predict stability, noise floor and steps to a target for many world sizes",
     "data": "show, fetch or make the data",
 }
 _USAGE = """\
@@ -61,6 +62,26 @@ class TrainArguments:
 
     json: bool = False
     """Print the result as one JSON object on stdout, and nothing else there."""
+
+
+@dataclass(frozen=True)
+class PlanArguments:
+    """Predict, without training, what each of several world sizes would do: stable or not, steps and samples to the
+    target, noise floor.
+
+    Takes the options of `train`; the target is `--target-excess` (default 0.01).
+    """
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+
+    world_sizes: str = "1,2,4,8"
+    """Numbers of ranks, separated by commas."""
+
+    recipe: Literal["default", "lesson"] = "default"
+    """Where the defaults come from, as for `train`."""
+
+    json: bool = False
+    """Print the plan as one JSON object on stdout, and nothing else there."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    commands = {"train": _train, "data": _data}
+    commands = {"train": _train, "plan": _plan, "data": _data}
     if arguments[:1] == ["--version"]:
         from torchreg import __version__
 
@@ -198,6 +219,48 @@ def _print_result(result: Result, pictures: list[Path], *, json: bool) -> None:
     print(*result.lines(), f"records      {result.run_dir}", sep="\n")
     for picture in pictures:
         print(f"picture      {picture}")
+
+
+def _plan(argv: list[str]) -> int:
+    defaults = PlanArguments(with_recipe(_recipe(argv)))
+    arguments = _parse(PlanArguments, "torchreg plan", argv, defaults)
+    config = arguments.config
+    if config.plot:
+        from torchreg.figures import require_matplotlib
+
+        require_matplotlib()
+    world_sizes = _whole_numbers("world_sizes", arguments.world_sizes)
+    if detect_launcher(os.environ).rank > 0:
+        return 0  # the main rank tells it
+
+    from torchreg.plan import make_plan
+    from torchreg.record import PLAN_FILE, claim_folder, to_json, write_json
+
+    plan = make_plan(config, world_sizes)
+    pictures: list[Path] = []
+    if config.plot:
+        from torchreg.figures import draw_plan
+
+        folder = claim_folder(config.runs_dir, config.name, "plan", overwrite=config.overwrite)
+        write_json(folder / PLAN_FILE, plan.as_json())
+        pictures = draw_plan(folder)
+    if arguments.json:
+        print(to_json(plan.as_json()))
+        return 0
+    from torchreg.terminal import show_table
+
+    print(*plan.heading(), sep="\n")
+    show_table(*plan.table())
+    print(*plan.conclusion(), *(f"picture      {picture}" for picture in pictures), sep="\n")
+    return 0
+
+
+def _whole_numbers(field: str, text: str) -> list[int]:
+    """The numbers of a list such as 1,2,4. Raises `ValueError` for anything else."""
+    parts = [part.strip() for part in text.strip(" ,.…").split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"{field} is {text!r}: give whole numbers of at least 1, separated by commas, such as 1,2,4")
+    return [int(part) for part in parts]
 
 
 def _data(argv: list[str]) -> int:

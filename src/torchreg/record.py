@@ -25,6 +25,7 @@ SCHEMA_VERSION = 1
 CONFIG_FILE = "config.json"
 RECORD_FILE = "record.json"
 METRICS_FILE = "metrics.jsonl"
+PLAN_FILE = "plan.json"
 FIGURE_FILES = ("training.png", "training.svg")
 PARTIAL = ".part"
 
@@ -43,43 +44,47 @@ def utc_now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def _free_name(runs_dir: Path) -> str:
-    """A run's name where none is given: train-<date>-<time> in UTC, and a number where that second has one already."""
-    name = datetime.now(timezone.utc).strftime("train-%Y%m%d-%H%M%S")
+def claim_folder(runs_dir: str | Path, name: str | None, kind: str, *, overwrite: bool = False) -> Path:
+    """Make the folder `runs_dir/name`; without a name <kind>-<date>-<time> in UTC, numbered within a second.
+
+    Raises `ValueError` when it exists already and `overwrite` is not given, or cannot be written.
+    """
+    path = Path(runs_dir) / (name or _free_name(Path(runs_dir), kind))
+    try:
+        path.mkdir(parents=True, exist_ok=overwrite)
+        probe = path / PARTIAL
+        probe.touch()
+        probe.unlink()
+    except FileExistsError:
+        raise ValueError(
+            f"name is {name!r}, and {path} exists already: choose another --name, or replace it with --overwrite"
+        ) from None
+    except OSError as error:
+        raise ValueError(
+            f"runs_dir is {str(runs_dir)!r}, where {path} cannot be written ({error.strerror}): choose another "
+            "--runs-dir"
+        ) from error
+    return path
+
+
+def _free_name(runs_dir: Path, kind: str) -> str:
+    name = datetime.now(timezone.utc).strftime(f"{kind}-%Y%m%d-%H%M%S")
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     return next(name for name in names if not (runs_dir / name).exists())
 
 
 class RunDirectory:
-    """The folder of one run, named by its time where no name is given.
-
-    Raises `ValueError` when the folder already holds a run and `overwrite` is not given, or cannot be written.
-    """
+    """The folder of one run; see `claim_folder` for its name and what can go wrong."""
 
     def __init__(self, runs_dir: str | Path, name: str | None = None, *, overwrite: bool = False) -> None:
-        self.path = Path(runs_dir) / (name or _free_name(Path(runs_dir)))
-        try:
-            self.path.mkdir(parents=True, exist_ok=overwrite)
-            probe = self.path / PARTIAL
-            probe.touch()
-            probe.unlink()
-        except FileExistsError:
-            raise ValueError(
-                f"name is {name!r}, and {self.path} exists already: choose another --name, or replace it with "
-                "--overwrite"
-            ) from None
-        except OSError as error:
-            raise ValueError(
-                f"runs_dir is {str(runs_dir)!r}, where {self.path} cannot be written ({error.strerror}): choose "
-                "another --runs-dir"
-            ) from error
+        self.path = claim_folder(runs_dir, name, "train", overwrite=overwrite)
         for file in _OWN_FILES:
             (self.path / file).unlink(missing_ok=True)
         self._metrics: TextIO = (self.path / (METRICS_FILE + PARTIAL)).open("w", encoding="utf-8")
 
     def write_json(self, file: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file that appears whole or not at all."""
-        write_atomically(self.path / file, to_json(content, indent=2) + "\n")
+        write_json(self.path / file, content)
 
     def note(self, line: Mapping[str, Any]) -> None:
         """Add a line to the metrics, which appear under their name when the run is finished."""
@@ -92,6 +97,11 @@ class RunDirectory:
         self._metrics.close()
         (self.path / (METRICS_FILE + PARTIAL)).replace(self.path / METRICS_FILE)
         self.write_json(RECORD_FILE, record)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file that appears whole or not at all."""
+    write_atomically(path, to_json(content, indent=2) + "\n")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -4,12 +4,30 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import Protocol
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 _SECONDS_BETWEEN_LINES = 10.0
+_LOG_WIDTH = 120  # columns of a table where no terminal says how wide it is
+
+
+def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table on stdout, every column right-aligned, rows that begin with `!` marked in colour."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=_LOG_WIDTH)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell.removeprefix("!")) for cell in row), style="red" if row[0][:1] == "!" else None)
+    console.print(table)
 
 
 class Reporter(Protocol):

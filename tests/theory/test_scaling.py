@@ -1,8 +1,5 @@
 """If these fail, a user asks for a world size at which training cannot converge, or leaves one unused."""
 
-import math
-
-import numpy as np
 import pytest
 
 from torchreg.schedule import lr_scale
@@ -47,12 +44,3 @@ def test_steps_halve_below_the_critical_batch_size_and_not_above():
     dynamics = Dynamics.of(houses.rows, (0.05, 0.05), size)
     assert dynamics.steps_to(0.01 * houses.best_loss, -houses.optimum, [k]) == steps
     assert k < dynamics.largest_multiplier()
-
-
-def test_without_residuals_no_batch_size_is_critical_before_noise_of_the_curvature_is_gone():
-    # A target that is met at the start takes no steps at any batch size, so nothing is left to halve.
-    houses = Houses()
-    found = critical_batch_size(houses.rows, LESSON_RATES, np.zeros(2), 0.01 * houses.best_loss)
-    assert set(found.steps) == {0}
-    assert found.critical is None
-    assert not any(math.isnan(k) for k in found.multipliers)

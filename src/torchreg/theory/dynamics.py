@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -38,7 +38,6 @@ _SAMPLE_GROUPS = 8
 _BAND_DRAWS = 4_000
 _BAND = (0.025, 0.975)
 _BLOCK_STEPS = 64
-_MOST_STEPS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -200,6 +199,10 @@ class Dynamics:
         k = 1 / ρ(L⁻¹N): for a full batch, and in the mean, at 1 / λmax(PG). In the sequential order, and with a short
         last batch, it is found by bisection, to one part in a million.
         """
+        return self._largest_multiplier
+
+    @cached_property
+    def _largest_multiplier(self) -> float:
         if self.order == "sequential" or self.short:
             return self._bisected_multiplier()
         if self.criterion == "mean":
@@ -214,7 +217,7 @@ class Dynamics:
         """
         if self.criterion == "mean":
             return math.nan
-        if not self.radius(k) < 1:
+        if not k < self.largest_multiplier():
             return math.inf
         epoch = self._epoch(k)
         change = self._polynomial(self.square_maps, k) if self.short is None else epoch - np.eye(len(epoch))
@@ -237,18 +240,26 @@ class Dynamics:
         low, high = self._band(states)
         return LearningCurve(wanted, excess, low, high)
 
-    def steps_to(self, excess: float, start: Matrix, factors: Sequence[float], *, hold: bool = True) -> int | None:
+    def steps_to(
+        self,
+        excess: float,
+        start: Matrix,
+        factors: Sequence[float],
+        *,
+        hold: bool = True,
+        most_steps: int = 10_000_000,
+    ) -> int | None:
         """Steps after which the expected excess loss is first at most `excess`, from δ = `start`; None if never.
 
-        The k of step t is `factors[t]`, and the last of them for ever after unless `hold` is False. Ten million steps
-        count as never. (The step at which the expected curve gets there, not the expected step of single runs.)
+        The k of step t is `factors[t]`, and the last of them for ever after unless `hold` is False. More than about
+        `most_steps` count as never. (This is where the expected curve gets there, not the mean over single runs.)
         """
         with np.errstate(over="ignore", invalid="ignore"):
             state = self._start(start)
             for step, state in enumerate(self._states(start, factors)):
                 if self._excess(state) <= excess:
                     return step
-            return self._steps_on(state, len(factors), excess, factors[-1]) if hold else None
+            return self._steps_on(state, len(factors), excess, factors[-1], most_steps) if hold else None
 
     def sampling_error(self, prediction: Callable[[Dynamics], float]) -> float:
         """The standard error of a prediction that comes from sampling batches; 0 where nothing is sampled."""
@@ -300,7 +311,7 @@ class Dynamics:
 
     def _equal_steps(self, step: int) -> int:
         """How many steps from this one on have batches of the full size."""
-        return self.steps_per_epoch - 1 - step % self.steps_per_epoch if self.short else _MOST_STEPS
+        return self.steps_per_epoch - 1 - step % self.steps_per_epoch if self.short else _BLOCK_STEPS
 
     def _epoch(self, k: float) -> Matrix:
         """E[A⊗A] of one step, or of all steps of an epoch whose last batch is short."""
@@ -310,7 +321,7 @@ class Dynamics:
         last = np.eye(len(step)) + self._change(k, is_short=True)
         return last @ np.linalg.matrix_power(step, self.steps_per_epoch - 1)
 
-    def _steps_on(self, state: Matrix, step: int, excess: float, k: float) -> int | None:
+    def _steps_on(self, state: Matrix, step: int, excess: float, k: float, most_steps: int) -> int | None:
         """`steps_to` with constant rates: the powers of one step, a block of steps at a time."""
         one_step = np.eye(len(state)) + self._change(k)
         last_step = np.eye(len(state)) + self._change(k, is_short=True)
@@ -318,7 +329,7 @@ class Dynamics:
         while len(powers) < _BLOCK_STEPS:
             powers.append(one_step @ powers[-1])
         block, worst, before = np.array(powers), 1e6 * (float(self._excess(state)) + excess), state
-        while step < _MOST_STEPS:
+        while step < most_steps:
             equal = self._equal_steps(step)
             states = block[:equal] @ state if equal else (last_step @ state)[None]
             values = self._excess(states)
@@ -416,7 +427,7 @@ def _symmetric_basis(q: int) -> Matrix:
     return np.array(basis)
 
 
-def _spectral_radius(matrix: Matrix) -> float:
+def _spectral_radius(matrix: NDArray[np.floating]) -> float:
     if not np.isfinite(matrix).all():
         return math.inf
     return float(np.abs(np.linalg.eigvals(matrix)).max())

@@ -11,7 +11,7 @@ import numpy as np
 from torchreg.theory.dynamics import Dynamics, Order, RowGradients, Sampling
 from torchreg.theory.moments import Matrix
 
-_TRIED_MULTIPLIERS = np.geomspace(1 / 64, 0.95, 25)  # of the stability limit
+_TRIED_MULTIPLIERS = np.geomspace(0.95, 1 / 64, 25)  # of the stability limit
 
 
 def largest_stable_world_size(
@@ -69,7 +69,8 @@ def critical_batch_size(
     McCandlish et al. (2018) find steps S(B) = S_min (1 + B_crit / B): doubling the batch halves the steps far below
     B_crit, saves nothing far above it, and a quarter of them just there. As in their and Shallue's (2019)
     measurements, each batch size has its own best rates: the given pair times the best of 25 multipliers from 1/64 to
-    0.95 of the stability limit. Valid for `random` sampling; only the mean is looked at beyond `MAX_FEATURES`.
+    0.95 of the stability limit, of those whose noise floor is below the target. Valid for `random` sampling and up to
+    `MAX_FEATURES` features.
     """
     num_rows = len(rows.rows)
     batch_sizes = [2**i for i in range(num_rows.bit_length()) if 2**i <= num_rows]
@@ -84,7 +85,11 @@ def critical_batch_size(
 
 
 def _fewest_steps(dynamics: Dynamics, start: Matrix, target_excess: float) -> tuple[int | None, float]:
-    limit = dynamics.largest_multiplier()
-    tried = [(dynamics.steps_to(target_excess, start, [k]), k) for k in limit * _TRIED_MULTIPLIERS]
-    reached = [(steps, k) for steps, k in tried if steps is not None]
-    return min(reached) if reached else (None, math.nan)
+    fewest, best = None, math.nan
+    for k in dynamics.largest_multiplier() * _TRIED_MULTIPLIERS:
+        if dynamics.noise_floor(k) < target_excess:
+            most_steps = 10_000_000 if fewest is None else fewest
+            steps = dynamics.steps_to(target_excess, start, [k], most_steps=most_steps)
+            if steps is not None and (fewest is None or steps < fewest):
+                fewest, best = steps, float(k)
+    return fewest, best
