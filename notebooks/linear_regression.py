@@ -46,19 +46,21 @@ TORCHREG_SOURCE = os.environ.get("TORCHREG_SOURCE", "")
 
 def torchreg_is_here():
     """Whether `import torchreg` gives this project: the torchreg on PyPI is another one, for medical images."""
-    if importlib.util.find_spec("torchreg") is None:
+    try:
+        return hasattr(importlib.import_module("torchreg"), "TrainConfig")
+    except ImportError:
         return False
-    return hasattr(importlib.import_module("torchreg"), "TrainConfig")
 
 
 def remove_the_other_torchreg():
+    """Make way for this project's torchreg where the other one is installed."""
     if importlib.util.find_spec("torchreg") is not None:
         subprocess.run([sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", "torchreg"], check=True)
         for name in [name for name in sys.modules if name.split(".")[0] == "torchreg"]:
             del sys.modules[name]
 
 
-def pip_install(requirement):
+def pip_install(*requirements):
     """Install, and keep the torch that this machine has: its maker chose it to fit the GPUs and the network."""
     keep = []
     for name in ("torch", "numpy", "pandas", "matplotlib", "mpi4py"):
@@ -68,7 +70,7 @@ def pip_install(requirement):
         constraints = Path(folder, "constraints.txt")
         constraints.write_text("\n".join(keep) + "\n")
         pip = [sys.executable, "-m", "pip", "install", "--quiet"]
-        subprocess.run([*pip, "--constraint", str(constraints), requirement], check=True)
+        subprocess.run([*pip, "--constraint", str(constraints), *requirements], check=True)
     importlib.invalidate_caches()
 
 
@@ -81,7 +83,10 @@ def checkout_around_us():
     return None
 
 
-if torchreg_is_here() and importlib.util.find_spec("matplotlib") and importlib.util.find_spec("seaborn"):
+missing = [name for name in ("matplotlib", "seaborn") if importlib.util.find_spec(name) is None]
+if torchreg_is_here():
+    if missing:
+        pip_install(*missing)
     print("torchreg is here")
 elif checkout_around_us() is not None:
     print("installing torchreg from the checkout around this notebook")
@@ -180,12 +185,12 @@ LOSS_LABEL = "mean squared error (US dollars²)"
 # It writes by guessing a word, appending it, and guessing again.
 #
 # Here is the tiniest such model. It counts, in five sentences, which word follows which. The counts are its
-# parameters; there is no rule of English in it.
+# parameters; there is no rule of English in it. It looks back one word only, and its sentences show that.
 
 # %%
 sentences = """
 the house has a garden . the house has a large kitchen . the garden has a tree .
-the house sold for a high price . the kitchen sold the house .
+the house sold for a high price . a buyer saw the kitchen and the house .
 """
 words = sentences.split()
 
@@ -233,10 +238,10 @@ plt.show()
 # - `GrLivArea`: the living area above ground, in square feet.
 # - `SalePrice`: the price that it was sold for, in US dollars.
 #
-# The houses are *made up*, so that nothing has to be downloaded. But they are made with care: their number and
-# the sums Σx, Σy, Σxy, Σx², Σy² are those of a real table of sales in Ames, Iowa. You will see below that the best line,
-# and training on all rows, depend on the data through these sums alone. So all results on all rows are the real ones.
-# To train on the real table, which is fetched once, say `--data ames`, or `load_table("ames")` here.
+# The houses are *made up*, so that nothing has to be downloaded. But they are made with care: their number and the sums
+# Σx, Σy, Σxy, Σx², Σy² are those of a real table of sales in Ames, Iowa. You will see below that the best line, and
+# training on all rows, depend on the data through these sums alone. So all results on all rows are the real ones. To
+# train on the real table, which is fetched once, say `--data ames`, or `load_table("ames")` here.
 
 # %%
 table = torchreg.load_table("builtin")
@@ -264,15 +269,16 @@ plt.show()
 # The band around the line says how sure one can be of it.
 
 # %%
-grid = sns.jointplot(
-    data=houses,
-    x="GrLivArea",
-    y="SalePrice",
-    kind="reg",
-    height=6,
-    color=BLUE,
-    joint_kws={"seed": 0, "scatter_kws": {"s": 12, "alpha": 0.5}, "line_kws": {"color": ORANGE}},
-)
+with plt.rc_context({"figure.constrained_layout.use": False}):  # seaborn arranges the three panels itself
+    grid = sns.jointplot(
+        data=houses,
+        x="GrLivArea",
+        y="SalePrice",
+        kind="reg",
+        height=6,
+        color=BLUE,
+        joint_kws={"seed": 0, "scatter_kws": {"s": 12, "alpha": 0.5}, "line_kws": {"color": ORANGE}},
+    )
 grid.set_axis_labels(AREA_LABEL, PRICE_LABEL)
 grid.ax_joint.yaxis.set_major_formatter("{x:,.0f}")
 plt.show()
@@ -300,8 +306,8 @@ num_houses = len(houses)
 num_houses
 
 # %% [markdown]
-# `houses["GrLivArea"]` is one column, a pandas `Series`. `to_numpy()` gives its bare numbers as a NumPy array, with which
-# we can calculate without loops.
+# `houses["GrLivArea"]` is one column, a pandas `Series`. `to_numpy()` gives its bare numbers as a NumPy array, with
+# which we can calculate without loops.
 
 # %%
 area = houses["GrLivArea"].to_numpy()
@@ -325,23 +331,28 @@ best_loss = np.mean((best_weight * area + best_bias - price) ** 2)
 print(f"price = {best_weight:.6f} × area + {best_bias:.6f}, mean squared error {best_loss:,.1f}")
 
 # %% [markdown]
-# A square foot more adds about 88 dollars. We shall draw data and lines often, so this becomes a function.
+# A square foot more adds about 88 dollars. We shall draw the houses and lines through them often, so both become
+# functions.
 
 
 # %%
-def draw_fit(axes, weight, bias, label="the line"):
-    """The houses, a line through them, and the closed form for comparison."""
+def draw_houses(axes):
+    """The cloud of houses, with labelled axes."""
     axes.plot(area, price, ".", color=SKY, alpha=0.7, label="houses")
-    ends = np.array([area.min(), area.max()])
-    axes.plot(ends, weight * ends + bias, color=ORANGE, linewidth=2.5, label=label)
-    axes.plot(ends, best_weight * ends + best_bias, color=BLACK, linestyle=":", linewidth=2, label="closed form")
     axes.set(xlabel=AREA_LABEL, ylabel=PRICE_LABEL)
     axes.yaxis.set_major_formatter("{x:,.0f}")
+
+
+def draw_line(axes, weight, bias, label, color=ORANGE, linestyle="-"):
+    """A line from the smallest house to the largest."""
+    ends = np.array([area.min(), area.max()])
+    axes.plot(ends, weight * ends + bias, color=color, linestyle=linestyle, linewidth=2.5, label=label)
     axes.legend(loc="upper left")
 
 
 figure, axes = plt.subplots()
-draw_fit(axes, best_weight, best_bias, label="from the five sums")
+draw_houses(axes)
+draw_line(axes, best_weight, best_bias, "closed form", color=BLACK, linestyle=":")
 axes.set_title("the best line")
 plt.show()
 
@@ -505,7 +516,7 @@ def draw_descent(axes, curve, places, window, title):
             "",
             xy=(there, curve(there)),
             xytext=(here, curve(here)),
-            arrowprops={"arrowstyle": "-|>", "color": ORANGE, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 11},
+            arrowprops={"arrowstyle": "-|>", "color": ORANGE, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 10},
         )
     axes.plot(places[0], curve(places[0]), "o", color=BLACK, markersize=8, label="start")
     axes.plot(places[-1], curve(places[-1]), "s", color=GREEN, markersize=8, label=f"after {len(places) - 1} steps")
@@ -527,15 +538,15 @@ for axes, (rate, what) in zip(
     [(0.01, "far too small"), (0.15, "small enough"), (0.96, "too large"), (1.05, "larger still")],
     strict=True,
 ):
-    places = descend(slope_of_bowl, start=-1.6, rates=[rate] * 10)
-    draw_descent(axes, bowl, places, window=(-4.3, 4.3), title=f"{what}: rate {rate}")
-    axes.set_ylim(-0.8, 18)
+    places = descend(slope_of_bowl, start=-2.5, rates=[rate] * 6)
+    draw_descent(axes, bowl, places, window=(-4.8, 4.8), title=f"{what}: rate {rate}")
+    axes.set_ylim(-1, 27)
 plt.show()
 
 # %% [markdown]
-# - **Far too small**: the direction is right, but after ten steps we have hardly left the start.
+# - **Far too small**: the direction is right, but after six steps we have hardly left the start.
 # - **Small enough**: quick at first, then shorter and shorter steps, because the slope flattens towards the bottom.
-# - **Too large**: every step overshoots. We bounce from wall to wall and stay far from the minimum.
+# - **Too large**: every step overshoots. We bounce from wall to wall, and hardly get lower.
 # - **Larger still**: each bounce lands higher than the last. The training *diverges*: soon the numbers overflow.
 #
 # Between the last two lies a sharp limit. For this bowl it is a rate of exactly 1.
@@ -552,10 +563,12 @@ def slope_of_valleys(parameter):
     return 0.4 * parameter**3 - 1.8 * parameter + 0.4
 
 
-window = (-3.6, 3.4)
+window = (-3.3, 3.2)
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.2))
-draw_descent(left, valleys, descend(slope_of_valleys, 2.8, [0.05] * 14), window, "small rate: 0.05")
-draw_descent(right, valleys, descend(slope_of_valleys, 2.8, [0.7] * 14), window, "too large a rate: 0.7")
+draw_descent(left, valleys, descend(slope_of_valleys, 2.8, [0.05] * 12), window, "small rate: 0.05")
+draw_descent(right, valleys, descend(slope_of_valleys, 2.8, [0.7] * 12), window, "too large a rate: 0.7")
+left.set_ylim(-0.4, 5)
+right.set_ylim(-0.4, 5)
 plt.show()
 
 # %% [markdown]
@@ -566,10 +579,12 @@ plt.show()
 # So take both: begin with large steps and let them shrink. That is a *decaying* learning rate, one kind of *schedule*.
 
 # %%
-decaying = [0.7 * 0.85**step for step in range(14)]  # each step's rate is 85 % of the one before
+decaying = [0.7 * 0.85**step for step in range(12)]  # each step's rate is 85 % of the one before
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.2))
 draw_descent(left, valleys, descend(slope_of_valleys, 2.8, decaying), window, "decaying, start at 2.8")
 draw_descent(right, valleys, descend(slope_of_valleys, 2.6, decaying), window, "decaying, start at 2.6")
+left.set_ylim(-0.4, 5)
+right.set_ylim(-0.4, 5)
 plt.show()
 
 # %% [markdown]
@@ -602,7 +617,9 @@ print(f"after one step: price = {weight:.4f} × area + {bias:.4f}")
 print(f"closed form:    price = {best_weight:.4f} × area + {best_bias:.4f}")
 
 figure, axes = plt.subplots()
-draw_fit(axes, weight, bias, label="after one tiny step")
+draw_houses(axes)
+draw_line(axes, weight, bias, "after one tiny step")
+draw_line(axes, best_weight, best_bias, "closed form", color=BLACK, linestyle=":")
 axes.set_title("hardly moved, but the right way")
 plt.show()
 
@@ -624,7 +641,9 @@ for step in range(1, NUM_STEPS + 1):
 
     # From here on only the picture: it is drawn anew after each step, in the place of the last one.
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.2))
-    draw_fit(left, weight, bias, label=f"step {step}")
+    draw_houses(left)
+    draw_line(left, weight, bias, f"step {step}")
+    draw_line(left, best_weight, best_bias, "closed form", color=BLACK, linestyle=":")
     left.set(title=f"{weight:.2f} × area + {bias:,.0f}", ylim=(0, 520_000))
     right.plot(range(1, step + 1), loss_history, ".-", color=ORANGE, label="training")
     right.axhline(best_loss, color=BLACK, linestyle=":", linewidth=2, label="closed form")
@@ -723,9 +742,9 @@ plt.show()
 # | 64 × 4 | 10⁻⁷ × 4 | 10⁻¹ × 4 |
 # | ... | ... | ... |
 #
-# and climb until training diverges. Use your function from homework 1, and give it the rates as arguments. (When numbers
-# become too large for the computer, NumPy warns of an *overflow*. Stop the loop before: no loss a thousand times that of
-# the start will ever come back.)
+# and climb until training diverges. Use your function from homework 1, and give it the rates as arguments. (When
+# numbers become too large for the computer, NumPy warns of an *overflow*. Stop the loop before: no loss a thousand
+# times that of the start will ever come back.)
 
 # %%
 largest_factor = 1
@@ -737,6 +756,8 @@ for factor in (1,):  # ← your change here: 1, 2, 4, 8, ... until it diverges
 
 if ladder_losses[-1] < ladder_losses[0]:
     print(f"not yet: training still converges at × {largest_factor}, so climb on")
+else:
+    print(f"well done: it diverges at × {largest_factor}")
 
 # %% [markdown]
 # **Handing in.** Fork the repository to your own GitHub account (or keep a copy of this notebook in a repository of
@@ -749,8 +770,8 @@ if ladder_losses[-1] < ladder_losses[0]:
 # operation of the prediction and the loss, and then applies the chain rule backwards. That is *autograd*. The four
 # lines of the loop below are those of nearly every training program in the world.
 #
-# `nn.Linear(1, 1)` is our line: one number in, one number out. `torch.optim.SGD` is our step; two *parameter groups* give
-# weight and bias a rate each.
+# `nn.Linear(1, 1)` is our line: one number in, one number out. `torch.optim.SGD` is our step; two *parameter groups*
+# give weight and bias a rate each.
 
 # %%
 x = torch.tensor(area, dtype=torch.float64).reshape(-1, 1)  # (houses, features)
@@ -779,8 +800,8 @@ print(f"PyTorch: price = {model.weight.item():.6f} × area + {model.bias.item():
 print(f"by hand: price = {lesson_weight:.6f} × area + {lesson_bias:.6f}")
 
 # %% [markdown]
-# Close, but not the same. The reason is the order. `torch.optim.SGD` updates all parameters *simultaneously*, from
-# one gradient; our loop was *sequential*, and gave the bias the weight that was already new. Write the simultaneous order
+# Close, but not the same. The reason is the order. `torch.optim.SGD` updates all parameters *simultaneously*, from one
+# gradient; our loop was *sequential*, and gave the bias the weight that was already new. Write the simultaneous order
 # by hand, and the digits agree:
 
 # %%
@@ -796,8 +817,8 @@ assert np.isclose(weight, model.weight.item(), rtol=1e-9)
 assert np.isclose(bias, model.bias.item(), rtol=1e-9)
 
 # %% [markdown]
-# torchreg's own training has both. Its recipe `lesson` is the loop of section 6: hand-written gradient, sequential order.
-# The other calculation below is autograd again.
+# torchreg's own training has both. Its recipe `lesson` is the loop of section 6: hand-written gradient, sequential
+# order. The other calculation below is autograd again.
 
 # %%
 by_hand = train(torchreg.with_recipe("lesson", device="cpu", name="lesson", overwrite=True))
@@ -891,13 +912,13 @@ for axes, (size, (_, _, losses)) in zip(panels.flat, runs_by_batch_size.items(),
     axes.set(title=f"batches of {size}", yscale="log", ylim=(5e8, 3e10))
     axes.legend(fontsize=10)
 
-together = panels.flat[-1]
+together = panels.flat[-1]  # all five: how far above the best loss they are, on average over each epoch
 for size, (_, _, losses) in runs_by_batch_size.items():
     epoch = np.arange(1, len(losses) + 1) * size / len(houses)
-    together.plot(epoch, losses[:, 1], color=colours[size], label=f"batches of {size}")
-together.axhline(best_loss, color=BLACK, linestyle=":")
-together.set(title="all houses, from near", ylim=(1.46e9, 1.72e9))
-together.legend(fontsize=10, ncols=2)
+    excess = pd.Series(100 * (losses[:, 1] / best_loss - 1)).groupby(np.ceil(epoch)).mean()
+    together.plot(excess.index, excess, color=colours[size], label=size)
+together.set(title="all houses, means over epochs", ylabel="above the closed form (%)", yscale="log", ylim=(1e-2, 1e5))
+together.legend(title="batches of", fontsize=10, ncols=3)
 for axes in panels[:, 0]:
     axes.set_ylabel(LOSS_LABEL)
 for axes in panels[-1]:
@@ -905,8 +926,8 @@ for axes in panels[-1]:
 plt.show()
 
 # %% [markdown]
-# - The **grey** curves jump: each step is judged on other houses, some easy and some hard. That is the noise of the batch.
-#   It even dips below the closed form, which is best for *all* houses and not for each handful of them.
+# - The **grey** curves jump: each step is judged on other houses, some easy and some hard. That is the noise of the
+#   batch. It even dips below the closed form, which is best for *all* houses and not for each handful of them.
 # - **Small batches learn faster per epoch**: 32 houses a step make 17 steps out of one pass, 512 make one.
 # - **But they end less quietly**: the noise keeps pushing the line around the minimum. The larger the batch, the calmer
 #   the end. Small steps or a decaying rate calm it too.
@@ -987,6 +1008,7 @@ pd.DataFrame(
     [
         {
             "world_size": result["world_size"],
+            "houses a rank": result["global_batch_size"] // result["world_size"],
             "weight": f"{result['weight'][0]:.10f}",
             "bias": f"{result['bias']:.7f}",
             "weight − that of 1 rank": f"{result['weight'][0] - one['weight'][0]:.1e}",
@@ -1003,14 +1025,14 @@ for result in same_batch.values():
 print("1, 2 and 4 ranks: the same line")
 
 # %% [markdown]
-# The differences are those of rounding: four partial sums are added in another order than one long sum. This is how one
-# proves that a parallel training is right, and it is worth doing on every new machine: a lost gradient, or rows that are
-# counted twice, would show here at once.
+# If there is any difference at all, it is one of rounding: four partial sums are added in another order than one long
+# sum. This is how one proves that a parallel training is right, and it is worth doing on every new machine: a lost
+# gradient, or rows that are counted twice, would show here at once.
 #
 # ### More ranks, larger batches
 #
-# In practice one keeps the batch of *each* rank (`local_batch_size`) as large as the GPU likes. Then four ranks have four
-# times the global batch, and linear scaling multiplies the learning rate by four. You have been there: that is
+# In practice one keeps the batch of *each* rank (`local_batch_size`) as large as the GPU likes. Then four ranks have
+# four times the global batch, and linear scaling multiplies the learning rate by four. You have been there: that is
 # homework 2's × 4, in the order of `torch.optim.SGD`. First one rank with 64 houses, then four with 64 each, with the
 # lesson's rates and areas in square feet:
 
@@ -1027,11 +1049,11 @@ for name, (exit_code, result) in scaling_runs.items():
     print(f"{name}: exit code {exit_code}, stopped by {result['stopped_by']}, loss {result['loss']:,.0f}")
 
 # %% [markdown]
-# The run on four ranks diverged. torchreg noticed it, stopped all ranks in the same step, wrote its record and ended with
-# exit code 3; `torchrun` reports every failure as 1, so read the record when you want to know why.
+# The run on four ranks diverged. torchreg noticed it, stopped all ranks in the same step, wrote its record and ended
+# with exit code 3; `torchrun` reports every failure as 1, so read the record when you want to know why.
 #
-# The cause is the scale of the input. Areas are numbers around 1400 and biases count in ones, so the bowl of the loss is
-# a long, narrow ravine, and no pair of rates suits all its directions. Shift and scale the areas to mean 0 and
+# The cause is the scale of the input. Areas are numbers around 1400 and biases count in ones, so the bowl of the loss
+# is a long, narrow ravine, and no pair of rates suits all its directions. Shift and scale the areas to mean 0 and
 # variance 1, **standardise** them, and the ravine becomes round. That is torchreg's default, with rates of 0.05 at a
 # batch of 64:
 
@@ -1076,7 +1098,8 @@ print("diverged in square feet, converged when standardised")
 # Then ask for two nodes, and start eight ranks on them, one for each GPU:
 #
 # ```sh
-# qsub -I -A <project> -q debug -l select=2:system=polaris -l place=scatter -l walltime=0:30:00 -l filesystems=home:eagle
+# qsub -I -A <project> -q debug -l select=2:system=polaris -l place=scatter \
+#     -l walltime=0:30:00 -l filesystems=home:eagle
 #
 # cd <checkout>; module use /soft/modulefiles; module load conda; conda activate base; source .venv/bin/activate
 # mpiexec -n 8 --ppn 4 --depth=8 --cpu-bind depth torchreg train
