@@ -928,11 +928,12 @@ plt.show()
 # %% [markdown]
 # - The **grey** curves jump: each step is judged on other houses, some easy and some hard. That is the noise of the
 #   batch. It even dips below the closed form, which is best for *all* houses and not for each handful of them.
-# - **Small batches learn faster per epoch**: 32 houses a step make 17 steps out of one pass, 512 make one.
-# - **But they end less quietly**: the noise keeps pushing the line around the minimum. The larger the batch, the calmer
-#   the end. Small steps or a decaying rate calm it too.
+# - **Small batches learn faster per epoch**: 32 houses a step make 17 steps out of one pass, 512 make one. See the left
+#   end of the last panel.
+# - **But they end less quietly**: the noise keeps pushing the line around the minimum, about one percent above the best
+#   for 32 houses, a few hundredths of a percent for 512. Smaller steps or a decaying rate calm it too.
 #
-# All of them arrive near the best line. On one computer the small batch looks like the winner. But many processors can
+# All of them arrive near the best line. On one processor the small batch looks like the winner. But many processors can
 # share a large batch, and must share it to be of use; that is why the second homework asks for larger steps.
 #
 # ### Homework 2
