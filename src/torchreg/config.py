@@ -157,6 +157,9 @@ class TrainConfig:
     log_every: int | None = None
     """Steps between two lines of metrics. Default: about forty lines a run."""
 
+    log_full_loss: bool = False
+    """Log the loss on all rows too, with every line of metrics. The time this takes is not counted."""
+
     plot: bool = False
     """Draw data, fit, closed form and loss as PNG and SVG in the run's folder."""
 
@@ -245,7 +248,16 @@ RECIPES: dict[str, TrainConfig] = {
         epochs=30,
     ),
 }
-"""`default` is safe at any world size that the data allows; `lesson` is the original lesson to the digit."""
+RECIPES["homework"] = replace(RECIPES["lesson"], sampling="random", global_batch_size=64)
+"""`default` is safe at any world size that the data allows; `lesson` is the original lesson to the digit, and
+`homework` its exercise: batches of 64 rows that each step draws afresh."""
+
+
+SWEEP_DEFAULTS: dict[Literal["batch", "ladder"], TrainConfig] = {
+    "batch": replace(RECIPES["homework"], name="sweep-batch"),
+    "ladder": replace(RECIPES["homework"], name="sweep-ladder", epochs=None, max_steps=1_000),
+}
+"""What the runs of a sweep are unless options say otherwise: the lesson's homework."""
 
 
 def with_recipe(recipe: str, **overrides: object) -> TrainConfig:

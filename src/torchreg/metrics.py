@@ -36,6 +36,7 @@ class Metrics:
         reporter: Reporter,
         *,
         target_excess: float | None,
+        log_full_loss: bool,
         loss_on_all_rows: Callable[[], float],
     ) -> None:
         self._prepared = prepared
@@ -43,6 +44,7 @@ class Metrics:
         self._directory = directory
         self._reporter = reporter
         self._target_excess = target_excess
+        self._log_full_loss = log_full_loss or target_excess is not None
         self._loss_on_all_rows = loss_on_all_rows
         self._sums = accumulable(torch.zeros(prepared.log_every, device=runtime.device))
         self._add_over_ranks = runtime.add_over_ranks(self._sums, runtime.quick_sync)
@@ -95,7 +97,7 @@ class Metrics:
         if not fine.all():
             shown = int(fine.argmin())
             self.stopped_by, self.diverged_at_step = "divergence", first + shown
-        full_loss = self._evaluate() if self._target_excess is not None and fine.all() else None
+        full_loss = self._evaluate() if self._log_full_loss and fine.all() else None
         if self._directory:
             loss = float(losses[shown])
             self._directory.note(self._line(first + shown, loss, full_loss))
@@ -120,8 +122,7 @@ class Metrics:
     def _evaluate(self) -> float:
         start_s = time.perf_counter()
         loss = self._loss_on_all_rows()
-        assert self._target_excess is not None
-        if loss <= self._prepared.closed_form.loss * (1 + self._target_excess):
+        if self._target_excess is not None and loss <= self._prepared.closed_form.loss * (1 + self._target_excess):
             self.stopped_by = "target"
         elif not loss <= self._prepared.exploding_loss:  # the update after the last step's loss
             self.stopped_by, self.diverged_at_step = "divergence", self.num_steps - 1

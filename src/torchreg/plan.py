@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torchreg.batches import DEFAULT_LOCAL_BATCH_SIZE
-from torchreg.config import TrainConfig
+from torchreg.config import LRScaling, TrainConfig
 from torchreg.forecast import Curve, Forecast, percent
-from torchreg.prepare import Problem, base_rates, prepare, stable_world_size
+from torchreg.prepare import Problem, base_rates, prepare, scale_at, stable_world_size
 from torchreg.theory import CriticalBatch, critical_batch_size
 
 _POLARIS_NODE = 4  # ranks, one a GPU
+_RULES: tuple[LRScaling, ...] = ("linear", "sqrt", "none")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class WorldSize:
 class Plan:
     """Forecasts for several world sizes, and what to make of them.
 
+    `of_limit` has, for each scaling rule, pairs of world size and scaled rates as a multiple of the stability limit.
     `largest_stable` is the most ranks at which each scaling rule is stable with these rates, as far as the data has
     rows; empty where the global batch does not grow with the ranks. `critical` are the fewest steps to the target at
     each batch size with the best rates for it; None beyond 16 features, where noise is left out.
@@ -56,7 +58,8 @@ class Plan:
     lr_scaling: str
     target_excess: float
     rows: tuple[WorldSize, ...]
-    largest_stable: dict[str, int]
+    of_limit: dict[str, tuple[tuple[int, float | None], ...]]
+    largest_stable: dict[LRScaling, int]
     most_ranks: int
     critical: CriticalBatch | None
     verdict: str
@@ -104,8 +107,8 @@ class Plan:
         lines = [f"verdict      {self.verdict}"]
         if self.critical and self.critical.critical:
             lines.append(
-                f"batch size   from {self.critical.critical:,} rows on, doubling the batch saves less than a quarter of "
-                f"the steps to {percent(self.target_excess)}, even with the best rates"
+                f"batch size   from {self.critical.critical:,} rows on, doubling the batch saves less than a quarter "
+                f"of the steps to {percent(self.target_excess)}, even with the best rates"
             )
         elif self.critical:
             lines.append("batch size   doubling the batch goes on saving steps as far as the data has rows")
@@ -133,9 +136,9 @@ def make_plan(config: TrainConfig, world_sizes: Sequence[int]) -> Plan:
         raise ValueError(forecasts[0].problem)
     grows = config.global_batch_size is None and config.sampling != "full"
     local_batch_size = config.local_batch_size or DEFAULT_LOCAL_BATCH_SIZE
-    largest_stable = {}
+    largest_stable: dict[LRScaling, int] = {}
     if grows:
-        for rule in ("linear", "sqrt", "none"):
+        for rule in _RULES:
             largest_stable[rule] = stable_world_size(replace(config, lr_scaling=rule), problem, local_batch_size)
     critical = None
     if first.criterion == "mean square" and problem.closed_form.loss > 0:
@@ -152,6 +155,7 @@ def make_plan(config: TrainConfig, world_sizes: Sequence[int]) -> Plan:
         lr_scaling=config.lr_scaling,
         target_excess=first.target_excess,
         rows=tuple(forecasts),
+        of_limit={rule: tuple(_of_limit(config, problem, rule, row) for row in forecasts) for rule in _RULES},
         largest_stable=largest_stable,
         most_ranks=most_ranks,
         critical=critical,
@@ -170,6 +174,13 @@ def _forecast(config: TrainConfig, problem: Problem, world_size: int) -> WorldSi
     return WorldSize(world_size, prepared.plan.global_batch_size, prepared.schedule.scaled, prepared.forecast)
 
 
+def _of_limit(config: TrainConfig, problem: Problem, rule: LRScaling, row: WorldSize) -> tuple[int, float | None]:
+    if row.forecast is None:
+        return row.world_size, None
+    scaled = base_rates(config, problem)[1] * scale_at(replace(config, lr_scaling=rule), row.global_batch_size)
+    return row.world_size, scaled / (row.scaled_learning_rate[1] * row.forecast.stability_limit)
+
+
 def _is_stable(row: WorldSize) -> bool | None:
     return row.forecast.is_stable if row.forecast else None
 
@@ -178,7 +189,7 @@ def _verdict(
     config: TrainConfig,
     problem: Problem,
     rows: Sequence[WorldSize],
-    largest_stable: dict[str, int],
+    largest_stable: dict[LRScaling, int],
     most_ranks: int,
 ) -> str:
     """One line: stable or not, up to where, and what to do about it."""

@@ -26,10 +26,16 @@ CONFIG_FILE = "config.json"
 RECORD_FILE = "record.json"
 METRICS_FILE = "metrics.jsonl"
 PLAN_FILE = "plan.json"
-FIGURE_FILES = ("training.png", "training.svg")
+TRAINING_FIGURE = "training"
 PARTIAL = ".part"
 
-_OWN_FILES = (CONFIG_FILE, RECORD_FILE, METRICS_FILE, METRICS_FILE + PARTIAL, *FIGURE_FILES)
+_OWN_FILES = (
+    CONFIG_FILE,
+    RECORD_FILE,
+    METRICS_FILE,
+    METRICS_FILE + PARTIAL,
+    *(f"{TRAINING_FIGURE}.{kind}" for kind in ("png", "svg")),
+)
 _METRICS_JSON = json.JSONEncoder(allow_nan=False)  # made once: a line is written from inside the loop
 _LIBRARIES = ("torchreg", "torch", "numpy", "pandas", "ezpz", "mpi4py", "matplotlib")
 _ALLOWED_VARIABLES = re.compile(

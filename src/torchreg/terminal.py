@@ -61,11 +61,13 @@ class Silent:
 class Terminal:
     """A `Reporter` on stdout, or on stderr where stdout belongs to a JSON object.
 
-    On a terminal a bar that updates in place; elsewhere the first and last steps, a tenth of the steps apart at
+    `counts` names what `progress` counts. On a terminal a bar that updates in place; elsewhere
+    the first and last steps, a tenth of the steps apart at
     most, and at least ten seconds apart, so that a log of a thousand-node job stays readable.
     """
 
-    def __init__(self, *, stderr: bool = False) -> None:
+    def __init__(self, *, stderr: bool = False, counts: str = "step") -> None:
+        self._counts = counts
         self._console = Console(file=sys.stderr if stderr else sys.stdout, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._next_line_s = 0.0
@@ -84,7 +86,7 @@ class Terminal:
             self._move_bar(step, num_steps, loss)
         elif step == num_steps or time.monotonic() >= self._next_line_s:
             self._next_line_s = time.monotonic() + _SECONDS_BETWEEN_LINES
-            self.say(f"step {step}/{num_steps}  loss {loss:.6g}")
+            self.say(f"{self._counts} {step}/{num_steps}  loss {loss:.6g}")
 
     def close(self) -> None:
         """Take the bar away."""
@@ -98,7 +100,7 @@ class Terminal:
                 TextColumn("training"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("steps · loss {task.fields[loss]}"),
+                TextColumn(self._counts + "s · loss {task.fields[loss]}"),
                 TimeRemainingColumn(),
                 console=self._console,
                 transient=True,

@@ -215,6 +215,7 @@ def train(config: TrainConfig, runtime: Runtime | None = None, reporter: Reporte
         directory,
         reporter,
         target_excess=config.target_excess,
+        log_full_loss=config.log_full_loss,
         loss_on_all_rows=lambda: evaluate(model, x, y, runtime, share),
     )
     metrics.start()

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any, Literal, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore
 from torch.nn.parallel import DistributedDataParallel
 
 from torchreg.launcher import Launcher, detect_launcher
@@ -27,6 +29,7 @@ AddOverRanks = Callable[[], None]
 AnySync = Literal["ddp", "allreduce", "mpi"]
 
 _FAILED = "torchreg/failed"
+_deals = itertools.count()  # so that every `deal` of a process counts by itself
 
 
 class AgreedError(ValueError):
@@ -134,6 +137,22 @@ class Runtime:
         values = torch.tensor([value], dtype=torch.float64)
         dist.all_reduce(values, dist.ReduceOp.MAX)
         return values.item()
+
+    def alone(self) -> Runtime:
+        """This rank as a world of its own, on its own device: it talks to nobody."""
+        place = replace(self.places[self.rank], rank=0)
+        return replace(
+            self, rank=0, world_size=1, local_rank=0, name="single", backend="none", places=(place,), mpi_comm=None
+        )
+
+    def deal(self, items: Sequence[T]) -> Iterator[T]:
+        """Each item to one rank, whichever asks for it first. All ranks must deal the same items in the same order."""
+        if self.world_size == 1:
+            yield from items
+            return
+        store = PrefixStore(f"torchreg/deal/{next(_deals)}", dist.distributed_c10d._get_default_store())
+        while (number := store.add("dealt", 1) - 1) < len(items):
+            yield items[number]
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

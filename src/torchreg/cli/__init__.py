@@ -1,0 +1,77 @@
+"""The commands. Each is a module that is imported when it runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from torchreg.cli.options import EXIT_BAD_INPUT, EXIT_FAILED
+from torchreg.launcher import detect_launcher
+
+COMMANDS = {
+    "train": "train the model, on one process or many ranks",
+    "plan": "predict stability, noise floor and steps to a target for many world sizes",
+    "sweep": "train with many batch sizes or learning rates, prediction beside measurement",
+    "data": "show, fetch or make the data",
+}
+_USAGE = """\
+usage: torchreg [-h] [--version] {commands} ...
+
+Train one linear layer across many ranks, with the right answer known beforehand.
+
+commands:
+{descriptions}
+
+`torchreg COMMAND --help` shows the options of a command.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The `torchreg` command; returns its exit code.
+
+    0: done. 1: a failure. 2: bad input, told in one line on stderr. 3: training diverged; its record is written.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except ValueError as error:
+        _tell(str(error))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of stdout went away, for example `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    return EXIT_BAD_INPUT
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if arguments[:1] == ["--version"]:
+        from torchreg import __version__
+
+        print(f"torchreg {__version__}")
+        return 0
+    if not arguments or arguments[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        descriptions = "\n".join(f"  {name:{width}}  {what}" for name, what in COMMANDS.items())
+        print(_USAGE.format(commands="{" + ",".join(COMMANDS) + "}", descriptions=descriptions), end="")
+        return 0 if arguments else EXIT_BAD_INPUT
+    command, *options = arguments
+    if command not in COMMANDS:
+        raise ValueError(f"{command!r} is no command: the commands are {', '.join(COMMANDS)}")
+    code: int = import_module(f"torchreg.cli.{command}").run(options)
+    return code
+
+
+def _tell(message: str) -> None:
+    """One line on stderr, from the main rank only."""
+    with contextlib.suppress(ValueError):
+        if detect_launcher(os.environ).rank > 0:
+            return
+    print(f"torchreg: error: {' '.join(message.split())}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

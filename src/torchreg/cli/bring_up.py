@@ -1,0 +1,51 @@
+"""Ranks that start and end together, whatever goes wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from torchreg.cli.options import EXIT_BAD_INPUT, EXIT_FAILED
+from torchreg.config import TrainConfig
+from torchreg.launcher import detect_launcher
+from torchreg.runtime import AgreedError, Runtime, open_runtime
+
+T = TypeVar("T")
+
+_ECHO_DELAY_S = 2.0
+
+
+def open_ranks(config: TrainConfig) -> Runtime:
+    """Bring up the ranks. What goes wrong here may be seen by all ranks or by one: it is told once, and ends all."""
+    try:
+        return open_runtime(
+            runtime=config.runtime,
+            device=config.device,
+            sync=config.effective_sync,
+            timeout_s=config.timeout_s,
+        )
+    except AgreedError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        with contextlib.suppress(ValueError):
+            if detect_launcher(os.environ).rank > 0:
+                time.sleep(_ECHO_DELAY_S)  # the main rank most likely tells the same, and the launcher ends this one
+        prefix = "" if isinstance(error, ValueError) else "the ranks did not come together: "
+        print(f"torchreg: error: {prefix}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        # Without MPI_Finalize and process group clean-up, which would wait for ranks that are not there.
+        os._exit(EXIT_BAD_INPUT if isinstance(error, ValueError) else EXIT_FAILED)
+
+
+def on_all_ranks(runtime: Runtime, work: Callable[[], T]) -> T:
+    """What `work` returns, on ranks that end together: bad input is told by an `AgreedError`, and nothing else is."""
+    try:
+        with runtime:
+            return work()
+    except AgreedError:
+        raise
+    except ValueError as error:
+        raise RuntimeError("a defect of torchreg: please report it with the traceback above") from error

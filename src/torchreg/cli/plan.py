@@ -1,0 +1,69 @@
+"""`torchreg plan`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from torchreg.cli.options import Recipe, parse, recipe_of, whole_numbers
+from torchreg.config import TrainConfig, with_recipe
+from torchreg.launcher import detect_launcher
+
+
+@dataclass(frozen=True)
+class PlanArguments:
+    """Predict, without training, what each of several world sizes would do: stable or not, steps and samples to the
+    target, noise floor.
+
+    Takes the options of `train`; the target is `--target-excess` (default 0.01).
+    """
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+
+    world_sizes: str = "1,2,4,8"
+    """Numbers of ranks, separated by commas."""
+
+    recipe: Recipe = "default"
+    """Where the defaults come from, as for `train`."""
+
+    json: bool = False
+    """Print the plan as one JSON object on stdout, and nothing else there."""
+
+
+def run(argv: list[str]) -> int:
+    """Print the plan, and draw it if asked."""
+    defaults = PlanArguments(with_recipe(recipe_of(argv)))
+    arguments = parse(PlanArguments, "torchreg plan", argv, defaults)
+    config = arguments.config
+    if config.plot:
+        from torchreg.figures import require_matplotlib
+
+        require_matplotlib()
+    world_sizes = whole_numbers("world_sizes", arguments.world_sizes)
+    if detect_launcher(os.environ).rank > 0:
+        return 0  # the main rank tells it
+
+    from torchreg.plan import make_plan
+    from torchreg.record import PLAN_FILE, claim_folder, to_json, write_json
+
+    plan = make_plan(config, world_sizes)
+    pictures: list[Path] = []
+    if config.plot:
+        from torchreg.figures import draw_plan
+
+        folder = claim_folder(config.runs_dir, config.name, "plan", overwrite=config.overwrite)
+        write_json(folder / PLAN_FILE, plan.as_json())
+        pictures = draw_plan(folder)
+    if arguments.json:
+        print(to_json(plan.as_json()))
+        return 0
+    from torchreg.terminal import show_table
+
+    print(*plan.heading(), sep="\n")
+    show_table(*plan.table())
+    print(*plan.conclusion(), *(f"picture      {picture}" for picture in pictures), sep="\n")
+    return 0

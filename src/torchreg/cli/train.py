@@ -1,0 +1,71 @@
+"""`torchreg train`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from torchreg.cli.options import EXIT_DIVERGED, Recipe, parse, recipe_of
+from torchreg.config import TrainConfig, with_recipe
+
+if TYPE_CHECKING:
+    from torchreg.result import Result
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """Train nn.Linear on house prices; end with the fitted line, the closed form, and how far apart they are.
+
+    Runs as one process, or as many ranks under mpiexec, torchrun, srun or ezpz launch.
+    """
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+
+    recipe: Recipe = "default"
+    """Where the defaults below come from: `default` is safe at any world size that the data allows, `lesson` is
+    the original lesson to the digit, `homework` its exercise with batches of 64 rows. Any flag overrides a recipe's
+    value."""
+
+    json: bool = False
+    """Print the result as one JSON object on stdout, and nothing else there."""
+
+
+def run(argv: list[str]) -> int:
+    """Train, and print the result."""
+    defaults = TrainArguments(with_recipe(recipe_of(argv)))  # --recipe itself is parsed with the other options
+    arguments = parse(TrainArguments, "torchreg train", argv, defaults)
+    config = arguments.config
+    if config.plot:
+        from torchreg.figures import require_matplotlib
+
+        require_matplotlib()
+
+    from torchreg.cli.bring_up import on_all_ranks, open_ranks
+    from torchreg.terminal import Terminal
+    from torchreg.train import train
+
+    runtime = open_ranks(config)
+    terminal = Terminal(stderr=arguments.json) if runtime.is_main else None
+    result = on_all_ranks(runtime, lambda: train(config, runtime, terminal))
+    if runtime.is_main:
+        pictures: list[Path] = []
+        if config.plot and not result.diverged:
+            from torchreg.figures import draw_training
+
+            pictures = draw_training(Path(result.run_dir))
+        _print_result(result, pictures, json=arguments.json)
+    return EXIT_DIVERGED if result.diverged else 0
+
+
+def _print_result(result: Result, pictures: list[Path], *, json: bool) -> None:
+    from torchreg.record import to_json
+
+    if json:
+        print(to_json(asdict(result)))
+        return
+    print(*result.lines(), f"records      {result.run_dir}", sep="\n")
+    for picture in pictures:
+        print(f"picture      {picture}")
