@@ -1,0 +1,289 @@
+"""Does training do what theory says? Predictions beside measurements, as Markdown tables.
+
+    python scripts/measure_theory.py [--data builtin|FILE] [--quick]
+
+Stability limits and learning curves are measured with `torchreg train` itself, noise floors with many runs of plain
+NumPy, written from the algorithm and not from the theory. All use the lesson's rates and start. The exit code is 1 if
+something that is held to be exact is not met. `shuffle` sampling is an approximation: its tables only show how good.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from torchreg.config import RECIPES, Sampling, TrainConfig, UpdateOrder
+from torchreg.prepare import Problem, base_rates, prepare
+from torchreg.record import read_metrics
+from torchreg.runtime import Runtime, open_runtime
+from torchreg.theory import Dynamics, Matrix
+from torchreg.train import train
+
+ORDERS: tuple[UpdateOrder, ...] = ("simultaneous", "sequential")
+BATCH_SIZES = (16, 32, 64, 128, 256, 512)
+TOLERANCE = 0.03  # of the floor
+SMALLEST_BATCH_AT_3 = 64
+STEPS_AT_LIMIT = 1_000  # 3 % beyond it a step multiplies the loss by about 1.1
+FORGET_STEPS = 500  # until nothing is left of the start
+RUNS_AT_ONCE = 1_000
+
+
+@dataclass(frozen=True)
+class Options:
+    """Hold predictions against measurements."""
+
+    data: str = "builtin"
+    """`builtin`, or a CSV or Parquet file."""
+
+    quick: bool = False
+    """Fewer runs: half a minute, with larger errors."""
+
+    @property
+    def num_seeds(self) -> int:
+        """Runs of a learning curve."""
+        return 50 if self.quick else 200
+
+    @property
+    def most_error(self) -> float:
+        """The standard error at which a floor is known well enough, as a fraction of it."""
+        return 0.02 if self.quick else 0.007
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A mean over independent runs, and its standard error."""
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, runs: Matrix) -> Measured:
+        """From one number a run."""
+        return cls(float(runs.mean()), float(runs.std(ddof=1) / math.sqrt(len(runs))))
+
+
+class Report:
+    """Prints tables as they come, and remembers whether all was met."""
+
+    def __init__(self) -> None:
+        self.all_met = True
+
+    def begin(self, title: str, columns: Sequence[str]) -> None:
+        """A heading and the head of a table."""
+        print(f"\n### {title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+
+    def row(self, *cells: str, met: bool | None = None) -> None:
+        """One line; `met` says whether it is as predicted, None where that is not claimed."""
+        marks = [] if met is None else ["yes" if met else "**NO**"]
+        print(f"| {' | '.join([*cells, *marks])} |", flush=True)
+        self.all_met &= met is not False
+
+
+def lesson_config(options: Options, order: UpdateOrder, sampling: Sampling, batch_size: int | None) -> TrainConfig:
+    """A run from the lesson's start with its rates, whatever the batch size."""
+    return replace(
+        RECIPES["homework"],
+        data=options.data,
+        optimizer="hand" if order == "sequential" else "sgd",
+        update_order=order,
+        sampling=sampling,
+        global_batch_size=batch_size,
+        overwrite=True,
+        name="measured",
+    )
+
+
+def measure_limits(options: Options, runtime: Runtime, report: Report, runs_dir: str) -> None:
+    """Train 3 % below and 3 % above each predicted limit of the multiplier."""
+    report.begin(
+        "Stability: how far can the lesson's rates be multiplied?",
+        ["order", "sampling", "rows", "predicted limit", "diverged at 0.97 of it", "at 1.03 of it", "met"],
+    )
+    cases: list[tuple[Sampling, int | None]] = [("full", None), ("random", 64), ("random", 16), ("shuffle", 64)]
+    for order, (sampling, batch_size) in itertools.product(ORDERS, cases):
+        config = replace(lesson_config(options, order, sampling, batch_size), epochs=None, max_steps=STEPS_AT_LIMIT)
+        config = replace(config, runs_dir=runs_dir, log_every=100)
+        problem = Problem.of(config)
+        rates = base_rates(config, problem)
+        rows = batch_size or problem.table.num_rows
+        dynamics = Dynamics.of(problem.rows, rates, rows, order, sampling)
+        limit, error = dynamics.largest_multiplier(), dynamics.sampling_error(Dynamics.largest_multiplier)
+        num_seeds = 1 if sampling == "full" else 3 if options.quick else 20
+        diverged = []
+        for side in (0.97, 1.03):
+            multiplied = replace(config, base_learning_rate=(rates[0] * limit * side, rates[1] * limit * side))
+            results = [train(replace(multiplied, seed=seed), runtime) for seed in range(num_seeds)]
+            diverged.append(sum(result.diverged for result in results))
+        told = f"{limit:.4f}" + (f" ± {error:.4f}" if error else "")
+        counts = [f"{count} of {num_seeds}" for count in diverged]
+        met = diverged == [0, num_seeds]
+        if sampling == "shuffle":
+            report.row(order, "shuffle (approximation)", str(rows), told, *counts, "as predicted" if met else "differs")
+        else:
+            report.row(order, sampling, str(rows), told, *counts, met=met)
+
+
+def batch_sums(terms: Matrix, batch_size: int, num_runs: int, seed: int) -> Iterator[Matrix]:
+    """Sums of `terms` (num_rows, m) over the rows of fresh batches, (num_runs, m), step after step.
+
+    Rows are drawn without replacement: those whose random keys are the `batch_size` smallest.
+    """
+    generator = np.random.default_rng(seed)
+    while True:
+        keys = generator.integers(0, 2**32, (num_runs, len(terms)), dtype=np.uint32)
+        threshold = np.partition(keys, batch_size - 1, axis=1)[:, batch_size - 1 : batch_size]
+        yield (keys <= threshold).astype(np.float64) @ terms
+
+
+class Runs:
+    """Many runs of SGD at once: parameters `theta` (settings, num_runs, p), a setting being an order and rates."""
+
+    def __init__(self, problem: Problem, settings: Sequence[tuple[UpdateOrder, tuple[float, float]]], num_runs: int):
+        x = problem.standardizer.apply(problem.table.features)
+        a, y = np.hstack([x, np.ones((len(x), 1))]), problem.table.target
+        self.size = a.shape[1]
+        self.terms = np.hstack([(a[:, :, None] * a[:, None, :]).reshape(len(a), -1), a * y])
+        self.gram = a.T @ a / len(a)
+        self.start = np.append(*problem.start)
+        self.optimum = self.start - problem.start_error
+        self.best_loss = problem.closed_form.loss
+        self.rates = np.array([[weight] * (self.size - 1) + [bias] for _, (weight, bias) in settings])[:, None]
+        self.sequential = np.array([order == "sequential" for order, _ in settings])
+        self.theta = np.tile(self.start, (len(settings), num_runs, 1))
+
+    def step(self, sums: Matrix, num_rows: int) -> None:
+        """One update of every run from the `sums` (num_runs, m) of `terms` over its batch."""
+        aa = sums[:, : self.size**2].reshape(-1, self.size, self.size) / num_rows
+        ay = sums[:, self.size**2 :] / num_rows
+
+        def gradient() -> Matrix:
+            return np.asarray(2 * (np.einsum("rpq,srq->srp", aa, self.theta) - ay))
+
+        first = self.rates * gradient()
+        self.theta[..., :-1] -= first[..., :-1]
+        second = (self.rates * gradient())[..., -1]  # at the new weight
+        self.theta[..., -1] -= np.where(self.sequential[:, None], second, first[..., -1])
+
+    def excess(self) -> Matrix:
+        """Loss above the best, as a fraction of it, (settings, num_runs)."""
+        off = self.theta - self.optimum
+        return np.asarray(np.einsum("srp,pq,srq->sr", off, self.gram, off) / self.best_loss)
+
+
+def measure_floors(options: Options, report: Report) -> None:
+    """Let many runs level off, and average the excess loss until its standard error is small enough."""
+    report.begin(
+        "Noise floors of `random` sampling, in % above the best loss",
+        ["order", "rows", "rates ×", "predicted", "measured ± standard error", "measured / predicted", "met"],
+    )
+    for batch_size in BATCH_SIZES:
+        config = lesson_config(options, "sequential", "random", batch_size)
+        problem = Problem.of(config)
+        weight, bias = base_rates(config, problem)
+        multipliers = (1, 2, 3) if batch_size >= SMALLEST_BATCH_AT_3 else (1, 2)
+        cases = list(itertools.product(ORDERS, multipliers))
+        runs = Runs(problem, [(order, (k * weight, k * bias)) for order, k in cases], RUNS_AT_ONCE)
+        total = np.zeros(runs.theta.shape[:2])
+        for step, sums in enumerate(batch_sums(runs.terms, batch_size, RUNS_AT_ONCE, seed=batch_size)):
+            runs.step(sums, batch_size)
+            num_steps = step + 1 - FORGET_STEPS
+            if num_steps > 0:
+                total += runs.excess()
+            if num_steps > 0 and num_steps % 100 == 0:
+                measured = [Measured.of(run / num_steps) for run in total]
+                if all(m.error < options.most_error * m.mean for m in measured):
+                    break
+        for (order, k), m in zip(cases, measured, strict=True):
+            floor = Dynamics.of(problem.rows, (weight, bias), batch_size, order).noise_floor(k) / runs.best_loss
+            ratio = m.mean / floor
+            report.row(
+                order, str(batch_size), str(k), f"{100 * floor:.4g}", f"{100 * m.mean:.4g} ± {100 * m.error:.2g}",
+                f"{ratio:.3f}", met=abs(ratio - 1) <= TOLERANCE,
+            )  # fmt: skip
+
+
+def measure_curves(options: Options, runtime: Runtime, report: Report, runs_dir: str) -> None:
+    """Train with many seeds; hold the mean curve against the predicted one, and single runs against the band."""
+    report.begin(
+        f"Learning curves, {options.num_seeds} seeds of 64 rows a step, `random` sampling, loss on all rows",
+        ["order", "steps", "points within 2 standard errors", "largest distance", "runs within the 95 % band", "met"],
+    )
+    for order in ORDERS:
+        config = replace(lesson_config(options, order, "random", 64), log_full_loss=True, log_every=1)
+        config = replace(config, runs_dir=runs_dir)
+        problem = Problem.of(config)
+        best = problem.closed_form.loss
+        curves = []
+        for seed in range(options.num_seeds):
+            result = train(replace(config, seed=seed), runtime)
+            curves.append([line["full_loss"] / best - 1 for line in read_metrics(Path(result.run_dir))])
+        runs = np.array(curves)
+        num_steps = runs.shape[1]
+        dynamics = Dynamics.of(problem.rows, base_rates(config, problem), 64, order)
+        curve = dynamics.learning_curve(problem.start_error, [1.0] * num_steps)
+        predicted, low, high = (values[1:] / best for values in (curve.excess, curve.low, curve.high))
+        distance = np.abs(runs.mean(axis=0) - predicted) / (runs.std(axis=0, ddof=1) / math.sqrt(len(runs)))
+        within, inside = float(np.mean(distance <= 2)), float(np.mean((runs >= low) & (runs <= high)))
+        report.row(
+            order, str(num_steps), f"{100 * within:.1f} %", f"{distance.max():.2f} standard errors",
+            f"{100 * inside:.1f} %", met=within >= 0.95,
+        )  # fmt: skip
+
+
+def measure_shuffle(options: Options, report: Report) -> None:
+    """How far the end of a run with `shuffle` sampling, the default, is from its approximation."""
+    report.begin(
+        "`shuffle` sampling and its approximation by independent batches: excess at the end of 30 epochs, in %",
+        ["run", "rows", "short last batch", "predicted", "measured ± standard error", "measured / predicted"],
+    )
+    default = replace(RECIPES["default"], data=options.data)
+    lesson = lesson_config(options, "simultaneous", "shuffle", None)
+    cases = [
+        *((f"default recipe, {ranks} ranks", default, ranks * 64) for ranks in (1, 2, 4, 8)),
+        *(("lesson's rates", lesson, batch_size) for batch_size in (16, 29, 64, 256)),
+    ]
+    num_runs = 1_000 if options.quick else 4_000
+    for name, config, batch_size in cases:
+        prepared, _ = prepare(replace(config, global_batch_size=batch_size), 1)
+        assert prepared.forecast.curve
+        problem = Problem.of(config)
+        num_rows = problem.table.num_rows
+        runs = Runs(problem, [("simultaneous", prepared.schedule.scaled)], num_runs)
+        generator = np.random.default_rng(batch_size)
+        for _ in range(30):
+            order = generator.integers(0, 2**32, (num_runs, num_rows), dtype=np.uint32).argsort(axis=1)
+            for start in range(0, num_rows, batch_size):
+                rows = order[:, start : start + batch_size]
+                runs.step(np.sum(runs.terms[rows], axis=1), rows.shape[1])
+        m = Measured.of(runs.excess()[0])
+        predicted = prepared.forecast.curve.excess[-1]
+        report.row(
+            name, str(batch_size), str(num_rows % batch_size or "none"), f"{100 * predicted:.4g}",
+            f"{100 * m.mean:.4g} ± {100 * m.error:.2g}", f"{m.mean / predicted:.3f}",
+        )  # fmt: skip
+
+
+def main() -> int:
+    """Measure and print; returns the exit code."""
+    options = tyro.cli(Options, description=__doc__)
+    report = Report()
+    print(f"## Theory and measurement: {Path(options.data).name}")
+    with tempfile.TemporaryDirectory() as runs_dir, open_runtime(device="cpu") as runtime:
+        measure_limits(options, runtime, report, runs_dir)
+        measure_curves(options, runtime, report, runs_dir)
+    measure_floors(options, report)
+    measure_shuffle(options, report)
+    print(f"\n{'Everything that is held to be exact is met.' if report.all_met else '**Something is not met.**'}")
+    return 0 if report.all_met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
