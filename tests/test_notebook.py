@@ -68,10 +68,11 @@ def test_it_is_committed_without_outputs():
 def test_it_runs_from_top_to_bottom_without_a_network(executed):
     """Else a student is stuck at the failing cell, and all below it."""
     shown = [kind for output in outputs(executed) for kind in output.get("data", {})]
-    assert shown.count("image/png") >= 12, "pictures are missing"
+    assert shown.count("image/png") >= 17, "pictures are missing"
     told = "".join(output.text for output in outputs(executed) if output.output_type == "stream")
     assert "the same digits, on this machine too" in told
     assert "1, 2 and 4 ranks: the same line" in told
+    assert "16 runs: each diverged, or did not, as predicted" in told
     assert "raw-4: exit code 1, stopped by divergence" in told
 
 

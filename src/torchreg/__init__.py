@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from torchreg.batches import BatchPlan
     from torchreg.config import RECIPES, TrainConfig, with_recipe
     from torchreg.data import Table, load_table
+    from torchreg.prepare import Problem
     from torchreg.result import Result
     from torchreg.runtime import Runtime, open_runtime
-    from torchreg.theory import ClosedForm, Dynamics, Moments
+    from torchreg.theory import ClosedForm, Dynamics, Moments, RowGradients
 
 __version__ = "0.1.0"
 
@@ -23,7 +24,9 @@ __all__ = [
     "ClosedForm",
     "Dynamics",
     "Moments",
+    "Problem",
     "Result",
+    "RowGradients",
     "Runtime",
     "Table",
     "TrainConfig",
@@ -38,7 +41,9 @@ _MODULE_OF = {
     "ClosedForm": "theory",
     "Dynamics": "theory",
     "Moments": "theory",
+    "Problem": "prepare",
     "Result": "result",
+    "RowGradients": "theory",
     "Runtime": "runtime",
     "Table": "data",
     "TrainConfig": "config",

@@ -212,15 +212,19 @@ def _verdict(
         return f"{name} diverges at every world size: {_lower(config)}"
     first = unstable[0].world_size
     node = ", one Polaris node," if first == _POLARIS_NODE else ""
+
+    def up_to(world_size: int) -> str:
+        return f"{world_size}{', all that the data has rows for' if world_size == most_ranks else ''}"
+
     remedies = []
     if not config.standardize:
         standard = replace(config, standardize=True, base_learning_rate=None)
         local_batch_size = config.local_batch_size or DEFAULT_LOCAL_BATCH_SIZE
         most = stable_world_size(standard, Problem.of(standard), local_batch_size)
         if most > stable:
-            remedies.append(f"standardise and leave base_learning_rate out (stable up to {most})")
+            remedies.append(f"standardise and leave base_learning_rate out (stable up to {up_to(most)})")
     if config.lr_scaling == "linear" and largest_stable["sqrt"] > stable:
-        remedies.append(f"use --lr-scaling sqrt (stable up to {largest_stable['sqrt']})")
+        remedies.append(f"use --lr-scaling sqrt (stable up to {up_to(largest_stable['sqrt'])})")
     remedies.append(f"stay at {stable}, or let --on-unstable cap lower the rates")
     return f"{name} is stable up to {stable} rank{'s' * (stable > 1)}; at {first}{node} it diverges: " + "; or ".join(
         remedies
@@ -241,7 +245,10 @@ def _notes(forecast: Forecast, problem: Problem) -> tuple[str, ...]:
             "noise of mini-batches, its floor and its spread are left out, and steps are at least those given"
         )
     elif forecast.sampling == "shuffle":
-        notes.append("shuffle sampling is approximated by independent batches; --sampling random is predicted exactly")
+        notes.append(
+            "shuffle sampling is approximated by independent batches, and its floor is that at the end of an epoch, "
+            "after the short last batch; --sampling random is predicted exactly"
+        )
     if forecast.stability_limit_error:
         notes.append(
             "the sequential order is predicted from sampled batches: standard error of the limit "

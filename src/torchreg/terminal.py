@@ -19,9 +19,8 @@ _LOG_WIDTH = 120  # columns of a table where no terminal says how wide it is
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table on stdout, every column right-aligned, rows that begin with `!` marked in colour."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_LOG_WIDTH)
+    is_terminal = sys.stdout.isatty()  # a notebook's kernel asks for colours, and is none
+    console = Console(highlight=False, force_terminal=is_terminal, width=None if is_terminal else _LOG_WIDTH)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         table.add_column(column, justify="right", overflow="fold")

@@ -40,9 +40,11 @@ def parse(kind: type[T], program: str, argv: list[str], default: T | None = None
 
 
 def _in_one_line(box: str) -> str:
-    lines = [line.strip("│╭╮╰╯─ \t") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
+    lines = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines() if not line.startswith(("╭", "╰"))]
+    lines = [line.strip("│─ \t") for line in lines]
     text = " ".join(line for line in lines if line and not line.startswith("For full helptext"))
-    return re.sub(r"^(Parsing error|Error parsing \S+: )\s*", "", text)
+    text = re.sub(r" (Got errors|Argument helptext): .*", "", text)
+    return text.removeprefix("Error parsing ")
 
 
 def whole_numbers(field: str, text: str) -> list[int]:

@@ -33,7 +33,7 @@ MAX_FEATURES = 16
 """The second moment costs num_features⁴: beyond this many features only the mean is predicted."""
 
 _CHUNK_ROWS = 4_096
-_SAMPLED_BATCHES = 4_096
+_SAMPLED_BATCHES = 2_048
 _SAMPLE_GROUPS = 8
 _BAND_DRAWS = 4_000
 _BAND = (0.025, 0.975)
@@ -96,7 +96,8 @@ class Dynamics:
     Exact for `random` sampling and for full batches. For `shuffle` it is an approximation: the batches have the sizes
     that an epoch has, the short last one too, but are taken for independent of each other. In the `sequential` order
     the bias moves with the new weight but the same rows, so higher moments of a batch enter at k³ and k⁴: those are
-    means over sampled batches, and `sampling_error` says what that costs.
+    means over sampled batches, adjusted to the exact first and second moments, and `sampling_error` says what that
+    costs.
 
     `criterion` is what is predicted and must shrink: the mean square of the error, or beyond `MAX_FEATURES` its mean
     alone, which leaves out the noise of mini-batches.
@@ -126,12 +127,12 @@ class Dynamics:
         cls,
         rows: RowGradients,
         rates: tuple[float, float],
-        batch_size: int,
+        global_batch_size: int,
         order: Order = "simultaneous",
         sampling: Sampling = "random",
         seed: int = 0,
     ) -> Dynamics:
-        """The dynamics of batches of `batch_size` rows, with these rates of the weight and of the bias at k = 1.
+        """The dynamics of batches of `global_batch_size` rows, with these rates of the weight and of the bias at k = 1.
 
         `seed` is that of the batches that the `sequential` order samples.
         """
@@ -144,10 +145,10 @@ class Dynamics:
         mean_q = np.zeros((q, q))
         mean_q[:-1] = scaling * rows.mean
         pairs = _pairs(mean_q, mean_q)
-        if rows.covariance is not None and batch_size < num_rows:
-            phi = (num_rows - batch_size) / (batch_size * (num_rows - 1))
-            covariance = (phi * rows.covariance * scaling.ravel() * scaling.reshape(-1, 1)).reshape(q - 1, q, q - 1, q)
-            pairs[:-1, :-1] += covariance.transpose(0, 2, 1, 3)
+        if rows.covariance is not None:
+            phi = max(0.0, (num_rows - global_batch_size) / (global_batch_size * (num_rows - 1)))
+            covariance = phi * rows.covariance * scaling.ravel() * scaling.reshape(-1, 1)
+            pairs[:-1, :-1] += covariance.reshape(q - 1, q, q - 1, q).transpose(0, 2, 1, 3)
         mean_maps, square_maps = [-mean_q], [-_on_symmetric(_both_sides(mean_q)), _on_symmetric(pairs)]
         groups: list[tuple[Matrix, ...]] = []
         if order == "sequential":
@@ -158,10 +159,11 @@ class Dynamics:
             square_maps[1] = square_maps[1] + _on_symmetric(_both_sides(twice))
             if rows.covariance is not None:
                 exact = tuple(square_maps)
-                draws = _sampled_batches(rows.rows, batch_size, seed)
-                groups = [(*exact, *_higher_maps(batches, factor)) for batches in draws]
+                draws = _sampled_batches(rows.rows, global_batch_size, seed)
+                moments = mean_q[:-1], covariance
+                groups = [(*exact, *_higher_maps(batches, factor, *moments)) for batches in draws]
                 square_maps += [np.mean([group[j] for group in groups], axis=0) for j in (2, 3)]
-        remainder = num_rows % batch_size if sampling == "shuffle" and rows.covariance is not None else 0
+        remainder = num_rows % global_batch_size if sampling == "shuffle" and rows.covariance is not None else 0
         return cls(
             criterion="mean" if rows.covariance is None else "mean square",
             rate_unit=unit**2,
@@ -172,7 +174,7 @@ class Dynamics:
             mean_maps=tuple(mean_maps),
             square_maps=tuple(square_maps),
             groups=tuple(groups) if len(groups) > 1 else (),
-            steps_per_epoch=math.ceil(num_rows / batch_size),
+            steps_per_epoch=math.ceil(num_rows / global_batch_size),
             short=cls.of(rows, rates, remainder, order, seed=seed) if remainder else None,
         )
 
@@ -372,31 +374,46 @@ class Dynamics:
         return self.error_unit**2 * quantiles[0], self.error_unit**2 * quantiles[1]
 
 
-def _sampled_batches(rows: Matrix, batch_size: int, seed: int) -> Iterator[Matrix]:
-    """Groups of batches drawn without replacement, (batches, batch_size, p + 1); all rows once for a full batch."""
-    if batch_size >= len(rows):
+def _sampled_batches(rows: Matrix, global_batch_size: int, seed: int) -> Iterator[Matrix]:
+    """Groups of batches drawn without replacement, (batches, rows, p + 1); all rows once for a full batch."""
+    if global_batch_size >= len(rows):
         yield rows[None]
         return
     generator = np.random.default_rng(seed)
     for _ in range(_SAMPLE_GROUPS):
         draws = [
-            generator.choice(len(rows), batch_size, replace=False, shuffle=False)
+            generator.choice(len(rows), global_batch_size, replace=False, shuffle=False)
             for _ in range(_SAMPLED_BATCHES // _SAMPLE_GROUPS)
         ]
         yield rows[np.array(draws)]
 
 
-def _higher_maps(batches: Matrix, factor: Matrix) -> tuple[Matrix, Matrix]:
-    """The k³ and k⁴ terms of E[A⊗A] in the sequential order, from batches (batches, batch_size, p + 1)."""
+def _higher_maps(batches: Matrix, factor: Matrix, mean: Matrix, covariance: Matrix) -> tuple[Matrix, Matrix]:
+    """The k³ and k⁴ terms of E[A⊗A] in the sequential order, from batches (batches, rows, p + 1).
+
+    The sampled mean_B(Q) are adjusted to the exact `mean` (p, p + 1) and `covariance` (p(p + 1), p(p + 1)): with the
+    exact terms in k and k² the map is then that of one distribution, which keeps it positive, and little of the
+    sampling error is left.
+    """
     b = batches * factor
     q = b.shape[-1]
+    sampled = (2 * b[:, :, :-1].swapaxes(1, 2) @ b / b.shape[1]).reshape(len(b), -1)
+    deviations = sampled - sampled.mean(axis=0)
+    adjusted = deviations @ _root(deviations.T @ deviations / len(b), -0.5) @ _root(covariance, 0.5)
     gradients = np.zeros((len(b), q, q))
-    gradients[:, :-1] = 2 * b[:, :, :-1].swapaxes(1, 2) @ b / b.shape[1]
+    gradients[:, :-1] = (mean.ravel() + adjusted).reshape(len(b), q - 1, q)
     twice = np.zeros_like(gradients)
     twice[:, -2] = np.einsum("nj,njc->nc", gradients[:, -2, :-2], gradients[:, :-2])
     crossed = np.einsum("nib,njc->ijbc", gradients, twice) / len(b)
     third = crossed + crossed.transpose(1, 0, 3, 2)
     return -_on_symmetric(third), _on_symmetric(np.einsum("nib,njc->ijbc", twice, twice) / len(b))
+
+
+def _root(covariance: Matrix, power: float) -> Matrix:
+    """A power of a positive semidefinite matrix on its range."""
+    values, vectors = np.linalg.eigh(covariance)
+    in_range = values > 1e-10 * max(values[-1], 0.0)
+    return np.asarray((vectors[:, in_range] * values[in_range] ** power) @ vectors[:, in_range].T)
 
 
 def _pairs(left: Matrix, right: Matrix) -> Matrix:
