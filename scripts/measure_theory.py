@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ SMALLEST_BATCH_AT_3 = 64
 STEPS_AT_LIMIT = 1_000  # 3 % beyond it a step multiplies the loss by about 1.1
 FORGET_STEPS = 500  # until nothing is left of the start
 RUNS_AT_ONCE = 1_000
+SETS = 60  # of plain runs, to see what chance does
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,11 @@ def lesson_config(options: Options, order: UpdateOrder, sampling: Sampling, batc
 
 
 def measure_limits(options: Options, runtime: Runtime, report: Report, runs_dir: str) -> None:
-    """Train 3 % below and 3 % above each predicted limit of the multiplier."""
+    """Train 3 % below and 3 % above each predicted limit of the multiplier.
+
+    `shuffle` is an approximation; and beyond the limit of small batches the mean square grows by rare, large
+    excursions, which few runs of a thousand steps see.
+    """
     report.begin(
         "Stability: how far can the lesson's rates be multiplied?",
         ["order", "sampling", "rows", "predicted limit", "diverged at 0.97 of it", "at 1.03 of it", "met"],
@@ -125,10 +131,11 @@ def measure_limits(options: Options, runtime: Runtime, report: Report, runs_dir:
         told = f"{limit:.4f}" + (f" ± {error:.4f}" if error else "")
         counts = [f"{count} of {num_seeds}" for count in diverged]
         met = diverged == [0, num_seeds]
-        if sampling == "shuffle":
-            report.row(order, "shuffle (approximation)", str(rows), told, *counts, "as predicted" if met else "differs")
+        cells = [order, sampling, str(rows), told, *counts]
+        if sampling == "shuffle" or rows < SMALLEST_BATCH_AT_3:
+            report.row(*cells, "not claimed")
         else:
-            report.row(order, sampling, str(rows), told, *counts, met=met)
+            report.row(*cells, met=met)
 
 
 def batch_sums(terms: Matrix, batch_size: int, num_runs: int, seed: int) -> Iterator[Matrix]:
@@ -202,20 +209,28 @@ def measure_floors(options: Options, report: Report) -> None:
                 if all(m.error < options.most_error * m.mean for m in measured):
                     break
         for (order, k), m in zip(cases, measured, strict=True):
-            floor = Dynamics.of(problem.rows, (weight, bias), batch_size, order).noise_floor(k) / runs.best_loss
+            dynamics = Dynamics.of(problem.rows, (weight, bias), batch_size, order)
+            floor = dynamics.noise_floor(k) / runs.best_loss
+            error = dynamics.sampling_error(partial(Dynamics.noise_floor, k=k)) / runs.best_loss
             ratio = m.mean / floor
             report.row(
-                order, str(batch_size), str(k), f"{100 * floor:.4g}", f"{100 * m.mean:.4g} ± {100 * m.error:.2g}",
+                order, str(batch_size), str(k), f"{100 * floor:.4g}" + (f" ± {100 * error:.2g}" if error else ""),
+                f"{100 * m.mean:.4g} ± {100 * m.error:.2g}",
                 f"{ratio:.3f}", met=abs(ratio - 1) <= TOLERANCE,
             )  # fmt: skip
 
 
 def measure_curves(options: Options, runtime: Runtime, report: Report, runs_dir: str) -> None:
-    """Train with many seeds; hold the mean curve against the predicted one, and single runs against the band."""
+    """Train with many seeds; hold the mean curve against the predicted one, and single runs against the band.
+
+    Excess losses are skewed, so fewer than 95.4 % of points lie within two standard errors even of the truth. How many
+    do is found from sets of plain NumPy runs, each held against the mean of all of them; no theory has a part in it.
+    """
     report.begin(
         f"Learning curves, {options.num_seeds} seeds of 64 rows a step, `random` sampling, loss on all rows",
-        ["order", "steps", "points within 2 standard errors", "largest distance", "runs within the 95 % band", "met"],
-    )
+        ["order", "steps", "points within 2 standard errors", "by chance (95 % of sets)", "NumPy's mean / predicted",
+         "runs within the 95 % band", "met"],
+    )  # fmt: skip
     for order in ORDERS:
         config = replace(lesson_config(options, order, "random", 64), log_full_loss=True, log_every=1)
         config = replace(config, runs_dir=runs_dir)
@@ -225,17 +240,39 @@ def measure_curves(options: Options, runtime: Runtime, report: Report, runs_dir:
         for seed in range(options.num_seeds):
             result = train(replace(config, seed=seed), runtime)
             curves.append([line["full_loss"] / best - 1 for line in read_metrics(Path(result.run_dir))])
-        runs = np.array(curves)
-        num_steps = runs.shape[1]
-        dynamics = Dynamics.of(problem.rows, base_rates(config, problem), 64, order)
-        curve = dynamics.learning_curve(problem.start_error, [1.0] * num_steps)
+        trained = np.array(curves)
+        num_steps = trained.shape[1]
+        rates = base_rates(config, problem)
+        curve = Dynamics.of(problem.rows, rates, 64, order).learning_curve(problem.start_error, [1.0] * num_steps)
         predicted, low, high = (values[1:] / best for values in (curve.excess, curve.low, curve.high))
-        distance = np.abs(runs.mean(axis=0) - predicted) / (runs.std(axis=0, ddof=1) / math.sqrt(len(runs)))
-        within, inside = float(np.mean(distance <= 2)), float(np.mean((runs >= low) & (runs <= high)))
+        within = points_within(trained, predicted)
+        inside = float(np.mean((trained >= low) & (trained <= high)))
+        simulated = simulated_curves(problem, order, rates, num_steps, SETS * options.num_seeds)
+        truth = simulated.mean(axis=0)
+        by_chance = [points_within(part, truth) for part in np.split(simulated, SETS)]
+        least, most = np.quantile(by_chance, [0.025, 0.975])
         report.row(
-            order, str(num_steps), f"{100 * within:.1f} %", f"{distance.max():.2f} standard errors",
-            f"{100 * inside:.1f} %", met=within >= 0.95,
+            order, str(num_steps), f"{100 * within:.1f} %", f"{100 * least:.1f} to {100 * most:.1f} %",
+            f"{float(np.mean(truth / predicted)):.3f}", f"{100 * inside:.1f} %", met=within >= min(0.95, least),
         )  # fmt: skip
+
+
+def points_within(runs: Matrix, curve: Matrix) -> float:
+    """The fraction of the points of a curve that are within two standard errors of the runs' mean (runs, points)."""
+    error = runs.std(axis=0, ddof=1) / math.sqrt(len(runs))
+    return float(np.mean(np.abs(runs.mean(axis=0) - curve) <= 2 * error))
+
+
+def simulated_curves(
+    problem: Problem, order: UpdateOrder, rates: tuple[float, float], num_steps: int, num_runs: int
+) -> Matrix:
+    """Excess loss after each step of plain NumPy runs with 64 rows a step, (num_runs, num_steps)."""
+    runs = Runs(problem, [(order, rates)], num_runs)
+    excess = np.empty((num_steps, num_runs))
+    for step, sums in enumerate(itertools.islice(batch_sums(runs.terms, 64, num_runs, seed=1), num_steps)):
+        runs.step(sums, 64)
+        excess[step] = runs.excess()[0]
+    return excess.T
 
 
 def measure_shuffle(options: Options, report: Report) -> None:
@@ -247,7 +284,7 @@ def measure_shuffle(options: Options, report: Report) -> None:
     default = replace(RECIPES["default"], data=options.data)
     lesson = lesson_config(options, "simultaneous", "shuffle", None)
     cases = [
-        *((f"default recipe, {ranks} ranks", default, ranks * 64) for ranks in (1, 2, 4, 8)),
+        *((f"default recipe, {ranks} rank{'s' * (ranks > 1)}", default, ranks * 64) for ranks in (1, 2, 4, 8)),
         *(("lesson's rates", lesson, batch_size) for batch_size in (16, 29, 64, 256)),
     ]
     num_runs = 1_000 if options.quick else 4_000
