@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 Rows = NDArray[np.int64]
 
 DEFAULT_LOCAL_BATCH_SIZE = 64
+DEFAULT_MICRO_BATCHES = 8  # of a step in ordered reduction: enough to share, few enough to be quick
 
 _BLOCK_ROWS = 8_192  # rows gathered at once on one rank, about
 _BLOCK_STEPS = 1_024
@@ -51,6 +52,8 @@ class BatchPlan:
     micro_batch_size: int | None
     sampling: Literal["shuffle", "random", "full"]
     seed: int
+    ordered: bool = False
+    """Ranks share whole micro-batches, each of which then has the same rows at every world size."""
 
     @classmethod
     def derive(
@@ -63,8 +66,11 @@ class BatchPlan:
         micro_batch_size: int | None = None,
         sampling: Literal["shuffle", "random", "full"] = "shuffle",
         seed: int = 0,
+        ordered: bool = False,
     ) -> BatchPlan:
         """The plan for one of `global_batch_size` and `local_batch_size` (by default 64 rows a rank).
+
+        `ordered` cuts a step into micro-batches before ranks share them, by default into eight.
 
         Raises `ValueError` with all the numbers when they cannot fit.
         """
@@ -86,7 +92,9 @@ class BatchPlan:
                 f"global_batch_size is {batch_size}{made_of}, more than the data's {num_rows} rows: "
                 f"lower {field} or the number of ranks, or use more data"
             )
-        return cls(num_rows, world_size, batch_size, micro_batch_size, sampling, seed)
+        if ordered and micro_batch_size is None:
+            micro_batch_size = math.ceil(batch_size / DEFAULT_MICRO_BATCHES)
+        return cls(num_rows, world_size, batch_size, micro_batch_size, sampling, seed, ordered)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -98,7 +106,8 @@ class BatchPlan:
     @property
     def local_batch_size(self) -> int:
         """The most rows that any rank has in one step."""
-        return math.ceil(self.global_batch_size / self.world_size)
+        share = self.share(self.global_batch_size, 0)
+        return share.stop - share.start
 
     @property
     def accumulation_steps(self) -> int:
@@ -106,10 +115,20 @@ class BatchPlan:
         return math.ceil(self.local_batch_size / (self.micro_batch_size or self.local_batch_size))
 
     def share(self, num_rows: int, rank: int) -> slice:
-        """A rank's part of `num_rows` rows: contiguous, the first ranks one row more where it does not divide."""
-        each, more = divmod(num_rows, self.world_size)
+        """A rank's part of `num_rows` rows: contiguous, the first ranks one row more where it does not divide.
+
+        With `ordered` they have one micro-batch more.
+        """
+        unit = self.micro_batch_size if self.ordered and self.micro_batch_size else 1
+        each, more = divmod(math.ceil(num_rows / unit), self.world_size)
         start = rank * each + min(rank, more)
-        return slice(start, start + each + (rank < more))
+        stop = start + each + (rank < more)
+        return slice(min(start * unit, num_rows), min(stop * unit, num_rows))
+
+    def pieces(self, step_rows: int, rank: int) -> tuple[int, int]:
+        """With `ordered`: which micro-batch of a step is the rank's first, from 0, and how many the step has."""
+        assert self.micro_batch_size
+        return self.share(step_rows, rank).start // self.micro_batch_size, math.ceil(step_rows / self.micro_batch_size)
 
     def rows_of_step(self, step: int) -> Rows:
         """The table's rows that make a step, over all ranks."""

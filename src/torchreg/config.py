@@ -68,6 +68,10 @@ class TrainConfig:
     """Who averages gradients over ranks: `ddp` (with sgd), `allreduce` (with hand), `mpi` (either, on the CPU).
     `auto` is `ddp` for sgd and `allreduce` for hand."""
 
+    reduction: Literal["fast", "ordered"] = "fast"
+    """`ordered` adds gradients up in one order whatever the number of ranks: the same `global_batch_size` and
+    `micro_batch_size` then give the same bits at every world size. It costs longer messages, and one thread a rank."""
+
     update_order: UpdateOrder = "simultaneous"
     """`sequential` updates the weight first and the bias with the new weight, as the lesson does; it needs
     `--optimizer hand`."""
@@ -83,7 +87,8 @@ class TrainConfig:
     """Rows of a step on each rank (weak scaling). Default: 64, unless `global_batch_size` is given."""
 
     micro_batch_size: int | None = None
-    """Rows of one forward and backward on one rank; larger shares accumulate gradients. Default: one pass."""
+    """Rows of one forward and backward on one rank; larger shares accumulate gradients. Default: one pass, or with
+    `--reduction ordered` an eighth of the global batch."""
 
     seed: int = 0
     """Seed of the order of rows. The same rows make a step at every world size."""

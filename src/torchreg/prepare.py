@@ -107,6 +107,7 @@ def prepare(config: TrainConfig, world_size: int, problem: Problem | None = None
         micro_batch_size=config.micro_batch_size,
         sampling=config.sampling,
         seed=config.seed,
+        ordered=config.reduction == "ordered",
     )
     num_steps = _num_steps(config, plan)
     schedule, dynamics, warnings = _rates(config, problem, plan, num_steps)

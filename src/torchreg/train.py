@@ -7,6 +7,7 @@ was decided before the first step is in `prepare`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
 from typing import Literal
@@ -14,20 +15,18 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from torchreg.batches import Block
+from torchreg.batches import BatchPlan, Block
 from torchreg.config import TrainConfig
 from torchreg.data import Table
 from torchreg.metrics import Metrics, accumulable
 from torchreg.model import WeightAndBias, add_gradient, make_model, squared_error, with_constant
 from torchreg.optim import descend, make_sgd, set_rates
+from torchreg.ordered import MicroBatches, ordered_gradient, ordered_sgd_step
 from torchreg.prepare import Prepared, prepare
 from torchreg.record import CONFIG_FILE, RunDirectory, utc_now
 from torchreg.result import Result, make_record, make_result
-from torchreg.runtime import AddOverRanks, AgreedError, AnySync, Runtime, open_runtime
+from torchreg.runtime import AddOverRanks, AgreedError, AnySync, OrderedGradients, OrderedSum, Runtime, open_runtime
 from torchreg.terminal import Reporter, Silent
-
-MicroBatches = Sequence[tuple[Tensor, Tensor]]
-"""This rank's share of one step: pairs x (rows, num_features), y (rows, 1), or those of `hand_rows`; rows may be 0."""
 
 TakeStep = Callable[[tuple[float, float], MicroBatches, int], Tensor]
 
@@ -63,26 +62,28 @@ def hand_step(
     rates: tuple[float, float],
     micro_batches: MicroBatches,
     step_rows: int,
-    add_over_ranks: AddOverRanks,
+    differentiate: Callable[[MicroBatches, int], Tensor],
     *,
     sequential: bool = False,
 ) -> Tensor:
     """The same update without autograd: the gradient as derived on paper, added up over ranks, applied.
 
-    `sequential` is the lesson's order: the weight first, then the bias with the gradient at the new weight. Returns
-    this rank's squared error before the update.
+    `differentiate` leaves half the gradient of the step's squared error, over all ranks, in `gradient`, and returns
+    this rank's part of that error. `sequential` is the lesson's order: the weight first, then the bias with the
+    gradient at the new weight. Returns this rank's squared error before the update.
     """
-    error = _gradient_of_step(theta, gradient, micro_batches, add_over_ranks)
+    error = differentiate(micro_batches, step_rows)
     descend(theta.weight, gradient.weight, 2 * rates[0] / step_rows)
     if sequential:
-        _gradient_of_step(theta, gradient, micro_batches, add_over_ranks)
+        differentiate(micro_batches, step_rows)
     descend(theta.bias, gradient.bias, 2 * rates[1] / step_rows)
     return error
 
 
-def _gradient_of_step(
+def add_up_gradient(
     theta: WeightAndBias, gradient: WeightAndBias, micro_batches: MicroBatches, add_over_ranks: AddOverRanks
 ) -> Tensor:
+    """Half the gradient of the squared error of all ranks' micro-batches, in `gradient`; returns this rank's error."""
     gradient.flat.zero_()
     total = None
     for a, y in micro_batches:
@@ -100,11 +101,14 @@ def make_step(
     runtime: Runtime,
     *,
     sequential: bool = False,
+    ordered: BatchPlan | None = None,
 ) -> TakeStep:
     """The step of one of the four combinations: a function of the rates, this rank's micro-batches, the step's rows.
 
-    `hand` takes rows as `hand_rows` makes them.
+    `hand` takes rows as `hand_rows` makes them. With a plan for `ordered` the bits do not depend on the world size.
     """
+    if ordered:
+        return _make_ordered_step(optimizer, sync, model, runtime, ordered, sequential=sequential)
     if optimizer == "sgd":
         averaged = runtime.wrap(model, sync)
         sgd = make_sgd(model, (0.0, 0.0))
@@ -119,8 +123,55 @@ def make_step(
     gradient = WeightAndBias(torch.zeros_like(theta.flat))
     add_over_ranks = runtime.add_over_ranks(gradient.flat, sync)
 
+    def differentiate(micro_batches: MicroBatches, step_rows: int) -> Tensor:
+        return add_up_gradient(theta, gradient, micro_batches, add_over_ranks)
+
     def take_hand_step(rates: tuple[float, float], micro_batches: MicroBatches, step_rows: int) -> Tensor:
-        return hand_step(theta, gradient, rates, micro_batches, step_rows, add_over_ranks, sequential=sequential)
+        return hand_step(theta, gradient, rates, micro_batches, step_rows, differentiate, sequential=sequential)
+
+    return take_hand_step
+
+
+def _make_ordered_step(
+    optimizer: Literal["sgd", "hand"],
+    sync: AnySync,
+    model: nn.Linear,
+    runtime: Runtime,
+    plan: BatchPlan,
+    *,
+    sequential: bool,
+) -> TakeStep:
+    _, most_pieces = plan.pieces(plan.global_batch_size, runtime.rank)
+
+    def adder(buffer: Tensor) -> AddOverRanks:
+        return runtime.add_over_ranks(buffer, "mpi" if sync == "mpi" else "allreduce")
+
+    def part(error: Tensor) -> Tensor:
+        """This rank's part of the error that every rank knows: the main rank takes it all."""
+        return error if runtime.is_main else torch.zeros_like(error)
+
+    if optimizer == "sgd":
+        gradients = OrderedGradients(list(model.parameters()), most_pieces, adder)
+        averaged = runtime.wrap(model, sync, gradients)
+        sgd = make_sgd(model, (0.0, 0.0))
+
+        def take_sgd_step(rates: tuple[float, float], micro_batches: MicroBatches, step_rows: int) -> Tensor:
+            set_rates(sgd, rates)
+            gradients.start(*plan.pieces(step_rows, runtime.rank))
+            return part(ordered_sgd_step(averaged, sgd, micro_batches, step_rows, gradients, runtime))
+
+        return take_sgd_step
+
+    theta = WeightAndBias.of(model)
+    gradient = WeightAndBias(torch.zeros_like(theta.flat))
+    ordered = OrderedSum(len(theta.flat) + 1, most_pieces, theta.flat, adder)
+
+    def differentiate(micro_batches: MicroBatches, step_rows: int) -> Tensor:
+        ordered.start(*plan.pieces(step_rows, runtime.rank))
+        return part(ordered_gradient(theta, gradient, micro_batches, ordered))
+
+    def take_hand_step(rates: tuple[float, float], micro_batches: MicroBatches, step_rows: int) -> Tensor:
+        return hand_step(theta, gradient, rates, micro_batches, step_rows, differentiate, sequential=sequential)
 
     return take_hand_step
 
@@ -130,20 +181,27 @@ def hand_rows(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return with_constant(x), y[:, 0].contiguous()
 
 
-def rows_of_steps(block: Block, x: Tensor, y: Tensor) -> Iterator[tuple[int, MicroBatches, int]]:
+def rows_of_steps(
+    block: Block, x: Tensor, y: Tensor, *, copied: bool = False
+) -> Iterator[tuple[int, MicroBatches, int]]:
     """Step, this rank's micro-batches and the step's rows on all ranks, for every step of a block.
 
-    The block's rows are gathered at once; the micro-batches are views of them.
+    The block's rows are gathered at once; the micro-batches are views of them, or `copied`: BLAS may round differently
+    where memory is aligned differently.
     """
+
+    def cut(rows: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+        return [piece.clone() for piece in rows.split(sizes)] if copied else rows.split(sizes)
+
     if isinstance(block.rows, slice):
         sizes = block.micro_batch_sizes[0]
-        pieces = list(zip(x[block.rows].split(sizes), y[block.rows].split(sizes), strict=True))
+        pieces = list(zip(cut(x[block.rows], sizes), cut(y[block.rows], sizes), strict=True))
         for step, step_rows in enumerate(block.step_rows, start=block.first_step):
             yield step, pieces, step_rows
         return
     rows = torch.from_numpy(block.rows).to(x.device)
     flat_sizes = [size for sizes in block.micro_batch_sizes for size in sizes]
-    pairs = zip(x.index_select(0, rows).split(flat_sizes), y.index_select(0, rows).split(flat_sizes), strict=True)
+    pairs = zip(cut(x.index_select(0, rows), flat_sizes), cut(y.index_select(0, rows), flat_sizes), strict=True)
     steps = zip(block.micro_batch_sizes, block.step_rows, strict=True)
     for step, (sizes, step_rows) in enumerate(steps, start=block.first_step):
         yield step, list(islice(pairs, len(sizes))), step_rows
@@ -155,18 +213,23 @@ def run_steps(
     """The loop: rows and rates of each step in, one update, its loss to the metrics, until they say stop."""
     schedule = prepared.schedule
     for block in prepared.plan.blocks(runtime.rank, 0, prepared.num_steps):
-        for step, micro_batches, step_rows in rows_of_steps(block, x, y):
+        for step, micro_batches, step_rows in rows_of_steps(block, x, y, copied=prepared.plan.ordered):
             loss = take_step(schedule(step), micro_batches, step_rows)
             if metrics.note(step, loss, step_rows):
                 return
 
 
-def evaluate(model: nn.Linear, x: Tensor, y: Tensor, runtime: Runtime, share: slice) -> float:
-    """The loss on all rows: each rank takes its share of them, all ranks get the same number."""
+def evaluate(model: nn.Linear, x: Tensor, y: Tensor, runtime: Runtime, plan: BatchPlan) -> float:
+    """The loss on all rows: each rank takes its share of them, all ranks get the same number.
+
+    In ordered reduction each rank takes them all, for the sake of the bits.
+    """
+    share = slice(None) if plan.ordered else plan.share(len(x), runtime.rank)
     with torch.no_grad():
         residual = accumulable(model(x[share]) - y[share])
         error = residual.square().sum().reshape(1)
-    runtime.add_over_ranks(error, runtime.quick_sync)()
+    if not plan.ordered:
+        runtime.add_over_ranks(error, runtime.quick_sync)()
     return error.item() / len(x)
 
 
@@ -207,8 +270,14 @@ def train(config: TrainConfig, runtime: Runtime | None = None, reporter: Reporte
     sync = config.effective_sync
     x, y = _rows_on_device(table, prepared, runtime, dtype)
     model = make_model(prepared.start[0].tolist(), prepared.start[1], device=runtime.device, dtype=dtype)
-    take_step = make_step(config.optimizer, sync, model, runtime, sequential=config.update_order == "sequential")
-    share = prepared.plan.share(len(x), runtime.rank)
+    take_step = make_step(
+        config.optimizer,
+        sync,
+        model,
+        runtime,
+        sequential=config.update_order == "sequential",
+        ordered=prepared.plan if prepared.plan.ordered else None,
+    )
     metrics = Metrics(
         prepared,
         runtime,
@@ -216,15 +285,16 @@ def train(config: TrainConfig, runtime: Runtime | None = None, reporter: Reporte
         reporter,
         target_excess=config.target_excess,
         log_full_loss=config.log_full_loss,
-        loss_on_all_rows=lambda: evaluate(model, x, y, runtime, share),
+        loss_on_all_rows=lambda: evaluate(model, x, y, runtime, prepared.plan),
     )
     metrics.start()
-    if config.optimizer == "hand":
-        with torch.inference_mode():
-            run_steps(prepared, *hand_rows(x, y), take_step, metrics, runtime)
-    else:
-        run_steps(prepared, x, y, take_step, metrics, runtime)
-    metrics.stop()
+    with _threads(1 if prepared.plan.ordered else None):
+        if config.optimizer == "hand":
+            with torch.inference_mode():
+                run_steps(prepared, *hand_rows(x, y), take_step, metrics, runtime)
+        else:
+            run_steps(prepared, x, y, take_step, metrics, runtime)
+        metrics.stop()
     reporter.close()
 
     weight, bias = prepared.standardizer.parameters_out(
@@ -235,6 +305,17 @@ def train(config: TrainConfig, runtime: Runtime | None = None, reporter: Reporte
         directory.finish(make_record(config, prepared, runtime, result, str(dtype), started))
     runtime.barrier()
     return result
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Compute on so many threads of the CPU; a sum over rows is cut into as many parts, which changes its bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _dtype(choice: Literal["auto", "float32", "float64"], device: torch.device) -> torch.dtype:

@@ -13,7 +13,7 @@ import pytest
 from torchreg.runtime import open_runtime
 from torchreg.train import train
 
-from .worker import configurations
+from .worker import bits, configurations, ordered_configurations
 
 WORKER = str(Path(__file__).parent / "worker.py")
 RTOL = 1e-10
@@ -49,6 +49,40 @@ def test_the_same_global_batch_gives_the_same_weights_at_every_world_size(launch
         np.testing.assert_allclose(result["bias"], expected.bias, rtol=RTOL, err_msg=key)
         np.testing.assert_allclose(result["loss"], expected.loss, rtol=RTOL, err_msg=key)
         assert result["num_samples"] == expected.num_samples
+
+
+@pytest.fixture(scope="module")
+def one_rank_bits(tmp_path_factory):
+    runs_dir = str(tmp_path_factory.mktemp("ordered"))
+    with open_runtime(device="cpu") as runtime:
+        return {key: bits(train(config, runtime)) for key, config in ordered_configurations(runs_dir, with_mpi=True)}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "num_ranks"), [("mpiexec", 2), ("mpiexec", 3), ("torchrun", 4), ("torchrun", 6), ("mpiexec", 8)]
+)
+def test_ordered_reduction_gives_the_same_bits_at_every_world_size(launcher, num_ranks, one_rank_bits, run, tmp_path):
+    output = tmp_path / "results.json"
+    sync = "mpi" if launcher == "mpiexec" else "torch"
+    done = run(*launch(launcher, num_ranks), WORKER, str(output), str(tmp_path / "runs"), sync, "ordered", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(output.read_text())
+    assert answer["world_size"] == num_ranks
+    assert len(answer["results"]) == len([*ordered_configurations("", with_mpi=sync == "mpi")])
+    for key, numbers in answer["results"].items():
+        assert numbers == one_rank_bits[key], key
+
+
+def test_ordered_reduction_of_all_combinations_agrees_to_rounding(one_rank_bits):
+    for name in ("shuffle", "random"):
+        ends = [
+            [float.fromhex(number) for number in numbers]
+            for key, numbers in one_rank_bits.items()
+            if key.endswith(name) and "sequential" not in key
+        ]
+        assert len(ends) == 4
+        for end in ends:
+            np.testing.assert_allclose(end, ends[0], rtol=1e-9)
 
 
 @pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])

@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from torchreg.config import TrainConfig
+from torchreg.record import read_metrics
+from torchreg.result import Result
 from torchreg.runtime import open_runtime
 from torchreg.train import train
 
@@ -35,12 +37,33 @@ def configurations(runs_dir: str, *, with_mpi: bool):
         yield key, TrainConfig(**BASE | combination | variation, name=key, runs_dir=runs_dir)
 
 
+def ordered_configurations(runs_dir: str, *, with_mpi: bool):
+    raw = {"standardize": False, "base_learning_rate": (1e-7, 0.1), "log_full_loss": True}
+    variations = {
+        "shuffle": {"global_batch_size": 100, "micro_batch_size": 7, "num_features": 5},
+        "random": {"global_batch_size": 64, "sampling": "random", **raw},
+        "full": {"sampling": "full", "micro_batch_size": 60, "dtype": "float32"},
+    }
+    for combination, (name, variation) in itertools.product(combinations(with_mpi=with_mpi), variations.items()):
+        key = "-".join(["ordered", *combination.values(), name])
+        config = BASE | {"reduction": "ordered", "log_every": 3} | combination | variation
+        yield key, TrainConfig(**config, name=key, runs_dir=runs_dir)
+
+
+def bits(result: Result) -> list[str]:
+    """Every number of a run that torchreg promises to keep: parameters, loss, logged losses."""
+    lines = read_metrics(Path(result.run_dir))
+    logged = [line[name] for line in lines for name in ("loss", "full_loss") if name in line]
+    return [float(number).hex() for number in (*result.weight, result.bias, result.loss, *logged)]
+
+
 def main() -> None:
-    output, runs_dir, with_mpi = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "mpi"
+    output, runs_dir, with_mpi, ordered = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "mpi", "ordered" in sys.argv
     results = {}
     with open_runtime(sync="mpi" if with_mpi else "ddp", device="cpu", runtime="torch") as runtime:
-        for key, config in configurations(runs_dir, with_mpi=with_mpi):
-            results[key] = asdict(train(config, runtime))
+        for key, config in (ordered_configurations if ordered else configurations)(runs_dir, with_mpi=with_mpi):
+            result = train(config, runtime)
+            results[key] = (bits(result) if runtime.is_main else []) if ordered else asdict(result)
         if runtime.is_main:
             output.write_text(json.dumps({"world_size": runtime.world_size, "results": results}))
 

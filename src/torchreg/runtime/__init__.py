@@ -2,9 +2,20 @@
 
 - `rendezvous`: how ranks find each other and become a process group;
 - `real_ezpz`: everything that torchreg knows about ezpz;
+- `ordered`: sums whose bits do not depend on the number of ranks;
 - `ranks`: the `Runtime` that the rest of the package sees, and `open_runtime()`.
 """
 
+from torchreg.runtime.ordered import OrderedGradients, OrderedSum
 from torchreg.runtime.ranks import AddOverRanks, AgreedError, AnySync, Place, Runtime, open_runtime
 
-__all__ = ["AddOverRanks", "AgreedError", "AnySync", "Place", "Runtime", "open_runtime"]
+__all__ = [
+    "AddOverRanks",
+    "AgreedError",
+    "AnySync",
+    "OrderedGradients",
+    "OrderedSum",
+    "Place",
+    "Runtime",
+    "open_runtime",
+]

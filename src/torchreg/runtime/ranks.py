@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torchreg.launcher import Launcher, detect_launcher
 from torchreg.runtime import mpi, real_ezpz
+from torchreg.runtime.ordered import DDP_BUCKET_BYTES, OrderedGradients, sum_in_order
 from torchreg.runtime.rendezvous import agree_with_mpi, init_process_group
 
 T = TypeVar("T")
@@ -170,18 +171,26 @@ class Runtime:
             return mpi.summation(self.mpi_comm, buffer)
         return lambda: cast(None, dist.all_reduce(buffer))
 
-    def wrap(self, model: nn.Module, sync: AnySync) -> nn.Module:
+    def wrap(self, model: nn.Module, sync: AnySync, ordered: OrderedGradients | None = None) -> nn.Module:
         """The model with its gradients averaged over ranks in every backward: DistributedDataParallel.
 
-        ezpz makes it where ezpz is the runtime. With `mpi` a communication hook averages through mpi4py.
+        ezpz makes it where ezpz is the runtime. With `mpi` a communication hook averages through mpi4py. With `ordered`
+        a hook adds gradients up in the order of micro-batches instead.
         """
         if self.world_size == 1:
             return model
+        if ordered and sum(p.numel() * p.element_size() for p in model.parameters()) > DDP_BUCKET_BYTES:
+            raise AgreedError(
+                f"reduction is ordered, and the model's gradients are more than {DDP_BUCKET_BYTES} bytes, which DDP "
+                "reduces in several pieces: choose --optimizer hand"
+            )
         if self.name == "ezpz":
             wrapped = cast(DistributedDataParallel, real_ezpz.wrap(model))
         else:
             wrapped = DistributedDataParallel(model, None if self.device.type == "cpu" else [self.device])
-        if sync == "mpi":
+        if ordered:
+            wrapped.register_comm_hook(ordered, sum_in_order)
+        elif sync == "mpi":
             wrapped.register_comm_hook(self.mpi_comm, mpi.average_gradients)
         return wrapped
 
