@@ -62,7 +62,7 @@ class Forecast:
             else:
                 parts.append(
                     f"{end}, 95 % of runs {percent(self.curve.low[-1])} to {percent(self.curve.high[-1])}; "
-                    f"floor {percent(self.noise_floor)}"
+                    f"floor {'not known' if math.isnan(self.noise_floor) else percent(self.noise_floor)}"
                 )
         return "; ".join(parts)
 

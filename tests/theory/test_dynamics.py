@@ -196,6 +196,26 @@ def test_a_short_last_batch_raises_the_floor_and_lowers_the_limit():
     assert curve.excess[-1] <= 0.01 * houses.best_loss < curve.excess[-2]
 
 
+def test_tiny_rates_have_the_floor_that_theory_says_they_have():
+    # To first order in the rates the floor is proportional to them, so a billionth of the rates has a billionth of it.
+    houses = Houses(standardize=True)
+    for sampling in ("random", "shuffle"):
+        dynamics = Dynamics.of(houses.rows, (1e-4, 1e-4), 64, sampling=sampling)
+        assert dynamics.noise_floor(1e-9) == pytest.approx(1e-9 * dynamics.noise_floor(1.0), rel=2e-3)
+        assert 0 < Dynamics.of(houses.rows, (1e-300, 1e-300), 64, sampling=sampling).largest_multiplier() < math.inf
+
+
+def test_rates_that_cannot_be_computed_with_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"base_learning_rate is 1e-07 \(weight\) and 1e\+300 \(bias\), too far apart"):
+        Dynamics.of(Houses().rows, (1e-7, 1e300), 64)
+
+
+def test_a_direction_that_float64_cannot_see_has_no_floor_but_no_crash():
+    x = 1e9 + np.arange(40.0)[:, None]
+    dynamics = Dynamics.of(RowGradients.of(x, (-1.0) ** np.arange(40)[:, None]), (1e-20, 0.05), 8)
+    assert not dynamics.noise_floor() > 1e9
+
+
 def test_beyond_sixteen_features_the_mean_is_predicted_and_said_so():
     houses = Houses(standardize=True, num_rows=400, num_features=MAX_FEATURES + 1)
     dynamics = Dynamics.of(houses.rows, (0.01, 0.01), 32)

@@ -38,6 +38,7 @@ _SAMPLE_GROUPS = 8
 _BAND_DRAWS = 4_000
 _BAND = (0.025, 0.975)
 _BLOCK_STEPS = 64
+_NARROWEST = 1e-50  # of the widest direction: its fourth power is still a number
 
 
 @dataclass(frozen=True)
@@ -134,12 +135,18 @@ class Dynamics:
     ) -> Dynamics:
         """The dynamics of batches of `global_batch_size` rows, with these rates of the weight and of the bias at k = 1.
 
-        `seed` is that of the batches that the `sequential` order samples.
+        `seed` is that of the batches that the `sequential` order samples. Raises `ValueError` for rates so far apart
+        that one of them vanishes beside the other.
         """
         num_rows, q = rows.rows.shape
         root_rates = np.sqrt(np.array([rates[0]] * (q - 2) + [rates[1]]))
         lengths = np.append(rows.feature_unit, 1.0) * root_rates
         unit = float(lengths.max())
+        if lengths.min() < _NARROWEST * unit:
+            raise ValueError(
+                f"base_learning_rate is {rates[0]:.4g} (weight) and {rates[1]:.4g} (bias), too far apart to be "
+                f"computed with, for features of size {rows.feature_unit.max():.3g}: bring them closer"
+            )
         factor = np.append(lengths / unit, 1.0)  # what turns the rows' units into those of δ̃
         scaling = 2 * np.outer(factor[:-1], factor)
         mean_q = np.zeros((q, q))
@@ -190,7 +197,7 @@ class Dynamics:
         if self.criterion == "mean":
             return self.contraction(k)
         with np.errstate(over="ignore", invalid="ignore"):
-            epoch = self._epoch(k)
+            epoch = np.eye(len(self._inner)) + self._epoch_change(k)
         radius = _spectral_radius(epoch[np.ix_(self._inner, self._inner)])
         return radius ** (1 / self.steps_per_epoch) if self.short else radius
 
@@ -215,15 +222,18 @@ class Dynamics:
     def noise_floor(self, k: float = 1.0) -> float:
         """The excess loss at which training levels off, tr(GΣ): infinite where unstable, NaN for the mean alone.
 
+        NaN too where some direction moves so slowly that float64 cannot tell it from standing still.
         With a short last batch it is that at the end of an epoch.
         """
         if self.criterion == "mean":
             return math.nan
         if not k < self.largest_multiplier():
             return math.inf
-        epoch = self._epoch(k)
-        change = self._polynomial(self.square_maps, k) if self.short is None else epoch - np.eye(len(epoch))
-        steady = np.linalg.solve(change[:-1, :-1], -change[:-1, -1])
+        change = self._epoch_change(k)
+        try:
+            steady = np.linalg.solve(change[:-1, :-1], -change[:-1, -1])
+        except np.linalg.LinAlgError:
+            return math.nan
         floor = float(self._excess(np.append(steady, 1.0)))
         return floor if floor > 1e-24 * self.error_unit**2 else 0.0  # a full batch has none, to rounding
 
@@ -315,13 +325,20 @@ class Dynamics:
         """How many steps from this one on have batches of the full size."""
         return self.steps_per_epoch - 1 - step % self.steps_per_epoch if self.short else _BLOCK_STEPS
 
-    def _epoch(self, k: float) -> Matrix:
-        """E[A⊗A] of one step, or of all steps of an epoch whose last batch is short."""
-        step = np.eye(len(self._inner)) + self._change(k)
+    def _epoch_change(self, k: float) -> Matrix:
+        """What one step, or an epoch whose last batch is short, adds to a state: E[A⊗A] − I.
+
+        An epoch's is composed of changes, I + C = (I + A)(I + B), so that those of tiny rates do not vanish beside I.
+        """
+        step = self._change(k)
         if self.short is None:
             return step
-        last = np.eye(len(step)) + self._change(k, is_short=True)
-        return last @ np.linalg.matrix_power(step, self.steps_per_epoch - 1)
+        epoch = self._change(k, is_short=True)
+        for bit in range((self.steps_per_epoch - 1).bit_length()):
+            if (self.steps_per_epoch - 1) >> bit & 1:
+                epoch = epoch + step + epoch @ step
+            step = 2 * step + step @ step
+        return epoch
 
     def _steps_on(self, state: Matrix, step: int, excess: float, k: float, most_steps: int) -> int | None:
         """`steps_to` with constant rates: the powers of one step, a block of steps at a time."""
