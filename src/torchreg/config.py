@@ -259,8 +259,8 @@ RECIPES["homework"] = replace(RECIPES["lesson"], sampling="random", global_batch
 
 
 SWEEP_DEFAULTS: dict[Literal["batch", "ladder"], TrainConfig] = {
-    "batch": replace(RECIPES["homework"], name="sweep-batch"),
-    "ladder": replace(RECIPES["homework"], name="sweep-ladder", epochs=None, max_steps=1_000),
+    "batch": replace(RECIPES["homework"], name="sweep-batch", global_batch_size=None),
+    "ladder": replace(RECIPES["homework"], name="sweep-ladder", global_batch_size=None, epochs=None, max_steps=1_000),
 }
 """What the runs of a sweep are unless options say otherwise: the lesson's homework."""
 

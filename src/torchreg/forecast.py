@@ -22,10 +22,11 @@ class Forecast:
 
     `stability_limit` is the largest stable multiple of the scaled rates; `criterion` is what was predicted, "mean
     square", or "mean" beyond 16 features, where the noise of mini-batches is left out. `noise_floor` is where the
-    scaled rates level off. `curve` has the expected excess and 95 % of single runs after `steps` steps, at most the
-    first 20,000 of them; None where the run is unstable or the closed form's loss is 0. `steps_to_target` are those
-    until the expected excess is at most `target_excess`, with the run's own warm-up and decay, and going on beyond its
-    end where the rates stay constant; None if it never gets there.
+    scaled rates level off: infinite where they are unstable, NaN where it is not known. `curve` has the expected
+    excess and 95 % of single runs after `steps` steps, at most the first 20,000 of them; None where the run is
+    unstable or the closed form's loss is 0. `steps_to_target` are those until the expected excess is at most
+    `target_excess`, with the run's own warm-up and decay, and going on beyond its end where the rates stay constant;
+    None if it never gets there.
     """
 
     criterion: str
@@ -91,7 +92,7 @@ def forecast(
     """
     limit = dynamics.largest_multiplier() / schedule.scale
     target = DEFAULT_TARGET_EXCESS if target_excess is None else target_excess
-    curve, steps_to_target, floor = None, None, math.inf
+    curve, steps_to_target, floor = None, None, math.nan if limit > 1 else math.inf
     if limit > 1 and best_loss > 0:
         floor = dynamics.noise_floor(schedule.scale) / best_loss
         factors = [schedule.factor(step) for step in range(min(schedule.num_steps, _MOST_STEPS))]

@@ -95,7 +95,7 @@ class Plan:
             steps = row.forecast.steps_to_target
             rows.append([
                 *cells, over, "stable",
-                "never" if steps is None else f"{steps:,}",
+                f"{steps:,}" if steps is not None else "never" if row.end else "",
                 "" if row.samples_to_target is None else f"{row.samples_to_target:,}",
                 "not predicted" if math.isnan(row.forecast.noise_floor) else percent(row.forecast.noise_floor),
                 percent(row.end.excess[-1]) if row.end else "",
@@ -194,7 +194,6 @@ def _verdict(
 ) -> str:
     """One line: stable or not, up to where, and what to do about it."""
     unstable = [row for row in rows if _is_stable(row) is False]
-    asked = max(row.world_size for row in rows if row.forecast)
     if not largest_stable:
         batch = f"every step takes {rows[0].global_batch_size} rows at any world size"
         if not unstable:
@@ -205,8 +204,10 @@ def _verdict(
     rule = {"linear": "linear scaling from", "sqrt": "square-root scaling from", "none": "no scaling of"}
     name = f"{rule[config.lr_scaling]} these rates"
     if not unstable:
-        enough = "as many as the data has rows for" if asked == most_ranks else "the most that was asked for"
-        return f"{name} is stable up to {asked} rank{'s' * (asked > 1)}, {enough}"
+        asked = max(row.world_size for row in rows if row.forecast)
+        most = max(asked, largest_stable[config.lr_scaling])
+        enough = ", as many as the data has rows for" if most == most_ranks else ""
+        return f"{name} is stable up to {most} rank{'s' * (most > 1)}{enough}"
     stable = largest_stable[config.lr_scaling]
     if stable == 0:
         return f"{name} diverges at every world size: {_lower(config)}"

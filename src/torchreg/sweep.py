@@ -51,7 +51,11 @@ class Cell:
 
 
 def batch_cells(config: TrainConfig, batch_sizes: Iterable[int], num_seeds: int) -> list[Cell]:
-    """A run for each global batch size and seed, all over as many epochs, with rates by the configuration's rule."""
+    """A run for each global batch size and seed, all over as many epochs, with rates by the configuration's rule.
+
+    Raises `ValueError` for a configuration that leaves nothing to vary.
+    """
+    _refuse_batch_size(config, "--batch-sizes")
     return [
         Cell(
             _with(config, global_batch_size=size, seed=config.seed + i, name=f"batch-{size}-seed-{i}"),
@@ -68,8 +72,10 @@ def ladder_cells(config: TrainConfig, multipliers: Sequence[float], num_seeds: i
     The batch grows with the rates to the last multiple of the reference batch that the data has rows for; from there on
     only the rates do. Without `multipliers`:
     1, 2, 4, 8, … up to the first that is predicted to diverge, and a rung 3 % below and 3 % above the predicted limit.
-    Standardised features have the default rates: the raw ones would hardly move them.
+    Standardised features have the default rates: the raw ones would hardly move them. Raises `ValueError` for a
+    configuration that leaves nothing to vary.
     """
+    _refuse_batch_size(config, "--reference-batch-size")
     cells = []
     for standardize in (False, True):
         variant = replace(config, standardize=standardize, lr_scaling="linear", on_unstable="warn")
@@ -92,6 +98,19 @@ def ladder_cells(config: TrainConfig, multipliers: Sequence[float], num_seeds: i
                         for i in range(num_seeds)
                     ]
     return cells
+
+
+def _refuse_batch_size(config: TrainConfig, instead: str) -> None:
+    for field in ("global_batch_size", "local_batch_size"):
+        if getattr(config, field):
+            raise ValueError(
+                f"{field} is {getattr(config, field)}, and the sweep chooses the batch of each run: give {instead}"
+            )
+    if config.sampling == "full":
+        raise ValueError(
+            "sampling is full, which takes all rows in every step, and the sweep varies the rows of a step: choose "
+            "--sampling random or shuffle"
+        )
 
 
 def ladder_limit(config: TrainConfig, problem: Problem) -> float:
@@ -150,8 +169,9 @@ def run_sweep(
 
     def begin() -> tuple[int, list[Cell]]:
         cells = make_cells()
-        largest = max(cells, key=lambda cell: cell.config.global_batch_size or 0)
-        _, table = prepare(largest.config, workers.world_size)  # tells bad input before the first run
+        for some in {cell.config.global_batch_size: cell.config for cell in cells}.values():
+            _, table = prepare(some, workers.world_size)  # tells bad input before the first run
+        _refuse_another_kind(folder, kind, overwrite=config.overwrite)
         states = [_is_finished(folder, cell, table.fingerprint(), overwrite=config.overwrite) for cell in cells]
         claim_folder(config.runs_dir, folder.name, "sweep", overwrite=True)
         content = {
@@ -183,15 +203,29 @@ def run_sweep(
     return folder
 
 
+def _refuse_another_kind(folder: Path, kind: str, *, overwrite: bool) -> None:
+    try:
+        before = read_sweep(folder)["kind"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if before != kind and not overwrite:
+        raise ValueError(
+            f"name is {folder.name!r}, and {folder} is a {before} sweep, whose tables a {kind} sweep would replace: "
+            "choose another --name, or replace them with --overwrite"
+        )
+
+
 def _is_finished(folder: Path, cell: Cell, fingerprint: str, *, overwrite: bool) -> bool:
-    """Whether the cell's record is there; an unreadable one is as good as none."""
+    """Whether the cell's record and metrics are there; unreadable ones are as good as none."""
     path = folder / CELLS_FOLDER / cell.name / RECORD_FILE
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         before, data = record["config"], record["derived"]["data_fingerprint"]
+        read_metrics(path.parent)
     except (OSError, ValueError, KeyError, TypeError):
         return False
     now = json.loads(json.dumps(asdict(cell.config)))
+    before = {**asdict(TrainConfig()), **before}  # fields that are newer than the record
     differs = [f"{key} was {before.get(key)} and is {now[key]}" for key in now if key not in _NOT_COMPARED
                and before.get(key) != now[key]]  # fmt: skip
     if data != fingerprint:
@@ -235,7 +269,9 @@ def cells_table(folder: Path) -> pd.DataFrame:
                 **{f"predicted_{name}": curve[name][-1] if curve else None for name in ("excess", "low", "high")},
             }
         )
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    measured = [column for column in table.columns if column.startswith(("weight_", "predicted_"))]
+    return table.astype(dict.fromkeys([*measured, "bias", "loss", "excess", "noise_floor"], float))  # null is NaN
 
 
 def curves_table(folder: Path) -> pd.DataFrame:
@@ -287,7 +323,7 @@ def summary_lines(summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
         line["above best, %"] = _outcome(row)
         line["predicted"] = _in_percent(row["predicted_excess"]) if stable else "diverges"
         low, high = (_in_percent(row[f"predicted_{end}"]) for end in ("low", "high"))
-        line["95 % of runs"] = f"{low} to {high}" if stable else ""
+        line["95 % of runs"] = f"{low} to {high}" if stable and low else ""
         lines.append((converged, line))
     return list(lines[0][1]), [_marked(list(line.values()), converged) for converged, line in lines]
 
@@ -329,4 +365,4 @@ def _outcome(row: Mapping[Any, Any]) -> str:
 
 
 def _in_percent(fraction: float) -> str:
-    return f"{100 * fraction:.3g}"
+    return "" if math.isnan(fraction) else f"{100 * fraction:.3g}"

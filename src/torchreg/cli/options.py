@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 import tyro
+
+from torchreg.config import TrainConfig, with_recipe
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -24,6 +27,15 @@ def recipe_of(argv: list[str]) -> str:
         if name == "--recipe":
             return value if equals else "".join(argv[place + 1 : place + 2])
     return "default"
+
+
+def recipe_config(argv: list[str]) -> TrainConfig:
+    """The recipe that the options name, without its batch size where they choose the batch in another way."""
+    config = with_recipe(recipe_of(argv))
+    words = " ".join(argv).replace("=", " ").replace("_", "-").split()
+    if "--local-batch-size" in words or "--sampling full" in " ".join(words):
+        return replace(config, global_batch_size=None)
+    return config
 
 
 def parse(kind: type[T], program: str, argv: list[str], default: T | None = None) -> T:

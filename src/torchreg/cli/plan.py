@@ -9,8 +9,8 @@ from typing import Annotated
 
 import tyro
 
-from torchreg.cli.options import Recipe, parse, recipe_of, whole_numbers
-from torchreg.config import TrainConfig, with_recipe
+from torchreg.cli.options import Recipe, parse, recipe_config, whole_numbers
+from torchreg.config import TrainConfig
 from torchreg.launcher import detect_launcher
 
 
@@ -36,7 +36,7 @@ class PlanArguments:
 
 def run(argv: list[str]) -> int:
     """Print the plan, and draw it if asked."""
-    defaults = PlanArguments(with_recipe(recipe_of(argv)))
+    defaults = PlanArguments(recipe_config(argv))
     arguments = parse(PlanArguments, "torchreg plan", argv, defaults)
     config = arguments.config
     if config.plot:

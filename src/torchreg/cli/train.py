@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from torchreg.cli.options import EXIT_DIVERGED, Recipe, parse, recipe_of
-from torchreg.config import TrainConfig, with_recipe
+from torchreg.cli.options import EXIT_DIVERGED, Recipe, parse, recipe_config
+from torchreg.config import TrainConfig
 
 if TYPE_CHECKING:
     from torchreg.result import Result
@@ -35,7 +35,7 @@ class TrainArguments:
 
 def run(argv: list[str]) -> int:
     """Train, and print the result."""
-    defaults = TrainArguments(with_recipe(recipe_of(argv)))  # --recipe itself is parsed with the other options
+    defaults = TrainArguments(recipe_config(argv))  # --recipe itself is parsed with the other options
     arguments = parse(TrainArguments, "torchreg train", argv, defaults)
     config = arguments.config
     if config.plot:

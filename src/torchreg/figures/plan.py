@@ -71,4 +71,7 @@ def _draw_steps(axes: Axes, plan: dict[str, Any]) -> None:
     axes.set(
         xlabel="global batch (rows)", ylabel=f"steps to {target} above the best loss", title="how soon is it there?"
     )
-    axes.legend(fontsize=9)
+    if axes.lines:
+        axes.legend(fontsize=9)
+    else:
+        axes.text(0.5, 0.5, "never", transform=axes.transAxes, ha="center")

@@ -21,7 +21,9 @@ _ORDERS = {"simultaneous": (ORANGE, "o", "--", "left"), "sequential": (BLUE, "s"
 
 
 def draw_sweep(folder: Path) -> list[Path]:
-    """Draw a finished sweep, as PNG and SVG in its folder."""
+    """Draw a finished sweep, as PNG and SVG in its folder; nothing where the best loss is 0 and so has no multiples."""
+    if not (cells_table(folder)["closed_form_loss"] > 0).all():
+        return []
     if read_sweep(folder)["kind"] == "batch":
         return _draw_batch(folder)
     return _draw_ladder(folder)
@@ -77,6 +79,10 @@ def _share_limits(panels: Any) -> None:
 
 def _draw_ends(axes: Axes, table: pd.DataFrame) -> None:
     """Where runs end, by batch size."""
+    axes.set_title("at the end, ± std. error", fontsize=10)
+    if table["excess"].isna().all():
+        axes.text(0.5, 0.5, "all diverged", transform=axes.transAxes, ha="center")
+        return
     axes.errorbar(
         table["global_batch_size"],
         100 * table["excess"],
@@ -92,7 +98,6 @@ def _draw_ends(axes: Axes, table: pd.DataFrame) -> None:
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("global batch (rows)")
-    axes.set_title("at the end, ± std. error", fontsize=10)
     axes.legend(fontsize=8)
 
 
@@ -100,7 +105,8 @@ def _draw_ladder(folder: Path) -> list[Path]:
     table = summary(cells_table(folder))
     figure = new_figure(7.5, 4.4)
     panels = figure.subplots(1, 2, sharey=True)
-    top = 1_000 * float(table["excess"].max())  # of what converged, in percent, with room
+    top = 1_000 * float(table["excess"].max(skipna=True))  # of what converged, in percent, with room
+    top = top if top > 0 else 1.0
     for axes, standardize in zip(panels, (False, True), strict=True):
         part = table[table["standardize"] == standardize]
         axes.axhspan(top, 100 * top, color=GREY, alpha=0.25, linewidth=0)
