@@ -17,7 +17,7 @@ from torchreg.sweep import CELLS_FOLDER, GROUP, cells_table, curves_table, read_
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_ORDERS = {"simultaneous": (ORANGE, "o", "--", "left"), "sequential": (BLUE, "s", ":", "right")}
+_ORDERS = {"simultaneous": (ORANGE, "o", "--", 0.78), "sequential": (BLUE, "s", ":", 0.64)}
 
 
 def draw_sweep(folder: Path) -> list[Path]:
@@ -126,7 +126,7 @@ def _draw_ladder(folder: Path) -> list[Path]:
 
 
 def _draw_rungs(
-    axes: Axes, runs: pd.DataFrame, top: float, order: str, colour: str, marker: str, dashes: str, side: str
+    axes: Axes, runs: pd.DataFrame, top: float, order: str, colour: str, marker: str, dashes: str, label_at: float
 ) -> None:
     """The rungs of one update order, without (filled) and with warm-up (hollow), and the predictions."""
     for warmup_steps, rungs in runs.groupby("warmup_steps"):
@@ -156,11 +156,11 @@ def _draw_rungs(
     axes.axvline(limit, color=colour, linestyle=dashes, linewidth=2)
     axes.annotate(
         f"limit\n× {limit:.2f}",
-        (limit, 1),
+        (limit, label_at),
         xycoords=axes.get_xaxis_transform(),
-        xytext=(4 if side == "left" else -4, -4),
+        xytext=(-4, 0),
         textcoords="offset points",
-        ha=side,
+        ha="right",
         va="top",
         fontsize=9,
         color=colour,
