@@ -1,0 +1,126 @@
+"""If these fail, torchreg tells a user before the first step what the run will not do."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from torchreg.cli import main
+from torchreg.config import TrainConfig, with_recipe
+from torchreg.prepare import Problem, prepare
+from torchreg.theory import Dynamics
+
+# Standardised features: G is the identity, so with all rows in every step and both rates r the error shrinks by
+# 1 − 2r a step and the excess loss by its square: by 1/4 with r = 1/4.
+QUARTER = TrainConfig(sampling="full", base_learning_rate=(0.25, 0.25), lr_scaling="none", max_steps=12)
+
+
+def forecast_of(config, world_size=1):
+    return prepare(config, world_size)[0].forecast
+
+
+def test_the_curve_of_full_batches_by_hand():
+    told = forecast_of(replace(QUARTER, target_excess=0.01))
+    start = told.curve.excess[0]
+    assert told.curve.steps == tuple(range(13))
+    assert start > 1
+    np.testing.assert_allclose(told.curve.excess, [start / 4**t for t in range(13)], rtol=1e-9)
+    np.testing.assert_allclose(told.curve.low, told.curve.excess, rtol=1e-5)
+    np.testing.assert_allclose(told.curve.high, told.curve.excess, rtol=1e-5)
+    assert told.stability_limit == pytest.approx(4, rel=1e-9)  # 1 − 2·4·¼ = −1
+    assert told.noise_floor == 0
+    assert told.steps_to_target == math.ceil(math.log(start / 0.01, 4))
+
+
+def test_warm_up_and_decay_are_part_of_the_forecast():
+    start = forecast_of(QUARTER).curve.excess[0]
+    # lr_scaling linear with a reference of 1102 rows halves the rates, and the warm-up goes down from the base to them:
+    # factors 1 and ¾ of 0.25, then ½: the excess shrinks by (½)², (1 − ⅜)², and then (¾)² a step.
+    warmed = replace(QUARTER, lr_scaling="linear", reference_batch_size=1102, warmup_steps=2, max_steps=4)
+    curve = forecast_of(warmed).curve
+    np.testing.assert_allclose(
+        curve.excess, start * np.cumprod([1, 1 / 4, 25 / 64, 9 / 16, 9 / 16]), rtol=1e-9
+    )  # fmt: skip
+    # Linear decay to 0 over 5 steps: factors 1, ¾, ½, ¼, 0 of 0.25.
+    curve = forecast_of(replace(QUARTER, decay="linear", max_steps=5)).curve
+    np.testing.assert_allclose(
+        curve.excess, start * np.cumprod([1, (1 / 2) ** 2, (5 / 8) ** 2, (3 / 4) ** 2, (7 / 8) ** 2, 1]), rtol=1e-9
+    )
+
+
+def test_a_constant_rate_may_reach_the_target_after_the_run_but_a_decayed_one_may_not():
+    soon = replace(QUARTER, max_steps=2, target_excess=0.01)
+    assert forecast_of(soon).steps_to_target == forecast_of(replace(soon, max_steps=50)).steps_to_target > 2
+    assert forecast_of(replace(soon, decay="linear")).steps_to_target is None
+
+
+def test_the_band_and_the_floor_are_those_of_the_dynamics():
+    config = with_recipe("homework", max_steps=50)
+    told, problem = forecast_of(config), Problem.of(config)
+    dynamics = Dynamics.of(problem.rows, config.base_learning_rate, 64, "sequential")
+    best = problem.closed_form.loss
+    assert told.noise_floor == pytest.approx(dynamics.noise_floor() / best, rel=1e-12)
+    curve = dynamics.learning_curve(problem.start_error, [1.0] * 50)
+    for name in ("excess", "low", "high"):
+        expected = getattr(curve, name)[list(told.curve.steps)] / best
+        np.testing.assert_allclose(getattr(told.curve, name), expected, rtol=1e-9, err_msg=name)
+
+
+def test_long_runs_are_predicted_to_their_first_20_000_steps():
+    told = forecast_of(TrainConfig(sampling="full", max_steps=1_000_000))
+    assert told.curve.steps[-1] == 20_000
+    assert len(told.curve.steps) <= 240
+
+
+@pytest.mark.parametrize(
+    ("config", "parts"),
+    [
+        (QUARTER, ["stable (mean square), the rates are 0.25 of the limit; after 12 steps", "floor 0 %"]),
+        (replace(QUARTER, base_learning_rate=(2.0, 2.0)), ["unstable: the rates are 2 times the stability limit"]),
+        (TrainConfig(), ["after 270 steps about", "95 % of runs"]),
+        (
+            TrainConfig(num_features=17, num_rows=300),
+            ["stable (mean)", "the noise of mini-batches on top (left out beyond 16 features)"],
+        ),
+    ],
+)
+def test_the_forecast_in_one_line(config, parts):
+    told = forecast_of(config).told()
+    assert "\n" not in told
+    for part in parts:
+        assert part in told
+    assert "nan" not in told
+    assert "inf" not in told
+
+
+def test_up_to_sixteen_features_the_noise_is_predicted_and_beyond_it_is_not():
+    sixteen, more = (forecast_of(TrainConfig(num_features=n, num_rows=300, max_steps=3)) for n in (16, 17))
+    assert sixteen.criterion == "mean square"
+    assert 0 < sixteen.curve.low[-1] < sixteen.curve.excess[-1] < sixteen.curve.high[-1]
+    assert more.criterion == "mean"
+    assert more.curve.excess[-1] > 0
+    assert np.isnan([more.noise_floor, *more.curve.low, *more.curve.high]).all()
+
+
+def test_a_perfect_line_has_no_excess_to_predict():
+    Path("perfect.csv").write_text("GrLivArea,SalePrice\n1,2\n2,4\n3,6\n4,8\n")
+    told = forecast_of(TrainConfig(data="perfect.csv", local_batch_size=2))
+    assert told.is_stable
+    assert (told.curve, told.steps_to_target) == (None, None)
+    assert math.isnan(told.noise_floor)
+    assert told.told() == f"stable (mean square), the rates are {1 / told.stability_limit:.2g} of the limit"
+
+
+def test_train_tells_its_forecast_before_the_first_step_and_records_it(capsys):
+    assert main(["train", "--recipe", "homework", "--max-steps", "30", "--name", "told"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (place,) = [number for number, line in enumerate(lines) if line.startswith("forecast ")]
+    assert place < min(number for number, line in enumerate(lines) if line.startswith("step "))
+    record = json.loads(Path("runs/told/record.json").read_text())["forecast"]
+    expected = forecast_of(with_recipe("homework", max_steps=30))
+    assert record["curve"]["steps"][-1] == 30
+    assert record["noise_floor"] == expected.noise_floor
+    assert expected.told() in lines[place]

@@ -1,0 +1,187 @@
+"""If these fail, a user asks for node-hours on a plan that cannot work, or gives up one that can."""
+
+import json
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from torchreg.cli import main
+from torchreg.config import TrainConfig
+from torchreg.plan import make_plan
+from torchreg.prepare import prepare
+
+from .conftest import data_sources
+
+LESSON_RATES = {"standardize": False, "base_learning_rate": (1e-7, 1e-1), "sampling": "random"}
+LESSON_OPTIONS = ["--no-standardize", "--base-learning-rate", "1e-7", "1e-1", "--sampling", "random"]
+PERFECT = "GrLivArea,SalePrice\n1,2\n2,4\n3,6\n4,8\n"
+
+
+@pytest.mark.parametrize("source", data_sources())
+def test_four_ranks_of_64_rows_diverge_with_the_lessons_rates(source):
+    plan = make_plan(TrainConfig(data=source, **LESSON_RATES), [1, 2, 4, 8])
+    # theory.md: unstable from k a little above 3, and linear scaling makes k the number of ranks.
+    assert [row.forecast.is_stable for row in plan.rows] == [True, True, False, False]
+    assert [row.global_batch_size for row in plan.rows] == [64, 128, 256, 512]
+    assert [row.scaled_learning_rate for row in plan.rows] == [
+        pytest.approx((1e-7 * k, 1e-1 * k), rel=1e-12) for k in (1, 2, 4, 8)
+    ]
+    assert 1 / plan.rows[2].forecast.stability_limit == pytest.approx(4 / 3.14, rel=0.02)
+    assert plan.largest_stable == {"linear": 3, "sqrt": 8, "none": 8}
+    assert "stable up to 3 ranks; at 4, one Polaris node, it diverges" in plan.verdict
+    assert "use --lr-scaling sqrt (stable up to 8" in plan.verdict
+    assert "standardise and leave base_learning_rate out (stable up to 8" in plan.verdict
+
+
+def test_a_row_is_the_forecast_that_training_tells_at_that_world_size():
+    config = TrainConfig(target_excess=0.02, warmup_steps=5)
+    for row in make_plan(config, [1, 3, 8]).rows:
+        prepared, _ = prepare(config, row.world_size)
+        assert row.forecast == prepared.forecast
+        assert row.global_batch_size == prepared.plan.global_batch_size == 64 * row.world_size
+        assert row.samples_to_target == prepared.forecast.steps_to_target * row.global_batch_size
+
+
+def test_the_default_recipe_is_stable_as_far_as_the_data_has_rows():
+    plan = make_plan(TrainConfig(), [1, 8])
+    assert plan.verdict == "linear scaling from these rates is stable up to 8 ranks, as many as the data has rows for"
+    assert plan.critical.critical in plan.critical.batch_sizes
+    assert f"from {plan.critical.critical} rows on" in "\n".join(plan.conclusion())
+
+
+def test_the_verdict_looks_further_than_the_world_sizes_that_were_asked_for():
+    assert "stable up to 3 ranks" in make_plan(TrainConfig(**LESSON_RATES), [1, 2]).verdict
+    assert "diverges at every world size" in make_plan(TrainConfig(base_learning_rate=(9.0, 9.0)), [1]).verdict
+
+
+@pytest.mark.parametrize(
+    ("options", "verdict"),
+    [
+        ({"global_batch_size": 128}, "every step takes 128 rows at any world size, and these rates are stable"),
+        ({"sampling": "full"}, "every step takes 551 rows at any world size, and these rates are stable"),
+        (
+            # Standardised features: the limit of full batches is a rate of 1.
+            {"sampling": "full", "base_learning_rate": (3.0, 3.0), "lr_scaling": "none"},
+            "these rates diverge: they are 3 times the limit",
+        ),
+    ],
+)
+def test_where_the_batch_does_not_grow_with_the_ranks(options, verdict):
+    plan = make_plan(TrainConfig(**options), [1, 2, 4])
+    assert verdict in plan.verdict
+    assert plan.largest_stable == {}
+    assert len({row.forecast for row in plan.rows}) == 1
+
+
+def test_a_world_size_with_more_rows_than_the_data_is_named_and_the_others_are_planned(capsys):
+    # 9 ranks of 64 rows are 576, more than 551.
+    assert main(["plan", "--world-sizes", "8,9,16"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("impossible") == 2
+    assert "note         9 ranks: global_batch_size is 576 (64 rows a rank × 9 ranks), more than the data's 551" in out
+    assert main(["plan", "--world-sizes", "9,16"]) == 2
+    assert "global_batch_size is 576" in capsys.readouterr().err
+
+
+def test_the_plan_for_a_person(capsys):
+    assert main(["plan", *LESSON_OPTIONS, "--target-excess", "0.02"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "plan         builtin: 551 rows, 1 feature; lr_scaling linear"
+    assert "steps to 2 %" in lines[3]
+    rows = {line.split()[0]: line.split() for line in lines if line.split() and line.split()[0].isdecimal()}
+    assert list(rows) == ["1", "2", "4", "8"]
+    assert rows["1"][1:6] == ["64", "1e-07", "0.1", "0.32", "stable"]
+    assert rows["4"][1:] == ["256", "4e-07", "0.4", "1.27", "diverges", "never"]
+    assert len([line for line in lines if line.startswith("verdict ")]) == 1
+
+
+def test_json_is_all_there_is_on_stdout(capsys):
+    assert main(["plan", "--json", "--world-sizes", "4,16,1", *LESSON_OPTIONS, "--plot", "--name", "planned"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert [row["world_size"] for row in plan["rows"]] == [1, 4, 16]
+    assert [row["is_stable"] for row in plan["rows"]] == [True, False, None]
+    assert plan["rows"][0]["samples_to_target"] == 64 * plan["rows"][0]["forecast"]["steps_to_target"]
+    assert plan["rows"][2]["problem"].startswith("global_batch_size is 1024")
+    assert plan["largest_stable"]["linear"] == 3
+    assert json.loads(Path("runs/planned/plan.json").read_text()) == plan
+
+
+def test_plot_draws_and_never_replaces_what_is_there(capsys):
+    assert main(["plan", "--plot", "--name", "drawn", "--world-sizes", "1,2"]) == 0
+    assert "picture      runs/drawn/plan.png" in capsys.readouterr().out
+    assert Path("runs/drawn/plan.png").read_bytes().startswith(b"\x89PNG")
+    assert ET.parse("runs/drawn/plan.svg").getroot().tag.endswith("svg")
+    before = Path("runs/drawn/plan.json").read_text()
+    assert main(["plan", "--plot", "--name", "drawn", "--world-sizes", "1,2,4"]) == 2
+    assert "runs/drawn exists already" in capsys.readouterr().err
+    assert Path("runs/drawn/plan.json").read_text() == before
+
+
+def test_without_plot_nothing_is_written():
+    assert main(["plan", "--world-sizes", "1"]) == 0
+    assert not Path("runs").exists()
+
+
+def test_beyond_sixteen_features_it_is_said_what_is_left_out(capsys):
+    assert main(["plan", "--num-features", "17", "--num-rows", "300", "--world-sizes", "1,2"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("not predicted") == 2
+    assert "17 features: only the mean is predicted" in out
+    assert "noise of mini-batches, its floor and its spread are left out" in out
+    assert "batch size " not in out
+
+
+def test_a_perfect_line_is_planned_without_multiples_of_its_loss(capsys):
+    Path("perfect.csv").write_text(PERFECT)
+    options = ["--data", "perfect.csv", "--local-batch-size", "1", "--world-sizes", "1,2"]
+    assert main(["plan", *options, "--plot", "--name", "perfect"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("stable") >= 2
+    assert "the closed form's loss is 0" in out
+    for word in ("never", "inf", "nan"):
+        assert word not in out
+    assert main(["plan", *options, "--target-excess", "0.1"]) == 2
+    assert "target_excess is 0.1, a fraction of the closed form's loss, which is 0" in capsys.readouterr().err
+
+
+def test_a_recipes_batch_gives_way_to_the_batch_that_is_asked_for(capsys):
+    assert main(["plan", "--recipe", "homework", "--local-batch-size", "32", "--world-sizes", "1,2", "--json"]) == 0
+    assert [row["global_batch_size"] for row in json.loads(capsys.readouterr().out)["rows"]] == [32, 64]
+    assert main(["train", "--recipe=homework", "--sampling=full", "--max-steps", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["global_batch_size"] == 551
+
+
+BAD_OPTIONS = {
+    "zero ranks": (["--world-sizes", "0"], "world_sizes is '0'"),
+    "no ranks": (["--world-sizes", ""], "world_sizes is ''"),
+    "a hole": (["--world-sizes", "1,,2"], "world_sizes is '1,,2'"),
+    "half a rank": (["--world-sizes", "1.5"], "world_sizes is '1.5'"),
+    "negative": (["--world-sizes", "-4"], "world"),
+    "batch too large": (["--global-batch-size", "600"], "global_batch_size is 600, more than the data's 551 rows"),
+    "no file": (["--data", "nowhere.csv"], "data is nowhere.csv, which does not exist"),
+    "unknown recipe": (["--recipe", "lessons"], "the recipes are default, lesson, homework"),
+    "target not above 0": (["--target-excess", "0"], "target_excess is 0.0: give a number above 0"),
+    "rates too far apart": (["--base-learning-rate", "1e-7", "1e300"], "base_learning_rate is 1e-07"),
+    "unwritable": (["--plot", "--runs-dir", "file"], "runs_dir is 'file'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_bad_input_is_one_clear_line_and_exit_code_2(case, capsys):
+    Path("file").touch()
+    options, part = BAD_OPTIONS[case]
+    assert main(["plan", *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.strip().splitlines()) == 1, err
+    assert err.startswith("torchreg: error: ")
+    assert part in err
+
+
+def test_planning_needs_no_torch(run, tmp_path):
+    code = "import sys\nfrom torchreg.cli import main\nassert main(['plan']) == 0\nprint('torch' in sys.modules)"
+    done = run(sys.executable, "-c", code, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
+    assert "verdict " in done.stdout
