@@ -231,7 +231,8 @@ def measure_curves(options: Options, runtime: Runtime, report: Report, runs_dir:
     """
     report.begin(
         f"Learning curves, {options.num_seeds} seeds of 64 rows a step, `random` sampling, loss on all rows",
-        ["order", "steps", "points within 2 standard errors", "the same for the truth (95 % of sets)", "sets of the truth with 95 %", "NumPy's mean / predicted",
+        ["order", "steps", "points within 2 standard errors", "the same for the truth (95 % of sets)",
+         "sets of the truth with 95 %", "NumPy's mean / predicted",
          "runs within the 95 % band", "met"],
     )  # fmt: skip
     for order in ORDERS:
