@@ -97,7 +97,7 @@ class Plan:
                 *cells, over, "stable",
                 f"{steps:,}" if steps is not None else "never" if row.end else "",
                 "" if row.samples_to_target is None else f"{row.samples_to_target:,}",
-                "not predicted" if math.isnan(row.forecast.noise_floor) else percent(row.forecast.noise_floor),
+                "left out" if math.isnan(row.forecast.noise_floor) else percent(row.forecast.noise_floor),
                 percent(row.end.excess[-1]) if row.end else "",
             ])  # fmt: skip
         return columns, rows
