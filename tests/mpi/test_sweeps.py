@@ -1,0 +1,85 @@
+"""If these fail, a sweep on many ranks loses or repeats runs, or a plan for many ranks is not what they do."""
+
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from torchreg.cli import main
+
+WORKER = str(Path(__file__).parent / "sweep_worker.py")
+SWEEP = ["sweep", "batch", "--batch-sizes", "32,64,256", "--num-seeds", "2", "--epochs", "2", "--name", "swept"]
+CELLS = [f"batch-{size}-seed-{seed}" for size in (256, 32, 64) for seed in (0, 1)]
+LESSON_RATES = ["--no-standardize", "--base-learning-rate", "1e-7", "1e-1"]
+
+
+def mpiexec(num_ranks):
+    return ["mpiexec", "-n", str(num_ranks), sys.executable]
+
+
+def runs_in(log):
+    return sorted(log.read_text().split()) if log.exists() else []
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    runs_dir = tmp_path_factory.mktemp("one")
+    assert main([*SWEEP, "--runs-dir", str(runs_dir)]) == 0
+    return pd.read_csv(runs_dir / "swept/cells.csv")
+
+
+@pytest.mark.parametrize("mode", [[], ["--farm"]], ids=["all ranks", "farm"])
+def test_two_ranks_run_each_cell_once_and_find_what_one_process_finds(mode, one_process, run, tmp_path):
+    log = tmp_path / "log"
+    done = run(*mpiexec(2), WORKER, *SWEEP, *mode, "--runtime", "torch", cwd=tmp_path, RUN_LOG=str(log))
+    assert done.returncode == 0, done.stderr
+    assert runs_in(log) == CELLS
+    folder = tmp_path / "runs/swept"
+    pd.testing.assert_frame_equal(pd.read_csv(folder / "cells.csv"), one_process, check_exact=False, rtol=1e-9)
+    assert done.stdout.count("records      runs/swept") == 1
+    worlds = {json.loads(path.read_text())["result"]["world_size"] for path in folder.glob("cells/*/record.json")}
+    assert worlds == ({1} if mode else {2})
+
+    # Again, with one record lost: that cell is run, the others are not.
+    lost = folder / "cells/batch-64-seed-1/record.json"
+    others = {path: path.stat().st_mtime_ns for path in folder.glob("cells/*/record.json") if path != lost}
+    lost.unlink()
+    log.unlink()
+    done = run(*mpiexec(2), WORKER, *SWEEP, *mode, "--runtime", "torch", cwd=tmp_path, RUN_LOG=str(log))
+    assert done.returncode == 0, done.stderr
+    assert "6 runs, 5 of them finished before" in done.stdout
+    assert runs_in(log) == ["batch-64-seed-1"]
+    assert {path: path.stat().st_mtime_ns for path in others} == others
+
+
+def test_what_is_refused_is_told_once_and_loses_nothing(run, tmp_path, capsys):
+    assert main([*SWEEP, "--runs-dir", str(tmp_path / "runs")]) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    options = [*SWEEP, "--epochs", "3", "--farm", "--json", "--runtime", "torch"]
+    done = run(*mpiexec(2), "-m", "torchreg", *options, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("torchreg: error:") == 1
+    assert "epochs was 2.0 and is 3.0" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()} == before
+
+
+def test_four_ranks_do_with_the_lessons_rates_what_the_plan_says(run, tmp_path, capsys):
+    assert main(["plan", *LESSON_RATES, "--world-sizes", "3,4", "--json"]) == 0
+    three, four = json.loads(capsys.readouterr().out)["rows"]
+    assert (three["is_stable"], four["is_stable"]) == (True, False)
+
+    train = [*mpiexec(4), "-m", "torchreg", "train", "--runtime", "torch", *LESSON_RATES]
+    done = run(*train, "--name", "warned", cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert "the largest stable world size is 3; expect divergence" in " ".join(done.stdout.split())
+    assert "forecast     unstable" in done.stdout
+    done = run(*train, "--name", "capped", "--on-unstable", "cap", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "lowered to half the limit" in " ".join(done.stdout.split())
+    record = json.loads((tmp_path / "runs/capped/record.json").read_text())
+    assert record["forecast"]["stability_limit"] == pytest.approx(2, rel=1e-4)
+    assert record["result"]["excess"] < record["forecast"]["curve"]["high"][-1] < 1
