@@ -79,7 +79,7 @@ class Metrics:
             self._settled = pending if self._runtime.is_main else [0.0] * len(pending)
             self._step_rows = list(progress["pending_rows"])
             self.num_samples = progress["num_samples"]
-        self._synchronize()
+        self._runtime.synchronize()
         self._runtime.barrier()
         self._saved_s = time.perf_counter()
         self._start_s = self._saved_s - (progress["elapsed_s"] if progress else 0.0)
@@ -95,7 +95,7 @@ class Metrics:
 
     def stop(self) -> None:
         """Stop the clock, on the slowest rank, and evaluate the last update, which no step has seen."""
-        self._synchronize()
+        self._runtime.synchronize()
         self.train_time_s = self._runtime.largest(self._elapsed_s())
         self.loss = self._loss_on_all_rows()
         if self.stopped_by in ("steps", "target") and not self.loss <= self._prepared.exploding_loss:
@@ -121,7 +121,7 @@ class Metrics:
     @contextmanager
     def clock_stopped(self) -> Iterator[None]:
         """What happens inside is not training."""
-        self._synchronize()
+        self._runtime.synchronize()
         start_s = time.perf_counter()
         yield
         self._not_timed_s += time.perf_counter() - start_s
@@ -192,7 +192,3 @@ class Metrics:
 
     def _elapsed_s(self) -> float:
         return time.perf_counter() - self._start_s - self._not_timed_s
-
-    def _synchronize(self) -> None:
-        if self._runtime.device.type != "cpu":
-            torch.get_device_module(self._runtime.device).synchronize()

@@ -285,8 +285,7 @@ def train(
         reporter.warn(warning)
 
     sync = config.effective_sync
-    x, y = _rows_on_device(table, prepared, runtime, dtype)
-    model = make_model(prepared.start[0].tolist(), prepared.start[1], device=runtime.device, dtype=dtype)
+    x, y, model = place(table, prepared, runtime, dtype)
     sgd = make_sgd(model, prepared.schedule(0)) if config.optimizer == "sgd" else None
     if saved:
         model.load_state_dict(saved.tensors["model"])
@@ -336,6 +335,24 @@ def train(
     return result
 
 
+def place(
+    table: Table | None, prepared: Prepared, runtime: Runtime, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, nn.Linear]:
+    """All rows and the model before the first step, on every rank's device; only the main rank has the table.
+
+    x is (num_rows, num_features) and y (num_rows, 1), as the model sees them.
+    """
+    num_features = len(prepared.feature_names)
+    rows = torch.empty(prepared.plan.num_rows, num_features + 1, dtype=torch.float64)
+    if table:
+        rows[:, :-1] = torch.from_numpy(prepared.standardizer.apply(table.features))
+        rows[:, -1:] = torch.from_numpy(table.target)
+    rows = runtime.broadcast(rows).to(dtype)
+    x, y = (part.contiguous().to(runtime.device) for part in (rows[:, :-1], rows[:, -1:]))
+    weight, bias = prepared.start
+    return x, y, make_model(weight.tolist(), bias, device=runtime.device, dtype=dtype)
+
+
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
     """Compute on so many threads of the CPU; a sum over rows is cut into as many parts, which changes its bits."""
@@ -353,17 +370,3 @@ def _dtype(choice: Literal["auto", "float32", "float64"], device: torch.device) 
     if choice == "float64" and device.type == "mps":
         raise AgreedError("dtype is float64, which the mps device does not have: choose --dtype float32")
     return torch.float32 if choice == "float32" else torch.float64
-
-
-def _rows_on_device(
-    table: Table | None, prepared: Prepared, runtime: Runtime, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """All rows as the model sees them, x (num_rows, num_features) and y (num_rows, 1), on every rank's device."""
-    num_features = len(prepared.feature_names)
-    rows = torch.empty(prepared.plan.num_rows, num_features + 1, dtype=torch.float64)
-    if table:
-        rows[:, :-1] = torch.from_numpy(prepared.standardizer.apply(table.features))
-        rows[:, -1:] = torch.from_numpy(table.target)
-    runtime.broadcast(rows)
-    rows = rows.to(dtype)
-    return rows[:, :-1].contiguous().to(runtime.device), rows[:, -1:].contiguous().to(runtime.device)

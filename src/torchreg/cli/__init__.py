@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train the model, on one process or many ranks",
     "plan": "predict stability, noise floor and steps to a target for many world sizes",
     "sweep": "train with many batch sizes or learning rates, prediction beside measurement",
+    "verify": "check a distributed stack with known answers",
     "data": "show, fetch or make the data",
 }
 _USAGE = """\
