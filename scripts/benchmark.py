@@ -225,11 +225,13 @@ def torchreg_loop(x: Any, y: Any, runtime: Any, optimizer: Any, sync: Any) -> Ta
 
     from torchreg.batches import BatchPlan
     from torchreg.model import make_model
+    from torchreg.optim import make_sgd
     from torchreg.schedule import Schedule
     from torchreg.train import hand_rows, make_step, rows_of_steps
 
     plan = BatchPlan.derive(len(x), runtime.world_size, local_batch_size=LOCAL_BATCH_SIZE)
-    take_step = make_step(optimizer, sync, make_model([0.0] * x.shape[1], 0.0, dtype=x.dtype), runtime)
+    model = make_model([0.0] * x.shape[1], 0.0, dtype=x.dtype)
+    take_step = make_step(make_sgd(model, RATES) if optimizer == "sgd" else None, sync, model, runtime)
     schedule = Schedule(RATES, 1.0, num_steps=1)
     if optimizer == "hand":
         x, y = hand_rows(x, y)

@@ -23,9 +23,9 @@ DEFAULT_EPOCHS = 30
 
 _AT_LEAST_ONE = (
     "num_rows", "num_features", "global_batch_size", "local_batch_size", "micro_batch_size",
-    "reference_batch_size", "decay_every", "max_steps", "log_every",
+    "reference_batch_size", "decay_every", "max_steps", "log_every", "checkpoint_every", "keep_checkpoints",
 )  # fmt: skip
-_POSITIVE = ("epochs", "target_excess", "timeout_s")
+_POSITIVE = ("epochs", "target_excess", "timeout_s", "checkpoint_every_s", "time_limit_s")
 _NOT_NEGATIVE = ("data_seed", "seed", "warmup_steps")
 
 
@@ -159,6 +159,22 @@ class TrainConfig:
     overwrite: bool = False
     """Replace the records of an earlier run of this name."""
 
+    resume: Literal["never", "auto"] = "never"
+    """`auto`: go on from the newest good checkpoint of the run of this name, at any world size; start where there is
+    none; leave a finished run alone. Needs `--name`."""
+
+    checkpoint_every: int | None = None
+    """Steps between two checkpoints."""
+
+    checkpoint_every_s: float | None = None
+    """Seconds between two checkpoints, about: it is looked at when losses are added up over ranks."""
+
+    keep_checkpoints: int = 3
+    """How many of the newest checkpoints are kept."""
+
+    time_limit_s: float | None = None
+    """Save and stop (exit code 75) shortly before so many seconds are over. Default: the end of the Slurm job."""
+
     log_every: int | None = None
     """Steps between two lines of metrics. Default: about forty lines a run."""
 
@@ -223,6 +239,10 @@ class TrainConfig:
             raise ValueError(
                 "features or target are given for the built-in data, whose columns are fixed: name a file with --data"
             )
+        if self.resume == "auto" and self.name is None:
+            raise ValueError("resume is auto and name is None: say which run to go on with, by --name")
+        if self.resume == "auto" and self.overwrite:
+            raise ValueError("resume is auto and overwrite is on: choose one of the two")
         if self.name is not None and (not self.name or self.name in (".", "..") or "/" in self.name):
             raise ValueError(f"name is {self.name!r}: give a plain folder name; --runs-dir chooses where it goes")
 

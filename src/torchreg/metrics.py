@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from torchreg.config import TrainConfig
 from torchreg.prepare import Prepared
 from torchreg.record import RunDirectory
 from torchreg.runtime import Runtime
+from torchreg.stopping import StopRequest
 from torchreg.terminal import Reporter
+
+_FLUSH_STEPS = 100  # at most, between two sums over ranks: how soon all ranks know of a divergence or a signal
 
 
 def accumulable(values: Tensor) -> Tensor:
@@ -25,78 +32,133 @@ class Metrics:
     """Takes the squared error of each step, and says when to stop.
 
     Between two flushes nothing synchronises or is reduced. All decisions come from sums over all ranks, so every
-    rank stops in the same step. The time of a run is that of its steps: set-up and evaluation do not count.
+    rank stops in the same step. The time of a run is that of its steps: set-up, evaluation and saving do not count.
     """
 
     def __init__(
         self,
+        config: TrainConfig,
         prepared: Prepared,
         runtime: Runtime,
         directory: RunDirectory | None,
         reporter: Reporter,
-        *,
-        target_excess: float | None,
-        log_full_loss: bool,
+        stop: StopRequest | None,
         loss_on_all_rows: Callable[[], float],
     ) -> None:
         self._prepared = prepared
         self._runtime = runtime
         self._directory = directory
         self._reporter = reporter
-        self._target_excess = target_excess
-        self._log_full_loss = log_full_loss or target_excess is not None
+        self._stop = stop
+        self._target_excess = config.target_excess
+        self._log_full_loss = config.log_full_loss or config.target_excess is not None
+        self._save_every_s = config.checkpoint_every_s
         self._loss_on_all_rows = loss_on_all_rows
-        self._sums = accumulable(torch.zeros(prepared.log_every, device=runtime.device))
+        # Two more: how many ranks were asked to stop, and whether the main rank's clock says to save.
+        self._sums = accumulable(torch.zeros(_FLUSH_STEPS + 2, device=runtime.device))
         self._add_over_ranks = runtime.add_over_ranks(self._sums, runtime.quick_sync)
         self._errors: list[Tensor] = []
+        self._settled: list[float] = []  # added up over ranks already, before self._errors; 0 on all but the main rank
         self._step_rows: list[int] = []
         self._log_every, self._last_step = prepared.log_every, prepared.num_steps - 1
         self._not_timed_s = 0.0
-        self._start_s = 0.0
+        self._start_s = self._saved_s = time.perf_counter()
+        self.save_is_due = False
         self.num_steps = 0
         self.num_samples = 0
         self.train_time_s = 0.0
         self.loss = math.nan
-        self.stopped_by: Literal["steps", "target", "divergence"] = "steps"
+        self.stopped_by: Literal["steps", "target", "divergence", "request"] = "steps"
         self.diverged_at_step: int | None = None
 
-    def start(self) -> None:
-        """Start the clock on all ranks together."""
-        self._synchronize()
+    def start(self, num_steps: int = 0, progress: Mapping[str, Any] | None = None) -> None:
+        """Start the clock on all ranks together; go on from the `progress` that was saved after `num_steps` steps."""
+        self.num_steps = num_steps
+        if progress:
+            pending = progress["pending_errors"]
+            self._settled = pending if self._runtime.is_main else [0.0] * len(pending)
+            self._step_rows = list(progress["pending_rows"])
+            self.num_samples = progress["num_samples"]
+        self._runtime.synchronize()
         self._runtime.barrier()
-        self._start_s = time.perf_counter()
+        self._saved_s = time.perf_counter()
+        self._start_s = self._saved_s - (progress["elapsed_s"] if progress else 0.0)
 
     def note(self, step: int, error: Tensor, step_rows: int) -> bool:
         """Take this rank's squared error of a step; True when training is to stop after it."""
         self._errors.append(error)
         self._step_rows.append(step_rows)
-        if len(self._errors) < self._log_every and step < self._last_step:
+        is_logged = (step + 1) % self._log_every == 0 or step == self._last_step
+        if len(self._step_rows) < _FLUSH_STEPS and not is_logged:
             return False
-        return self._flush(step)
+        return self._flush(step, is_logged=is_logged)
 
     def stop(self) -> None:
         """Stop the clock, on the slowest rank, and evaluate the last update, which no step has seen."""
-        self._synchronize()
+        self._runtime.synchronize()
         self.train_time_s = self._runtime.largest(self._elapsed_s())
         self.loss = self._loss_on_all_rows()
-        if self.stopped_by != "divergence" and not self.loss <= self._prepared.exploding_loss:
+        if self.stopped_by in ("steps", "target") and not self.loss <= self._prepared.exploding_loss:
             self.stopped_by, self.diverged_at_step = "divergence", self.num_steps - 1
 
-    def _flush(self, step: int) -> bool:
-        count = len(self._errors)
+    def settle(self) -> dict[str, Any]:
+        """Add up over ranks what waits for the next flush, and return what a later process needs to go on."""
+        self._settled = self._add_up().tolist()
+        self._errors.clear()
+        if not self._runtime.is_main:
+            self._settled = [0.0] * len(self._settled)
+        return {
+            "pending_errors": self._settled,
+            "pending_rows": list(self._step_rows),
+            "num_samples": self.num_samples,
+            "elapsed_s": self._elapsed_s(),
+        }
+
+    def saved(self) -> None:
+        """A checkpoint has been written."""
+        self.save_is_due, self._saved_s = False, time.perf_counter()
+
+    @contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """What happens inside is not training."""
+        self._runtime.synchronize()
+        start_s = time.perf_counter()
+        yield
+        self._not_timed_s += time.perf_counter() - start_s
+
+    def _add_up(self) -> NDArray[np.float64]:
+        """Squared errors over all ranks of the steps since the last flush."""
+        settled, count = len(self._settled), len(self._step_rows)
         self._sums.zero_()
-        self._sums[:count] = torch.stack(self._errors)
+        if settled:
+            self._sums[:settled] = torch.tensor(self._settled)
+        if self._errors:
+            self._sums[settled:count] = torch.stack(self._errors)
+        if self._stop and self._stop.is_due():
+            self._sums[-2] = 1
+        if self._save_every_s and self._runtime.is_main:
+            self._sums[-1] = time.perf_counter() - self._saved_s >= self._save_every_s
         self._add_over_ranks()
-        losses = self._sums[:count].cpu().numpy() / self._step_rows
+        sums: NDArray[np.float64] = self._sums.cpu().double().numpy()
+        if sums[-2] and self.stopped_by == "steps":
+            self.stopped_by = "request"
+        self.save_is_due = bool(sums[-1])
+        return sums[:count]
+
+    def _flush(self, step: int, *, is_logged: bool) -> bool:
+        count = len(self._step_rows)
+        losses = self._add_up() / self._step_rows
         self.num_steps = step + 1
         self.num_samples += sum(self._step_rows)
-        self._errors.clear()
-        self._step_rows.clear()
+        for waiting in (self._errors, self._settled, self._step_rows):
+            waiting.clear()
         first, shown = step + 1 - count, count - 1
         fine = losses <= self._prepared.exploding_loss
         if not fine.all():
-            shown = int(fine.argmin())
+            shown, is_logged = int(fine.argmin()), True
             self.stopped_by, self.diverged_at_step = "divergence", first + shown
+        if not is_logged:
+            return self.stopped_by != "steps"
         full_loss = self._evaluate() if self._log_full_loss and fine.all() else None
         if self._directory:
             loss = float(losses[shown])
@@ -120,18 +182,13 @@ class Metrics:
         return line
 
     def _evaluate(self) -> float:
-        start_s = time.perf_counter()
-        loss = self._loss_on_all_rows()
+        with self.clock_stopped():
+            loss = self._loss_on_all_rows()
         if self._target_excess is not None and loss <= self._prepared.closed_form.loss * (1 + self._target_excess):
             self.stopped_by = "target"
         elif not loss <= self._prepared.exploding_loss:  # the update after the last step's loss
             self.stopped_by, self.diverged_at_step = "divergence", self.num_steps - 1
-        self._not_timed_s += time.perf_counter() - start_s
         return loss
 
     def _elapsed_s(self) -> float:
         return time.perf_counter() - self._start_s - self._not_timed_s
-
-    def _synchronize(self) -> None:
-        if self._runtime.device.type != "cpu":
-            torch.get_device_module(self._runtime.device).synchronize()

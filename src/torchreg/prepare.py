@@ -6,7 +6,8 @@ No torch: `torchreg plan` decides all of it for many world sizes and trains noth
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -85,6 +86,9 @@ class Prepared:
     start: tuple[Matrix, float]
     exploding_loss: float
     warnings: tuple[str, ...]
+    contract: dict[str, Any]
+    """All that the numbers of the run depend on, as plain JSON: a checkpoint is of this run if its contract is equal.
+    The world size is not in it."""
 
 
 def prepare(config: TrainConfig, world_size: int, problem: Problem | None = None) -> tuple[Prepared, Table]:
@@ -132,8 +136,25 @@ def prepare(config: TrainConfig, world_size: int, problem: Problem | None = None
         start=problem.start,
         exploding_loss=_EXPLODING_FACTOR * worst_start * table.num_rows / plan.global_batch_size,
         warnings=(*warnings, *([best.warning] if best.warning else [])),
+        contract={},
     )
-    return prepared, table
+    return replace(prepared, contract=_contract(config, prepared)), table
+
+
+def _contract(config: TrainConfig, prepared: Prepared) -> dict[str, Any]:
+    plan, schedule = prepared.plan, asdict(prepared.schedule)
+    same = (
+        "standardize", "optimizer", "update_order", "reduction", "sampling", "seed", "initial_weight", "initial_bias",
+        "target_excess", "log_full_loss", "dtype",
+    )  # fmt: skip
+    return {
+        "data_fingerprint": prepared.fingerprint,
+        "global_batch_size": plan.global_batch_size,
+        "micro_batch_size": plan.micro_batch_size if plan.ordered else None,  # else it changes the rounding alone
+        "log_every": prepared.log_every,
+        **{name: getattr(config, name) for name in same},
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in schedule.items()},
+    }
 
 
 def read(config: TrainConfig) -> Table:

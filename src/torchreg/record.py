@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import itertools
 import json
@@ -18,7 +19,7 @@ import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 SCHEMA_VERSION = 1
 
@@ -26,6 +27,7 @@ CONFIG_FILE = "config.json"
 RECORD_FILE = "record.json"
 METRICS_FILE = "metrics.jsonl"
 PLAN_FILE = "plan.json"
+CHECKPOINTS_FOLDER = "checkpoints"
 TRAINING_FIGURE = "training"
 PARTIAL = ".part"
 
@@ -80,13 +82,37 @@ def _free_name(runs_dir: Path, kind: str) -> str:
 
 
 class RunDirectory:
-    """The folder of one run; see `claim_folder` for its name and what can go wrong."""
+    """The folder of one run; see `claim_folder` for its name and what can go wrong.
 
-    def __init__(self, runs_dir: str | Path, name: str | None = None, *, overwrite: bool = False) -> None:
-        self.path = claim_folder(runs_dir, name, "train", overwrite=overwrite)
+    While it is open no other run can write there: a second one gets a `ValueError`.
+    """
+
+    def __init__(
+        self, runs_dir: str | Path, name: str | None = None, *, overwrite: bool = False, resume: bool = False
+    ) -> None:
+        self.path = claim_folder(runs_dir, name, "train", overwrite=overwrite or resume)
+        self._lock = _lock(self.path)
+        self._partial_metrics = self.path / (METRICS_FILE + PARTIAL)
+        self._metrics: BinaryIO | None = None
+
+    def start(self) -> None:
+        """Begin the record anew: nothing of an earlier run stays."""
         for file in _OWN_FILES:
             (self.path / file).unlink(missing_ok=True)
-        self._metrics: TextIO = (self.path / (METRICS_FILE + PARTIAL)).open("w", encoding="utf-8")
+        for checkpoint in (self.path / CHECKPOINTS_FOLDER).glob("step-*"):
+            checkpoint.unlink()
+        self._metrics = self._partial_metrics.open("wb")
+
+    def go_on(self, metrics_bytes: int) -> None:
+        """Go on with a record whose metrics were so many bytes long."""
+        self._metrics = self._partial_metrics.open("r+b")
+        self._metrics.truncate(metrics_bytes)
+        self._metrics.seek(metrics_bytes)
+
+    @property
+    def partial_metrics_bytes(self) -> int:
+        """How long the metrics of an unfinished run are on disk."""
+        return self._partial_metrics.stat().st_size if self._partial_metrics.is_file() else 0
 
     def write_json(self, file: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file that appears whole or not at all."""
@@ -94,15 +120,50 @@ class RunDirectory:
 
     def note(self, line: Mapping[str, Any]) -> None:
         """Add a line to the metrics, which appear under their name when the run is finished."""
-        self._metrics.write(_METRICS_JSON.encode(line) + "\n")
+        assert self._metrics
+        self._metrics.write(_METRICS_JSON.encode(line).encode() + b"\n")
+
+    def sync(self) -> int:
+        """Bring the metrics to disk; how many bytes they have."""
+        assert self._metrics
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+        return self._metrics.tell()
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """Close the metrics and write the record: the run is complete when `record.json` is there."""
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())
-        self._metrics.close()
-        (self.path / (METRICS_FILE + PARTIAL)).replace(self.path / METRICS_FILE)
+        self.sync()
+        self.close()
+        self._partial_metrics.replace(self.path / METRICS_FILE)
         self.write_json(RECORD_FILE, record)
+
+    def close(self) -> None:
+        """Leave the run to whoever goes on with it."""
+        if self._metrics:
+            self._metrics.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder until the descriptor is closed or the process ends, however it ends.
+
+    None where the file system has no locks. Raises `ValueError` where another process has it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(
+            f"name is {folder.name!r}, and another run is writing {folder} just now: wait for its end, or choose "
+            "another --name"
+        ) from None
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -153,12 +214,17 @@ def provenance(started: str) -> dict[str, Any]:
         "source": _source_version(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "libraries": {name: version for name in _LIBRARIES if (version := _version(name))},
+        "libraries": versions(),
         "job_id": os.environ.get("PBS_JOBID") or os.environ.get("SLURM_JOB_ID"),
         "environment": {
             name: value for name, value in sorted(os.environ.items()) if _ALLOWED_VARIABLES.fullmatch(name)
         },
     }
+
+
+def versions() -> dict[str, str]:
+    """The versions of the libraries that numbers may depend on."""
+    return {name: version for name in _LIBRARIES if (version := _version(name))}
 
 
 def _version(library: str) -> str | None:

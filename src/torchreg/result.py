@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -31,7 +33,7 @@ class Result:
     closed_form_bias: float
     closed_form_loss: float
     excess: float | None
-    stopped_by: Literal["steps", "target", "divergence"]
+    stopped_by: Literal["steps", "target", "divergence", "request"]
     diverged_at_step: int | None
     world_size: int
     global_batch_size: int
@@ -49,6 +51,8 @@ class Result:
 
     def lines(self) -> list[str]:
         """The result for a person: the fitted line, the closed form, the losses."""
+        if self.stopped_by == "request":
+            return [f"stopped after {self.num_steps} steps, and saved; go on with --resume auto"]
         if self.diverged:
             return [
                 f"diverged at step {self.diverged_at_step}: the loss is not finite or has exploded ({self.loss:.6g})"
@@ -69,6 +73,13 @@ class Result:
             f"{'+' if w >= 0 else '-'} {abs(w):.6f} {name}" for w, name in zip(weight, self.feature_names, strict=True)
         )
         return f"{self.target_name} = {terms.removeprefix('+ ')} {'+' if bias >= 0 else '-'} {abs(bias):.6f}"
+
+
+def result_of_record(record: Mapping[str, Any]) -> Result:
+    """The result that a record holds."""
+    values: dict[str, Any] = dict(record["result"])
+    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return Result(**values | lists | {"loss": math.nan if values["loss"] is None else values["loss"]})
 
 
 def make_result(prepared: Prepared, weight: Matrix, bias: float, metrics: Metrics, run_dir: str) -> Result:
@@ -99,9 +110,17 @@ def make_result(prepared: Prepared, weight: Matrix, bias: float, metrics: Metric
 
 
 def make_record(
-    config: TrainConfig, prepared: Prepared, runtime: Runtime, result: Result, dtype: str, started: str
+    config: TrainConfig,
+    prepared: Prepared,
+    runtime: Runtime,
+    result: Result,
+    dtype: str,
+    sessions: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """The record of a run: its result, what was derived before the first step, and where it all comes from."""
+    """The record of a run: its result, what was derived before the first step, and where it all comes from.
+
+    `sessions` are the processes that it took, each with its first step; the last of them writes the record.
+    """
     plan = prepared.plan
     return {
         "schema_version": SCHEMA_VERSION,
@@ -124,6 +143,8 @@ def make_record(
         },
         "forecast": asdict(prepared.forecast),
         "warnings": prepared.warnings,
+        "contract": prepared.contract,
         "runtime": runtime.evidence(config.runtime),
-        "provenance": provenance(started),
+        "sessions": list(sessions),
+        "provenance": provenance(str(sessions[-1]["started_utc"])),
     }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from itertools import islice
 from typing import Literal
 
@@ -20,12 +19,15 @@ from torchreg.config import TrainConfig
 from torchreg.data import Table
 from torchreg.metrics import Metrics, accumulable
 from torchreg.model import WeightAndBias, add_gradient, make_model, squared_error, with_constant
+from torchreg.opening import Beginning, Opened, open_run
 from torchreg.optim import descend, make_sgd, set_rates
 from torchreg.ordered import MicroBatches, ordered_gradient, ordered_sgd_step
-from torchreg.prepare import Prepared, prepare
-from torchreg.record import CONFIG_FILE, RunDirectory, utc_now
+from torchreg.prepare import Prepared
+from torchreg.record import utc_now
 from torchreg.result import Result, make_record, make_result
 from torchreg.runtime import AddOverRanks, AgreedError, AnySync, OrderedGradients, OrderedSum, Runtime, open_runtime
+from torchreg.saving import Saver
+from torchreg.stopping import StopRequest
 from torchreg.terminal import Reporter, Silent
 
 TakeStep = Callable[[tuple[float, float], MicroBatches, int], Tensor]
@@ -95,7 +97,7 @@ def add_up_gradient(
 
 
 def make_step(
-    optimizer: Literal["sgd", "hand"],
+    sgd: torch.optim.SGD | None,
     sync: AnySync,
     model: nn.Linear,
     runtime: Runtime,
@@ -105,13 +107,13 @@ def make_step(
 ) -> TakeStep:
     """The step of one of the four combinations: a function of the rates, this rank's micro-batches, the step's rows.
 
-    `hand` takes rows as `hand_rows` makes them. With a plan for `ordered` the bits do not depend on the world size.
+    Without `sgd` it is the hand-written one, which takes rows as `hand_rows` makes them. With a plan for `ordered` the
+    bits do not depend on the world size.
     """
     if ordered:
-        return _make_ordered_step(optimizer, sync, model, runtime, ordered, sequential=sequential)
-    if optimizer == "sgd":
+        return _make_ordered_step(sgd, sync, model, runtime, ordered, sequential=sequential)
+    if sgd is not None:
         averaged = runtime.wrap(model, sync)
-        sgd = make_sgd(model, (0.0, 0.0))
 
         def take_sgd_step(rates: tuple[float, float], micro_batches: MicroBatches, step_rows: int) -> Tensor:
             set_rates(sgd, rates)
@@ -133,7 +135,7 @@ def make_step(
 
 
 def _make_ordered_step(
-    optimizer: Literal["sgd", "hand"],
+    sgd: torch.optim.SGD | None,
     sync: AnySync,
     model: nn.Linear,
     runtime: Runtime,
@@ -150,10 +152,9 @@ def _make_ordered_step(
         """This rank's part of the error that every rank knows: the main rank takes it all."""
         return error if runtime.is_main else torch.zeros_like(error)
 
-    if optimizer == "sgd":
+    if sgd is not None:
         gradients = OrderedGradients(list(model.parameters()), most_pieces, adder)
         averaged = runtime.wrap(model, sync, gradients)
-        sgd = make_sgd(model, (0.0, 0.0))
 
         def take_sgd_step(rates: tuple[float, float], micro_batches: MicroBatches, step_rows: int) -> Tensor:
             set_rates(sgd, rates)
@@ -208,15 +209,23 @@ def rows_of_steps(
 
 
 def run_steps(
-    prepared: Prepared, x: Tensor, y: Tensor, take_step: TakeStep, metrics: Metrics, runtime: Runtime
+    prepared: Prepared,
+    x: Tensor,
+    y: Tensor,
+    take_step: TakeStep,
+    metrics: Metrics,
+    saver: Saver,
+    runtime: Runtime,
 ) -> None:
     """The loop: rows and rates of each step in, one update, its loss to the metrics, until they say stop."""
     schedule = prepared.schedule
-    for block in prepared.plan.blocks(runtime.rank, 0, prepared.num_steps):
+    for block in prepared.plan.blocks(runtime.rank, metrics.num_steps, prepared.num_steps):
         for step, micro_batches, step_rows in rows_of_steps(block, x, y, copied=prepared.plan.ordered):
             loss = take_step(schedule(step), micro_batches, step_rows)
             if metrics.note(step, loss, step_rows):
                 return
+            if saver.is_due(step + 1):
+                saver.save(step + 1)
 
 
 def evaluate(model: nn.Linear, x: Tensor, y: Tensor, runtime: Runtime, plan: BatchPlan) -> float:
@@ -233,10 +242,16 @@ def evaluate(model: nn.Linear, x: Tensor, y: Tensor, runtime: Runtime, plan: Bat
     return error.item() / len(x)
 
 
-def train(config: TrainConfig, runtime: Runtime | None = None, reporter: Reporter | None = None) -> Result:
+def train(
+    config: TrainConfig,
+    runtime: Runtime | None = None,
+    reporter: Reporter | None = None,
+    stop: StopRequest | None = None,
+) -> Result:
     """Train the model of a configuration, leave the run's records, and return the result.
 
-    Opens a runtime of its own unless one is given. Raises `ValueError`, on every rank, for what cannot work.
+    Opens a runtime of its own unless one is given. When any rank's `stop` is due, all save and return together, without
+    a record: `--resume auto` goes on. Raises `ValueError`, on every rank, for what cannot work.
     """
     if runtime is None:
         with open_runtime(
@@ -245,33 +260,39 @@ def train(config: TrainConfig, runtime: Runtime | None = None, reporter: Reporte
             sync=config.effective_sync,
             timeout_s=config.timeout_s,
         ) as runtime:
-            return train(config, runtime, reporter)
+            return train(config, runtime, reporter, stop)
     if reporter is None or not runtime.is_main:
         reporter = Silent()
-    started = utc_now()
+    session = {"started_utc": utc_now(), "world_size": runtime.world_size, "launcher": runtime.launcher.name}
     reporter.say(runtime.describe())
     dtype = _dtype(config.dtype, runtime.device)
 
-    kept: list[tuple[Table, RunDirectory]] = []  # what only the main rank has
+    kept: list[Opened] = []  # what only the main rank has
 
-    def begin() -> tuple[Prepared, str]:
-        prepared, table = prepare(config, runtime.world_size)
-        directory = RunDirectory(config.runs_dir, config.name, overwrite=config.overwrite)
-        directory.write_json(CONFIG_FILE, asdict(config))
-        kept.append((table, directory))
-        return prepared, str(directory.path)
+    def begin() -> Beginning:
+        kept.append(open_run(config, runtime.world_size))
+        return kept[0].beginning
 
-    prepared, run_dir = runtime.from_main(begin)
-    table, directory = kept[0] if kept else (None, None)
+    beginning = runtime.from_main(begin)
+    table, directory = (kept[0].table, kept[0].directory) if kept else (None, None)
+    for told in beginning.told:
+        reporter.say(told)
+    if beginning.finished:
+        return beginning.finished
+    prepared, saved = beginning.prepared, beginning.checkpoint
     reporter.say(f"forecast     {prepared.forecast.told()}")
     for warning in prepared.warnings:
         reporter.warn(warning)
 
     sync = config.effective_sync
-    x, y = _rows_on_device(table, prepared, runtime, dtype)
-    model = make_model(prepared.start[0].tolist(), prepared.start[1], device=runtime.device, dtype=dtype)
+    x, y, model = place(table, prepared, runtime, dtype)
+    sgd = make_sgd(model, prepared.schedule(0)) if config.optimizer == "sgd" else None
+    if saved:
+        model.load_state_dict(saved.tensors["model"])
+        if sgd:
+            sgd.load_state_dict(saved.tensors["optimizer"])
     take_step = make_step(
-        config.optimizer,
+        sgd,
         sync,
         model,
         runtime,
@@ -279,32 +300,57 @@ def train(config: TrainConfig, runtime: Runtime | None = None, reporter: Reporte
         ordered=prepared.plan if prepared.plan.ordered else None,
     )
     metrics = Metrics(
+        config,
         prepared,
         runtime,
         directory,
         reporter,
-        target_excess=config.target_excess,
-        log_full_loss=config.log_full_loss,
+        stop,
         loss_on_all_rows=lambda: evaluate(model, x, y, runtime, prepared.plan),
     )
-    metrics.start()
+    session["first_step"] = saved.step if saved else 0
+    sessions = [*(saved.progress["sessions"] if saved else []), session]
+    saver = Saver(config, prepared.contract, directory, model, sgd, metrics, sessions)
+    metrics.start(saved.step if saved else 0, saved.progress if saved else None)
     with _threads(1 if prepared.plan.ordered else None):
         if config.optimizer == "hand":
             with torch.inference_mode():
-                run_steps(prepared, *hand_rows(x, y), take_step, metrics, runtime)
+                run_steps(prepared, *hand_rows(x, y), take_step, metrics, saver, runtime)
         else:
-            run_steps(prepared, x, y, take_step, metrics, runtime)
+            run_steps(prepared, x, y, take_step, metrics, saver, runtime)
         metrics.stop()
     reporter.close()
 
     weight, bias = prepared.standardizer.parameters_out(
         model.weight.detach().cpu().double().numpy()[0], model.bias.item()
     )
-    result = make_result(prepared, weight, bias, metrics, run_dir)
+    result = make_result(prepared, weight, bias, metrics, beginning.run_dir)
+    if result.stopped_by == "request":
+        saver.save(result.num_steps)
+    elif directory:
+        directory.finish(make_record(config, prepared, runtime, result, str(dtype), sessions))
     if directory:
-        directory.finish(make_record(config, prepared, runtime, result, str(dtype), started))
+        directory.close()
     runtime.barrier()
     return result
+
+
+def place(
+    table: Table | None, prepared: Prepared, runtime: Runtime, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, nn.Linear]:
+    """All rows and the model before the first step, on every rank's device; only the main rank has the table.
+
+    x is (num_rows, num_features) and y (num_rows, 1), as the model sees them.
+    """
+    num_features = len(prepared.feature_names)
+    rows = torch.empty(prepared.plan.num_rows, num_features + 1, dtype=torch.float64)
+    if table:
+        rows[:, :-1] = torch.from_numpy(prepared.standardizer.apply(table.features))
+        rows[:, -1:] = torch.from_numpy(table.target)
+    rows = runtime.broadcast(rows).to(dtype)
+    x, y = (part.contiguous().to(runtime.device) for part in (rows[:, :-1], rows[:, -1:]))
+    weight, bias = prepared.start
+    return x, y, make_model(weight.tolist(), bias, device=runtime.device, dtype=dtype)
 
 
 @contextmanager
@@ -324,17 +370,3 @@ def _dtype(choice: Literal["auto", "float32", "float64"], device: torch.device) 
     if choice == "float64" and device.type == "mps":
         raise AgreedError("dtype is float64, which the mps device does not have: choose --dtype float32")
     return torch.float32 if choice == "float32" else torch.float64
-
-
-def _rows_on_device(
-    table: Table | None, prepared: Prepared, runtime: Runtime, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """All rows as the model sees them, x (num_rows, num_features) and y (num_rows, 1), on every rank's device."""
-    num_features = len(prepared.feature_names)
-    rows = torch.empty(prepared.plan.num_rows, num_features + 1, dtype=torch.float64)
-    if table:
-        rows[:, :-1] = torch.from_numpy(prepared.standardizer.apply(table.features))
-        rows[:, -1:] = torch.from_numpy(table.target)
-    runtime.broadcast(rows)
-    rows = rows.to(dtype)
-    return rows[:, :-1].contiguous().to(runtime.device), rows[:, -1:].contiguous().to(runtime.device)

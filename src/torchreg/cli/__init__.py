@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train the model, on one process or many ranks",
     "plan": "predict stability, noise floor and steps to a target for many world sizes",
     "sweep": "train with many batch sizes or learning rates, prediction beside measurement",
+    "verify": "check a distributed stack with known answers",
     "data": "show, fetch or make the data",
 }
 _USAGE = """\
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The `torchreg` command; returns its exit code.
 
     0: done. 1: a failure. 2: bad input, told in one line on stderr. 3: training diverged; its record is written.
+    75: stopped by a signal or the time limit, and saved: start it again with --resume auto.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -43,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader of stdout went away, for example `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except OSError as error:  # a full disk, say
+        _tell(f"{type(error).__name__}: {error}")
         return EXIT_FAILED
     return EXIT_BAD_INPUT
 

@@ -15,6 +15,7 @@ from torchreg.config import TrainConfig, with_recipe
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved in time, start it again
 
 Recipe = Literal["default", "lesson", "homework"]
 T = TypeVar("T")

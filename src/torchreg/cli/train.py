@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from torchreg.cli.options import EXIT_DIVERGED, Recipe, parse, recipe_config
+from torchreg.cli.options import EXIT_DIVERGED, EXIT_STOPPED, Recipe, parse, recipe_config
 from torchreg.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -44,19 +44,25 @@ def run(argv: list[str]) -> int:
         require_matplotlib()
 
     from torchreg.cli.bring_up import on_all_ranks, open_ranks
+    from torchreg.stopping import StopRequest
     from torchreg.terminal import Terminal
     from torchreg.train import train
 
     runtime = open_ranks(config)
     terminal = Terminal(stderr=arguments.json) if runtime.is_main else None
-    result = on_all_ranks(runtime, lambda: train(config, runtime, terminal))
+    with StopRequest(config.time_limit_s) as stop:
+        result = on_all_ranks(runtime, lambda: train(config, runtime, terminal, stop))
     if runtime.is_main:
         pictures: list[Path] = []
-        if config.plot and not result.diverged:
+        if config.plot and result.stopped_by in ("steps", "target"):
             from torchreg.figures import draw_training
 
             pictures = draw_training(Path(result.run_dir))
         _print_result(result, pictures, json=arguments.json)
+        if result.stopped_by == "request" and not arguments.json:
+            print(f"reason       {stop.reason or 'another rank was asked to stop'}")
+    if result.stopped_by == "request":
+        return EXIT_STOPPED
     return EXIT_DIVERGED if result.diverged else 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import platform
@@ -131,6 +132,39 @@ class Runtime:
             dist.broadcast(tensor, src=0)
         return tensor
 
+    def gather(self, item: T) -> list[T]:
+        """What every rank has, in the order of ranks, on every rank."""
+        return _gather(item, self.world_size) if self.world_size > 1 else [item]
+
+    def gather_tensors(self, tensor: Tensor) -> Tensor:
+        """Every rank's tensor, all of one shape, as (world_size, *shape)."""
+        gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        if self.world_size > 1:
+            dist.all_gather(gathered, tensor)
+        else:
+            gathered[0].copy_(tensor)
+        return torch.stack(gathered)
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).synchronize()
+
+    def device_identity(self) -> str:
+        """Which device this rank computes on, by an identity that no numbering of visible devices changes."""
+        if self.device.type == "cuda":
+            return str(torch.cuda.get_device_properties(self.device).uuid)
+        return f"{self.places[self.rank].host} {self.device}"
+
+    def world_sizes(self) -> dict[str, int]:
+        """The world size as each part of the stack has it, by the part's name."""
+        sizes = {"launcher": self.launcher.world_size}
+        if self.mpi_comm is not None:
+            sizes["MPI"] = self.mpi_comm.Get_size()
+        if self.world_size > 1:
+            sizes["torch"] = dist.get_world_size()
+        return sizes
+
     def largest(self, value: float) -> float:
         """The largest of the ranks' values."""
         if self.world_size == 1:
@@ -209,6 +243,7 @@ class Runtime:
         if error is not None and self.world_size > 1 and not isinstance(error, AgreedError):
             self._abort(error)
         if self.world_size > 1:
+            gc.collect()  # a DDP model that outlives its process group ends the process by std::terminate
             dist.destroy_process_group()
 
     def _abort(self, error: BaseException) -> NoReturn:
