@@ -160,7 +160,7 @@ def make_plan(config: TrainConfig, world_sizes: Sequence[int]) -> Plan:
         most_ranks=most_ranks,
         critical=critical,
         verdict=_verdict(config, problem, forecasts, largest_stable, most_ranks),
-        notes=_notes(first, problem),
+        notes=_notes(config, first, problem),
     )
 
 
@@ -237,7 +237,7 @@ def _lower(config: TrainConfig) -> str:
     return f"{standard}lower base_learning_rate, or let --on-unstable cap do it"
 
 
-def _notes(forecast: Forecast, problem: Problem) -> tuple[str, ...]:
+def _notes(config: TrainConfig, forecast: Forecast, problem: Problem) -> tuple[str, ...]:
     """What the numbers are worth."""
     notes = []
     if forecast.criterion == "mean":
@@ -247,8 +247,11 @@ def _notes(forecast: Forecast, problem: Problem) -> tuple[str, ...]:
         )
     elif forecast.sampling == "shuffle":
         notes.append(
-            "shuffle sampling is approximated by independent batches, and its floor is that at the end of an epoch, "
-            "after the short last batch; --sampling random is predicted exactly"
+            "shuffle sampling is predicted to a few percent, with the floor at the end of an epoch; --sampling random "
+            "is predicted exactly"
+            if config.update_order == "simultaneous"
+            else "shuffle sampling is approximated by independent batches, which puts the floor too high; --sampling "
+            "random is predicted exactly"
         )
     if forecast.stability_limit_error:
         notes.append(

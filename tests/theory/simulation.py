@@ -25,15 +25,22 @@ class Houses:
         return np.mean((off @ self.a.T) ** 2, axis=-1)
 
 
-def simulate(houses, start, rates, batch_size, factors, num_runs, *, order="simultaneous", seed=0):
-    """Yield θ (num_runs, p) after each step of `num_runs` runs that draw their rows without replacement."""
+def simulate(houses, start, rates, batch_size, factors, num_runs, *, order="simultaneous", shuffle=False, seed=0):
+    """Yield θ (num_runs, p) after each step of `num_runs` runs that draw their rows without replacement.
+
+    They draw afresh in each step, or with `shuffle` take the next batch of a permutation that each epoch makes anew.
+    """
     generator = np.random.default_rng(seed)
     num_rows = len(houses.a)
     theta = np.tile(np.asarray(start, dtype=float), (num_runs, 1))
     rate = np.array([rates[0]] * (len(start) - 1) + [rates[1]])
-    for factor in factors:
-        keys = generator.random((num_runs, num_rows), dtype=np.float32)
-        rows = keys.argpartition(batch_size - 1, axis=1)[:, :batch_size] if batch_size < num_rows else keys.argsort(1)
+    steps_per_epoch = -(-num_rows // batch_size)
+    for step, factor in enumerate(factors):
+        place = step % steps_per_epoch if shuffle else 0
+        if place == 0:
+            keys = generator.random((num_runs, num_rows), dtype=np.float32)
+            drawn = keys.argsort(1) if shuffle else keys.argpartition(batch_size - 1, axis=1)
+        rows = drawn[:, place * batch_size : (place + 1) * batch_size]
         a, y = houses.a[rows], houses.y[rows, 0]
         if order == "sequential":
             theta[:, :-1] -= factor * (rate * _gradient(theta, a, y))[:, :-1]

@@ -1,4 +1,4 @@
-"""If these fail, ranks that share a GPU or a core, or a host that is there twice, go unnoticed, and runs are slow or wrong."""
+"""If these fail, ranks that share a GPU or a core, or a host that is there twice, go unnoticed: slow or wrong runs."""
 
 import os
 from dataclasses import dataclass, field

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchreg.theory.moments import Matrix
+from torchreg.theory.shuffle import ShuffledEpochs
 
 Order = Literal["simultaneous", "sequential"]
 Sampling = Literal["random", "shuffle", "full"]
@@ -35,6 +36,8 @@ MAX_FEATURES = 16
 _CHUNK_ROWS = 4_096
 _SAMPLED_BATCHES = 2_048
 _SAMPLE_GROUPS = 8
+_MOST_SHUFFLED_FEATURES = 4
+_MOST_SHUFFLED_STEPS = 512
 _BAND_DRAWS = 4_000
 _BAND = (0.025, 0.975)
 _BLOCK_STEPS = 64
@@ -94,8 +97,10 @@ class LearningCurve:
 class Dynamics:
     """SGD with one batch size and the rates k·(weight rate, bias rate), as a question about k.
 
-    Exact for `random` sampling and for full batches. For `shuffle` it is an approximation: the batches have the sizes
-    that an epoch has, the short last one too, but are taken for independent of each other. In the `sequential` order
+    Exact for `random` sampling and for full batches. For `shuffle` it is an approximation. In the simultaneous order
+    (up to four features, 512 steps an epoch) `ShuffledEpochs` follows how the batches of an epoch make up for each
+    other; otherwise they have the sizes that an epoch has, the short last one too, but are taken for independent, which
+    makes the noise floor too high. In the `sequential` order
     the bias moves with the new weight but the same rows, so higher moments of a batch enter at k³ and k⁴: those are
     means over sampled batches, adjusted to the exact first and second moments, and `sampling_error` says what that
     costs.
@@ -122,6 +127,8 @@ class Dynamics:
     steps_per_epoch: int = 1
     short: Dynamics | None = None
     """The dynamics of the last step of each epoch, where its batch is short."""
+    shuffled: ShuffledEpochs | None = None
+    """How the steps of an epoch depend on each other, where that is followed."""
 
     @classmethod
     def of(
@@ -154,7 +161,8 @@ class Dynamics:
         pairs = _pairs(mean_q, mean_q)
         if rows.covariance is not None:
             phi = max(0.0, (num_rows - global_batch_size) / (global_batch_size * (num_rows - 1)))
-            covariance = phi * rows.covariance * scaling.ravel() * scaling.reshape(-1, 1)
+            of_rows = rows.covariance * scaling.ravel() * scaling.reshape(-1, 1)
+            covariance = phi * of_rows
             pairs[:-1, :-1] += covariance.reshape(q - 1, q, q - 1, q).transpose(0, 2, 1, 3)
         mean_maps, square_maps = [-mean_q], [-_on_symmetric(_both_sides(mean_q)), _on_symmetric(pairs)]
         groups: list[tuple[Matrix, ...]] = []
@@ -171,6 +179,12 @@ class Dynamics:
                 groups = [(*exact, *_higher_maps(batches, factor, *moments)) for batches in draws]
                 square_maps += [np.mean([group[j] for group in groups], axis=0) for j in (2, 3)]
         remainder = num_rows % global_batch_size if sampling == "shuffle" and rows.covariance is not None else 0
+        steps_per_epoch = math.ceil(num_rows / global_batch_size)
+        shuffled = None
+        if sampling == "shuffle" and order == "simultaneous" and q - 2 <= _MOST_SHUFFLED_FEATURES:
+            if 1 < steps_per_epoch <= _MOST_SHUFFLED_STEPS:
+                shuffled = ShuffledEpochs(num_rows, global_batch_size, mean_q, of_rows.reshape(q - 1, q, q - 1, q))
+                remainder = 0
         return cls(
             criterion="mean" if rows.covariance is None else "mean square",
             rate_unit=unit**2,
@@ -181,7 +195,8 @@ class Dynamics:
             mean_maps=tuple(mean_maps),
             square_maps=tuple(square_maps),
             groups=tuple(groups) if len(groups) > 1 else (),
-            steps_per_epoch=math.ceil(num_rows / global_batch_size),
+            steps_per_epoch=steps_per_epoch,
+            shuffled=shuffled,
             short=cls.of(rows, rates, remainder, order, seed=seed) if remainder else None,
         )
 
@@ -192,27 +207,27 @@ class Dynamics:
     def radius(self, k: float = 1.0) -> float:
         """The spectral radius of what `criterion` names; training converges if and only if it is below 1.
 
-        With a short last batch it is the mean over the steps of an epoch.
+        In `shuffle` sampling it is the mean over the steps of an epoch.
         """
         if self.criterion == "mean":
             return self.contraction(k)
         with np.errstate(over="ignore", invalid="ignore"):
             epoch = np.eye(len(self._inner)) + self._epoch_change(k)
         radius = _spectral_radius(epoch[np.ix_(self._inner, self._inner)])
-        return radius ** (1 / self.steps_per_epoch) if self.short else radius
+        return radius ** (1 / self.steps_per_epoch) if self.short or self.shuffled else radius
 
     def largest_multiplier(self) -> float:
         """The k at which the rates times k cease to converge.
 
         In the simultaneous order E[A⊗A] − I = −kL + k²N with L and N positive maps, so stability ends at
-        k = 1 / ρ(L⁻¹N): for a full batch, and in the mean, at 1 / λmax(PG). In the sequential order, and with a short
-        last batch, it is found by bisection, to one part in a million.
+        k = 1 / ρ(L⁻¹N): for a full batch, and in the mean, at 1 / λmax(PG). In the sequential order and in `shuffle`
+        sampling it is found by bisection, to one part in a million.
         """
         return self._largest_multiplier
 
     @cached_property
     def _largest_multiplier(self) -> float:
-        if self.order == "sequential" or self.short:
+        if self.order == "sequential" or self.short or self.shuffled:
             return self._bisected_multiplier()
         if self.criterion == "mean":
             return 1 / float(np.linalg.eigvalsh(self.gram)[-1]) / self.rate_unit
@@ -223,7 +238,7 @@ class Dynamics:
         """The excess loss at which training levels off, tr(GΣ): infinite where unstable, NaN for the mean alone.
 
         NaN too where some direction moves so slowly that float64 cannot tell it from standing still.
-        With a short last batch it is that at the end of an epoch.
+        In `shuffle` sampling it is that at the end of an epoch.
         """
         if self.criterion == "mean":
             return math.nan
@@ -267,6 +282,8 @@ class Dynamics:
         `most_steps` count as never. (This is where the expected curve gets there, not the mean over single runs.)
         """
         with np.errstate(over="ignore", invalid="ignore"):
+            if self.shuffled and hold:
+                return self._shuffled_steps_to(self.shuffled, excess, start, factors, most_steps)
             state = self._start(start)
             for step, state in enumerate(self._states(start, factors)):
                 if self._excess(state) <= excess:
@@ -307,6 +324,11 @@ class Dynamics:
 
     def _states(self, start: Matrix, factors: Sequence[float]) -> Iterator[Matrix]:
         state = self._start(start)
+        if self.shuffled:
+            basis = _symmetric_basis(len(self.gram) + 1)
+            for whole in self._shuffled_states(self.shuffled, start, factors):
+                yield basis @ self.shuffled.second_moment(whole).ravel()
+            return
         yield state
         changes: dict[bool, tuple[float, Matrix]] = {}
         for step, k in enumerate(factors):
@@ -315,6 +337,40 @@ class Dynamics:
                 changes[is_short] = k, self._change(k, is_short=is_short)
             state = state + changes[is_short][1] @ state
             yield state
+
+    def _shuffled_states(self, epochs: ShuffledEpochs, start: Matrix, factors: Sequence[float]) -> Iterator[Matrix]:
+        z = np.append(self.scale * start, 1.0)
+        state = epochs.begin(np.outer(z, z))
+        yield state
+        for step, k in enumerate(factors):
+            state = epochs.step(state, step % epochs.num_steps, k * self.rate_unit)
+            yield state
+
+    def _shuffled_steps_to(
+        self, epochs: ShuffledEpochs, excess: float, start: Matrix, factors: Sequence[float], most_steps: int
+    ) -> int | None:
+        """`steps_to` where the steps of an epoch depend on each other: step by step, by matrices once k is constant."""
+        weights = self.error_unit**2 * epochs.begin(np.pad(self.gram, (0, 1)))
+        state = np.zeros(())
+        for step, state in enumerate(self._shuffled_states(epochs, start, factors)):
+            if np.sum(weights * state) <= excess:
+                return step
+        basis = _symmetric_basis(len(state))
+        of_basis = basis.reshape(-1, *state.shape)
+        k = factors[-1] * self.rate_unit
+        moves = [basis @ epochs.step(of_basis, t, k).reshape(len(basis), -1).T for t in range(epochs.num_steps)]
+        vector, weight = basis @ state.ravel(), basis @ weights.ravel()
+        before, worst = vector, 1e6 * (weight @ vector + excess)
+        for step in range(len(factors), most_steps):
+            vector = moves[step % epochs.num_steps] @ vector
+            value = weight @ vector
+            if value <= excess:
+                return step + 1
+            if (step + 1) % epochs.num_steps == 0:
+                if not value <= worst or np.abs(vector - before).max() <= 1e-13 * np.abs(vector).max():
+                    return None
+                before = vector
+        return None
 
     def _change(self, k: float, *, is_short: bool = False) -> Matrix:
         """What one step adds to a state, as a matrix."""
@@ -330,6 +386,11 @@ class Dynamics:
 
         An epoch's is composed of changes, I + C = (I + A)(I + B), so that those of tiny rates do not vanish beside I.
         """
+        if self.shuffled:
+            basis = _symmetric_basis(len(self.gram) + 1)
+            shape = len(self.gram) + 1
+            after = self.shuffled.epoch(basis.reshape(-1, shape, shape), np.float64(k) * self.rate_unit)
+            return basis @ after.reshape(len(basis), -1).T - np.eye(len(basis))
         step = self._change(k)
         if self.short is None:
             return step

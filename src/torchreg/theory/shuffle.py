@@ -1,0 +1,88 @@
+"""What sampling without replacement within an epoch does to SGD's noise: most of it cancels at the end of the epoch.
+
+In an epoch of `shuffle` sampling every row is used once, so the noise of all its batches' gradients sums to zero: what
+one batch has too much of, the later ones lack. Let g_i be a row's gradient at the optimum (Σ_i g_i = 0), and w the sum
+of g_i over the rows used so far. With R rows left, the mean of g over the next batch of B has, given the past, the
+expectation −w/R and the covariance c·Cov(g) with c = n(R − B) / ((n − 1)BR) (sampling without replacement from the
+rest: Cochran 1977, §2.6, averaged over the rest). So (δ, w, 1) moves by a linear map in each step, as (δ, 1) does for
+`random` sampling, and at the end of the epoch w is 0 again. The noise of the curvature, which multiplies δ, is taken as
+independent from batch to batch; that is the approximation (Mishchenko, Khaled and Richtárik 2020 bound the effect).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from torchreg.theory.moments import Matrix
+
+
+@dataclass(frozen=True)
+class ShuffledEpochs:
+    """Epochs of a table of `num_rows` rows in batches of `batch_size`, the last one short.
+
+    `mean_q` (p + 1, p + 1) is the mean over rows of Q_i, which steps δ ← δ − k(Q z)_δ with z = (δ, 1), and `covariance`
+    (p, p + 1, p, p + 1) that of its upper rows.
+    """
+
+    num_rows: int
+    global_batch_size: int
+    mean_q: Matrix
+    covariance: Matrix
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of an epoch."""
+        return math.ceil(self.num_rows / self.global_batch_size)
+
+    def begin(self, second_moment: Matrix) -> Matrix:
+        """E[(δ, w, 1)(δ, w, 1)ᵀ] at the start of an epoch, from E[z zᵀ] (..., p + 1, p + 1): w is 0."""
+        inner = self._inner
+        size = inner[-1] + 1
+        state = np.zeros((*second_moment.shape[:-2], size, size))
+        state[..., inner[:, None], inner] = second_moment
+        return state
+
+    def second_moment(self, state: Matrix) -> Matrix:
+        """E[z zᵀ] (..., p + 1, p + 1) of a state."""
+        inner = self._inner
+        return state[..., inner[:, None], inner]
+
+    def step(self, state: Matrix, position: int, k: float) -> Matrix:
+        """The state (..., 2p + 1, 2p + 1) after the step at a position of the epoch, with the rates times k."""
+        p = len(self.mean_q) - 1
+        left = self.num_rows - position * self.global_batch_size
+        size = min(self.global_batch_size, left)
+        delta, w = slice(0, p), slice(p, 2 * p)
+        mean_map = np.eye(2 * p + 1)
+        mean_map[delta, delta] -= k * self.mean_q[:-1, :-1]
+        mean_map[delta, w] -= k / left * np.eye(p)
+        mean_map[w, w] -= size / left * np.eye(p)
+        fresh = self.num_rows * (left - size) / ((self.num_rows - 1) * size * left)
+        whole = (self.num_rows - size) / (size * (self.num_rows - 1))
+
+        z = self.second_moment(state)
+        curvature = np.einsum("ibjc,...bc->...ij", self.covariance[:, :-1, :, :-1], z[..., :-1, :-1])
+        noise = np.einsum("ibjc,...bc->...ij", self.covariance, z)  # of Q_i z; its last column is −g_i
+        crossed = np.einsum("ibj,...b->...ij", self.covariance[..., -1], z[..., -1])
+        state = mean_map @ state @ mean_map.T
+        state[..., delta, delta] += k**2 * (fresh * noise + (whole - fresh) * curvature)
+        state[..., delta, w] += k * size * fresh * crossed
+        state[..., w, delta] += k * size * fresh * crossed.swapaxes(-1, -2)
+        state[..., w, w] += size**2 * fresh * self.covariance[:, -1, :, -1] * z[..., -1:, -1:]
+        return state
+
+    def epoch(self, second_moment: Matrix, k: float) -> Matrix:
+        """E[z zᵀ] after an epoch, from that before it, (..., p + 1, p + 1)."""
+        state = self.begin(second_moment)
+        for position in range(self.num_steps):
+            state = self.step(state, position, k)
+        return self.second_moment(state)
+
+    @property
+    def _inner(self) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+        """Where δ and 1 are in (δ, w, 1)."""
+        p = len(self.mean_q) - 1
+        return np.append(np.arange(p), 2 * p)
