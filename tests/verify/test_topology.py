@@ -19,7 +19,7 @@ class Ranks:
     local_ranks: tuple[int, ...] = (0, 1)
     promised: int | None = 2
     sizes: dict[str, int] = field(default_factory=lambda: {"launcher": 2, "MPI": 2, "torch": 2})
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     identities: tuple[str, ...] = ()
     masks: tuple[tuple[str, frozenset[int], bool], ...] = ()
     rank: int = 0

@@ -181,10 +181,10 @@ class Dynamics:
         remainder = num_rows % global_batch_size if sampling == "shuffle" and rows.covariance is not None else 0
         steps_per_epoch = math.ceil(num_rows / global_batch_size)
         shuffled = None
-        if sampling == "shuffle" and order == "simultaneous" and q - 2 <= _MOST_SHUFFLED_FEATURES:
-            if 1 < steps_per_epoch <= _MOST_SHUFFLED_STEPS:
-                shuffled = ShuffledEpochs(num_rows, global_batch_size, mean_q, of_rows.reshape(q - 1, q, q - 1, q))
-                remainder = 0
+        is_small = q - 2 <= _MOST_SHUFFLED_FEATURES and 1 < steps_per_epoch <= _MOST_SHUFFLED_STEPS
+        if sampling == "shuffle" and order == "simultaneous" and is_small:
+            shuffled = ShuffledEpochs(num_rows, global_batch_size, mean_q, of_rows.reshape(q - 1, q, q - 1, q))
+            remainder = 0
         return cls(
             criterion="mean" if rows.covariance is None else "mean square",
             rate_unit=unit**2,
