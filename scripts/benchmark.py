@@ -56,6 +56,8 @@ TARGETS = (
     Target(2, "hand/mpi", "tutorial loop", 30.0),
     Target(2, "sgd/mpi", "sgd/ddp", 1.8),
     Target(2, "sgd/ddp", "tutorial loop", 1.0),
+    Target(2, "ordered hand/mpi", "hand/mpi", 1 / 3),
+    Target(2, "ordered sgd/ddp", "sgd/ddp", 1 / 1.5),
     Target(1, "full run hand", "hand", 1 / 1.1),
     Target(1, "full run sgd", "sgd", 1 / 1.1),
     Target(2, "full run hand/mpi", "hand/mpi", 1 / 1.1),
@@ -219,8 +221,8 @@ def fabric_loop(x: Any, y: Any, runtime: Any) -> TakeSteps:
     return loader_loop(model, optimizer, fabric.setup_dataloaders(loader), loss_of, fabric.backward)
 
 
-def torchreg_loop(x: Any, y: Any, runtime: Any, optimizer: Any, sync: Any) -> TakeSteps:
-    """torchreg's bare loop: rows, rates, step; no metrics."""
+def torchreg_loop(x: Any, y: Any, runtime: Any, optimizer: Any, sync: Any, *, ordered: bool = False) -> TakeSteps:
+    """torchreg's bare loop: rows, rates, step; no metrics. `ordered` has one micro-batch on each rank."""
     import torch
 
     from torchreg.batches import BatchPlan
@@ -229,9 +231,17 @@ def torchreg_loop(x: Any, y: Any, runtime: Any, optimizer: Any, sync: Any) -> Ta
     from torchreg.schedule import Schedule
     from torchreg.train import hand_rows, make_step, rows_of_steps
 
-    plan = BatchPlan.derive(len(x), runtime.world_size, local_batch_size=LOCAL_BATCH_SIZE)
+    micro_batch_size = LOCAL_BATCH_SIZE if ordered else None
+    plan = BatchPlan.derive(
+        len(x),
+        runtime.world_size,
+        local_batch_size=LOCAL_BATCH_SIZE,
+        micro_batch_size=micro_batch_size,
+        ordered=ordered,
+    )
     model = make_model([0.0] * x.shape[1], 0.0, dtype=x.dtype)
-    take_step = make_step(make_sgd(model, RATES) if optimizer == "sgd" else None, sync, model, runtime)
+    sgd = make_sgd(model, RATES) if optimizer == "sgd" else None
+    take_step = make_step(sgd, sync, model, runtime, ordered=plan if ordered else None)
     schedule = Schedule(RATES, 1.0, num_steps=1)
     if optimizer == "hand":
         x, y = hand_rows(x, y)
@@ -242,7 +252,7 @@ def torchreg_loop(x: Any, y: Any, runtime: Any, optimizer: Any, sync: Any) -> Ta
         errors.clear()
         with torch.inference_mode() if optimizer == "hand" else nullcontext():
             for block in plan.blocks(runtime.rank, done["steps"], done["steps"] + count):
-                for step, micro_batches, step_rows in rows_of_steps(block, x, y):
+                for step, micro_batches, step_rows in rows_of_steps(block, x, y, copied=ordered):
                     errors.append(take_step(schedule(step), micro_batches, step_rows))
         done["steps"] += count
 
@@ -290,6 +300,7 @@ def set_up(runtime: Any, dtype: str, left_out: dict[str, str]) -> dict[str, Take
     else:
         for optimizer, sync in (("hand", "allreduce"), ("hand", "mpi"), ("sgd", "ddp"), ("sgd", "mpi")):
             contenders[f"{optimizer}/{sync}"] = torchreg_loop(x, y, runtime, optimizer, sync)
+            contenders[f"ordered {optimizer}/{sync}"] = torchreg_loop(x, y, runtime, optimizer, sync, ordered=True)
     contenders["NumPy floor"] = numpy_floor(features, target, runtime.mpi_comm)
     contenders["tutorial loop"] = tutorial_loop(x, y, runtime)
     for name, package, make in (
