@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -45,7 +44,8 @@ class Checkpoint:
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write a checkpoint, and remove all but the newest `keep` once it is safely there.
 
-    Raises `OSError` where it cannot be written; what was there before is then untouched.
+    Those of later steps go too: a run comes back to an earlier step only where it could not go on from them. Raises
+    `OSError` where it cannot be written; what was there before is then untouched.
     """
     tensors = io.BytesIO()
     torch.save(dict(checkpoint.tensors), tensors)
@@ -66,8 +66,10 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         partial.unlink(missing_ok=True)
         raise
     _sync_folder(folder)
-    for old in _newest_first(folder)[keep:]:
-        old.unlink(missing_ok=True)
+    up_to_this = [found for found in _newest_first(folder) if found.name <= path.name]
+    for found in folder.glob("step-*"):
+        if found not in up_to_this[:keep]:
+            found.unlink(missing_ok=True)
     return path
 
 
@@ -88,10 +90,14 @@ def load(path: Path) -> Checkpoint:
     plain_line, _, tensors = body.partition(b"\n")
     try:
         plain = json.loads(plain_line)
-        return Checkpoint(**plain, tensors=torch.load(io.BytesIO(tensors), map_location="cpu", weights_only=True))
-    except (ValueError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        loaded = Checkpoint(**plain, tensors=torch.load(io.BytesIO(tensors), map_location="cpu", weights_only=True))
+    except Exception as error:  # torch's reader has no list of what a file made to mislead it can raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"its content cannot be read: {reason}") from error
+    mappings = (loaded.contract, loaded.progress, loaded.versions, loaded.tensors)
+    if not (isinstance(loaded.step, int) and all(isinstance(part, dict) for part in mappings)):
+        raise ValueError("its content is not that of a checkpoint")
+    return loaded
 
 
 def newest(

@@ -75,7 +75,7 @@ class Metrics:
         """Start the clock on all ranks together; go on from the `progress` that was saved after `num_steps` steps."""
         self.num_steps = num_steps
         if progress:
-            pending = progress["pending_errors"]
+            pending = [float.fromhex(error) for error in progress["pending_errors"]]
             self._settled = pending if self._runtime.is_main else [0.0] * len(pending)
             self._step_rows = list(progress["pending_rows"])
             self.num_samples = progress["num_samples"]
@@ -108,7 +108,7 @@ class Metrics:
         if not self._runtime.is_main:
             self._settled = [0.0] * len(self._settled)
         return {
-            "pending_errors": self._settled,
+            "pending_errors": [error.hex() for error in self._settled],  # may be infinite, which JSON has no word for
             "pending_rows": list(self._step_rows),
             "num_samples": self.num_samples,
             "elapsed_s": self._elapsed_s(),
@@ -131,7 +131,7 @@ class Metrics:
         settled, count = len(self._settled), len(self._step_rows)
         self._sums.zero_()
         if settled:
-            self._sums[:settled] = torch.tensor(self._settled)
+            self._sums[:settled] = torch.tensor(self._settled, dtype=self._sums.dtype)
         if self._errors:
             self._sums[settled:count] = torch.stack(self._errors)
         if self._stop and self._stop.is_due():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torchreg import checkpoint
@@ -35,26 +35,34 @@ class Opened:
     directory: RunDirectory
 
 
-def open_run(config: TrainConfig, world_size: int) -> Opened:
-    """Prepare a run and its folder, on the main rank. Raises `ValueError` for what cannot work, and loses nothing."""
+def open_run(config: TrainConfig, world_size: int, dtype: str) -> Opened:
+    """Prepare a run and its folder, on the main rank. Raises `ValueError` for what cannot work, and loses nothing.
+
+    `dtype` is the precision that the configuration has on this device, which the run's numbers depend on.
+    """
     prepared, table = prepare(config, world_size)
-    resume = config.resume == "auto"
-    directory = RunDirectory(config.runs_dir, config.name, overwrite=config.overwrite, resume=resume)
-    told: list[str] = []
-    saved = finished = None
-    if resume and (directory.path / RECORD_FILE).is_file():
-        finished = _finished(directory.path, prepared)
-        told = [f"finished     {directory.path} is a finished run: nothing to do"]
+    prepared = replace(prepared, contract=prepared.contract | {"dtype": dtype})
+    directory = RunDirectory(config.runs_dir, config.name, overwrite=config.overwrite, resume=config.resume == "auto")
+    try:
+        return Opened(_begin(config, prepared, directory), table, directory)
+    except BaseException:
         directory.close()
-    elif resume:
+        raise
+
+
+def _begin(config: TrainConfig, prepared: Prepared, directory: RunDirectory) -> Beginning:
+    told: list[str] = []
+    saved = None
+    if config.resume == "auto":
+        if (directory.path / RECORD_FILE).is_file():
+            finished = _finished(directory.path, prepared)
+            told = [f"finished     {directory.path} is a finished run: nothing to do"]
+            return Beginning(prepared, str(directory.path), None, finished, tuple(told))
         saved, refused = checkpoint.newest(
-            directory.path / CHECKPOINTS_FOLDER,
-            prepared.contract,
-            lambda found: _lacks_metrics(found, directory.partial_metrics_bytes),
+            directory.path / CHECKPOINTS_FOLDER, prepared.contract, lambda found: _lacks_metrics(found, directory)
         )
         told = [f"not used     {reason}" for reason in refused]
         if saved is None and refused:
-            directory.close()
             raise ValueError(
                 f"resume is auto, and no checkpoint of {directory.path} can be gone on from ({refused[0]}): choose "
                 "another --name, or begin anew with --overwrite"
@@ -64,11 +72,10 @@ def open_run(config: TrainConfig, world_size: int) -> Opened:
         )
     if saved:
         directory.go_on(saved.progress["metrics_bytes"])
-    elif not finished:
+    else:
         directory.start()
-        directory.write_json(CONFIG_FILE, asdict(config))
-    beginning = Beginning(prepared, str(directory.path), saved, finished, tuple(told))
-    return Opened(beginning, table, directory)
+    directory.write_json(CONFIG_FILE, asdict(config))
+    return Beginning(prepared, str(directory.path), saved, None, tuple(told))
 
 
 def _finished(run: Path, prepared: Prepared) -> Result:
@@ -76,7 +83,7 @@ def _finished(run: Path, prepared: Prepared) -> Result:
         record = json.loads((run / RECORD_FILE).read_text(encoding="utf-8"))
         differs = checkpoint.differences(record["contract"], prepared.contract)
         result = result_of_record(record)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"resume is auto, and {run / RECORD_FILE} cannot be read: move the folder away") from error
     if differs:
         raise ValueError(
@@ -85,7 +92,8 @@ def _finished(run: Path, prepared: Prepared) -> Result:
     return result
 
 
-def _lacks_metrics(saved: Checkpoint, num_bytes: int) -> str | None:
-    if num_bytes < saved.progress["metrics_bytes"]:
-        return f"its metrics had {saved.progress['metrics_bytes']} bytes, and {num_bytes} are there"
-    return None
+def _lacks_metrics(saved: Checkpoint, directory: RunDirectory) -> str | None:
+    num_bytes, sha256 = saved.progress["metrics_bytes"], saved.progress["metrics_sha256"]
+    if directory.has_metrics(num_bytes, sha256):
+        return None
+    return f"the {num_bytes} bytes of metrics that were written before it are not there"

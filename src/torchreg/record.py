@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -94,25 +95,36 @@ class RunDirectory:
         self._lock = _lock(self.path)
         self._partial_metrics = self.path / (METRICS_FILE + PARTIAL)
         self._metrics: BinaryIO | None = None
+        self._digest = hashlib.sha256()  # of the metrics so far
 
     def start(self) -> None:
         """Begin the record anew: nothing of an earlier run stays."""
-        for file in _OWN_FILES:
-            (self.path / file).unlink(missing_ok=True)
         for checkpoint in (self.path / CHECKPOINTS_FOLDER).glob("step-*"):
             checkpoint.unlink()
+        for file in _OWN_FILES:
+            (self.path / file).unlink(missing_ok=True)
         self._metrics = self._partial_metrics.open("wb")
 
-    def go_on(self, metrics_bytes: int) -> None:
-        """Go on with a record whose metrics were so many bytes long."""
-        self._metrics = self._partial_metrics.open("r+b")
-        self._metrics.truncate(metrics_bytes)
-        self._metrics.seek(metrics_bytes)
+    def has_metrics(self, num_bytes: int, sha256: str) -> bool:
+        """Whether the metrics on disk begin with so many bytes of this SHA-256."""
+        return hashlib.sha256(self._first_metrics(num_bytes)).hexdigest() == sha256
 
-    @property
-    def partial_metrics_bytes(self) -> int:
-        """How long the metrics of an unfinished run are on disk."""
-        return self._partial_metrics.stat().st_size if self._partial_metrics.is_file() else 0
+    def go_on(self, num_bytes: int) -> None:
+        """Go on with a record whose metrics were so many bytes long."""
+        self._digest = hashlib.sha256(self._first_metrics(num_bytes))
+        if not self._partial_metrics.exists():
+            (self.path / METRICS_FILE).replace(self._partial_metrics)
+        self._metrics = self._partial_metrics.open("r+b")
+        self._metrics.truncate(num_bytes)
+        self._metrics.seek(num_bytes)
+
+    def _first_metrics(self, num_bytes: int) -> bytes:
+        """They have their last name already where a run ended while it wrote its record."""
+        for path in (self._partial_metrics, self.path / METRICS_FILE):
+            if path.is_file():
+                with path.open("rb") as file:
+                    return file.read(num_bytes)
+        return b""
 
     def write_json(self, file: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file that appears whole or not at all."""
@@ -121,29 +133,34 @@ class RunDirectory:
     def note(self, line: Mapping[str, Any]) -> None:
         """Add a line to the metrics, which appear under their name when the run is finished."""
         assert self._metrics
-        self._metrics.write(_METRICS_JSON.encode(line).encode() + b"\n")
+        text = _METRICS_JSON.encode(line).encode() + b"\n"
+        self._metrics.write(text)
+        self._digest.update(text)
 
-    def sync(self) -> int:
-        """Bring the metrics to disk; how many bytes they have."""
+    def sync(self) -> tuple[int, str]:
+        """Bring the metrics to disk; how many bytes they have, and their SHA-256."""
         assert self._metrics
         self._metrics.flush()
         os.fsync(self._metrics.fileno())
-        return self._metrics.tell()
+        return self._metrics.tell(), self._digest.hexdigest()
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """Close the metrics and write the record: the run is complete when `record.json` is there."""
+        assert self._metrics
         self.sync()
-        self.close()
+        self._metrics.close()
         self._partial_metrics.replace(self.path / METRICS_FILE)
         self.write_json(RECORD_FILE, record)
 
     def close(self) -> None:
         """Leave the run to whoever goes on with it."""
-        if self._metrics:
-            self._metrics.close()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        try:
+            if self._metrics:
+                self._metrics.close()
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
 
 
 def _lock(folder: Path) -> int | None:
@@ -174,11 +191,15 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file by way of a temporary one beside it: readers see the old file or the whole new one."""
     partial = path.with_name(path.name + PARTIAL)
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def to_json(content: Any, indent: int | None = None) -> str:

@@ -60,10 +60,12 @@ class Saver:
             "model": {name: value.cpu().clone() for name, value in self._model.state_dict().items()},
             "optimizer": self._optimizer.state_dict() if self._optimizer else {},
         }
+        num_bytes, sha256 = self._directory.sync()
+        there = {"metrics_bytes": num_bytes, "metrics_sha256": sha256, "sessions": list(self._sessions)}
         saved = Checkpoint(
             step=num_steps,
             contract=self._contract,
-            progress={**progress, "metrics_bytes": self._directory.sync(), "sessions": list(self._sessions)},
+            progress={**progress, **there},
             versions=versions(),
             tensors=tensors,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from torchreg.opening import Beginning, Opened, open_run
 from torchreg.optim import descend, make_sgd, set_rates
 from torchreg.ordered import MicroBatches, ordered_gradient, ordered_sgd_step
 from torchreg.prepare import Prepared
-from torchreg.record import utc_now
+from torchreg.record import RunDirectory, utc_now
 from torchreg.result import Result, make_record, make_result
 from torchreg.runtime import AddOverRanks, AgreedError, AnySync, OrderedGradients, OrderedSum, Runtime, open_runtime
 from torchreg.saving import Saver
@@ -270,15 +270,34 @@ def train(
     kept: list[Opened] = []  # what only the main rank has
 
     def begin() -> Beginning:
-        kept.append(open_run(config, runtime.world_size))
+        kept.append(open_run(config, runtime.world_size, str(dtype).removeprefix("torch.")))
         return kept[0].beginning
 
-    beginning = runtime.from_main(begin)
-    table, directory = (kept[0].table, kept[0].directory) if kept else (None, None)
-    for told in beginning.told:
-        reporter.say(told)
-    if beginning.finished:
-        return beginning.finished
+    try:
+        beginning = runtime.from_main(begin)
+        for told in beginning.told:
+            reporter.say(told)
+        if beginning.finished:
+            return beginning.finished
+        table, directory = (kept[0].table, kept[0].directory) if kept else (None, None)
+        return _train(config, runtime, dtype, reporter, stop, beginning, table, directory, session)
+    finally:
+        if kept:
+            kept[0].directory.close()
+
+
+def _train(
+    config: TrainConfig,
+    runtime: Runtime,
+    dtype: torch.dtype,
+    reporter: Reporter,
+    stop: StopRequest | None,
+    beginning: Beginning,
+    table: Table | None,
+    directory: RunDirectory | None,
+    session: dict[str, Any],
+) -> Result:
+    """`train` from its beginning to its end; `table` and `directory` are the main rank's."""
     prepared, saved = beginning.prepared, beginning.checkpoint
     reporter.say(f"forecast     {prepared.forecast.told()}")
     for warning in prepared.warnings:
@@ -329,8 +348,6 @@ def train(
         saver.save(result.num_steps)
     elif directory:
         directory.finish(make_record(config, prepared, runtime, result, str(dtype), sessions))
-    if directory:
-        directory.close()
     runtime.barrier()
     return result
 

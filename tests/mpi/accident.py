@@ -1,0 +1,30 @@
+"""`torchreg` with an accident: python accident.py WHAT RANK,… STEP [torchreg's arguments].
+
+WHAT befalls the ranks when they have taken so many steps: the name of a signal, or `remove` for the run's folder.
+"""
+
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+from torchreg.cli import main
+from torchreg.metrics import Metrics
+
+what, ranks, num_steps = sys.argv[1], sys.argv[2].split(","), int(sys.argv[3])
+is_hit = os.environ.get("PMI_RANK", os.environ.get("RANK")) in ranks
+note = Metrics.note
+
+
+def note_and_suffer(self, step, *rest):
+    if is_hit and step == num_steps:
+        if what == "remove":
+            shutil.rmtree(Path("runs"))
+        else:
+            os.kill(os.getpid(), signal.Signals[what])
+    return note(self, step, *rest)
+
+
+Metrics.note = note_and_suffer
+sys.exit(main(sys.argv[4:]))

@@ -1,0 +1,194 @@
+"""If these fail, a job that meets its walltime, a full disk or a dead node loses its work, or hangs until it is billed.
+
+What happens to a rank happens at a known step (`accident.py`), so that the step that all agree on is known too.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from torchreg import checkpoint
+from torchreg.config import TrainConfig
+from torchreg.record import METRICS_FILE
+from torchreg.train import train
+
+from .test_ranks import launch
+
+ACCIDENT = str(Path(__file__).parent / "accident.py")
+BASE = TrainConfig(
+    name="run",
+    global_batch_size=100,
+    reduction="ordered",
+    max_steps=240,
+    log_every=30,
+    base_learning_rate=(0.02, 0.03),
+    runtime="torch",
+)
+COMBINATIONS = {
+    "sgd-ddp": {"optimizer": "sgd", "sync": "ddp", "micro_batch_size": 7},
+    "sgd-mpi": {"optimizer": "sgd", "sync": "mpi", "sampling": "random"},
+    "hand-allreduce": {"optimizer": "hand", "sync": "allreduce", "log_full_loss": True},
+    "hand-mpi": {"optimizer": "hand", "sync": "mpi", "update_order": "sequential", "num_features": 3},
+}
+
+
+def of(combination, **changes):
+    return replace(BASE, **COMBINATIONS[combination] | changes)
+
+
+def options(config):
+    """The command line that makes a configuration."""
+    given = []
+    for name, value in asdict(config).items():
+        if value != getattr(TrainConfig(), name):
+            flag = "--" + name.replace("_", "-")
+            values = value if isinstance(value, tuple) else [value]
+            given += [flag] if value is True else [flag, *map(str, values)]
+    return given
+
+
+def one_process(config):
+    """The same run in this process, which has no MPI: `sync` changes no bit of an ordered run."""
+    return train(replace(config, sync="auto"))
+
+
+def ends(run):
+    lines = [json.loads(line) for line in (run / METRICS_FILE).read_text().splitlines()]
+    result = json.loads((run / "record.json").read_text())["result"]
+    names = ("weight", "bias", "loss", "num_steps", "num_samples", "stopped_by")
+    return [{name: result[name] for name in names}, *({**line, "time_s": None} for line in lines)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """How each combination ends in one process that nobody disturbs and that saves nothing."""
+    runs_dir = tmp_path_factory.mktemp("uninterrupted")
+    for key in COMBINATIONS:
+        one_process(of(key, name=key, runs_dir=str(runs_dir)))
+    return {key: ends(runs_dir / key) for key in COMBINATIONS}
+
+
+def checkpoints(run):
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("combination", "signal", "hit", "num_ranks_then"),
+    [("sgd-ddp", "SIGTERM", "0,1", 1), ("hand-mpi", "SIGUSR1", "1", 3)],
+)
+def test_a_signal_stops_all_ranks_at_one_step_and_any_number_goes_on(
+    combination, signal, hit, num_ranks_then, uninterrupted, run, tmp_path
+):
+    config = of(combination, checkpoint_every=1000)
+    done = run(
+        *launch("mpiexec", 2), ACCIDENT, signal, hit, "70", "train", *options(config), cwd=tmp_path, timeout_s=60
+    )
+    # The signal comes in the 71st step; ranks hear of each other when the next line is due, after the 90th.
+    assert done.returncode == 75, done.stderr
+    assert done.stdout.count("stopped after 90 steps, and saved; go on with --resume auto") == 1
+    told = "reason       SIGTERM" if "0" in hit else "reason       another rank was asked to stop"
+    assert told in done.stdout
+    assert done.stderr == ""
+    assert checkpoints(tmp_path / "runs/run") == ["step-0000000090.pt"]
+    assert not (tmp_path / "runs/run/record.json").exists()
+
+    again = replace(config, resume="auto")
+    if num_ranks_then == 1:
+        one_process(again)
+    else:
+        command = launch("mpiexec", num_ranks_then)
+        done = run(*command, "-m", "torchreg", "train", *options(again), cwd=tmp_path, timeout_s=60)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("resumed      after 90 steps") == 1
+    assert ends(tmp_path / "runs/run") == uninterrupted[combination]
+    sessions = json.loads((tmp_path / "runs/run/record.json").read_text())["sessions"]
+    assert [(session["world_size"], session["first_step"]) for session in sessions] == [(2, 0), (num_ranks_then, 90)]
+
+
+def test_a_signal_under_torchrun_saves_too(uninterrupted, run, tmp_path):
+    # torchrun itself ends with 1 whatever its ranks end with.
+    config = of("hand-allreduce")
+    command = [*launch("torchrun", 2), ACCIDENT, "SIGUSR1", "1", "70", "train", *options(config)]
+    done = run(*command, cwd=tmp_path, timeout_s=60)
+    assert done.returncode == 1
+    assert "stopped after 90 steps" in done.stdout
+    assert "exitcode  : 75" in done.stderr
+    assert checkpoints(tmp_path / "runs/run") == ["step-0000000090.pt"]
+    one_process(replace(config, resume="auto"))
+    assert ends(tmp_path / "runs/run") == uninterrupted["hand-allreduce"]
+
+
+def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(uninterrupted, run, tmp_path):
+    config = of("sgd-mpi", checkpoint_every=25)
+    command = [*launch("mpiexec", 2), ACCIDENT, "SIGKILL", "1", "130", "train", *options(config)]
+    assert run(*command, cwd=tmp_path, timeout_s=60).returncode not in (0, 75)
+    assert checkpoints(tmp_path / "runs/run")[-1] == "step-0000000125.pt"
+    one_process(replace(config, resume="auto"))
+    assert ends(tmp_path / "runs/run") == uninterrupted["sgd-mpi"]
+
+
+def test_a_time_limit_stops_all_ranks_in_time(run, tmp_path):
+    config = of("hand-mpi", max_steps=1_000_000_000, time_limit_s=1.0)
+    done = run(*launch("mpiexec", 2), "-m", "torchreg", "train", *options(config), cwd=tmp_path, timeout_s=60)
+    assert done.returncode == 75, done.stderr
+    assert "the time limit is near" in done.stdout or "another rank was asked to stop" in done.stdout
+    (name,) = checkpoints(tmp_path / "runs/run")
+    assert f"stopped after {int(name[5:15])} steps, and saved" in done.stdout
+    assert int(name[5:15]) % 30 == 0
+
+
+def test_a_folder_that_is_removed_ends_all_ranks_with_its_reason(run, tmp_path):
+    config = of("sgd-ddp", checkpoint_every=50)
+    command = [*launch("mpiexec", 2), ACCIDENT, "remove", "0", "110", "train", *options(config)]
+    done = run(*command, cwd=tmp_path, timeout_s=60)
+    assert done.returncode not in (0, 75)
+    assert done.stderr.count("torchreg: error") == 1
+    assert "FileNotFoundError" in done.stderr
+    assert "runs/run/checkpoints" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode != 0:
+        pytest.skip("only root may mount the tmpfs of 64 KiB that is to fill up")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_ends_all_ranks_and_leaves_only_whole_files(small_disk, uninterrupted, run, tmp_path):
+    config = of("hand-allreduce", checkpoint_every=2, keep_checkpoints=1000)
+    done = run(*launch("mpiexec", 2), "-m", "torchreg", "train", *options(config), cwd=tmp_path, timeout_s=60)
+    assert done.returncode == 1
+    assert done.stderr.count("torchreg: error") == 1
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert all(name.endswith(".pt") for name in checkpoints(small_disk / "run"))
+    steps = [checkpoint.load(path).step for path in sorted((small_disk / "run/checkpoints").iterdir())]
+    assert steps == list(range(2, steps[-1] + 1, 2))
+
+    subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
+    one_process(replace(config, resume="auto"))
+    assert ends(small_disk / "run") == uninterrupted["hand-allreduce"]
+
+
+def test_two_jobs_on_one_run_do_not_mix(run, tmp_path):
+    # Both are started at once; whichever comes second is told so, and the first is whole.
+    config = of("sgd-ddp", max_steps=3000, resume="auto")
+    one = " ".join([sys.executable, "-m", "torchreg", "train", *options(config)])
+    both = f"{one} >first 2>first.err & {one} >second 2>second.err; echo $?; wait $!; echo $?"
+    done = run("bash", "-c", both, cwd=tmp_path, timeout_s=60)
+    errors = (tmp_path / "first.err").read_text() + (tmp_path / "second.err").read_text()
+    codes = sorted(done.stdout.split())
+    assert codes in (["0", "2"], ["0", "0"])
+    assert errors.count("another run is writing runs/run just now") == codes.count("2")
+    lines = (tmp_path / "runs/run" / METRICS_FILE).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(29, 3000, 30))
