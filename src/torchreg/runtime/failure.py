@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import re
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -31,6 +32,8 @@ _TOLD_WITHIN_S = 3.0  # more than the two above
 _TURN_S = 1.0  # a launcher ends the other ranks within this time after one has left
 _FORWARDED_WITHIN_S = 0.3  # a launcher that is told to abort drops what it has not yet passed on
 
+_GLOO_SOURCE = re.compile(r"^\[\S*/gloo/\S+] ")  # what gloo's errors begin with; what happened and advice follow
+_STDERR = 2  # the descriptor
 _COUNT, _TOLD = "torchreg/failed/count", "torchreg/failed/told"
 
 
@@ -111,8 +114,9 @@ class Failure:
                 answers.append(request(store))
 
         thread = threading.Thread(target=ask, daemon=True)
-        thread.start()
-        thread.join(within_s)
+        with _silent_stderr():  # torch tells a lost store in C++, with a page of frames
+            thread.start()
+            thread.join(within_s)
         return answers[0] if answers else None
 
 
@@ -120,8 +124,10 @@ def is_lost_contact(error: BaseException) -> bool:
     """Whether a rank failed because it does not hear from another: the cause is elsewhere."""
     if isinstance(error, TimeoutError | dist.DistError):
         return True
-    # gloo's errors are bare RuntimeErrors that begin with its source file; mpi4py may not be there to ask for its class
-    return isinstance(error, RuntimeError) and ("/gloo/" in str(error) or type(error).__module__ == "mpi4py.MPI")
+    if not isinstance(error, RuntimeError):
+        return False
+    # gloo's errors have no class of their own, and mpi4py, which has one, may not be installed.
+    return bool(_GLOO_SOURCE.match(str(error))) or type(error).__module__ == "mpi4py.MPI"
 
 
 def is_expected(error: BaseException) -> bool:
@@ -141,7 +147,7 @@ def one_line(error: BaseException) -> str:
     if type(error) is TimeoutError or isinstance(error, ValueError):
         return text
     if is_lost_contact(error):
-        return f"lost the other ranks: {text.rpartition('] ')[2] if text.startswith('[') else text}"
+        return f"lost the other ranks: {_GLOO_SOURCE.sub('', text).partition('. ')[0]}"
     return f"{type(error).__name__}: {text}"
 
 
@@ -149,6 +155,17 @@ def named(ranks: Sequence[int], hosts: Sequence[str], at_most: int = 8) -> str:
     """Ranks with their hosts: "rank 1 (n1), rank 2 (n2)", cut short when they are many."""
     some = ", ".join(f"rank {rank} ({hosts[rank]})" for rank in ranks[:at_most])
     return some + (f" and {len(ranks) - at_most} more" if len(ranks) > at_most else "")
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    sys.stderr.flush()
+    kept, nowhere = os.dup(_STDERR), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, _STDERR)
+    try:
+        yield
+    finally:
+        os.dup2(kept, _STDERR)
 
 
 def _wait_until_told(store: Store) -> bool:
