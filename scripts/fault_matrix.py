@@ -71,9 +71,8 @@ class Outcome:
         """The reason that was printed: torchreg's, or the launcher's where it ended all ranks first."""
         if self.reasons:
             return " / ".join(self.reasons)
-        killed = re.search(r"PID (\d+ RUNNING AT \S+)", self.output), re.search(r"EXIT STRING: (.*)", self.output)
-        if killed[0] and killed[1]:
-            return f"mpiexec: {killed[1][1]}, PID {killed[0][1]}"
+        if banner := re.search(r"PID \d+ RUNNING AT \S+\n= +EXIT CODE: \d+", self.output):
+            return "mpiexec: " + re.sub(r"[\n= ]+", " ", banner[0])
         cause = self.output.partition("Root Cause")[2]
         fields = dict(re.findall(r"^  (host|rank|traceback) *: (.*)", cause, re.MULTILINE))
         return "torchrun: rank {rank} ({host}): {traceback}".format(**fields) if len(fields) == 3 else "nothing"

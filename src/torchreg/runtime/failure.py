@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -25,12 +26,14 @@ from torch._C._distributed_c10d import Store
 
 T = TypeVar("T")
 
+FORWARDED_WITHIN_S = 0.3
+"""A launcher drops what a rank has printed and it has not yet passed on when that rank ends all others."""
+
 _LEAVE_WITHIN_S = 10.0  # all that follows, or the process ends without it
 _STORE_ANSWERS_WITHIN_S = 1.5
 _OTHERS_FAIL_WITHIN_S = 1.0  # ranks that wait for the same rank give up together, but for their clocks' grain
 _TOLD_WITHIN_S = 3.0  # more than the two above
 _TURN_S = 1.0  # a launcher ends the other ranks within this time after one has left
-_FORWARDED_WITHIN_S = 0.3  # a launcher that is told to abort drops what it has not yet passed on
 
 _GLOO_SOURCE = re.compile(r"^\[\S*/gloo/\S+] ")  # what gloo's errors begin with; what happened and advice follow
 _STDERR = 2  # the descriptor
@@ -47,6 +50,15 @@ class Failure:
     store: Store | None = None
     hosts: Sequence[str] = ()
     _begun: threading.Lock = field(default_factory=threading.Lock)
+
+    def __enter__(self) -> None:
+        """The body brings up the ranks: it ends them all, unless the error is one that the user can mend."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and not isinstance(error, ValueError):
+            self.end(error)
 
     def end(self, error: BaseException) -> NoReturn:
         """End this process, and with it all ranks, after telling the reason if no other rank has told one."""
@@ -101,7 +113,7 @@ class Failure:
         print(f"torchreg: error on rank {self.rank} ({self.host}): {text}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        time.sleep(_FORWARDED_WITHIN_S)
+        time.sleep(FORWARDED_WITHIN_S)
 
     def _ask_store(self, request: Callable[[Store], T], within_s: float = _STORE_ANSWERS_WITHIN_S) -> T | None:
         """The store's answer, or None if there is none in time: requests to a stopped main rank never return."""

@@ -42,7 +42,7 @@ def _finalize(timeout_s: float) -> None:
     from mpi4py import MPI
 
     if not MPI.Is_finalized():
-        with exit_after(timeout_s):
+        with exit_after(timeout_s, MPI.COMM_WORLD.Get_rank()):
             MPI.Finalize()
 
 

@@ -236,8 +236,10 @@ def open_runtime(
     Raises `ValueError` for what the user can mend: launchers that disagree, a missing package or device.
     """
     launcher = detect_launcher(os.environ)
-    with exit_after(timeout_s) if launcher.world_size > 1 else nullcontext():
+    with exit_after(timeout_s, launcher.rank) if launcher.world_size > 1 else nullcontext():
         launcher, mpi_comm = agree_with_mpi(launcher, sync, os.environ)
+    if mpi_comm is not None and launcher.world_size > 1:
+        mpi.finalize_within(timeout_s)
     device_type = _device_type(device, sync, launcher.world_size)
     ezpz_version = None
     if launcher.world_size > 1 or runtime == "ezpz":
@@ -250,25 +252,23 @@ def open_runtime(
 
     failure = Failure(launcher.rank, host, mpi_comm)
     watchdog = Watchdog(timeout_s, failure.end)
-    if mpi_comm is not None:
-        mpi.finalize_within(timeout_s)
-    with watchdog.over("to come together"):
-        init_process_group(launcher, mpi_comm, timeout_s)
-        hosts = _gather(host, launcher.world_size)
-    failure.store, failure.hosts = dist.distributed_c10d._get_default_store(), hosts
-    local_ranks = [hosts[:rank].count(hosts[rank]) for rank in range(launcher.world_size)]
-    local_rank = launcher.local_rank if launcher.local_rank is not None else local_ranks[launcher.rank]
-    torch_device, problem = _device_of(device_type, local_rank)
-    problems = [text for text in _gather(problem, launcher.world_size) if text]
-    if problems:
-        dist.destroy_process_group()
-        raise AgreedError(problems[0])
-    if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, _num_cpus() // hosts.count(host)))
-    if ezpz_version:
-        real_ezpz.adopt(launcher.rank, launcher.world_size, torch_device, timeout_s)
-    backend = "MPI" if sync == "mpi" else {"cuda": "nccl", "xpu": "xccl"}.get(device_type, "gloo")
-    places = _gather(Place(launcher.rank, host, local_rank, str(torch_device)), launcher.world_size)
+    with failure:
+        with watchdog.over("to come together"):
+            init_process_group(launcher, mpi_comm, timeout_s)
+            hosts = _gather(host, launcher.world_size)
+        failure.store, failure.hosts = dist.distributed_c10d._get_default_store(), hosts
+        local_ranks = [hosts[:rank].count(hosts[rank]) for rank in range(launcher.world_size)]
+        local_rank = launcher.local_rank if launcher.local_rank is not None else local_ranks[launcher.rank]
+        torch_device, problem = _device_of(device_type, local_rank)
+        problems = [text for text in _gather(problem, launcher.world_size) if text]
+        if problems:
+            dist.destroy_process_group()
+            raise AgreedError(problems[0])
+        if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, _num_cpus() // hosts.count(host)))
+        if ezpz_version:
+            real_ezpz.adopt(launcher.rank, launcher.world_size, torch_device, timeout_s)
+        places = _gather(Place(launcher.rank, host, local_rank, str(torch_device)), launcher.world_size)
     return Runtime(
         launcher=launcher,
         rank=launcher.rank,
@@ -277,7 +277,7 @@ def open_runtime(
         device=torch_device,
         name="ezpz" if ezpz_version else "torch",
         ezpz_version=ezpz_version,
-        backend=backend,
+        backend="MPI" if sync == "mpi" else {"cuda": "nccl", "xpu": "xccl"}.get(device_type, "gloo"),
         places=tuple(places),
         mpi_comm=mpi_comm,
         failure=failure,

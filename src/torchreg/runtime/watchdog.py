@@ -6,6 +6,7 @@ MPI waits for ever for a rank that was stopped or cut off, and so does a request
 from __future__ import annotations
 
 import faulthandler
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -53,13 +54,16 @@ class Watchdog:
 
 
 @contextmanager
-def exit_after(seconds: float) -> Iterator[None]:
-    """End this process, telling where it was, if the body takes longer than `seconds`.
+def exit_after(seconds: float, rank: int) -> Iterator[None]:
+    """End this process if the body takes longer than `seconds`; rank 0 tells where it was, or rank 1 a second later.
 
-    For MPI_Init and MPI_Finalize, in which mpi4py keeps the interpreter's lock and no Python thread runs.
+    For MPI_Init and MPI_Finalize, in which mpi4py keeps the interpreter's lock: no Python thread runs, and all that
+    can be told is a traceback.
     """
-    faulthandler.dump_traceback_later(seconds, exit=True, file=_STDERR)
-    try:
-        yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()
+    turn = min(rank, 2)
+    with open(os.devnull, "w") as nowhere:
+        faulthandler.dump_traceback_later(seconds + turn, exit=True, file=_STDERR if turn < 2 else nowhere)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
