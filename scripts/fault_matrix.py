@@ -139,7 +139,7 @@ def run_case(case: Case, folder: Path, nodes: Nodes | None = None) -> Outcome:
         "PATH": path,
         "OMP_NUM_THREADS": "1",
         "UCX_TLS": "tcp",  # make-believe nodes share a kernel: UCX would reach the other node through its shared memory
-        CASE_VARIABLE: json.dumps({"folder": str(folder), **asdict(case)}),
+        CASE_VARIABLE: json.dumps({"folder": str(folder), **asdict(case)}),  # `_mark` is how it begins
     }
     segments = shared_memory()
     with (folder / "output").open("w") as output:
@@ -200,9 +200,13 @@ def is_running(pid: int, folder: Path) -> bool:
     if pid == os.getpid():
         return False
     try:
-        return str(folder).encode() in Path(f"/proc/{pid}/environ").read_bytes()  # empty for a zombie
+        return _mark(folder).encode() in Path(f"/proc/{pid}/environ").read_bytes()  # empty for a zombie
     except OSError:
         return False
+
+
+def _mark(folder: Path) -> str:
+    return f"{CASE_VARIABLE}={json.dumps({'folder': str(folder)})}"[:-1]
 
 
 def shared_memory() -> set[Path]:
