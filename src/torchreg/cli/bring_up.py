@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torchreg.cli.options import EXIT_BAD_INPUT, EXIT_FAILED
 from torchreg.config import TrainConfig
 from torchreg.launcher import detect_launcher
 from torchreg.runtime import AgreedError, Runtime, open_runtime
+from torchreg.runtime.failure import FORWARDED_WITHIN_S, one_line
 
 T = TypeVar("T")
 
@@ -30,12 +32,18 @@ def open_ranks(config: TrainConfig) -> Runtime:
         )
     except AgreedError:
         raise
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
+        rank = 0
         with contextlib.suppress(ValueError):
-            if detect_launcher(os.environ).rank > 0:
-                time.sleep(_ECHO_DELAY_S)  # the main rank most likely tells the same, and the launcher ends this one
-        prefix = "" if isinstance(error, ValueError) else "the ranks did not come together: "
-        print(f"torchreg: error: {prefix}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            rank = detect_launcher(os.environ).rank
+        if rank > 0:
+            time.sleep(_ECHO_DELAY_S)  # the main rank most likely tells the same, and the launcher ends this one
+        told = f"torchreg: error: {' '.join(str(error).split())}"
+        if not isinstance(error, ValueError):
+            who = f"on rank {rank} ({socket.gethostname()})"
+            told = f"torchreg: error {who}: the ranks did not come together: {one_line(error)}"
+        print(told, file=sys.stderr, flush=True)
+        time.sleep(FORWARDED_WITHIN_S)
         # Without MPI_Finalize and process group clean-up, which would wait for ranks that are not there.
         os._exit(EXIT_BAD_INPUT if isinstance(error, ValueError) else EXIT_FAILED)
 

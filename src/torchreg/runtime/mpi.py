@@ -1,12 +1,15 @@
 """Everything that torchreg does through mpi4py, which is imported when it is first needed."""
 
 # No `from __future__ import annotations`: DistributedDataParallel reads the hook's annotations as types.
+import atexit
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
+
+from torchreg.runtime.watchdog import Watchdog, exit_after
 
 
 def import_mpi(reason: str) -> Any:
@@ -29,20 +32,43 @@ def mpi_library() -> str:
     return MPI.Get_library_version().splitlines()[0].strip(" \0").replace("\t", " ")
 
 
-def summation(comm: Any, tensor: Tensor) -> Callable[[], None]:
+def finalize_within(timeout_s: float) -> None:
+    """See to it that MPI_Finalize, which waits for all ranks, takes no longer than `timeout_s` when Python ends."""
+    atexit.unregister(_finalize)
+    atexit.register(_finalize, timeout_s)
+
+
+def _finalize(timeout_s: float) -> None:
+    from mpi4py import MPI
+
+    if not MPI.Is_finalized():
+        with exit_after(timeout_s, MPI.COMM_WORLD.Get_rank()):
+            MPI.Finalize()
+
+
+def summation(comm: Any, tensor: Tensor, watchdog: Watchdog) -> Callable[[], None]:
     """A function that replaces a CPU tensor by its sum over ranks, in its own memory."""
     from mpi4py import MPI
 
     in_place, allreduce, memory = MPI.IN_PLACE, comm.Allreduce, _memory(tensor)
-    return lambda: allreduce(in_place, memory)
+
+    def add_over_ranks() -> None:
+        watchdog.call = object()
+        allreduce(in_place, memory)
+        watchdog.call = None
+
+    return add_over_ranks
 
 
-def average_gradients(comm: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+def average_gradients(state: tuple[Any, Watchdog], bucket: GradBucket) -> torch.futures.Future[Tensor]:
     """A communication hook of DistributedDataParallel that averages a bucket through mpi4py."""
     from mpi4py import MPI
 
+    comm, watchdog = state
     gradient = bucket.buffer()
+    watchdog.call = object()
     comm.Allreduce(MPI.IN_PLACE, _memory(gradient))
+    watchdog.call = None
     done: torch.futures.Future[Tensor] = torch.futures.Future()
     done.set_result(gradient.div_(comm.Get_size()))
     return done

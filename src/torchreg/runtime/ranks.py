@@ -7,13 +7,11 @@ import itertools
 import os
 import platform
 import socket
-import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from types import TracebackType
-from typing import Any, Literal, NoReturn, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -23,14 +21,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torchreg.launcher import Launcher, detect_launcher
 from torchreg.runtime import mpi, real_ezpz
+from torchreg.runtime.failure import Failure, one_line
 from torchreg.runtime.ordered import DDP_BUCKET_BYTES, OrderedGradients, sum_in_order
 from torchreg.runtime.rendezvous import agree_with_mpi, init_process_group
+from torchreg.runtime.watchdog import Watchdog, exit_after
 
 T = TypeVar("T")
 AddOverRanks = Callable[[], None]
 AnySync = Literal["ddp", "allreduce", "mpi"]
 
-_FAILED = "torchreg/failed"
 _deals = itertools.count()  # so that every `deal` of a process counts by itself
 
 
@@ -66,6 +65,8 @@ class Runtime:
     backend: str
     places: tuple[Place, ...]
     mpi_comm: Any
+    failure: Failure | None = None
+    watchdog: Watchdog | None = None
 
     @property
     def is_main(self) -> bool:
@@ -119,7 +120,7 @@ class Runtime:
             try:
                 answer[0] = work()
             except (ValueError, OSError) as error:
-                answer[1] = _one_line(error)
+                answer[1] = one_line(error)
         if self.world_size > 1:
             dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
         if answer[1] is not None:
@@ -177,7 +178,16 @@ class Runtime:
         """This rank as a world of its own, on its own device: it talks to nobody."""
         place = replace(self.places[self.rank], rank=0)
         return replace(
-            self, rank=0, world_size=1, local_rank=0, name="single", backend="none", places=(place,), mpi_comm=None
+            self,
+            rank=0,
+            world_size=1,
+            local_rank=0,
+            name="single",
+            backend="none",
+            places=(place,),
+            mpi_comm=None,
+            failure=None,
+            watchdog=None,
         )
 
     def deal(self, items: Sequence[T]) -> Iterator[T]:
@@ -186,8 +196,13 @@ class Runtime:
             yield from items
             return
         store = PrefixStore(f"torchreg/deal/{next(_deals)}", dist.distributed_c10d._get_default_store())
-        while (number := store.add("dealt", 1) - 1) < len(items):
+        while (number := self._next(store)) < len(items):
             yield items[number]
+
+    def _next(self, store: PrefixStore) -> int:
+        assert self.watchdog is not None
+        with self.watchdog.over("to deal work"):  # the store has no time-out for this
+            return store.add("dealt", 1) - 1
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -202,7 +217,8 @@ class Runtime:
         if self.world_size == 1:
             return lambda: None
         if sync == "mpi":
-            return mpi.summation(self.mpi_comm, buffer)
+            assert self.watchdog is not None
+            return mpi.summation(self.mpi_comm, buffer, self.watchdog)
         return lambda: cast(None, dist.all_reduce(buffer))
 
     def wrap(self, model: nn.Module, sync: AnySync, ordered: OrderedGradients | None = None) -> nn.Module:
@@ -225,7 +241,7 @@ class Runtime:
         if ordered:
             wrapped.register_comm_hook(ordered, sum_in_order)
         elif sync == "mpi":
-            wrapped.register_comm_hook(self.mpi_comm, mpi.average_gradients)
+            wrapped.register_comm_hook((self.mpi_comm, self.watchdog), mpi.average_gradients)
         return wrapped
 
     def averaging(self, model: nn.Module, *, now: bool) -> AbstractContextManager[Any]:
@@ -240,34 +256,16 @@ class Runtime:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and self.world_size > 1 and not isinstance(error, AgreedError):
-            self._abort(error)
-        if self.world_size > 1:
+        if self.failure is None or self.watchdog is None:
+            return
+        agreed = error is None or isinstance(error, AgreedError) or (isinstance(error, SystemExit) and not error.code)
+        if error is not None and not agreed:
+            self.failure.end(error)
+        with self.watchdog.over("to end"):
+            if self.mpi_comm is not None and error is None:
+                self.mpi_comm.Barrier()  # MPI_Finalize would wait just as long, but nothing can be told there
             gc.collect()  # a DDP model that outlives its process group ends the process by std::terminate
             dist.destroy_process_group()
-
-    def _abort(self, error: BaseException) -> NoReturn:
-        """End all ranks, telling the reason of the first that failed.
-
-        A rank whose peers are gone would hang in MPI_Finalize, so it leaves without: MPI's Abort, or a bare exit.
-        """
-        if self._is_first_to_fail():
-            if not isinstance(error, (KeyboardInterrupt, OSError, ValueError, MemoryError, dist.DistError)):
-                traceback.print_exception(error)
-            host = self.places[self.rank].host
-            print(f"torchreg: error on rank {self.rank} ({host}): {_one_line(error)}", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if self.mpi_comm is not None:
-            self.mpi_comm.Abort(1)
-        os._exit(1)
-
-    def _is_first_to_fail(self) -> bool:
-        try:
-            store = dist.distributed_c10d._get_default_store()
-            return bool(store.add(_FAILED, 1) == 1)
-        except RuntimeError:  # the store went with the main rank
-            return True
 
 
 def open_runtime(
@@ -281,7 +279,11 @@ def open_runtime(
 
     Raises `ValueError` for what the user can mend: launchers that disagree, a missing package or device.
     """
-    launcher, mpi_comm = agree_with_mpi(detect_launcher(os.environ), sync, os.environ)
+    launcher = detect_launcher(os.environ)
+    with exit_after(timeout_s, launcher.rank) if launcher.world_size > 1 else nullcontext():
+        launcher, mpi_comm = agree_with_mpi(launcher, sync, os.environ)
+    if mpi_comm is not None and launcher.world_size > 1:
+        mpi.finalize_within(timeout_s)
     device_type = _device_type(device, sync, launcher.world_size)
     ezpz_version = None
     if launcher.world_size > 1 or runtime == "ezpz":
@@ -292,21 +294,25 @@ def open_runtime(
         place = Place(0, host, 0, str(torch_device))
         return Runtime(launcher, 0, 1, 0, torch_device, "single", None, "none", (place,), mpi_comm)
 
-    init_process_group(launcher, mpi_comm, timeout_s)
-    hosts = _gather(host, launcher.world_size)
-    local_ranks = [hosts[:rank].count(hosts[rank]) for rank in range(launcher.world_size)]
-    local_rank = launcher.local_rank if launcher.local_rank is not None else local_ranks[launcher.rank]
-    torch_device, problem = _device_of(device_type, local_rank)
-    problems = [text for text in _gather(problem, launcher.world_size) if text]
-    if problems:
-        dist.destroy_process_group()
-        raise AgreedError(problems[0])
-    if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, _num_cpus() // hosts.count(host)))
-    if ezpz_version:
-        real_ezpz.adopt(launcher.rank, launcher.world_size, torch_device, timeout_s)
-    backend = "MPI" if sync == "mpi" else {"cuda": "nccl", "xpu": "xccl"}.get(device_type, "gloo")
-    places = _gather(Place(launcher.rank, host, local_rank, str(torch_device)), launcher.world_size)
+    failure = Failure(launcher.rank, host, mpi_comm)
+    watchdog = Watchdog(timeout_s, failure.end)
+    with failure:
+        with watchdog.over("to come together"):
+            init_process_group(launcher, mpi_comm, timeout_s)
+            hosts = _gather(host, launcher.world_size)
+        failure.store, failure.hosts = dist.distributed_c10d._get_default_store(), hosts
+        local_ranks = [hosts[:rank].count(hosts[rank]) for rank in range(launcher.world_size)]
+        local_rank = launcher.local_rank if launcher.local_rank is not None else local_ranks[launcher.rank]
+        torch_device, problem = _device_of(device_type, local_rank)
+        problems = [text for text in _gather(problem, launcher.world_size) if text]
+        if problems:
+            dist.destroy_process_group()
+            raise AgreedError(problems[0])
+        if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, _num_cpus() // hosts.count(host)))
+        if ezpz_version:
+            real_ezpz.adopt(launcher.rank, launcher.world_size, torch_device, timeout_s)
+        places = _gather(Place(launcher.rank, host, local_rank, str(torch_device)), launcher.world_size)
     return Runtime(
         launcher=launcher,
         rank=launcher.rank,
@@ -315,9 +321,11 @@ def open_runtime(
         device=torch_device,
         name="ezpz" if ezpz_version else "torch",
         ezpz_version=ezpz_version,
-        backend=backend,
+        backend="MPI" if sync == "mpi" else {"cuda": "nccl", "xpu": "xccl"}.get(device_type, "gloo"),
         places=tuple(places),
         mpi_comm=mpi_comm,
+        failure=failure,
+        watchdog=watchdog,
     )
 
 
@@ -380,8 +388,3 @@ def _device_name(device: torch.device) -> str:
     if device.type == "mps":
         return "Apple GPU"
     return str(torch.get_device_module(device).get_device_name(device))
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"

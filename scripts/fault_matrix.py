@@ -1,0 +1,365 @@
+"""What happens when a rank raises, is killed or stopped, or a node's cable is cut, under each launcher that is here.
+
+    python scripts/fault_matrix.py --syncs mpi ddp
+
+Every case is a real `torchreg train` whose rank brings the fault upon itself in the middle of training. Printed is a
+Markdown table. Make-believe nodes (root only) come from the script that TORCHREG_HOSTS_LAB names; without it, or
+without a launcher, those cases are left out with the reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+CASE_VARIABLE = "TORCHREG_FAULT_CASE"  # set in a rank: the case, and the folder where ranks leave their process ids
+FAULT_STEP = 200
+START_WITHIN_S = 90.0
+LAUNCHER_ENDS_WITHIN_S = 60.0
+NUM_RANKS = {"mpiexec": 3, "torchrun": 3, "mpiexec on 2 nodes": 4}
+
+Fault = Literal["raise", "defect", "no memory", "hook", "kill", "stop", "cut"]
+Sync = Literal["ddp", "allreduce", "mpi"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One fault, on one rank (for `cut`, the node that is cut off: node 2), under one launcher."""
+
+    fault: Fault
+    rank: int
+    launcher: str
+    sync: Sync
+    optimizer: Literal["sgd", "hand"]
+    timeout_s: float = 10.0
+    resume: bool = False
+    """Let a stopped rank go on once the others have ended: torchrun waits 30 s before it kills a stopped one."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a case came to. Seconds count from the fault."""
+
+    exit_code: int | None  # None: the launcher had to be killed
+    output: str
+    ranks_end_s: float | None  # all ranks but a stopped one; None: they had to be killed
+    launcher_end_s: float
+    left: tuple[str, ...]  # processes of the case that outlived its launcher by a second
+    lost: str
+
+    @property
+    def reasons(self) -> list[str]:
+        """The lines in which torchreg tells why it ends."""
+        return re.findall(r"^torchreg: error.*", self.output, re.MULTILINE)
+
+    def told(self) -> str:
+        """The reason that was printed: torchreg's, or the launcher's where it ended all ranks first."""
+        if self.reasons:
+            return " / ".join(self.reasons)
+        if banner := re.search(r"PID \d+ RUNNING AT \S+\n= +EXIT CODE: \d+", self.output):
+            return "mpiexec: " + re.sub(r"[\n= ]+", " ", banner[0])
+        cause = self.output.partition("Root Cause")[2]
+        fields = dict(re.findall(r"^  (host|rank|traceback) *: (.*)", cause, re.MULTILINE))
+        return "torchrun: rank {rank} ({host}): {traceback}".format(**fields) if len(fields) == 3 else "nothing"
+
+
+class Nodes:
+    """The script that makes make-believe nodes on this machine, and what may be missing for it."""
+
+    def __init__(self) -> None:
+        beside = Path(__file__).resolve().parents[2] / "shared" / "lab" / "hosts"
+        self.script = Path(os.environ.get("TORCHREG_HOSTS_LAB", beside))
+
+    def missing(self) -> str | None:
+        """Why there can be no make-believe nodes here; None where there can."""
+        if not self.script.is_file():
+            return f"no script for make-believe nodes at {self.script}: set TORCHREG_HOSTS_LAB"
+        if os.geteuid() != 0:
+            return "make-believe nodes need root"
+        if not all(map(shutil.which, ("ip", "unshare", "nsenter"))):
+            return "make-believe nodes need iproute2 and util-linux"
+        probe = subprocess.run(["unshare", "--net", "--uts", "true"], capture_output=True, text=True, check=False)
+        if probe.returncode != 0:
+            return f"no network namespaces here: {probe.stderr.strip()}"
+        if "trg-" in subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout:
+            return "somebody else's make-believe nodes are up: `hosts down` removes them"
+        return None
+
+    @contextmanager
+    def up(self, count: int) -> Iterator[None]:
+        """Nodes n1 to n<count>, which are gone afterwards, whatever happens."""
+        try:
+            self("up", str(count))
+            yield
+        finally:
+            self("down")
+
+    def __call__(self, *arguments: str) -> None:
+        """Run the script. Its own processes keep no pipe of ours open."""
+        subprocess.run([str(self.script), *arguments], check=True, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+
+
+def command(case: Case, nodes: Nodes) -> list[str]:
+    """The launcher's command line."""
+    bin_dir, num_ranks = Path(sys.executable).parent, str(NUM_RANKS[case.launcher])
+    rank = [
+        *(__file__, "--runtime", "torch", "--device", "cpu", "--optimizer", case.optimizer, "--sync", case.sync),
+        *("--timeout-s", str(case.timeout_s), "--max-steps", "200000", "--name", "case"),
+    ]
+    if case.launcher == "torchrun":
+        torchrun = [str(bin_dir / "torchrun"), "--standalone", "--local-addr", "localhost"]
+        return [*torchrun, "--nproc-per-node", num_ranks, *rank]
+    mpiexec = [str(bin_dir / "mpiexec"), "-n", num_ranks]
+    if case.launcher == "mpiexec on 2 nodes":
+        mpiexec = [str(nodes.script), "mpiexec", "-hosts", "n1,n2", "-ppn", "2", "-n", num_ranks]
+    return [*mpiexec, sys.executable, *rank]
+
+
+def run_case(case: Case, folder: Path, nodes: Nodes | None = None) -> Outcome:
+    """Run one case in an empty folder. Nothing is left running; make-believe nodes must be up where it needs them."""
+    nodes = nodes or Nodes()
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {
+        **os.environ,
+        "PATH": path,
+        "OMP_NUM_THREADS": "1",
+        "UCX_TLS": "tcp",  # make-believe nodes share a kernel: UCX would reach the other node through its shared memory
+        CASE_VARIABLE: json.dumps({"folder": str(folder), **asdict(case)}),  # `_mark` is how it begins
+    }
+    segments = shared_memory()
+    with (folder / "output").open("w") as output:
+        launcher = subprocess.Popen(
+            command(case, nodes), cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        return _watch(case, folder, launcher, nodes)
+    finally:
+        for pid in processes_of(folder):
+            _signal(pid, signal.SIGKILL)
+        launcher.wait()
+        remove_unused(shared_memory() - segments)
+
+
+def _watch(case: Case, folder: Path, launcher: subprocess.Popen[bytes], nodes: Nodes) -> Outcome:
+    fault = folder / "fault"
+    if not _wait_until(lambda: fault.exists() or launcher.poll() is not None, START_WITHIN_S) or not fault.exists():
+        raise RuntimeError(f"training did not begin within {START_WITHIN_S:g} s: {(folder / 'output').read_text()}")
+    start_s = fault.stat().st_mtime
+    if case.fault == "cut":
+        start_s = time.time()
+        nodes("cut", "2")
+    pids = {int(file.suffix[1:]): int(file.read_text()) for file in folder.glob("rank.*")}
+    stopped = pids[case.rank] if case.fault == "stop" else None
+    ranks = [pid for pid in pids.values() if pid != stopped]
+    within_s = case.timeout_s + LAUNCHER_ENDS_WITHIN_S
+    ended = _wait_until(lambda: not any(is_running(pid, folder) for pid in ranks), within_s)
+    ranks_end_s = time.time() - start_s
+    if stopped and case.resume:
+        _signal(stopped, signal.SIGCONT)
+    exited = _wait_until(lambda: launcher.poll() is not None, LAUNCHER_ENDS_WITHIN_S)
+    launcher_end_s = time.time() - start_s
+    _wait_until(lambda: not processes_of(folder), 1.0)
+    left = tuple(_command_line(pid) for pid in processes_of(folder)) if exited else ()
+    output = (folder / "output").read_text(errors="replace")
+    code = launcher.returncode if exited else None
+    return Outcome(code, output, ranks_end_s if ended else None, launcher_end_s, left, what_was_lost(folder))
+
+
+def what_was_lost(folder: Path) -> str:
+    """What a user lost beyond the steps since the last checkpoint: unfinished files that pass for whole ones."""
+    checkpoints = folder / "runs" / "case" / "checkpoints"
+    if not checkpoints.is_dir():
+        return "the run (no checkpoints)"
+    names = sorted(path.name for path in checkpoints.iterdir())
+    whole = [name for name in names if not name.endswith(".part")]
+    return f"steps since the last of {len(whole)} checkpoints; {len(names) - len(whole)} unfinished"
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Processes with this case in their environment, on whichever make-believe node."""
+    return [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and is_running(int(entry), folder)]
+
+
+def is_running(pid: int, folder: Path) -> bool:
+    """Whether the process is of this case and has not ended; a zombie has."""
+    if pid == os.getpid():
+        return False
+    try:
+        return _mark(folder).encode() in Path(f"/proc/{pid}/environ").read_bytes()  # empty for a zombie
+    except OSError:
+        return False
+
+
+def _mark(folder: Path) -> str:
+    return f"{CASE_VARIABLE}={json.dumps({'folder': str(folder)})}"[:-1]
+
+
+def shared_memory() -> set[Path]:
+    """MPICH's segments."""
+    return set(Path("/dev/shm").glob("mpich_shm_*"))
+
+
+def remove_unused(segments: set[Path]) -> None:
+    """Remove those that no process maps: killed ranks leave theirs in /dev/shm."""
+    maps = ""
+    for file in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            maps += file.read_text()
+        except OSError:  # ended meanwhile
+            continue
+    for segment in segments:
+        if str(segment) not in maps:
+            segment.unlink(missing_ok=True)
+
+
+def _command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")[:80]
+    except OSError:
+        return f"process {pid}"
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return
+
+
+def _wait_until(condition: Callable[[], bool], within_s: float) -> bool:
+    deadline_s = time.monotonic() + within_s
+    while not condition():
+        if time.monotonic() > deadline_s:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def work(case: dict[str, Any]) -> int:
+    """A rank's part: `torchreg train`, in which the rank of the case comes to grief at step 200."""
+    import torchreg.train
+    from torchreg.cli import main as torchreg_main
+    from torchreg.runtime import mpi
+
+    folder = Path(case["folder"])
+    make_step, average = torchreg.train.make_step, mpi.average_gradients
+
+    def faulty_make_step(optimizer: Any, sync: Any, model: Any, runtime: Any, **options: Any) -> Any:
+        (folder / f"rank.{runtime.rank}").write_text(str(os.getpid()))
+        is_victim, calls = runtime.rank == case["rank"], iter(range(1_000_000))
+        if is_victim and case["fault"] == "hook":
+
+            @functools.wraps(average)
+            def faulty_average(state: Any, bucket: Any) -> Any:
+                if next(calls) == FAULT_STEP:
+                    come_to_grief("defect", folder)
+                return average(state, bucket)
+
+            mpi.average_gradients = faulty_average
+        take_step = make_step(optimizer, sync, model, runtime, **options)
+
+        def faulty_step(*arguments: Any) -> Any:
+            if is_victim and case["fault"] != "hook" and next(calls) == FAULT_STEP:
+                come_to_grief(case["fault"], folder)
+            return take_step(*arguments)
+
+        return faulty_step
+
+    torchreg.train.make_step = faulty_make_step
+    return torchreg_main(["train", *sys.argv[1:]])
+
+
+def come_to_grief(fault: Fault, folder: Path) -> None:
+    """Bring the fault upon this process; a cable is cut by whoever sees the file."""
+    (folder / "fault").touch()
+    if fault == "raise":
+        raise OSError(28, "No space left on device")
+    if fault == "defect":
+        raise KeyError("weights")
+    if fault == "no memory":
+        raise MemoryError("Unable to allocate 3.00 GiB")
+    if fault in ("kill", "stop"):
+        os.kill(os.getpid(), signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which cases to run."""
+
+    faults: tuple[Fault, ...] = ("raise", "kill", "stop", "cut")
+    launchers: tuple[str, ...] = tuple(NUM_RANKS)
+    syncs: tuple[Sync, ...] = ("ddp", "allreduce", "mpi")
+    timeout_s: float = 10.0
+
+
+def cases(options: Options) -> Iterator[Case]:
+    """All that can be: a cable needs nodes, MPI needs mpiexec."""
+    for launcher in options.launchers:
+        on_nodes = launcher == "mpiexec on 2 nodes"
+        for fault in options.faults:
+            for rank in (2,) if fault == "cut" else (0, 3 if on_nodes else 1):
+                for sync in options.syncs:
+                    if (fault == "cut" and not on_nodes) or (sync == "mpi" and launcher == "torchrun"):
+                        continue
+                    optimizer: Literal["sgd", "hand"] = "sgd" if sync == "ddp" else "hand"
+                    yield Case(fault, rank, launcher, sync, optimizer, options.timeout_s)
+
+
+def row(case: Case, outcome: Outcome) -> str:
+    """A line of the table."""
+    who = "node n2" if case.fault == "cut" else f"rank {case.rank}"
+    code = "hung, killed" if outcome.exit_code is None else f"exit {outcome.exit_code}"
+    ranks = "never" if outcome.ranks_end_s is None else f"{outcome.ranks_end_s:.1f}"
+    told = outcome.told().replace("|", "/")
+    fields = [
+        *(f"{case.fault} {who}", case.launcher, f"{case.optimizer}/{case.sync}", f"{code}: {told}", ranks),
+        *(f"{outcome.launcher_end_s:.1f}", " / ".join(outcome.left) or "none", outcome.lost),
+    ]
+    return f"| {' | '.join(fields)} |"
+
+
+def main() -> int:
+    """Run the cases one after another, and print the table as it grows; returns the exit code."""
+    if CASE_VARIABLE in os.environ:
+        return work(json.loads(os.environ[CASE_VARIABLE]))
+    options = tyro.cli(Options, description=__doc__)
+    nodes = Nodes()
+    left_out = {"mpiexec on 2 nodes": nodes.missing()}
+    for launcher in ("mpiexec", "torchrun"):
+        left_out[launcher] = None if Path(sys.executable).with_name(launcher).is_file() else f"there is no {launcher}"
+    titles = ("fault", "launcher", "optimizer/sync", "what happened", "ranks ended, s", "launcher ended, s")
+    print(f"| {' | '.join((*titles, 'processes left', 'lost'))} |")
+    print("|" + "---|" * (len(titles) + 2))
+    for case in cases(options):
+        if left_out[case.launcher]:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            if case.launcher == "mpiexec on 2 nodes":
+                with nodes.up(2):
+                    outcome = run_case(case, Path(folder), nodes)
+            else:
+                outcome = run_case(case, Path(folder), nodes)
+        print(row(case, outcome), flush=True)
+    for launcher, reason in left_out.items():
+        if reason and launcher in options.launchers:
+            print(f"\nLeft out: {launcher} ({reason}).")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

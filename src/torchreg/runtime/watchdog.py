@@ -1,0 +1,69 @@
+"""Calls that wait for other ranks and have no time-out of their own: a thread sees how long each of them takes.
+
+MPI waits for ever for a rank that was stopped or cut off, and so does a request to the store of a stopped main rank.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_ALL_REDUCE = "in an all-reduce"
+_STDERR = 2  # the descriptor: sys.stderr may be anything
+
+
+class Watchdog:
+    """Calls `expired` with the reason, from a thread of its own, once a call has waited `timeout_s` seconds.
+
+    Time counts while this process runs only: a job that is suspended as a whole goes on when it is resumed.
+    """
+
+    __slots__ = ("_expired", "_poll_s", "_timeout_s", "_what", "call")
+
+    def __init__(self, timeout_s: float, expired: Callable[[TimeoutError], object]) -> None:
+        self.call: object | None = None
+        """A fresh object for each call, None between calls. The hot path sets it itself: `over` takes a microsecond."""
+        self._what = _ALL_REDUCE
+        self._timeout_s = timeout_s
+        self._poll_s = min(0.25, timeout_s / 10)
+        self._expired = expired
+        threading.Thread(target=self._watch, name="torchreg watchdog", daemon=True).start()
+
+    @contextmanager
+    def over(self, what: str) -> Iterator[None]:
+        """Watch the calls in the body, as one; `what` ends the sentence that begins «waited for the other ranks»."""
+        self._what, self.call = what, object()
+        try:
+            yield
+        finally:
+            self.call, self._what = None, _ALL_REDUCE
+
+    def _watch(self) -> None:
+        seen: object | None = None  # held, so that no later call can be the same object
+        num_polls = 0
+        while num_polls * self._poll_s < self._timeout_s:
+            time.sleep(self._poll_s)
+            call = self.call
+            num_polls = num_polls + 1 if call is not None and call is seen else 0
+            seen = call
+        self._expired(TimeoutError(f"waited {self._timeout_s:g} s for the other ranks {self._what}"))
+
+
+@contextmanager
+def exit_after(seconds: float, rank: int) -> Iterator[None]:
+    """End this process if the body takes longer than `seconds`; rank 0 tells where it was, or rank 1 a second later.
+
+    For MPI_Init and MPI_Finalize, in which mpi4py keeps the interpreter's lock: no Python thread runs, and all that
+    can be told is a traceback.
+    """
+    turn = min(rank, 2)
+    with open(os.devnull, "w") as nowhere:
+        faulthandler.dump_traceback_later(seconds + turn, exit=True, file=_STDERR if turn < 2 else nowhere)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()

@@ -1,0 +1,96 @@
+"""If these fail, a fault on one rank leaves the others waiting, and an allocation is burnt until its walltime."""
+
+import re
+import signal
+import sys
+import time
+
+import pytest
+
+from ..fault_matrix import GRACE_S, TIMEOUT_S, matrix
+
+
+def outcome_of(fault, rank, launcher, optimizer, sync, folder):
+    outcome = matrix.run_case(matrix.Case(fault, rank, launcher, sync, optimizer, TIMEOUT_S, resume=True), folder)
+    assert outcome.exit_code not in (0, None), outcome.output
+    assert outcome.left == (), "a process stays behind on the node, and the next job meets it there"
+    return outcome
+
+
+def with_h_for_hosts(text):
+    return re.sub(r"\([^()]+\)", "H", text)
+
+
+@pytest.mark.parametrize(
+    ("rank", "launcher", "optimizer", "sync", "reason"),
+    [
+        (
+            1,
+            "mpiexec",
+            "sgd",
+            "mpi",
+            "rank [02] H: waited 4 s for the other ranks in an all-reduce; no word from rank 1 H",
+        ),
+        (0, "mpiexec", "sgd", "ddp", "rank [12] H: lost the other ranks: .*; the store of rank 0 H does not answer"),
+        (0, "torchrun", "hand", "allreduce", "rank [12] H: lost the other ranks: Timed out .*; no word from rank 0 H"),
+    ],
+    ids=["mpi", "ddp", "allreduce"],
+)
+def test_ranks_that_wait_for_a_stopped_one_end_and_name_it(rank, launcher, optimizer, sync, reason, tmp_path):
+    # A node that swaps or hangs would hold all others until walltime, and nobody could say which node it was.
+    outcome = outcome_of("stop", rank, launcher, optimizer, sync, tmp_path)
+    assert len(outcome.reasons) == 1, outcome.output
+    assert re.fullmatch(f"torchreg: error on {reason}", with_h_for_hosts(outcome.reasons[0]))
+    assert TIMEOUT_S - 1 < outcome.ranks_end_s < TIMEOUT_S + GRACE_S
+    assert "most recent call" not in outcome.output.partition("torch/distributed/elastic")[0]
+
+
+@pytest.mark.parametrize(("launcher", "sync"), [("mpiexec", "mpi"), ("torchrun", "allreduce")])
+def test_a_killed_main_rank_ends_all_before_the_time_out(launcher, sync, tmp_path):
+    # The out-of-memory killer takes the rank that reads and writes, and the store goes with it.
+    outcome = outcome_of("kill", 0, launcher, "hand", sync, tmp_path)
+    assert outcome.ranks_end_s < TIMEOUT_S
+    assert "nothing" not in outcome.told()
+
+
+@pytest.mark.parametrize(
+    ("fault", "rank", "sync", "reason"),
+    [
+        ("no memory", 0, "mpi", "MemoryError: Unable to allocate 3.00 GiB"),
+        ("hook", 1, "mpi", "KeyError: 'weights'"),  # raised inside autograd
+    ],
+    ids=["MemoryError", "defect"],
+)
+def test_what_a_rank_raises_is_told_once_with_rank_and_host(fault, rank, sync, reason, tmp_path):
+    # The reason would drown in the other ranks' time-outs, or be dropped by the launcher that ends the job.
+    outcome = outcome_of(fault, rank, "mpiexec", "sgd", sync, tmp_path)
+    assert outcome.ranks_end_s < TIMEOUT_S
+    assert with_h_for_hosts("\n".join(outcome.reasons)) == f"torchreg: error on rank {rank} H: {reason}"
+    assert outcome.output.count("Traceback") == (fault == "hook"), "a traceback tells of a defect, and only of one"
+
+
+AT_THE_EDGES = f"""
+import os, signal, sys
+from torchreg.runtime import open_runtime, rendezvous
+if sys.argv[1] == "beginning" and os.environ["PMI_RANK"] == "1":
+    rendezvous._is_one_node = lambda *_: os.kill(os.getpid(), {signal.SIGSTOP:d})
+with open_runtime(sync="ddp", device="cpu", runtime="torch", timeout_s={TIMEOUT_S}) as runtime:
+    runtime.barrier()
+if runtime.rank == 1:
+    os.kill(os.getpid(), {signal.SIGSTOP:d})
+"""
+
+
+@pytest.mark.parametrize("edge", ["beginning", "end"])
+def test_ranks_do_not_wait_for_ever_for_one_that_is_stopped_outside_of_training(edge, run, tmp_path):
+    # While MPI starts or finalises nothing of torch's has a time-out: results are there and the job does not end.
+    script = tmp_path / "edges.py"
+    script.write_text(AT_THE_EDGES)
+    start_s = time.monotonic()
+    done = run("mpiexec", "-n", "3", sys.executable, str(script), edge, cwd=tmp_path, timeout_s=60)
+    assert done.returncode not in (0, None)
+    assert time.monotonic() - start_s < TIMEOUT_S + 3 * GRACE_S
+    if edge == "beginning":
+        assert re.findall(r"torchreg: error on rank \d \(.+\): (.+)", done.stderr) == [
+            "waited 4 s for the other ranks to come together"
+        ]
