@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of stdout went away, for example `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
-    except OSError as error:  # a full disk, say
+    except (OSError, MemoryError) as error:  # a full disk, a missing permission: the machine's fault, not the program's
         _tell(f"{type(error).__name__}: {error}")
         return EXIT_FAILED
     return EXIT_BAD_INPUT

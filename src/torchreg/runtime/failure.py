@@ -50,6 +50,7 @@ class Failure:
     store: Store | None = None
     hosts: Sequence[str] = ()
     _begun: threading.Lock = field(default_factory=threading.Lock)
+    _nowhere: int = field(default_factory=lambda: os.open(os.devnull, os.O_WRONLY))  # later there may be none free
 
     def __enter__(self) -> None:
         """The body brings up the ranks: it ends them all, unless the error is one that the user can mend."""
@@ -62,12 +63,17 @@ class Failure:
 
     def end(self, error: BaseException) -> NoReturn:
         """End this process, and with it all ranks, after telling the reason if no other rank has told one."""
-        faulthandler.dump_traceback_later(_LEAVE_WITHIN_S, exit=True, file=os.open(os.devnull, os.O_WRONLY))
+        faulthandler.dump_traceback_later(_LEAVE_WITHIN_S, exit=True, file=self._nowhere)
         code = 130 if isinstance(error, KeyboardInterrupt) else 1
         try:
             if not self._begun.acquire(blocking=False):
                 time.sleep(2 * _LEAVE_WITHIN_S)  # another thread of this rank is leaving
             self._tell_if_first(error)
+        finally:
+            self._leave(code)
+
+    def _leave(self, code: int) -> NoReturn:
+        try:
             if self.comm is not None:
                 self.comm.Abort(code)
         finally:
@@ -76,12 +82,11 @@ class Failure:
     def _tell_if_first(self, error: BaseException) -> None:
         order = self._ask_store(self._register)
         if order is None:
+            self.store = None
             time.sleep(self._turn() * _TURN_S)
-            suspects = f"the store of rank 0 ({self.hosts[0]}) does not answer" if self.hosts and self.rank else ""
-            self._tell(error, suspects)
+            self._tell(error, f"the store on {self.hosts[0]}, host of rank 0, does not answer" if self.hosts else "")
         elif order == 1:
             self._tell(error, self._silent_ranks() if is_lost_contact(error) else "")
-            self._ask_store(lambda store: store.set(_TOLD, ""))
         else:
             told = self._ask_store(_wait_until_told, _TOLD_WITHIN_S)
             if told is None and order == 2:  # the first to fail was killed before it could tell
@@ -113,6 +118,7 @@ class Failure:
         print(f"torchreg: error on rank {self.rank} ({self.host}): {text}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
+        self._ask_store(lambda store: store.set(_TOLD, ""))
         time.sleep(FORWARDED_WITHIN_S)
 
     def _ask_store(self, request: Callable[[Store], T], within_s: float = _STORE_ANSWERS_WITHIN_S) -> T | None:
@@ -126,7 +132,8 @@ class Failure:
                 answers.append(request(store))
 
         thread = threading.Thread(target=ask, daemon=True)
-        with _silent_stderr():  # torch tells a lost store in C++, with a page of frames
+        # torch tells a lost store in C++, with a page of frames; and short of memory there is no thread
+        with _silent(self._nowhere), suppress(RuntimeError):
             thread.start()
             thread.join(within_s)
         return answers[0] if answers else None
@@ -170,14 +177,20 @@ def named(ranks: Sequence[int], hosts: Sequence[str], at_most: int = 8) -> str:
 
 
 @contextmanager
-def _silent_stderr() -> Iterator[None]:
+def _silent(nowhere: int) -> Iterator[None]:
+    """Let this process's stderr, C++'s too, go nowhere. Without a free descriptor it stays as it is."""
     sys.stderr.flush()
-    kept, nowhere = os.dup(_STDERR), os.open(os.devnull, os.O_WRONLY)
+    try:
+        kept = os.dup(_STDERR)
+    except OSError:
+        yield
+        return
     os.dup2(nowhere, _STDERR)
     try:
         yield
     finally:
         os.dup2(kept, _STDERR)
+        os.close(kept)
 
 
 def _wait_until_told(store: Store) -> bool:
