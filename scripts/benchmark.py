@@ -228,8 +228,9 @@ def torchreg_loop(x: Any, y: Any, runtime: Any, optimizer: Any, sync: Any, *, or
     from torchreg.batches import BatchPlan
     from torchreg.model import make_model
     from torchreg.optim import make_sgd
+    from torchreg.rows import hand_rows, rows_of_steps
     from torchreg.schedule import Schedule
-    from torchreg.train import hand_rows, make_step, rows_of_steps
+    from torchreg.train import make_step
 
     micro_batch_size = LOCAL_BATCH_SIZE if ordered else None
     plan = BatchPlan.derive(

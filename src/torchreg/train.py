@@ -6,25 +6,25 @@ was decided before the first step is in `prepare`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from torchreg.batches import BatchPlan, Block
+from torchreg.batches import BatchPlan
 from torchreg.config import TrainConfig
 from torchreg.data import Table
 from torchreg.metrics import Metrics, accumulable
-from torchreg.model import WeightAndBias, add_gradient, make_model, squared_error, with_constant
+from torchreg.model import WeightAndBias, add_gradient, squared_error
 from torchreg.opening import Beginning, Opened, open_run
 from torchreg.optim import descend, make_sgd, set_rates
 from torchreg.ordered import MicroBatches, ordered_gradient, ordered_sgd_step
 from torchreg.prepare import Prepared
 from torchreg.record import RunDirectory, utc_now
 from torchreg.result import Result, make_record, make_result
+from torchreg.rows import hand_rows, place, rows_of_steps
 from torchreg.runtime import AddOverRanks, AgreedError, AnySync, OrderedGradients, OrderedSum, Runtime, open_runtime
 from torchreg.saving import Saver
 from torchreg.stopping import StopRequest
@@ -177,37 +177,6 @@ def _make_ordered_step(
     return take_hand_step
 
 
-def hand_rows(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows as paper has them: a = (x, 1), (rows, num_features + 1), and y as a vector (rows,)."""
-    return with_constant(x), y[:, 0].contiguous()
-
-
-def rows_of_steps(
-    block: Block, x: Tensor, y: Tensor, *, copied: bool = False
-) -> Iterator[tuple[int, MicroBatches, int]]:
-    """Step, this rank's micro-batches and the step's rows on all ranks, for every step of a block.
-
-    The block's rows are gathered at once; the micro-batches are views of them, or `copied`: BLAS may round differently
-    where memory is aligned differently.
-    """
-
-    def cut(rows: Tensor, sizes: list[int]) -> Sequence[Tensor]:
-        return [piece.clone() for piece in rows.split(sizes)] if copied else rows.split(sizes)
-
-    if isinstance(block.rows, slice):
-        sizes = block.micro_batch_sizes[0]
-        pieces = list(zip(cut(x[block.rows], sizes), cut(y[block.rows], sizes), strict=True))
-        for step, step_rows in enumerate(block.step_rows, start=block.first_step):
-            yield step, pieces, step_rows
-        return
-    rows = torch.from_numpy(block.rows).to(x.device)
-    flat_sizes = [size for sizes in block.micro_batch_sizes for size in sizes]
-    pairs = zip(cut(x.index_select(0, rows), flat_sizes), cut(y.index_select(0, rows), flat_sizes), strict=True)
-    steps = zip(block.micro_batch_sizes, block.step_rows, strict=True)
-    for step, (sizes, step_rows) in enumerate(steps, start=block.first_step):
-        yield step, list(islice(pairs, len(sizes))), step_rows
-
-
 def run_steps(
     prepared: Prepared,
     x: Tensor,
@@ -350,24 +319,6 @@ def _train(
         directory.finish(make_record(config, prepared, runtime, result, str(dtype), sessions))
     runtime.barrier()
     return result
-
-
-def place(
-    table: Table | None, prepared: Prepared, runtime: Runtime, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, nn.Linear]:
-    """All rows and the model before the first step, on every rank's device; only the main rank has the table.
-
-    x is (num_rows, num_features) and y (num_rows, 1), as the model sees them.
-    """
-    num_features = len(prepared.feature_names)
-    rows = torch.empty(prepared.plan.num_rows, num_features + 1, dtype=torch.float64)
-    if table:
-        rows[:, :-1] = torch.from_numpy(prepared.standardizer.apply(table.features))
-        rows[:, -1:] = torch.from_numpy(table.target)
-    rows = runtime.broadcast(rows).to(dtype)
-    x, y = (part.contiguous().to(runtime.device) for part in (rows[:, :-1], rows[:, -1:]))
-    weight, bias = prepared.start
-    return x, y, make_model(weight.tolist(), bias, device=runtime.device, dtype=dtype)
 
 
 @contextmanager

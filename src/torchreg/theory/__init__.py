@@ -10,8 +10,9 @@ residuals e_i = y_i − a_iᵀθ*, loss L(θ) = (1/n) Σ (y_i − a_iᵀθ)² = 
 of the learning rates.
 """
 
-from torchreg.theory.dynamics import MAX_FEATURES, Dynamics, LearningCurve, Order, RowGradients
+from torchreg.theory.dynamics import Dynamics, LearningCurve, Order
 from torchreg.theory.moments import ClosedForm, Matrix, Moments
+from torchreg.theory.rows import MAX_FEATURES, RowGradients
 from torchreg.theory.scaling import CriticalBatch, critical_batch_size, largest_stable_world_size
 
 __all__ = [

@@ -17,65 +17,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from torchreg.theory.maps import both_sides, on_symmetric, pairs, spectral_radius, symmetric_basis
 from torchreg.theory.moments import Matrix
+from torchreg.theory.rows import RowGradients
+from torchreg.theory.sequential import higher_maps, sampled_batches
 from torchreg.theory.shuffle import ShuffledEpochs
 
 Order = Literal["simultaneous", "sequential"]
 Sampling = Literal["random", "shuffle", "full"]
 Steps = NDArray[np.int64]
 
-MAX_FEATURES = 16
-"""The second moment costs num_features⁴: beyond this many features only the mean is predicted."""
-
-_CHUNK_ROWS = 4_096
-_SAMPLED_BATCHES = 2_048
-_SAMPLE_GROUPS = 8
 _MOST_SHUFFLED_FEATURES = 4
 _MOST_SHUFFLED_STEPS = 512
 _BAND_DRAWS = 4_000
 _BAND = (0.025, 0.975)
 _BLOCK_STEPS = 64
 _NARROWEST = 1e-50  # of the widest direction: its fourth power is still a number
-
-
-@dataclass(frozen=True)
-class RowGradients:
-    """Mean and covariance over rows of a_i b_iᵀ, of which the gradient of every batch is made; b_i = (a_i, −e_i).
-
-    Features, in the model's units, are divided by `feature_unit` (num_features,) and residuals by `error_unit`.
-    `rows` (num_rows, p + 1) are the b_i so divided, p being num_features + 1; `mean` is (p, p + 1), and `covariance`
-    (p(p + 1), p(p + 1)), or None beyond `MAX_FEATURES`.
-    """
-
-    rows: Matrix
-    feature_unit: Matrix
-    error_unit: float
-    mean: Matrix
-    covariance: Matrix | None
-
-    @classmethod
-    def of(cls, features: Matrix, residual: Matrix) -> RowGradients:
-        """From features (rows, num_features) as the model sees them and the optimum's residuals y − aᵀθ* (rows, 1)."""
-        largest = np.abs(features).max(axis=0)
-        feature_unit = largest * np.sqrt(np.mean((features / largest) ** 2, axis=0))
-        error_unit = float(np.sqrt(np.mean(residual**2))) or 1.0
-        rows = np.hstack([features / feature_unit, np.ones_like(residual), -residual / error_unit])
-        a = rows[:, :-1]
-        mean = a.T @ rows / len(rows)
-        covariance = None
-        if features.shape[1] <= MAX_FEATURES:
-            covariance = np.zeros((mean.size, mean.size))
-            for i in range(0, len(rows), _CHUNK_ROWS):
-                products = a[i : i + _CHUNK_ROWS, :, None] * rows[i : i + _CHUNK_ROWS, None, :] - mean
-                flat = products.reshape(len(products), -1)
-                covariance += flat.T @ flat / len(rows)
-        return cls(rows, feature_unit, error_unit, mean, covariance)
 
 
 @dataclass(frozen=True)
@@ -158,25 +121,25 @@ class Dynamics:
         scaling = 2 * np.outer(factor[:-1], factor)
         mean_q = np.zeros((q, q))
         mean_q[:-1] = scaling * rows.mean
-        pairs = _pairs(mean_q, mean_q)
+        squares = pairs(mean_q, mean_q)
         if rows.covariance is not None:
             phi = max(0.0, (num_rows - global_batch_size) / (global_batch_size * (num_rows - 1)))
             of_rows = rows.covariance * scaling.ravel() * scaling.reshape(-1, 1)
             covariance = phi * of_rows
-            pairs[:-1, :-1] += covariance.reshape(q - 1, q, q - 1, q).transpose(0, 2, 1, 3)
-        mean_maps, square_maps = [-mean_q], [-_on_symmetric(_both_sides(mean_q)), _on_symmetric(pairs)]
+            squares[:-1, :-1] += covariance.reshape(q - 1, q, q - 1, q).transpose(0, 2, 1, 3)
+        mean_maps, square_maps = [-mean_q], [-on_symmetric(both_sides(mean_q)), on_symmetric(squares)]
         groups: list[tuple[Matrix, ...]] = []
         if order == "sequential":
             # A = (I − kBQ)(I − kWQ), W and B keeping the weight's rows and the bias's: I − kQ + k² BQWQ.
             twice = np.zeros((q, q))
-            twice[-2] = np.einsum("jjc->c", pairs[-2, :-2, :-2])
+            twice[-2] = np.einsum("jjc->c", squares[-2, :-2, :-2])
             mean_maps.append(twice)
-            square_maps[1] = square_maps[1] + _on_symmetric(_both_sides(twice))
+            square_maps[1] = square_maps[1] + on_symmetric(both_sides(twice))
             if rows.covariance is not None:
                 exact = tuple(square_maps)
-                draws = _sampled_batches(rows.rows, global_batch_size, seed)
+                draws = sampled_batches(rows.rows, global_batch_size, seed)
                 moments = mean_q[:-1], covariance
-                groups = [(*exact, *_higher_maps(batches, factor, *moments)) for batches in draws]
+                groups = [(*exact, *higher_maps(batches, factor, *moments)) for batches in draws]
                 square_maps += [np.mean([group[j] for group in groups], axis=0) for j in (2, 3)]
         remainder = num_rows % global_batch_size if sampling == "shuffle" and rows.covariance is not None else 0
         steps_per_epoch = math.ceil(num_rows / global_batch_size)
@@ -202,7 +165,7 @@ class Dynamics:
 
     def contraction(self, k: float = 1.0) -> float:
         """The factor by which a step shrinks the mean of the error, in the long run: the spectral radius of E[A]."""
-        return _spectral_radius(np.eye(len(self.gram)) + self._polynomial(self.mean_maps, k)[:-1, :-1])
+        return spectral_radius(np.eye(len(self.gram)) + self._polynomial(self.mean_maps, k)[:-1, :-1])
 
     def radius(self, k: float = 1.0) -> float:
         """The spectral radius of what `criterion` names; training converges if and only if it is below 1.
@@ -213,7 +176,7 @@ class Dynamics:
             return self.contraction(k)
         with np.errstate(over="ignore", invalid="ignore"):
             epoch = np.eye(len(self._inner)) + self._epoch_change(k)
-        radius = _spectral_radius(epoch[np.ix_(self._inner, self._inner)])
+        radius = spectral_radius(epoch[np.ix_(self._inner, self._inner)])
         return radius ** (1 / self.steps_per_epoch) if self.short or self.shuffled else radius
 
     def largest_multiplier(self) -> float:
@@ -232,7 +195,7 @@ class Dynamics:
         if self.criterion == "mean":
             return 1 / float(np.linalg.eigvalsh(self.gram)[-1]) / self.rate_unit
         linear, quadratic = (matrix[np.ix_(self._inner, self._inner)] for matrix in self.square_maps)
-        return 1 / _spectral_radius(np.linalg.solve(-linear, quadratic)) / self.rate_unit
+        return 1 / spectral_radius(np.linalg.solve(-linear, quadratic)) / self.rate_unit
 
     def noise_floor(self, k: float = 1.0) -> float:
         """The excess loss at which training levels off, tr(GΣ): infinite where unstable, NaN for the mean alone.
@@ -320,12 +283,12 @@ class Dynamics:
     def _start(self, start: Matrix) -> Matrix:
         """The state of a known error: z, or z zᵀ."""
         z = np.append(self.scale * start, 1.0)
-        return z if self.criterion == "mean" else _symmetric_basis(len(z)) @ np.outer(z, z).ravel()
+        return z if self.criterion == "mean" else symmetric_basis(len(z)) @ np.outer(z, z).ravel()
 
     def _states(self, start: Matrix, factors: Sequence[float]) -> Iterator[Matrix]:
         state = self._start(start)
         if self.shuffled:
-            basis = _symmetric_basis(len(self.gram) + 1)
+            basis = symmetric_basis(len(self.gram) + 1)
             for whole in self._shuffled_states(self.shuffled, start, factors):
                 yield basis @ self.shuffled.second_moment(whole).ravel()
             return
@@ -355,7 +318,7 @@ class Dynamics:
         for step, state in enumerate(self._shuffled_states(epochs, start, factors)):
             if np.sum(weights * state) <= excess:
                 return step
-        basis = _symmetric_basis(len(state))
+        basis = symmetric_basis(len(state))
         of_basis = basis.reshape(-1, *state.shape)
         k = factors[-1] * self.rate_unit
         moves = [basis @ epochs.step(of_basis, t, k).reshape(len(basis), -1).T for t in range(epochs.num_steps)]
@@ -387,7 +350,7 @@ class Dynamics:
         An epoch's is composed of changes, I + C = (I + A)(I + B), so that those of tiny rates do not vanish beside I.
         """
         if self.shuffled:
-            basis = _symmetric_basis(len(self.gram) + 1)
+            basis = symmetric_basis(len(self.gram) + 1)
             shape = len(self.gram) + 1
             after = self.shuffled.epoch(basis.reshape(-1, shape, shape), np.float64(k) * self.rate_unit)
             return basis @ after.reshape(len(basis), -1).T - np.eye(len(basis))
@@ -430,7 +393,7 @@ class Dynamics:
         if self.criterion == "mean":
             error = states[..., :-1]
             return np.asarray(self.error_unit**2 * np.einsum("...i,ij,...j->...", error, self.gram, error))
-        weights = _symmetric_basis(len(self.gram) + 1) @ np.pad(self.gram, (0, 1)).ravel()
+        weights = symmetric_basis(len(self.gram) + 1) @ np.pad(self.gram, (0, 1)).ravel()
         return np.asarray(self.error_unit**2 * (states @ weights))
 
     def _band(self, states: Matrix) -> tuple[Matrix, Matrix]:
@@ -441,7 +404,7 @@ class Dynamics:
         root = np.linalg.cholesky(self.gram).T
         quantiles = np.full((2, len(states)), np.inf)
         finite = np.isfinite(states).all(axis=1)
-        moments = (states[finite] @ _symmetric_basis(q)).reshape(-1, q, q)
+        moments = (states[finite] @ symmetric_basis(q)).reshape(-1, q, q)
         means = moments[:, :-1, -1]
         values, vectors = np.linalg.eigh(root @ (moments[:, :-1, :-1] - means[:, :, None] * means[:, None, :]) @ root.T)
         spreads = vectors * np.sqrt(np.maximum(values, 0))[:, None, :]
@@ -450,79 +413,3 @@ class Dynamics:
         for place, mean, spread in zip(np.flatnonzero(finite), means @ root.T, spreads, strict=True):
             quantiles[:, place] = np.quantile(np.sum((mean + draws @ spread.T) ** 2, axis=1), _BAND)
         return self.error_unit**2 * quantiles[0], self.error_unit**2 * quantiles[1]
-
-
-def _sampled_batches(rows: Matrix, global_batch_size: int, seed: int) -> Iterator[Matrix]:
-    """Groups of batches drawn without replacement, (batches, rows, p + 1); all rows once for a full batch."""
-    if global_batch_size >= len(rows):
-        yield rows[None]
-        return
-    generator = np.random.default_rng(seed)
-    for _ in range(_SAMPLE_GROUPS):
-        draws = [
-            generator.choice(len(rows), global_batch_size, replace=False, shuffle=False)
-            for _ in range(_SAMPLED_BATCHES // _SAMPLE_GROUPS)
-        ]
-        yield rows[np.array(draws)]
-
-
-def _higher_maps(batches: Matrix, factor: Matrix, mean: Matrix, covariance: Matrix) -> tuple[Matrix, Matrix]:
-    """The k³ and k⁴ terms of E[A⊗A] in the sequential order, from batches (batches, rows, p + 1).
-
-    The sampled mean_B(Q) are adjusted to the exact `mean` (p, p + 1) and `covariance` (p(p + 1), p(p + 1)): with the
-    exact terms in k and k² the map is then that of one distribution, which keeps it positive, and little of the
-    sampling error is left.
-    """
-    b = batches * factor
-    q = b.shape[-1]
-    sampled = (2 * b[:, :, :-1].swapaxes(1, 2) @ b / b.shape[1]).reshape(len(b), -1)
-    deviations = sampled - sampled.mean(axis=0)
-    adjusted = deviations @ _root(deviations.T @ deviations / len(b), -0.5) @ _root(covariance, 0.5)
-    gradients = np.zeros((len(b), q, q))
-    gradients[:, :-1] = (mean.ravel() + adjusted).reshape(len(b), q - 1, q)
-    twice = np.zeros_like(gradients)
-    twice[:, -2] = np.einsum("nj,njc->nc", gradients[:, -2, :-2], gradients[:, :-2])
-    crossed = np.einsum("nib,njc->ijbc", gradients, twice) / len(b)
-    third = crossed + crossed.transpose(1, 0, 3, 2)
-    return -_on_symmetric(third), _on_symmetric(np.einsum("nib,njc->ijbc", twice, twice) / len(b))
-
-
-def _root(covariance: Matrix, power: float) -> Matrix:
-    """A power of a positive semidefinite matrix on its range."""
-    values, vectors = np.linalg.eigh(covariance)
-    in_range = values > 1e-10 * max(values[-1], 0.0)
-    return np.asarray((vectors[:, in_range] * values[in_range] ** power) @ vectors[:, in_range].T)
-
-
-def _pairs(left: Matrix, right: Matrix) -> Matrix:
-    """The map Z ↦ left Z rightᵀ as an array [i, j, b, c]: entry (i, j) from Z[b, c]."""
-    return np.einsum("ib,jc->ijbc", left, right)
-
-
-def _both_sides(matrix: Matrix) -> Matrix:
-    """The map Z ↦ matrix Z + Z matrixᵀ."""
-    identity = np.eye(len(matrix))
-    return _pairs(matrix, identity) + _pairs(identity, matrix)
-
-
-def _on_symmetric(pairs: Matrix) -> Matrix:
-    """A map [i, j, b, c] on the coordinates of symmetric matrices."""
-    basis = _symmetric_basis(len(pairs))
-    return basis @ pairs.reshape(len(pairs) ** 2, -1) @ basis.T
-
-
-@lru_cache(maxsize=4)
-def _symmetric_basis(q: int) -> Matrix:
-    """An orthonormal basis of the symmetric (q, q) matrices, (q(q + 1)/2, q²), upper triangle row by row."""
-    basis = []
-    for i, j in zip(*np.triu_indices(q), strict=True):
-        element = np.zeros((q, q))
-        element[i, j] = element[j, i] = 1.0 if i == j else math.sqrt(0.5)
-        basis.append(element.ravel())
-    return np.array(basis)
-
-
-def _spectral_radius(matrix: NDArray[np.floating]) -> float:
-    if not np.isfinite(matrix).all():
-        return math.inf
-    return float(np.abs(np.linalg.eigvals(matrix)).max())

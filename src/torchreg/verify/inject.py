@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from torchreg import batches, model, optim, train
+from torchreg import batches, model, optim, rows, train
 from torchreg.batches import BatchPlan
 from torchreg.runtime import Runtime
 
@@ -90,7 +90,7 @@ def _skewed_start(runtime: Runtime) -> Iterator[None]:
                 made.bias.add_(1.0)
         return made
 
-    with patch.object(train, "make_model", wrong_model):
+    with patch.object(rows, "make_model", wrong_model):
         yield
 
 

@@ -18,8 +18,9 @@ from torchreg.forecast import percent
 from torchreg.prepare import Prepared, prepare
 from torchreg.record import versions
 from torchreg.result import Result
+from torchreg.rows import place
 from torchreg.runtime import Runtime
-from torchreg.train import place, train
+from torchreg.train import train
 from torchreg.verify.checks import Check, agree
 
 _START, _INVARIANCE, _ANSWER = "same start", "invariance", "right answer"

@@ -1,0 +1,48 @@
+"""What the gradients of rows are, from which those of every batch are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from torchreg.theory.moments import Matrix
+
+MAX_FEATURES = 16
+"""The second moment costs num_features⁴: beyond this many features only the mean is predicted."""
+
+_CHUNK_ROWS = 4_096
+
+
+@dataclass(frozen=True)
+class RowGradients:
+    """Mean and covariance over rows of a_i b_iᵀ, of which the gradient of every batch is made; b_i = (a_i, −e_i).
+
+    Features, in the model's units, are divided by `feature_unit` (num_features,) and residuals by `error_unit`.
+    `rows` (num_rows, p + 1) are the b_i so divided, p being num_features + 1; `mean` is (p, p + 1), and `covariance`
+    (p(p + 1), p(p + 1)), or None beyond `MAX_FEATURES`.
+    """
+
+    rows: Matrix
+    feature_unit: Matrix
+    error_unit: float
+    mean: Matrix
+    covariance: Matrix | None
+
+    @classmethod
+    def of(cls, features: Matrix, residual: Matrix) -> RowGradients:
+        """From features (rows, num_features) as the model sees them and the optimum's residuals y − aᵀθ* (rows, 1)."""
+        largest = np.abs(features).max(axis=0)
+        feature_unit = largest * np.sqrt(np.mean((features / largest) ** 2, axis=0))
+        error_unit = float(np.sqrt(np.mean(residual**2))) or 1.0
+        rows = np.hstack([features / feature_unit, np.ones_like(residual), -residual / error_unit])
+        a = rows[:, :-1]
+        mean = a.T @ rows / len(rows)
+        covariance = None
+        if features.shape[1] <= MAX_FEATURES:
+            covariance = np.zeros((mean.size, mean.size))
+            for i in range(0, len(rows), _CHUNK_ROWS):
+                products = a[i : i + _CHUNK_ROWS, :, None] * rows[i : i + _CHUNK_ROWS, None, :] - mean
+                flat = products.reshape(len(products), -1)
+                covariance += flat.T @ flat / len(rows)
+        return cls(rows, feature_unit, error_unit, mean, covariance)
