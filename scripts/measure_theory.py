@@ -283,7 +283,7 @@ def simulated_curves(
 def measure_shuffle(options: Options, report: Report) -> None:
     """How far the end of a run with `shuffle` sampling, the default, is from its approximation."""
     report.begin(
-        "`shuffle` sampling and its approximation by independent batches: excess at the end of 30 epochs, in %",
+        "`shuffle` sampling and its forecast, which is an approximation: excess at the end of 30 epochs, in %",
         ["run", "rows", "short last batch", "predicted", "measured ± standard error", "measured / predicted"],
     )
     default = replace(RECIPES["default"], data=options.data)
