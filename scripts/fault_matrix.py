@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import tyro
 
@@ -259,7 +260,7 @@ def work(case: dict[str, Any]) -> int:
     folder = Path(case["folder"])
     make_step, average = torchreg.train.make_step, mpi.average_gradients
 
-    def faulty_make_step(optimizer: Any, sync: Any, model: Any, runtime: Any, **options: Any) -> Any:
+    def faulty_make_step(sgd: Any, sync: Any, model: Any, runtime: Any, **options: Any) -> Any:
         (folder / f"rank.{runtime.rank}").write_text(str(os.getpid()))
         is_victim, calls = runtime.rank == case["rank"], iter(range(1_000_000))
         if is_victim and case["fault"] == "hook":
@@ -271,7 +272,7 @@ def work(case: dict[str, Any]) -> int:
                 return average(state, bucket)
 
             mpi.average_gradients = faulty_average
-        take_step = make_step(optimizer, sync, model, runtime, **options)
+        take_step = make_step(sgd, sync, model, runtime, **options)
 
         def faulty_step(*arguments: Any) -> Any:
             if is_victim and case["fault"] != "hook" and next(calls) == FAULT_STEP:
@@ -280,8 +281,8 @@ def work(case: dict[str, Any]) -> int:
 
         return faulty_step
 
-    torchreg.train.make_step = faulty_make_step
-    return torchreg_main(["train", *sys.argv[1:]])
+    with patch.object(torchreg.train, "make_step", faulty_make_step):
+        return torchreg_main(["train", *sys.argv[1:]])
 
 
 def come_to_grief(fault: Fault, folder: Path) -> None:
