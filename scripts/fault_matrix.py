@@ -28,8 +28,11 @@ from unittest.mock import patch
 
 import tyro
 
+from torchreg import checkpoint
+
 CASE_VARIABLE = "TORCHREG_FAULT_CASE"  # set in a rank: the case, and the folder where ranks leave their process ids
 FAULT_STEP = 200
+CHECKPOINT_EVERY = 60  # the last before the fault is that of step 180
 START_WITHIN_S = 90.0
 LAUNCHER_ENDS_WITHIN_S = 60.0
 NUM_RANKS = {"mpiexec": 3, "torchrun": 3, "mpiexec on 2 nodes": 4}
@@ -121,6 +124,7 @@ def command(case: Case, nodes: Nodes) -> list[str]:
     rank = [
         *(__file__, "--runtime", "torch", "--device", "cpu", "--optimizer", case.optimizer, "--sync", case.sync),
         *("--timeout-s", str(case.timeout_s), "--max-steps", "200000", "--name", "case"),
+        *("--checkpoint-every", str(CHECKPOINT_EVERY)),
     ]
     if case.launcher == "torchrun":
         torchrun = [str(bin_dir / "torchrun"), "--standalone", "--local-addr", "localhost"]
@@ -182,13 +186,14 @@ def _watch(case: Case, folder: Path, launcher: subprocess.Popen[bytes], nodes: N
 
 
 def what_was_lost(folder: Path) -> str:
-    """What a user lost beyond the steps since the last checkpoint: unfinished files that pass for whole ones."""
-    checkpoints = folder / "runs" / "case" / "checkpoints"
-    if not checkpoints.is_dir():
-        return "the run (no checkpoints)"
-    names = sorted(path.name for path in checkpoints.iterdir())
-    whole = [name for name in names if not name.endswith(".part")]
-    return f"steps since the last of {len(whole)} checkpoints; {len(names) - len(whole)} unfinished"
+    """What a user lost: nothing but the steps since the last checkpoint, if every checkpoint is whole."""
+    last = 0
+    for path in sorted((folder / "runs" / "case" / "checkpoints").glob("step-*.pt")):
+        try:
+            last = checkpoint.load(path).step
+        except ValueError as error:
+            return f"DAMAGED {path.name}: {error}"
+    return f"{FAULT_STEP - last} steps" if last else "ALL: no checkpoint"
 
 
 def processes_of(folder: Path) -> list[int]:
