@@ -1185,11 +1185,7 @@ for order, (colour, marker, linestyle) in ORDERS.items():
         else:
             axes.plot(k, 100 * (losses[-200:, 1].mean() / best_loss - 1), marker, color=colour, markersize=8)
     for_line = cliffs[order] * np.array([*np.geomspace(0.8 / cliffs[order], 0.9, 18), 0.94, 0.97, 0.985, 0.995])
-    floor = []
-    for k in for_line:
-        dynamics = dynamics_of(round(64 * k), order)
-        error = dynamics.sampling_error(lambda sampled, k=k: sampled.noise_floor(k))  # 0 for the simultaneous order
-        floor.append(dynamics.noise_floor(k) if error < 0.15 * dynamics.noise_floor(k) else np.nan)
+    floor = [dynamics_of(round(64 * k), order).noise_floor(k) for k in for_line]
     axes.plot(for_line, 100 * np.array(floor) / best_loss, color=colour, linestyle=linestyle, linewidth=1.5)
     axes.axvline(cliffs[order], color=colour, linestyle=linestyle, linewidth=2)
     label = f"{order}: limit × {cliffs[order]:.2f}"
@@ -1206,8 +1202,7 @@ print(f"{2 * len(rungs)} runs: each diverged, or did not, as predicted")
 # %% [markdown]
 # Three percent below the limit training converges, three percent above it diverges, in both orders. That is the cliff
 # from homework 2, and it was known beforehand. So were the floors in front of it. The blue one climbs as the cliff
-# comes near: stable is not yet good, and half the limit is a sensible distance. (The dashed line ends early: torchreg
-# predicts the sequential order from a sample of batches, and we left out where that is too rough.)
+# comes near: stable is not yet good, and half the limit is a sensible distance.
 #
 # ### Why warm-up does not move the limit
 #
@@ -1315,9 +1310,8 @@ options = [
     *("--base-learning-rate", "1e-7", "1e-1", "--initial-weight", "5", "--initial-bias", "1000"),
 ]
 print("$ python -m torchreg plan", shlex.join(options))
-no_colour = {key: value for key, value in os.environ.items() if key != "FORCE_COLOR"}  # notebooks ask for colours
 command = [sys.executable, "-m", "torchreg", "plan", *options]
-plan = subprocess.run(command, env=no_colour, capture_output=True, text=True, check=True)
+plan = subprocess.run(command, capture_output=True, text=True, check=True)
 for line in plan.stdout.splitlines():
     print(line.rstrip() if len(line) <= 120 else textwrap.fill(line, 110, subsequent_indent=" " * 13))
 
