@@ -100,7 +100,7 @@ OPTIONS = {
             "timeout-s", "checkpoint-every", "checkpoint-every-s", "keep-checkpoints", "log-every", "epochs",
         )
     },
-    "--warmup-steps": st.integers(-1, 40).map(str),
+    "--warmup-steps": st.integers(-1, 40).map(str) | st.just(str(10**12)),
     "--reference-batch-size": st.integers(-1, 500).map(str),
     "--num-rows": st.integers(-1, 200).map(str),
     "--num-features": st.integers(-1, 5).map(str),

@@ -26,6 +26,7 @@ _AT_LEAST_ONE = (
     "reference_batch_size", "decay_every", "max_steps", "log_every", "checkpoint_every", "keep_checkpoints",
 )  # fmt: skip
 _POSITIVE = ("epochs", "target_excess", "timeout_s", "checkpoint_every_s", "time_limit_s")
+_LARGEST = 10**12  # of any count or duration: more is a slip, and would overflow somewhere
 _NOT_NEGATIVE = ("data_seed", "seed", "warmup_steps")
 
 
@@ -187,15 +188,15 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field in _AT_LEAST_ONE:
             value = getattr(self, field)
-            if value is not None and value < 1:
-                raise ValueError(f"{field} is {value}: give a whole number of at least 1")
+            if value is not None and not 1 <= value <= _LARGEST:
+                raise ValueError(f"{field} is {value}: give a whole number of at least 1 and at most {_LARGEST:,}")
         for field in _POSITIVE:
             value = getattr(self, field)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{field} is {value}: give a number above 0")
+            if value is not None and not 0 < value <= _LARGEST:
+                raise ValueError(f"{field} is {value}: give a number above 0 and at most {_LARGEST:,}")
         for field in _NOT_NEGATIVE:
-            if getattr(self, field) < 0:
-                raise ValueError(f"{field} is {getattr(self, field)}: give 0 or more")
+            if not 0 <= getattr(self, field) < 2**32:
+                raise ValueError(f"{field} is {getattr(self, field)}: give 0 or more, and less than 2³²")
         if self.base_learning_rate is not None:
             for parameter, rate in zip(("weight", "bias"), self.base_learning_rate, strict=True):
                 if not (rate > 0 and math.isfinite(rate)):

@@ -98,8 +98,11 @@ def forecast(
         factors = [schedule.factor(step) for step in range(min(schedule.num_steps, _MOST_STEPS))]
         curve = _curve(dynamics, factors, start_error, best_loss)
         if schedule.decay == "constant":
-            warmup = [schedule.factor(step) for step in range(schedule.warmup_steps)]
-            steps_to_target = dynamics.steps_to(target * best_loss, start_error, [*warmup, schedule.scale])
+            warmup = [schedule.factor(step) for step in range(min(schedule.warmup_steps, _MOST_STEPS))]
+            hold = len(warmup) == schedule.warmup_steps  # a longer warm-up is looked at as far as the curve is
+            steps_to_target = dynamics.steps_to(
+                target * best_loss, start_error, warmup + [schedule.scale] * hold, hold=hold
+            )
         else:  # the run ends where its rates do
             steps_to_target = dynamics.steps_to(target * best_loss, start_error, factors, hold=False)
     return Forecast(
