@@ -193,7 +193,7 @@ def what_was_lost(folder: Path) -> str:
             last = checkpoint.load(path).step
         except ValueError as error:
             return f"DAMAGED {path.name}: {error}"
-    return f"{FAULT_STEP - last} steps" if last else "ALL: no checkpoint"
+    return f"{max(0, FAULT_STEP - last)} steps" if last else "ALL: no checkpoint"
 
 
 def processes_of(folder: Path) -> list[int]:
