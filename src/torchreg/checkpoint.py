@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
+from torchreg.files import write_atomically
+
 SCHEMA_VERSION = 1
 
 _MAGIC = "torchreg checkpoint"
 _FIRST_LINE = re.compile(rf"{_MAGIC} (\d{{1,9}}) ([0-9a-f]{{64}})")
-_PARTIAL = ".part"
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{checkpoint.step:010}.pt"
-    partial = path.with_name(path.name + _PARTIAL)
-    try:
-        with partial.open("wb") as file:
-            file.write(first_line + body)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    write_atomically(path, first_line + body)
     _sync_folder(folder)
     up_to_this = [found for found in _newest_first(folder) if found.name <= path.name]
     for found in folder.glob("step-*"):

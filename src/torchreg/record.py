@@ -22,6 +22,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from torchreg.files import PARTIAL, write_atomically
+
 SCHEMA_VERSION = 1
 
 CONFIG_FILE = "config.json"
@@ -30,7 +32,6 @@ METRICS_FILE = "metrics.jsonl"
 PLAN_FILE = "plan.json"
 CHECKPOINTS_FOLDER = "checkpoints"
 TRAINING_FIGURE = "training"
-PARTIAL = ".part"
 
 _OWN_FILES = (
     CONFIG_FILE,
@@ -185,21 +186,7 @@ def _lock(folder: Path) -> int | None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file that appears whole or not at all."""
-    write_atomically(path, to_json(content, indent=2) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file by way of a temporary one beside it: readers see the old file or the whole new one."""
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    write_atomically(path, (to_json(content, indent=2) + "\n").encode())
 
 
 def to_json(content: Any, indent: int | None = None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torchreg.record import PARTIAL
+from torchreg.files import PARTIAL
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

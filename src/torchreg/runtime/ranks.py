@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import itertools
 import os
-import platform
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torchreg.launcher import Launcher, detect_launcher
 from torchreg.runtime import mpi, real_ezpz
+from torchreg.runtime.devices import choose_device_type, device_name, device_of, num_cpus
 from torchreg.runtime.failure import Failure, one_line
 from torchreg.runtime.ordered import DDP_BUCKET_BYTES, OrderedGradients, sum_in_order
 from torchreg.runtime.rendezvous import agree_with_mpi, init_process_group
@@ -106,7 +106,7 @@ class Runtime:
             "num_nodes": self.num_nodes,
             "mpi_library": self.mpi_comm and mpi.mpi_library(),
             "nccl_version": ".".join(map(str, torch.cuda.nccl.version())) if self.backend == "nccl" else None,
-            "device_name": _device_name(self.device),
+            "device_name": device_name(self.device),
             "places": [asdict(place) for place in self.places],
         }
 
@@ -284,7 +284,7 @@ def open_runtime(
         launcher, mpi_comm = agree_with_mpi(launcher, sync, os.environ)
     if mpi_comm is not None and launcher.world_size > 1:
         mpi.finalize_within(timeout_s)
-    device_type = _device_type(device, sync, launcher.world_size)
+    device_type = choose_device_type(device, sync, launcher.world_size)
     ezpz_version = None
     if launcher.world_size > 1 or runtime == "ezpz":
         ezpz_version = real_ezpz.find_ezpz(runtime)
@@ -303,13 +303,13 @@ def open_runtime(
         failure.store, failure.hosts = dist.distributed_c10d._get_default_store(), hosts
         local_ranks = [hosts[:rank].count(hosts[rank]) for rank in range(launcher.world_size)]
         local_rank = launcher.local_rank if launcher.local_rank is not None else local_ranks[launcher.rank]
-        torch_device, problem = _device_of(device_type, local_rank)
+        torch_device, problem = device_of(device_type, local_rank)
         problems = [text for text in _gather(problem, launcher.world_size) if text]
         if problems:
             dist.destroy_process_group()
             raise AgreedError(problems[0])
         if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, _num_cpus() // hosts.count(host)))
+            torch.set_num_threads(max(1, num_cpus() // hosts.count(host)))
         if ezpz_version:
             real_ezpz.adopt(launcher.rank, launcher.world_size, torch_device, timeout_s)
         places = _gather(Place(launcher.rank, host, local_rank, str(torch_device)), launcher.world_size)
@@ -329,62 +329,7 @@ def open_runtime(
     )
 
 
-def _device_type(device: str, sync: str, world_size: int) -> str:
-    present = {
-        "cuda": torch.cuda.is_available(),
-        "xpu": hasattr(torch, "xpu") and torch.xpu.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if device == "auto":
-        device = next(name for name in present if present[name] and not (name == "mps" and world_size > 1))
-    if not present[device]:
-        raise ValueError(f"device is {device}, and torch {torch.__version__} sees none here: choose --device cpu")
-    if device == "mps" and world_size > 1:
-        raise ValueError(f"device is mps, which trains on one rank only, not {world_size}: choose --device cpu")
-    if sync == "mpi" and device != "cpu":
-        raise ValueError(
-            f"sync is mpi and the device is {device}, whose tensors mpi4py cannot reduce: add --device cpu, or "
-            "choose --sync ddp or allreduce"
-        )
-    return device
-
-
-def _device_of(device_type: str, local_rank: int) -> tuple[torch.device, str | None]:
-    """The device of a local rank, and what is wrong with it, if anything."""
-    if device_type == "cpu":
-        return torch.device("cpu"), None
-    module = torch.get_device_module(device_type)
-    count = module.device_count()
-    index = 0 if count == 1 and _sees_its_own_device() else local_rank
-    device = torch.device(device_type, index)
-    if index >= count:
-        return device, (
-            f"local rank {local_rank} has no {device_type} device of its own: {count} are visible; start at most "
-            f"{count} ranks a node, or --device cpu"
-        )
-    module.set_device(index)
-    return device, None
-
-
-def _sees_its_own_device() -> bool:
-    """An affinity script left this rank one device, which is then number 0 for every rank."""
-    return any(name in os.environ for name in ("CUDA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"))
-
-
-def _num_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _gather(item: T, world_size: int) -> list[T]:
     items: list[Any] = [None] * world_size
     dist.all_gather_object(items, item)
     return items
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cpu":
-        return platform.processor() or platform.machine()
-    if device.type == "mps":
-        return "Apple GPU"
-    return str(torch.get_device_module(device).get_device_name(device))
