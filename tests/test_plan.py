@@ -89,7 +89,9 @@ def test_the_plan_for_a_person(capsys):
     assert main(["plan", *LESSON_OPTIONS, "--target-excess", "0.02"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "plan         builtin: 551 rows, 1 feature; lr_scaling linear"
-    assert "steps to 2 %" in lines[3]
+    # Twice the trace of G is 2·(1243629245/551 + 1) = 4514082.7, nearly all of it in the steepest direction.
+    assert lines[2].startswith("curvature    0.2434 to 4.514e+06")
+    assert "steps to 2 %" in lines[4]
     rows = {line.split()[0]: line.split() for line in lines if line.split() and line.split()[0].isdecimal()}
     assert list(rows) == ["1", "2", "4", "8"]
     assert rows["1"][1:6] == ["64", "1e-07", "0.1", "0.32", "stable"]

@@ -55,6 +55,7 @@ class Plan:
     num_features: int
     best_loss: float
     r_squared: float
+    curvature: tuple[float, float]
     lr_scaling: str
     target_excess: float
     rows: tuple[WorldSize, ...]
@@ -72,6 +73,8 @@ class Plan:
             f"plan         {self.source}: {self.num_rows} rows, {features}; lr_scaling {self.lr_scaling}",
             f"closed form  mean squared error {self.best_loss:.6g}, R² {self.r_squared:.3g}; losses below are in "
             "percent above it",
+            f"curvature    {self.curvature[0]:.4g} to {self.curvature[1]:.4g}, the steepest direction "
+            f"{self.curvature[1] / self.curvature[0]:.3g} times the flattest",
         ]
 
     def table(self) -> tuple[list[str], list[list[str]]]:
@@ -146,12 +149,14 @@ def make_plan(config: TrainConfig, world_sizes: Sequence[int]) -> Plan:
         target = first.target_excess * problem.closed_form.loss
         critical = critical_batch_size(problem.rows, rates, start, target, config.update_order)
     most_ranks = problem.table.num_rows // local_batch_size if grows else problem.table.num_rows
+    curvature = problem.rows.curvature()
     return Plan(
         source=config.data,
         num_rows=problem.table.num_rows,
         num_features=problem.table.num_features,
         best_loss=problem.closed_form.loss,
         r_squared=problem.closed_form.r_squared,
+        curvature=(float(curvature[0]), float(curvature[-1])),
         lr_scaling=config.lr_scaling,
         target_excess=first.target_excess,
         rows=tuple(forecasts),

@@ -102,6 +102,15 @@ def test_stability_limit_of_the_lessons_rates(order, batch_size, limit):
     assert dynamics.sampling_error(Dynamics.largest_multiplier) < 0.01 * limit
 
 
+def test_curvature_by_hand():
+    # Standardised, G is the identity and the curvature 2 in every direction. Raw: G = [[Σx²/n, Σx/n], [Σx/n, 1]] with
+    # Σx²/n = 2257040.4 and Σx/n = 1407.97: twice its eigenvalues have the product 4 (2257040.4 − 1407.97²) = 1098653.
+    assert Houses(standardize=True).rows.curvature() == pytest.approx([2, 2])
+    small, large = Houses().rows.curvature()
+    assert small + large == pytest.approx(2 * (1243629245 / 551 + 1))
+    assert small * large == pytest.approx(4 * (1243629245 / 551 - (775791 / 551) ** 2))
+
+
 def test_full_batch_limit_of_standardised_features_by_hand():
     # G is the identity: I − 2kP has the factor 1 − 2·k·0.5, which is below 1 in size for k below 2.
     dynamics = Dynamics.of(Houses(standardize=True).rows, (0.5, 0.5), 551)

@@ -23,6 +23,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from torchreg.theory.curve import LearningCurve, Steps, band
 from torchreg.theory.maps import both_sides, on_symmetric, pairs, spectral_radius, symmetric_basis
 from torchreg.theory.moments import Matrix
 from torchreg.theory.rows import RowGradients
@@ -31,29 +32,11 @@ from torchreg.theory.shuffle import ShuffledEpochs
 
 Order = Literal["simultaneous", "sequential"]
 Sampling = Literal["random", "shuffle", "full"]
-Steps = NDArray[np.int64]
 
 _MOST_SHUFFLED_FEATURES = 4
 _MOST_SHUFFLED_STEPS = 512
-_BAND_DRAWS = 4_000
-_BAND = (0.025, 0.975)
 _BLOCK_STEPS = 64
 _NARROWEST = 1e-50  # of the widest direction: its fourth power is still a number
-
-
-@dataclass(frozen=True)
-class LearningCurve:
-    """The expected excess loss L − L* after `steps` steps, and where single runs lie.
-
-    `excess` is exact where the dynamics are. `low` and `high` enclose 95 % of runs if δ is normal with its exact mean
-    and covariance: good for small rates and large batches; near the stability limit the true tails are heavier. They
-    are NaN where only the mean is predicted. All are (len(steps),); losses are in the loss's own units.
-    """
-
-    steps: Steps
-    excess: Matrix
-    low: Matrix
-    high: Matrix
 
 
 @dataclass(frozen=True)
@@ -227,8 +210,11 @@ class Dynamics:
         with np.errstate(over="ignore", invalid="ignore"):
             states = np.array([s for s, keep in zip(self._states(start, factors), is_wanted, strict=True) if keep])
             excess = np.nan_to_num(self._excess(states), nan=np.inf)
-        low, high = self._band(states)
-        return LearningCurve(wanted, excess, low, high)
+        if self.criterion == "mean":
+            return LearningCurve(wanted, excess, *np.full((2, len(wanted)), np.nan))
+        q = len(self.gram) + 1
+        low, high = band((states @ symmetric_basis(q)).reshape(-1, q, q), self.gram)
+        return LearningCurve(wanted, excess, self.error_unit**2 * low, self.error_unit**2 * high)
 
     def steps_to(
         self,
@@ -395,21 +381,3 @@ class Dynamics:
             return np.asarray(self.error_unit**2 * np.einsum("...i,ij,...j->...", error, self.gram, error))
         weights = symmetric_basis(len(self.gram) + 1) @ np.pad(self.gram, (0, 1)).ravel()
         return np.asarray(self.error_unit**2 * (states @ weights))
-
-    def _band(self, states: Matrix) -> tuple[Matrix, Matrix]:
-        """Quantiles of |y|² for y = G̃^½ δ̃, normal with the states' mean and covariance."""
-        if self.criterion == "mean":
-            return np.full(len(states), np.nan), np.full(len(states), np.nan)
-        q = len(self.gram) + 1
-        root = np.linalg.cholesky(self.gram).T
-        quantiles = np.full((2, len(states)), np.inf)
-        finite = np.isfinite(states).all(axis=1)
-        moments = (states[finite] @ symmetric_basis(q)).reshape(-1, q, q)
-        means = moments[:, :-1, -1]
-        values, vectors = np.linalg.eigh(root @ (moments[:, :-1, :-1] - means[:, :, None] * means[:, None, :]) @ root.T)
-        spreads = vectors * np.sqrt(np.maximum(values, 0))[:, None, :]
-        draws = np.random.default_rng(0).standard_normal((_BAND_DRAWS // 2, q - 1))
-        draws = np.vstack([draws, -draws])
-        for place, mean, spread in zip(np.flatnonzero(finite), means @ root.T, spreads, strict=True):
-            quantiles[:, place] = np.quantile(np.sum((mean + draws @ spread.T) ** 2, axis=1), _BAND)
-        return self.error_unit**2 * quantiles[0], self.error_unit**2 * quantiles[1]

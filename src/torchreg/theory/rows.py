@@ -46,3 +46,11 @@ class RowGradients:
                 flat = products.reshape(len(products), -1)
                 covariance += flat.T @ flat / len(rows)
         return cls(rows, feature_unit, error_unit, mean, covariance)
+
+    def curvature(self) -> Matrix:
+        """The eigenvalues of 2G, the loss's second derivatives in the model's units, smallest first, (p,).
+
+        Full batches with one rate for all parameters converge below 2 over the largest (Wilkinson 1965).
+        """
+        unit = np.append(self.feature_unit, 1.0)
+        return np.asarray(np.linalg.eigvalsh(2 * self.mean[:, :-1] * np.outer(unit, unit)))
