@@ -95,7 +95,7 @@ def _timing(runtime: Runtime, sync: AnySync, *, quick: bool) -> Check:
         buffer = torch.zeros(num_bytes // 4, device=runtime.device)
         add = runtime.add_over_ranks(buffer, sync)
         times = []
-        for _ in range(_REPEATS[num_bytes] + 2):
+        for _ in range((5 if quick else _REPEATS[num_bytes]) + 2):
             runtime.barrier()
             runtime.synchronize()
             start_s = time.perf_counter()
