@@ -8,5 +8,5 @@ _SPEC = importlib.util.spec_from_file_location("fault_matrix", Path(__file__).pa
 matrix = sys.modules["fault_matrix"] = importlib.util.module_from_spec(_SPEC)  # its dataclasses look it up there
 _SPEC.loader.exec_module(matrix)
 
-TIMEOUT_S = 4.0
+TIMEOUT_S = 8.0  # importing what DistributedDataParallel needs takes seconds where ranks outnumber cores
 GRACE_S = 10.0  # a silent store, the ranks' turns, a busy machine
