@@ -2,7 +2,7 @@
 
 import sys
 
-from torchreg.cli import main
+from torchreg.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())
