@@ -3,10 +3,10 @@
 import os
 import sys
 
-from torchreg import sweep
 from torchreg.cli import main
+from torchreg.sweep import run as sweep_run
 
-really_train = sweep.train
+really_train = sweep_run.train
 
 
 def train(config, runtime, *others):
@@ -18,5 +18,5 @@ def train(config, runtime, *others):
     return really_train(config, runtime, *others)
 
 
-sweep.train = train
+sweep_run.train = train
 sys.exit(main())

@@ -29,7 +29,7 @@ def with_h_for_hosts(text):
             "mpiexec",
             "sgd",
             "mpi",
-            "rank [02] H: waited 4 s for the other ranks in an all-reduce; no word from rank 1 H",
+            f"rank [02] H: waited {TIMEOUT_S:g} s for the other ranks in an all-reduce; no word from rank 1 H",
         ),
         (
             0,
@@ -98,5 +98,5 @@ def test_ranks_do_not_wait_for_ever_for_one_that_is_stopped_outside_of_training(
     assert time.monotonic() - start_s < TIMEOUT_S + 3 * GRACE_S
     if edge == "beginning":
         assert re.findall(r"torchreg: error on rank \d \(.+\): (.+)", done.stderr) == [
-            "waited 4 s for the other ranks to come together"
+            f"waited {TIMEOUT_S:g} s for the other ranks to come together"
         ]
