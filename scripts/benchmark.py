@@ -58,6 +58,7 @@ TARGETS = (
     Target(2, "sgd/ddp", "tutorial loop", 1.0),
     Target(2, "ordered hand/mpi", "hand/mpi", 1 / 3),
     Target(2, "ordered sgd/mpi", "sgd/mpi", 1 / 1.5),
+    Target(2, "ordered sgd/ddp", "sgd/ddp", 1 / 1.5),
     Target(1, "full run hand", "hand", 1 / 1.1),
     Target(1, "full run sgd", "sgd", 1 / 1.1),
     Target(2, "full run hand/mpi", "hand/mpi", 1 / 1.1),
