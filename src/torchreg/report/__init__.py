@@ -1,0 +1,1 @@
+"""Records of a scaling campaign in; one HTML page, Markdown, JSON and tables out."""

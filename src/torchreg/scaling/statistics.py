@@ -1,0 +1,1 @@
+"""Statistics over launches, the unit of repetition."""
