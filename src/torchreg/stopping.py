@@ -33,6 +33,10 @@ class StopRequest:
             self.reason = self._what
         return self.reason is not None
 
+    def left_s(self) -> float | None:
+        """Seconds until time is nearly over; None where nobody said when that is."""
+        return None if self._end_s is None else self._end_s - time.monotonic()
+
     def __enter__(self) -> StopRequest:
         for number in SIGNALS:
             self._signals_before[number] = signal.signal(number, self._remember)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from torchreg.runtime import AnySync, Runtime
+from torchreg.timing import time_all_reduce
 from torchreg.verify.checks import Check, agree, skipped
 
 _AREA = "collectives"
@@ -92,17 +91,7 @@ def _timing(runtime: Runtime, sync: AnySync, *, quick: bool) -> Check:
     """The median over repetitions of the slowest rank's time, for a few sizes."""
     told = []
     for num_bytes in _TIMED_BYTES[: 2 if quick else None]:
-        buffer = torch.zeros(num_bytes // 4, device=runtime.device)
-        add = runtime.add_over_ranks(buffer, sync)
-        times = []
-        for _ in range((3 if quick else _REPEATS[num_bytes]) + 2):
-            runtime.barrier()
-            runtime.synchronize()
-            start_s = time.perf_counter()
-            add()
-            runtime.synchronize()
-            times.append(time.perf_counter() - start_s)
-        median_s = statistics.median(max(each) for each in zip(*runtime.gather(times[2:]), strict=True))
+        median_s = time_all_reduce(runtime, sync, num_bytes, 3 if quick else _REPEATS[num_bytes])
         told.append(f"{_size(num_bytes)} {_time(median_s)}")
         if num_bytes == _TIMED_BYTES[-1]:
             told[-1] += f" ({num_bytes / median_s / 1e9:.2g} GB/s)"

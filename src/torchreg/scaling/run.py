@@ -1,0 +1,303 @@
+"""Running a campaign: every launch that has no valid result, each as a start of ranks of its own.
+
+A failed launch stays failed until it is asked for again. Nothing is retried silently, nothing measured twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from torchreg.files import write_atomically
+from torchreg.record import provenance, utc_now, write_json
+from torchreg.scaling import claims
+from torchreg.scaling.campaign import CAMPAIGN_FILE, Campaign, Launch, estimated_s, launches, read_campaign, to_yaml
+from torchreg.scaling.launch import launch_command
+from torchreg.stopping import StopRequest
+
+SCHEMA_VERSION = 1
+KIND = "scale-launch"
+LAUNCHES_FOLDER = "launches"
+LAUNCH_FILE = "launch.json"
+MEASURED_FILE = "measured.json"
+LOGS = ("stdout.log", "stderr.log")
+
+State = Literal["done", "failed", "running", "open"]
+
+_POLL_S = 0.1
+_END_WITHIN_S = 8.0  # a scheduler's kill follows its signal after ten
+_CLAIM_ROOM_S = 60.0
+_MAY_CHANGE = ("repeats", "nodes", "ranks_per_node", "launcher", "launcher_args", "timeout_s", "launch_timeout_s")
+_LONGEST_REASON = 300
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a campaign's launches in one run of it. `stopped` says why it ended early, or is None."""
+
+    num_launches: int
+    num_done: int
+    num_failed: int
+    num_elsewhere: int
+    stopped: str | None
+
+
+def state_of(folder: Path) -> State:
+    """What is known of the launch of a folder."""
+    try:
+        record = json.loads((folder / LAUNCH_FILE).read_text(encoding="utf-8"))
+        return "done" if record["status"] == "ok" else "failed"
+    except FileNotFoundError:
+        return "running" if claims.claimed_by(folder) else "open"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "failed"
+
+
+def open_campaign(campaign: Campaign, folder: Path) -> None:
+    """Make or join a campaign's folder. Raises `ValueError` where it holds a campaign that measures something else."""
+    path = folder / CAMPAIGN_FILE
+    if path.is_file():
+        before = campaign_of(folder)
+        for name, now in asdict(campaign).items():
+            if name not in _MAY_CHANGE and getattr(before, name) != now:
+                raise ValueError(
+                    f"{name} is {now}, and {path} has {getattr(before, name)}: choose another --dir, and bring both "
+                    "together with `torchreg scale merge`"
+                )
+    try:
+        (folder / LAUNCHES_FOLDER).mkdir(parents=True, exist_ok=True)
+        write_atomically(path, to_yaml(campaign).encode())
+    except OSError as error:
+        raise ValueError(
+            f"dir is {folder}, which cannot be written ({error.strerror}): choose another --dir"
+        ) from error
+
+
+def campaign_of(folder: Path) -> Campaign:
+    """The campaign of a folder. Raises `ValueError` where there is none, or a damaged one."""
+    path = folder / CAMPAIGN_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"dir is {folder}, which holds no {CAMPAIGN_FILE}: start one with "
+            f"`torchreg scale run CAMPAIGN.yaml --dir {folder}`"
+        )
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in read_campaign(path).items()}
+    try:
+        return Campaign(**values)
+    except TypeError as error:
+        raise ValueError(f"campaign is {path}, which holds values of wrong types ({error}): move it away") from error
+
+
+def run_campaign(
+    campaign: Campaign,
+    folder: Path,
+    stop: StopRequest,
+    say: Callable[[str], None],
+    *,
+    retry_failed: bool = False,
+) -> Outcome:
+    """Run what is open, block after block, until all is done or `stop` is due.
+
+    A launch that is likely to take longer than the time that is left is not begun.
+    """
+    open_campaign(campaign, folder)
+    hosts = allocated_hosts(os.environ)
+    most_nodes = max(campaign.nodes)
+    if hosts and most_nodes > len(hosts):
+        raise ValueError(f"nodes has {most_nodes}, and the job has {len(hosts)}: ask for more nodes, or for fewer here")
+    todo = launches(campaign)
+    durations_s: dict[int, float] = {}  # by world size, as measured in this run
+    num_failed, stopped = 0, None
+    for number, launch in enumerate(todo, start=1):
+        place = folder / LAUNCHES_FOLDER / launch.id
+        state = state_of(place)
+        if state == "done" or (state == "failed" and not retry_failed):
+            continue
+        expected_s = durations_s.get(launch.world_size, estimated_s(campaign, launch))
+        remaining_s = stop.left_s()
+        if stop.is_due():
+            stopped = stop.reason
+        elif remaining_s is not None and expected_s > remaining_s:
+            stopped = f"{remaining_s:.0f} s are left, and the next launch takes about {expected_s:.0f} s"
+        if stopped:
+            break
+        if not claims.claim(place, campaign.launch_timeout_s + _CLAIM_ROOM_S):
+            say(f"elsewhere    {launch.id}: {claims.claimed_by(place)}")
+            continue
+        try:
+            if state_of(place) == "done":  # another job ended it between the look and the claim
+                continue
+            record = _run_launch(campaign, launch, folder, hosts, stop)
+        finally:
+            claims.release(place)
+        if record is None:
+            stopped = stop.reason
+            break
+        durations_s[launch.world_size] = record["wall_s"]
+        num_failed += record["status"] == "failed"
+        told = f"failed: {record['reason']}" if record["status"] == "failed" else f"{record['wall_s']:.0f} s"
+        say(f"{number:4}/{len(todo)}    {launch.id}: {told}")
+    states = [state_of(folder / LAUNCHES_FOLDER / launch.id) for launch in todo]
+    return Outcome(len(todo), states.count("done"), states.count("failed"), states.count("running"), stopped)
+
+
+def allocated_hosts(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """The nodes of a PBS job, each once; empty where there is none: srun knows its own."""
+    path = environ.get("PBS_NODEFILE")
+    if not path:
+        return ()
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split()
+    except OSError as error:
+        raise ValueError(f"PBS_NODEFILE is {path}, which cannot be read ({error.strerror}): unset it") from error
+    return tuple(dict.fromkeys(lines))
+
+
+def command_of(campaign: Campaign, launch: Launch, folder: Path, hosts: Sequence[str] = ()) -> list[str]:
+    """What is started for a launch. Of more hosts than it needs it takes some, drawn by its seed."""
+    if len(hosts) > launch.num_nodes:
+        drawn = np.random.default_rng(launch.seed).permutation(len(hosts))[: launch.num_nodes]
+        hosts = [hosts[place] for place in sorted(drawn.tolist())]
+    launcher = launch_command(
+        campaign.launcher,
+        campaign.machine,
+        num_ranks=launch.world_size,
+        ranks_per_node=launch.ranks_per_node,
+        hosts=hosts,
+        extra=campaign.launcher_args,
+    )
+    return [*launcher, sys.executable, "-m", "torchreg", "scale", "measure", str(folder), launch.id]
+
+
+def _run_launch(
+    campaign: Campaign, launch: Launch, folder: Path, hosts: Sequence[str], stop: StopRequest
+) -> dict[str, Any] | None:
+    """Run one launch to its record; None where `stop` came first, which leaves nothing behind."""
+    place = folder / LAUNCHES_FOLDER / launch.id
+    _keep_failed(place)
+    (place / MEASURED_FILE).unlink(missing_ok=True)
+    command = command_of(campaign, launch, folder, hosts)
+    started, start_s = utc_now(), time.monotonic()
+    with (place / LOGS[0]).open("wb") as out, (place / LOGS[1]).open("wb") as err:
+        try:
+            process = subprocess.Popen(
+                [*command, "--launched-at", f"{time.time():.3f}"],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise ValueError(
+                f"launcher is {campaign.launcher}, and {command[0]} cannot be started ({error.strerror}): pip install "
+                "'torchreg[mpi]', or choose another --launcher"
+            ) from error
+        ended = _wait(process, campaign.launch_timeout_s, stop)
+    if ended == "stopped":
+        return None
+    measured = _read_measured(place / MEASURED_FILE)
+    reason = None
+    if ended == "timeout":
+        reason = f"it had not ended after launch_timeout_s, {campaign.launch_timeout_s:g} s"
+    elif process.returncode != 0:
+        reason = f"exit code {process.returncode}: {_reason(place / LOGS[1])}"
+    elif measured is None:
+        reason = f"exit code 0, and {MEASURED_FILE} was not written"
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": KIND,
+        "status": "failed" if reason else "ok",
+        "reason": reason,
+        "exit_code": process.returncode,
+        "campaign": {
+            "name": campaign.name,
+            "machine": machine_label(campaign, hosts),
+            "fingerprint": campaign.fingerprint,
+        },
+        "launch": {"id": launch.id, "world_size": launch.world_size, **asdict(launch)},
+        "command": command,
+        "started_utc": started,
+        "wall_s": time.monotonic() - start_s,
+        "start_up_s": None,
+        "runtime": None,
+        "provenance": provenance(started),
+        "dtype": None,
+        "points": [],
+        "allreduce": [],
+        **({} if reason or measured is None else measured),
+    }
+    write_json(place / LAUNCH_FILE, record)
+    (place / MEASURED_FILE).unlink(missing_ok=True)
+    return record
+
+
+def machine_label(campaign: Campaign, hosts: Sequence[str] = ()) -> str:
+    """What numbers of this machine are called: the known machine, or the host's name without its number."""
+    if campaign.machine != "generic":
+        return campaign.machine
+    return (hosts[0] if hosts else socket.gethostname()).split(".")[0].rstrip("0123456789-") or "unnamed"
+
+
+def _wait(
+    process: subprocess.Popen[bytes], timeout_s: float, stop: StopRequest
+) -> Literal["ended", "timeout", "stopped"]:
+    end_s = time.monotonic() + timeout_s
+    try:
+        while process.poll() is None:
+            if stop.is_due():
+                return "stopped"
+            if time.monotonic() >= end_s:
+                return "timeout"
+            time.sleep(_POLL_S)
+        return "ended"
+    finally:
+        _end_session(process)
+
+
+def _end_session(process: subprocess.Popen[bytes]) -> None:
+    """End a launcher and all that it started here, kindly and then not."""
+    for number, patience_s in ((signal.SIGTERM, _END_WITHIN_S), (signal.SIGKILL, _END_WITHIN_S)):
+        if process.poll() is not None:
+            break
+        os.killpg(process.pid, number)
+        try:
+            process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            continue
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)  # what the launcher left behind
+
+
+def _keep_failed(place: Path) -> None:
+    """An earlier failure stays on record beside the new try."""
+    record = place / LAUNCH_FILE
+    if record.exists():
+        number = 1 + sum(1 for _ in place.glob("launch.failed-*.json"))
+        record.rename(place / f"launch.failed-{number}.json")
+
+
+def _read_measured(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _reason(log: Path) -> str:
+    """The line of a log that tells best why it ended: torchreg's own error, or else the last one."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    own = [line for line in lines if line.startswith("torchreg: error")]
+    return (own or lines[-1:] or ["nothing on stderr"])[0][:_LONGEST_REASON]

@@ -1,0 +1,91 @@
+"""An honest clock: ranks start together, devices finish what they were given, and the slowest rank's time counts.
+
+Hoefler & Belli (2015), "Scientific Benchmarking of Parallel Computing Systems", rules 8 to 10.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from torchreg.runtime import AnySync, Runtime
+
+TakeSteps = Callable[[int], None]
+
+_FIRST_STEPS = 5
+_AGREE = 0.1  # two chunks of steps whose times differ by less are of the same speed
+_WARMUP_SHARE = 0.1  # of the window, at least
+_MOST_WARMUP_SHARE = 1.0
+_ROOM = 1.15  # aim above the window's length, so that it is seldom missed
+_MOST_WINDOWS = 4
+
+
+def elapsed_on_ranks(runtime: Runtime, work: Callable[[], None]) -> list[float]:
+    """Each rank's seconds for `work`, which all begin together after a barrier; the same list on every rank."""
+    runtime.synchronize()
+    runtime.barrier()
+    start_s = time.perf_counter()
+    work()
+    runtime.synchronize()
+    own_s = time.perf_counter() - start_s
+    return runtime.gather(own_s)
+
+
+def warm_up(runtime: Runtime, take_steps: TakeSteps, window_s: float) -> tuple[int, float]:
+    """Take steps until their speed has settled; how many that were, and the last chunk's seconds a step.
+
+    Chunks double until two in a row differ by less than a tenth, and a tenth of a window is over; no longer than a
+    window in all.
+    """
+    count, num_steps, total_s, before_s = _FIRST_STEPS, 0, 0.0, math.inf
+    while True:
+        chunk_s = max(elapsed_on_ranks(runtime, partial(take_steps, count)))
+        num_steps, total_s, step_time_s = num_steps + count, total_s + chunk_s, chunk_s / count
+        settled = abs(step_time_s - before_s) < _AGREE * before_s and total_s >= _WARMUP_SHARE * window_s
+        if settled or total_s + 2 * chunk_s > _MOST_WARMUP_SHARE * window_s:
+            return num_steps, step_time_s
+        count, before_s = 2 * count, step_time_s
+
+
+def steps_for(duration_s: float, step_time_s: float) -> int:
+    """How many steps last about so long, a little longer rather than shorter."""
+    return max(1, math.ceil(_ROOM * duration_s / step_time_s))
+
+
+def time_window(
+    runtime: Runtime, take_steps: TakeSteps, window_s: float, step_time_s: float
+) -> tuple[int, list[float]]:
+    """A window of at least `window_s` of steps: how many steps, and each rank's seconds.
+
+    The number of steps is fixed beforehand from `step_time_s`. A window that turns out too short is not used: a longer
+    one is taken.
+    """
+    num_steps = steps_for(window_s, step_time_s)
+    for _ in range(_MOST_WINDOWS):
+        times_s = elapsed_on_ranks(runtime, partial(take_steps, num_steps))
+        if max(times_s) >= window_s:
+            break
+        num_steps = max(num_steps + 1, steps_for(window_s, max(times_s) / num_steps))
+    return num_steps, times_s
+
+
+def time_all_reduce(
+    runtime: Runtime, sync: AnySync, num_bytes: int, num_repeats: int, dtype: torch.dtype = torch.float32
+) -> float:
+    """The median over repetitions of the slowest rank's seconds to add up `num_bytes` over ranks."""
+    buffer = torch.zeros(max(1, num_bytes // dtype.itemsize), dtype=dtype, device=runtime.device)
+    add = runtime.add_over_ranks(buffer, sync)
+    times = []
+    for _ in range(num_repeats + 2):  # the first two set up connections and buffers
+        runtime.barrier()
+        runtime.synchronize()
+        start_s = time.perf_counter()
+        add()
+        runtime.synchronize()
+        times.append(time.perf_counter() - start_s)
+    return statistics.median(max(each) for each in zip(*runtime.gather(times[2:]), strict=True))
