@@ -22,7 +22,6 @@ _AGREE = 0.1  # two chunks of steps whose times differ by less are of the same s
 _WARMUP_SHARE = 0.1  # of the window, at least
 _MOST_WARMUP_SHARE = 1.0
 _ROOM = 1.15  # aim above the window's length, so that it is seldom missed
-_MOST_WINDOWS = 4
 
 
 def elapsed_on_ranks(runtime: Runtime, work: Callable[[], None]) -> list[float]:
@@ -66,12 +65,11 @@ def time_window(
     one is taken.
     """
     num_steps = steps_for(window_s, step_time_s)
-    for _ in range(_MOST_WINDOWS):
+    while True:
         times_s = elapsed_on_ranks(runtime, partial(take_steps, num_steps))
         if max(times_s) >= window_s:
-            break
-        num_steps = max(num_steps + 1, steps_for(window_s, max(times_s) / num_steps))
-    return num_steps, times_s
+            return num_steps, times_s
+        num_steps = max(num_steps + num_steps // 4 + 1, steps_for(window_s, max(times_s) / num_steps))
 
 
 def time_all_reduce(

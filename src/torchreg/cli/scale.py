@@ -121,8 +121,8 @@ def _campaign(program: str, argv: list[str]) -> tuple[Campaign, list[str]]:
     for key, value in read_campaign(path).items():
         if value is None:
             continue
-        values = value if isinstance(value, list) else [value]
-        flags += [f"--{key.replace('_', '-')}", *map(str, values)]
+        flag = f"--{key.replace('_', '-')}"
+        flags += [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
     try:
         return parse(Campaign, program, flags), argv[1:]
     except ValueError as error:

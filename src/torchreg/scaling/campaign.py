@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -96,8 +97,8 @@ class Campaign:
     launcher: Literal["auto", "mpich", "pals", "openmpi", "srun", "none"] = "auto"
     """Who starts ranks. `auto` asks the machine; `none` starts one rank by itself."""
 
-    launcher_args: tuple[str, ...] = ()
-    """Further options of the launcher."""
+    launcher_args: str = ""
+    """Further options of the launcher, as one would type them. On the command line: --launcher-args="--oversubscribe"."""
 
     timeout_s: float = 120.0
     """How long a collective operation waits for other ranks."""
@@ -124,6 +125,10 @@ class Campaign:
             raise ValueError(f"repeats is {self.repeats}: give a whole number from 1 to 10,000")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}: give 0 or more, and less than 2³²")
+        try:
+            shlex.split(self.launcher_args)
+        except ValueError as error:
+            raise ValueError(f"launcher_args is {self.launcher_args!r}: {error}") from error
         for combination in self.combinations:
             if combination != "all" and combination not in COMBINATIONS:
                 raise ValueError(f"combinations has {combination}: choose of all, {', '.join(COMBINATIONS)}")

@@ -38,6 +38,7 @@ _ALL_REDUCE_S = 0.05  # of repetitions at each size, about
 _MOST_REPEATS = 50
 
 _MOST_TARGET_FEATURES = 16  # beyond, theory predicts no noise and so no steps to a target
+_EARLY_STEPS = 3
 _CHECK_STEPS = (10, 100)
 _SOLVED = 1e-8  # the excess that a check's steps are to reach
 _NEAR = 1e-6  # an excess up to which one may say that the closed form is reached
@@ -52,7 +53,8 @@ class Rows:
     """Rows to measure on, and what full-batch gradient descent on them does.
 
     `x` (num_rows, num_features) and `y` (num_rows, 1) are on the device. `safe_rate` is stable for any batch.
-    From zeros, `check_steps` full-batch steps at `check_rate` end at `check_end` (num_features + 1,), as NumPy reckons.
+    From zeros, as NumPy reckons, full-batch steps are at `early` (num_features + 1,) after the first few at half of
+    `check_rate`, where a wrong size of the gradient shows, and at `end` after `check_steps` more at `check_rate`.
     `moments` know the closed form; None where it costs too much.
     """
 
@@ -61,14 +63,15 @@ class Rows:
     safe_rate: float
     check_rate: float
     check_steps: int
-    check_end: Matrix
+    early: Matrix
+    end: Matrix
     moments: Moments | None
 
-    def excess(self, end: Matrix) -> float | None:
+    def excess(self, theta: Matrix) -> float | None:
         """How far the loss at parameters (num_features + 1,) is above the closed form's, as a fraction of it."""
         if self.moments is None:
             return None
-        return self.moments.excess(end[:-1], float(end[-1])) / self.moments.closed_form().loss
+        return self.moments.excess(theta[:-1], float(theta[-1])) / self.moments.closed_form().loss
 
 
 def measure_launch(campaign: Campaign, launch: Launch, runtime: Runtime, folder: Path) -> dict[str, Any]:
@@ -128,7 +131,7 @@ def make_rows(num_rows: int, num_features: int, runtime: Runtime, dtype: torch.d
     """
     made: list[tuple[Matrix, Matrix]] = []
 
-    def reckon() -> tuple[float, float, int, Matrix, Moments | None]:
+    def reckon() -> tuple[float, float, int, Matrix, Matrix, Moments | None]:
         made.append(_houses(num_rows) if num_features == 1 else _noise(num_rows, num_features))
         return _reckon(*made[0])
 
@@ -152,7 +155,7 @@ def _noise(num_rows: int, num_features: int) -> tuple[Matrix, Matrix]:
     return features, features.sum(axis=1) / math.sqrt(num_features) + stream.standard_normal(num_rows)
 
 
-def _reckon(features: Matrix, target: Matrix) -> tuple[float, float, int, Matrix, Moments | None]:
+def _reckon(features: Matrix, target: Matrix) -> tuple[float, float, int, Matrix, Matrix, Moments | None]:
     """`Rows` from `safe_rate` on: the trajectory of full-batch gradient descent, in NumPy, without torch."""
     num_rows, num_features = features.shape
     a = np.column_stack([features, np.ones(num_rows)])
@@ -168,10 +171,14 @@ def _reckon(features: Matrix, target: Matrix) -> tuple[float, float, int, Matrix
         num_steps = min(most, max(fewest, math.ceil(needed)))
     else:
         moments, rate, num_steps = None, 0.5 / _largest_curvature(a), _CHECK_STEPS[0]
-    theta = np.zeros(num_features + 1)
-    for _ in range(num_steps):
-        theta -= 2 * rate / num_rows * (a.T @ (a @ theta - target))
-    return safe_rate, rate, num_steps, theta, moments
+
+    def descend(theta: Matrix, count: int, rate: float) -> Matrix:
+        for _ in range(count):
+            theta = theta - 2 * rate / num_rows * (a.T @ (a @ theta - target))
+        return theta
+
+    early = descend(np.zeros(num_features + 1), _EARLY_STEPS, rate / 2)
+    return safe_rate, rate, num_steps, early, descend(early, num_steps, rate), moments
 
 
 def _largest_curvature(a: Matrix) -> float:
@@ -276,26 +283,42 @@ class StepLoop:
                     losses.append(take_step(rates, micro_batches, step_rows))
         self.num_steps += count
 
-    def descend_from_zero(self, num_steps: int, rate: float) -> Tensor:
-        """Full-batch gradient descent from zeros with the same step; the parameters at its end, in float64."""
+    def parameters(self) -> Matrix:
+        """Weight and bias (num_features + 1,)."""
+        both = torch.cat([self.model.weight.detach()[0], self.model.bias.detach()])
+        parameters: Matrix = both.cpu().double().numpy()
+        return parameters
+
+    def begin_at_zero(self) -> None:
+        """Set all parameters to zero."""
         with torch.no_grad():
             self.model.weight.zero_()
             self.model.bias.zero_()
+
+    def descend(self, num_steps: int, rate: float) -> Matrix:
+        """Full-batch gradient descent by the same step; the parameters at its end."""
         share = self.plan.share(len(self.x), self.rank)
         rows: MicroBatches = [(self.x[share], self.y[share])]
         with torch.inference_mode() if self.by_hand else nullcontext():
             for _ in range(num_steps):
                 self.take_step((rate, rate), rows, len(self.x))
-        return torch.cat([self.model.weight.detach()[0], self.model.bias.detach()]).cpu().double()
+        return self.parameters()
 
 
 def _check(loop: StepLoop, rows: Rows, runtime: Runtime, dtype: torch.dtype) -> dict[str, Any]:
-    """Does the step that was timed compute the right thing on every rank? Against NumPy's trajectory, on all rows."""
-    end = loop.descend_from_zero(rows.check_steps, rows.check_rate).numpy()
-    difference = float(np.abs(end - rows.check_end).max() / np.abs(rows.check_end).max())
-    worst = max(runtime.gather(difference if math.isfinite(difference) else math.inf))
+    """Did the step that was timed compute the right thing on every rank?
+
+    All ranks must have the same parameters after the window; then full-batch descent with the same step must be where
+    NumPy's is, on its way and at its end.
+    """
+    replica = loop.parameters()
+    loop.begin_at_zero()
+    early = loop.descend(_EARLY_STEPS, rows.check_rate / 2)
+    end = loop.descend(rows.check_steps, rows.check_rate)
+    pairs = ((replica, runtime.from_main(lambda: replica)), (early, rows.early), (end, rows.end))
+    worst = max(max(runtime.gather(_difference(own, right))) for own, right in pairs)
     tolerance = 1e-9 if dtype == torch.float64 else 1e-3
-    predicted, excess = rows.excess(rows.check_end), rows.excess(end)
+    predicted, excess = rows.excess(rows.end), rows.excess(end)
     solves = predicted is not None and predicted <= _NEAR
     passed = worst <= tolerance and not (solves and excess is not None and excess > _NEAR + tolerance)
     what = "end at the closed form" if solves else "follow gradient descent"
@@ -304,8 +327,14 @@ def _check(loop: StepLoop, rows: Rows, runtime: Runtime, dtype: torch.dtype) -> 
         "difference": worst if math.isfinite(worst) else None,
         "tolerance": tolerance,
         "excess": excess,
-        "told": f"{rows.check_steps} full-batch steps {what if passed else f'do not {what}'}",
+        "told": f"{_EARLY_STEPS + rows.check_steps} full-batch steps {what if passed else f'do not {what}'}",
     }
+
+
+def _difference(own: Matrix, right: Matrix) -> float:
+    """The largest difference of parameters, as a fraction of the largest parameter; infinite if one is not finite."""
+    difference = float(np.abs(own - right).max() / np.abs(right).max())
+    return difference if math.isfinite(difference) else math.inf
 
 
 def _run_to_target(

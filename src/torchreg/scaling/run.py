@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -78,7 +80,9 @@ def open_campaign(campaign: Campaign, folder: Path) -> None:
                 )
     try:
         (folder / LAUNCHES_FOLDER).mkdir(parents=True, exist_ok=True)
-        write_atomically(path, to_yaml(campaign).encode())
+        own = path.with_name(f"{CAMPAIGN_FILE}-{uuid.uuid4().hex}")  # two jobs may begin at once
+        write_atomically(own, to_yaml(campaign).encode())
+        own.replace(path)
     except OSError as error:
         raise ValueError(
             f"dir is {folder}, which cannot be written ({error.strerror}): choose another --dir"
@@ -176,7 +180,7 @@ def command_of(campaign: Campaign, launch: Launch, folder: Path, hosts: Sequence
         num_ranks=launch.world_size,
         ranks_per_node=launch.ranks_per_node,
         hosts=hosts,
-        extra=campaign.launcher_args,
+        extra=shlex.split(campaign.launcher_args),
     )
     return [*launcher, sys.executable, "-m", "torchreg", "scale", "measure", str(folder), launch.id]
 

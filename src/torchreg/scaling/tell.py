@@ -52,8 +52,7 @@ def plan_lines(campaign: Campaign, commands: Mapping[str, Sequence[str]]) -> lis
     minutes = sum(estimated_s(campaign, each) for each in todo) / 60
     lines = [
         f"measured     {features} features; {', '.join(campaign.combinations)}; windows of {campaign.window_s:g} s",
-        f"in all       {len(todo)} launches, about {minutes:.0f} min and "
-        f"{node_hours(campaign, todo):.2f} node-hours",
+        f"in all       {len(todo)} launches, about {minutes:.0f} min and {node_hours(campaign, todo):.2f} node-hours",
     ]
     first = {(launch.num_nodes, launch.world_size): launch for launch in reversed(todo)}
     return lines + [f"command      {shlex.join(commands[launch.id])}" for _, launch in sorted(first.items())]

@@ -1,0 +1,28 @@
+"""A launch's own work on a stack with a defect: what its checks say, as JSON on the main rank's stdout."""
+
+import json
+import sys
+from pathlib import Path
+
+from torchreg.runtime import open_runtime
+from torchreg.scaling.campaign import Campaign, launches
+from torchreg.scaling.measure import measure_launch
+from torchreg.verify.inject import injected
+
+CAMPAIGN = Campaign(
+    ranks_per_node=(2,),
+    global_batch_sizes=(64,),
+    local_batch_sizes=(),
+    num_features=(40,),
+    repeats=1,
+    window_s=0.02,
+    runtime="torch",
+)
+
+with (
+    open_runtime(sync="mpi", device="cpu", runtime="torch") as runtime,
+    injected(sys.argv[1], runtime),
+):
+    measured = measure_launch(CAMPAIGN, launches(CAMPAIGN)[0], runtime, Path("launch"))
+    if runtime.is_main:
+        print(json.dumps(measured["points"]))

@@ -1,0 +1,125 @@
+"""If these fail, a campaign measures something else than it says, or a slip in its file costs node-hours."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchreg.cli import main
+from torchreg.scaling.campaign import Campaign, Setting, launches, node_hours, read_campaign, settings, to_yaml
+
+NUMBERS = st.lists(st.integers(1, 8), min_size=1, max_size=4, unique=True).map(tuple)
+
+
+def test_strong_and_weak_settings_that_coincide_are_measured_once():
+    campaign = Campaign(
+        ranks_per_node=(1, 2, 4),
+        global_batch_sizes=(256,),
+        local_batch_sizes=(64,),
+        num_features=(1,),
+        combinations=("hand/mpi", "sgd/ddp"),
+    )
+    # Two ranks: weak has 2 · 64 = 128 rows, strong 256. Four ranks: weak has 4 · 64 = 256, which is strong's.
+    assert settings(campaign, 2) == [
+        Setting("hand", "mpi", 1, 128),
+        Setting("sgd", "ddp", 1, 128),
+        Setting("hand", "mpi", 1, 256),
+        Setting("sgd", "ddp", 1, 256),
+    ]
+    assert settings(campaign, 4) == [Setting("hand", "mpi", 1, 256), Setting("sgd", "ddp", 1, 256)]
+
+
+def test_one_rank_averages_with_nobody():
+    campaign = Campaign(num_features=(1,), global_batch_sizes=(64,), local_batch_sizes=())
+    assert settings(campaign, 1) == [Setting("hand", "none", 1, 64), Setting("sgd", "none", 1, 64)]
+
+
+def test_all_combinations_are_those_that_run_there():
+    campaign = Campaign(num_features=(1,), global_batch_sizes=(64,), local_batch_sizes=())
+    assert {(each.optimizer, each.sync) for each in settings(campaign, 2, by_mpi=False)} == {
+        ("hand", "allreduce"),
+        ("sgd", "ddp"),
+    }
+
+
+@given(nodes=NUMBERS, ranks=NUMBERS, repeats=st.integers(1, 5), seed=st.integers(0, 2**32 - 1))
+def test_every_block_has_every_size_once_in_an_order_that_the_seed_decides(nodes, ranks, repeats, seed):
+    campaign = Campaign(
+        nodes=nodes, ranks_per_node=ranks, repeats=repeats, seed=seed, global_batch_sizes=(), local_batch_sizes=(8,)
+    )
+    todo = launches(campaign)
+    assert todo == launches(campaign)
+    assert len({launch.id for launch in todo}) == len(todo), "two launches would share a folder"
+    size = len(nodes) * len(ranks)
+    for block in range(repeats):
+        part = todo[block * size : (block + 1) * size]
+        assert {launch.block for launch in part} == {block}
+        assert {(launch.num_nodes, launch.ranks_per_node) for launch in part} == {(n, r) for n in nodes for r in ranks}
+
+
+def test_launches_of_one_world_size_on_different_nodes_have_different_folders():
+    todo = launches(Campaign(nodes=(1, 2), ranks_per_node=(1, 2), repeats=1))
+    assert sorted(launch.id for launch in todo) == [
+        "block-00-nodes-1-ranks-1",
+        "block-00-nodes-1-ranks-2",
+        "block-00-nodes-2-ranks-2",
+        "block-00-nodes-2-ranks-4",
+    ]
+
+
+def test_node_hours_count_whole_nodes():
+    one = Campaign(nodes=(1,), ranks_per_node=(4,), repeats=1)
+    two = Campaign(nodes=(2,), ranks_per_node=(2,), repeats=1)
+    # The same four ranks and settings, on twice the nodes.
+    assert math.isclose(node_hours(two, launches(two)), 2 * node_hours(one, launches(one)))
+
+
+def test_a_campaign_survives_its_file(tmp_path):
+    campaign = Campaign(name="näme: # 'x'", nodes=(1, 2), launcher_args="--oversubscribe -x A='b c'", num_rows=4096)
+    (tmp_path / "campaign.yaml").write_text(to_yaml(campaign), encoding="utf-8")
+    values = read_campaign(tmp_path / "campaign.yaml")
+    assert Campaign(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}) == campaign
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("ranks: [1, 2]", "'ranks': its keys are name, machine"),
+        ("nodes: [1, two]", "nodes"),
+        ("nodes: []", "nodes"),
+        ("nodes: [0]", "nodes has 0"),
+        ("nodes: [2, 2]", "give each number once"),
+        ("machine: polarris", "polarris"),
+        ("combinations: [sgd/allreduce]", "sgd/allreduce"),
+        ("window_s: -1", "window_s is -1"),
+        ("repeats: 0", "repeats is 0"),
+        ("global_batch_sizes: [2]\nranks_per_node: [4]", "the largest world size is 4"),
+        ("num_rows: 100", "the largest global batch is 256"),
+        ("- just\n- a list", "no `key: value` lines"),
+        ("a: [", "which is no YAML"),
+        ("", "no `key: value` lines"),
+    ],
+)
+def test_a_slip_in_the_file_is_told_in_one_line(content, told, tmp_path, capsys):
+    path = tmp_path / "slip.yaml"
+    path.write_text(content)
+    assert main(["scale", "plan", str(path)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("torchreg: error:")
+    assert told in err
+    assert str(path) in err
+    assert err.count("\n") == 1
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path, capsys):
+    assert main(["scale", "plan", str(tmp_path / "none.yaml")]) == 2
+    assert "does not exist: give a YAML file" in capsys.readouterr().err
+
+
+def test_flags_override_the_file(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("nodes: [1]\nranks_per_node: [1, 2]\nrepeats: 3\n")
+    assert main(["scale", "plan", str(tmp_path / "c.yaml"), "--repeats", "2", "--launcher", "mpich"]) == 0
+    out = capsys.readouterr().out
+    assert "4 launches" in out
+    assert "torchreg scale measure DIR block-00-nodes-1-ranks-2" in out
