@@ -1,0 +1,296 @@
+"""If these fail, a job starts the wrong ranks in the wrong places, or a launcher refuses its command line at once.
+
+Each command line is written out as the launcher's own manual or the site's guide spells it.
+"""
+
+import shlex
+import stat
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchreg.cli.scale_command import run_command
+from torchreg.scaling.launch import (
+    MACHINES,
+    allocated_hosts,
+    choose_launcher,
+    launch_command,
+    launcher_at_hand,
+    place_ranks,
+)
+
+TWO_HOSTS = ("x3001c0s1b0n0", "x3001c0s7b0n0")
+
+
+def test_polaris_under_pals():
+    tokens = launch_command(
+        "pals",
+        "polaris",
+        num_ranks=8,
+        ranks_per_node=4,
+        hosts=TWO_HOSTS,
+        env={"OMP_NUM_THREADS": "8"},
+        library_path="/opt/cray/lib",
+    )
+    assert tokens == [
+        *("mpiexec", "-n", "8", "--ppn", "4", "--hosts", "x3001c0s1b0n0,x3001c0s7b0n0"),
+        *("--cpu-bind", "list:24-31,56-63:16-23,48-55:8-15,40-47:0-7,32-39"),
+        *("--env", "NCCL_NET_GDR_LEVEL=PHB"),
+        *("--env", "NCCL_CROSS_NIC=1"),
+        *("--env", "NCCL_COLLNET_ENABLE=1"),
+        *("--env", "NCCL_NET=AWS Libfabric"),
+        *("--env", "FI_CXI_DISABLE_HOST_REGISTER=1"),
+        *("--env", "FI_MR_CACHE_MONITOR=userfaultfd"),
+        *("--env", "FI_CXI_DEFAULT_CQ_SIZE=131072"),
+        *("--env", "TMPDIR=/tmp"),
+        "--env",
+        "LD_LIBRARY_PATH=/soft/libraries/hwloc/lib:/soft/libraries/aws-ofi-nccl/v1.9.1-aws/lib:/opt/cray/lib",
+        *("--env", "OMP_NUM_THREADS=8"),
+    ]
+
+
+def test_half_a_polaris_node_is_bound_to_the_cpus_of_its_first_gpus():
+    tokens = launch_command("pals", "polaris", num_ranks=2, ranks_per_node=2)
+    assert tokens[:7] == ["mpiexec", "-n", "2", "--ppn", "2", "--cpu-bind", "list:24-31,56-63:16-23,48-55"]
+
+
+def test_nccl_can_be_left_to_itself_where_the_plugin_hangs():
+    nccl = ["NCCL_NET_GDR_LEVEL", "NCCL_CROSS_NIC", "NCCL_COLLNET_ENABLE", "NCCL_NET"]
+    tokens = launch_command("pals", "polaris", num_ranks=4, ranks_per_node=4, without=nccl)
+    assert "NCCL" not in " ".join(tokens)
+    assert "FI_MR_CACHE_MONITOR=userfaultfd" in tokens
+
+
+def test_aurora_under_pals():
+    tokens = launch_command("pals", "aurora", num_ranks=24, ranks_per_node=12, hosts=TWO_HOSTS)
+    assert tokens == [
+        *("mpiexec", "-n", "24", "--ppn", "12", "--hosts", "x3001c0s1b0n0,x3001c0s7b0n0", "--cpu-bind"),
+        "list:4-7:8-11:12-15:16-19:20-23:24-27:56-59:60-63:64-67:68-71:72-75:76-79",
+        *("--env", "CCL_PROCESS_LAUNCHER=pmix"),
+        *("--env", "CCL_ATL_TRANSPORT=mpi"),
+        *("--env", "CCL_KVS_MODE=mpi"),
+        *("--env", "FI_MR_CACHE_MONITOR=userfaultfd"),
+        *("--env", "TMPDIR=/tmp"),
+    ]
+
+
+def test_perlmutter_under_slurm():
+    tokens = launch_command(
+        "srun", "perlmutter", num_ranks=8, ranks_per_node=4, hosts=("nid001", "nid002"), extra=["--label"]
+    )
+    assert tokens == [
+        *("srun", "--nodes", "2", "--ntasks", "8", "--ntasks-per-node", "4", "--nodelist", "nid001,nid002"),
+        *("--kill-on-bad-exit=1", "--cpus-per-task", "32", "--cpu-bind", "cores"),
+        *("--gpus-per-node", "4", "--gpu-bind", "none", "--label"),
+        *("env", "CUDA_VISIBLE_DEVICES=3,2,1,0"),  # srun's --export would end at the first comma
+    ]
+
+
+def test_any_slurm_cluster():
+    tokens = launch_command("srun", num_ranks=6, ranks_per_node=2)
+    assert tokens == [
+        *("srun", "--nodes", "3", "--ntasks", "6", "--ntasks-per-node", "2", "--kill-on-bad-exit=1"),
+    ]
+
+
+def test_mpich_hydra():
+    assert launch_command("mpich", num_ranks=4, ranks_per_node=4) == ["mpiexec", "-n", "4", "--ppn", "4"]
+    tokens = launch_command(
+        "mpich", num_ranks=4, ranks_per_node=2, hosts=("n1", "n2"), env={"A": "x y=z"}, extra=["-launcher", "ssh"]
+    )
+    assert tokens == [
+        *("mpiexec", "-n", "4", "--ppn", "2", "--hosts", "n1,n2", "-launcher", "ssh", "--env", "A=x y=z"),
+    ]
+
+
+@pytest.mark.parametrize("machine", ["polaris", "aurora"])
+def test_hydra_never_sees_what_only_pals_knows(machine):
+    # It ends with 255 for each of these.
+    tokens = launch_command("mpich", machine, num_ranks=2, ranks_per_node=2)
+    assert not {"--cpu-bind", "--depth", "--no-vni"} & set(tokens)
+
+
+def test_open_mpi():
+    tokens = launch_command("openmpi", num_ranks=4, ranks_per_node=2, hosts=("n1", "n2"), env={"A": "1"})
+    assert tokens == [
+        *("mpiexec", "-n", "4", "--map-by", "ppr:2:node", "--host", "n1:2,n2:2", "-x", "PATH", "-x", "A=1"),
+    ]
+
+
+def test_without_a_launcher_there_is_one_process():
+    assert launch_command("none", num_ranks=1, ranks_per_node=1) == []
+    assert launch_command("none", num_ranks=1, ranks_per_node=1, env={"A": "1"}) == ["env", "A=1"]
+    with pytest.raises(ValueError, match="num_ranks is 2 and launcher is none, which starts one process"):
+        launch_command("none", num_ranks=2, ranks_per_node=2)
+
+
+def test_what_the_user_sets_wins_over_the_machine():
+    tokens = launch_command("pals", "polaris", num_ranks=1, ranks_per_node=1, env={"NCCL_NET": "Socket"})
+    assert [token for token in tokens if token.startswith("NCCL_NET=")] == ["NCCL_NET=Socket"]
+
+
+BAD = {
+    "no ranks": ({"num_ranks": 0}, "num_ranks is 0"),
+    "negative": ({"ranks_per_node": -1}, "ranks_per_node is -1"),
+    "uneven": ({"num_ranks": 3}, "num_ranks is 3 and ranks_per_node is 2: give a multiple"),
+    "a host twice": ({"hosts": ("n1", "n1")}, "hosts names n1 2 times"),
+    "too few hosts": ({"hosts": ("n1",)}, "hosts names 1, and 4 ranks at 2 a node need 2"),
+    "too many hosts": ({"hosts": ("n1", "n2", "n3")}, "hosts names 3, and 4 ranks at 2 a node need 2"),
+    "an empty host": ({"hosts": ("n1", "")}, "hosts has ''"),
+    "two hosts in one": ({"hosts": ("n1", "n2,n3")}, "hosts has 'n2,n3'"),
+    "a crowded node": ({"machine": "polaris", "num_ranks": 16, "ranks_per_node": 8}, "a node of polaris has 4 devices"),
+    "no such variable": ({"machine": "polaris", "without": ["NCCL"]}, "without names NCCL"),
+    "an odd name": ({"env": {"A B": "1"}}, "env has the name 'A B'"),
+    "two lines": ({"env": {"A": "1\n2"}}, "env has A with a line break"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_does_not_fit_is_told_with_its_numbers(case):
+    options, told = BAD[case]
+    with pytest.raises(ValueError, match=told):
+        launch_command("mpich", **{"num_ranks": 4, "ranks_per_node": 2} | options)
+
+
+@given(
+    launcher=st.sampled_from(["mpich", "pals", "openmpi", "srun"]),
+    machine=st.sampled_from(sorted(MACHINES)),
+    num_nodes=st.integers(1, 50),
+    ranks_per_node=st.integers(1, 4),
+    value=st.text(st.characters(exclude_characters="\n\0", exclude_categories=["Cs"])),
+)
+def test_every_host_and_every_value_arrives_in_one_piece(launcher, machine, num_nodes, ranks_per_node, value):
+    hosts = [f"n{i}" for i in range(num_nodes)]
+    tokens = launch_command(
+        launcher,
+        machine,
+        num_ranks=num_nodes * ranks_per_node,
+        ranks_per_node=ranks_per_node,
+        hosts=hosts,
+        env={"VALUE": value},
+    )
+    assert f"VALUE={value}" in tokens
+    joined = ",".join(f"{host}:{ranks_per_node}" for host in hosts) if launcher == "openmpi" else ",".join(hosts)
+    assert joined in tokens
+    assert not any("\n" in token for token in tokens), "a job script reads one token a line"
+
+
+VERSIONS = {
+    "mpich": "HYDRA build details:\n    Version:                                 5.0.2\n",
+    "openmpi": "mpiexec (Open MPI) 5.0.7\n\nReport bugs to https://www.open-mpi.org/community/help/\n",
+    "pals": "mpiexec version 1.2.12\n",
+}
+
+
+@pytest.mark.parametrize("launcher", VERSIONS)
+def test_mpiexec_is_told_by_what_it_says(launcher):
+    assert choose_launcher(VERSIONS[launcher], {}, has_srun=False) == launcher
+
+
+def test_the_old_name_of_open_mpi():
+    assert choose_launcher("mpiexec (OpenRTE) 3.1.4", {}, has_srun=False) == "openmpi"
+
+
+def test_a_slurm_job_has_srun_whatever_mpiexec_there_is():
+    assert choose_launcher(VERSIONS["mpich"], {"SLURM_JOB_ID": "7"}, has_srun=True) == "srun"
+    assert choose_launcher(VERSIONS["mpich"], {"SLURM_JOB_ID": "7"}, has_srun=False) == "mpich"
+    assert choose_launcher(VERSIONS["mpich"], {}, has_srun=True) == "mpich", "a login node"
+
+
+def test_an_mpich_of_the_users_own_on_a_pals_machine_is_mpich():
+    assert choose_launcher(VERSIONS["mpich"], {"LOADEDMODULES": "cray-pals/1.4.0"}, has_srun=False) == "mpich"
+    assert choose_launcher("1.9", {"LOADEDMODULES": "cray-pals/1.4.0"}, has_srun=False) == "pals"
+
+
+def test_an_mpiexec_that_nobody_knows_is_not_guessed_at():
+    intel = "Intel(R) MPI Library for Linux* OS, Version 2021.12 Build 20240213"
+    with pytest.raises(
+        ValueError, match=r"mpiexec says 'Intel.*name the launcher \(mpich, pals, openmpi, srun, none\)"
+    ):
+        choose_launcher(intel, {}, has_srun=False)
+
+
+def test_the_launcher_at_hand_is_asked(tmp_path):
+    assert launcher_at_hand({"PATH": str(tmp_path)}) == "none"
+    program(tmp_path / "mpiexec", "echo 'mpiexec version 1.4.0'")
+    assert launcher_at_hand({"PATH": str(tmp_path)}) == "pals"
+    program(tmp_path / "srun", "exit 1")
+    assert launcher_at_hand({"PATH": str(tmp_path), "SLURM_JOB_ID": "7"}) == "srun"
+
+
+def program(path: Path, script: str) -> None:
+    path.write_text(f"#!/bin/bash\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+def test_a_nodefile_gives_each_host_once_in_its_order(tmp_path):
+    # Two chunks of four mpiprocs on n2, one on n1.
+    (tmp_path / "nodes").write_text("n2\n" * 4 + "n1\n" * 4 + "n2\n" * 4)
+    assert allocated_hosts({"PBS_NODEFILE": str(tmp_path / "nodes")}) == ("n2", "n1")
+    assert allocated_hosts({}) == ()
+
+
+def test_a_nodefile_that_says_nothing_is_told(tmp_path):
+    (tmp_path / "empty").write_text("\n")
+    with pytest.raises(ValueError, match="empty, which names no host"):
+        allocated_hosts({"PBS_NODEFILE": str(tmp_path / "empty")})
+    with pytest.raises(ValueError, match="missing, which cannot be read"):
+        allocated_hosts({"PBS_NODEFILE": str(tmp_path / "missing")})
+    with pytest.raises(ValueError, match="PBS_JOBID is set and PBS_NODEFILE is not"):
+        allocated_hosts({"PBS_JOBID": "7.polaris"})
+
+
+def placed(machine="generic", num_nodes=None, ranks_per_node=None, num_ranks=None, hosts=("n1", "n2", "n3")):
+    return place_ranks(machine, num_nodes=num_nodes, ranks_per_node=ranks_per_node, num_ranks=num_ranks, hosts=hosts)
+
+
+def test_what_is_not_given_follows_from_what_is():
+    assert placed(ranks_per_node=2) == (6, 2, ("n1", "n2", "n3"))
+    assert placed("polaris") == (12, 4, ("n1", "n2", "n3"))
+    assert placed("aurora", num_nodes=1) == (12, 12, ("n1",))
+    assert placed(num_ranks=4, ranks_per_node=2) == (4, 2, ("n1", "n2"))
+    assert placed(num_ranks=4, num_nodes=2) == (4, 2, ("n1", "n2"))
+    assert placed(num_ranks=6) == (6, 2, ("n1", "n2", "n3"))
+    assert placed(num_ranks=3, hosts=()) == (3, 3, ())
+    assert placed("perlmutter", num_nodes=2, hosts=()) == (8, 4, ())
+
+
+def test_what_contradicts_itself_is_told():
+    with pytest.raises(ValueError, match="num_ranks is 5, num_nodes is 3 and ranks_per_node is 2"):
+        placed(num_ranks=5, ranks_per_node=2)
+    with pytest.raises(ValueError, match="num_ranks is 4, num_nodes is 3 and ranks_per_node is 1"):
+        placed(num_ranks=4)
+    with pytest.raises(ValueError, match="num_nodes is 4, and there are 3 hosts"):
+        placed(num_nodes=4, ranks_per_node=1)
+    with pytest.raises(ValueError, match="ranks_per_node is not given, and machine generic has no default"):
+        placed()
+
+
+def test_the_command_prints_one_token_a_line(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("PBS_NODEFILE", str(tmp_path / "nodes"))
+    (tmp_path / "nodes").write_text("n1\nn1\nn2\n")
+    options = "--launcher mpich --ranks-per-node 2 --env A=1 'B=2 3' --extra='-launcher ssh'"
+    assert run_command(shlex.split(options)) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        *("mpiexec", "-n", "4", "--ppn", "2", "--hosts", "n1,n2", "-launcher", "ssh", "--env", "A=1", "--env", "B=2 3"),
+    ]
+
+
+def test_the_command_in_a_slurm_job_takes_its_nodes(capsys, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "3")
+    assert run_command(["--launcher", "srun", "--machine", "perlmutter"]) == 0
+    assert capsys.readouterr().out.split()[:7] == ["srun", "--nodes", "3", "--ntasks", "12", "--ntasks-per-node", "4"]
+
+
+def test_the_command_with_nothing_to_print_prints_nothing(capsys):
+    assert run_command(["--launcher", "none", "--num-ranks", "1"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_the_command_tells_what_is_wrong():
+    with pytest.raises(ValueError, match="env has 'A': give NAME=VALUE"):
+        run_command(["--num-ranks", "1", "--env", "A"])
+    with pytest.raises(ValueError, match="hosts has ''"):
+        run_command(["--launcher", "mpich", "--ranks-per-node", "1", "--hosts", "n1,"])
