@@ -1,0 +1,90 @@
+"""Several campaign directories made one: jobs that measured parts of a campaign, or machines."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from torchreg.files import PARTIAL
+from torchreg.scaling.sources import (
+    CAMPAIGN_FILE,
+    LAUNCHES_FOLDER,
+    LOGS,
+    Folder,
+    distinct,
+    has_text,
+    place,
+    read_file,
+)
+
+
+def merge(out: Path, folders: Sequence[Path]) -> list[str]:
+    """Copy the launches of campaign directories into one, and say in lines what was done.
+
+    A launch that `out` has already is copied once; where two sources have different launches of one name, both are
+    kept, the second with `~2` behind its name. What is not finished, and links, are not copied. Merging again adds
+    what is new. Raises `ValueError` where `out` is something else than a campaign directory, or the directory in
+    which `scale run` measures another campaign.
+    """
+    sources = [source for source in distinct(folders) if source.resolve() != out.resolve()]
+    campaign = _one_campaign(sources)
+    _refuse_other_data(out, campaign)
+    (out / LAUNCHES_FOLDER).mkdir(parents=True, exist_ok=True)
+    placed = {name: folder for name, folder in place([out, *sources]).items() if folder.source != out}
+    lines = []
+    copied: dict[Path, int] = dict.fromkeys(sources, 0)
+    for name, folder in placed.items():
+        if all(file.problem is not None for file in folder.files):
+            lines.append(f"not copied   {folder.path}: {folder.files[-1].problem}")
+            continue
+        _copy_launch(folder, out / LAUNCHES_FOLDER / name)
+        copied[folder.source] += 1
+        if name != folder.path.name:
+            lines.append(f"renamed      {folder.path} is {name}, for there is another launch of its name")
+    if campaign is not None and not (out / CAMPAIGN_FILE).exists():
+        shutil.copyfile(sources[0] / CAMPAIGN_FILE, out / CAMPAIGN_FILE)
+    for source, number in copied.items():
+        lines.append(f"merged       {source}: {number} launches copied into {out}")
+    return lines
+
+
+def _one_campaign(sources: Sequence[Path]) -> bytes | None:
+    """What the campaign file of all sources holds; None where they differ or one has none."""
+    held = {read_file(source / CAMPAIGN_FILE) for source in sources}
+    contents = {None if file.problem else file.content for file in held}
+    return contents.pop() if len(contents) == 1 else None
+
+
+def _refuse_other_data(out: Path, campaign: bytes | None) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ValueError(f"out is {out}, which is no directory: give a new name")
+    names = {path.name for path in out.iterdir()}
+    if names and LAUNCHES_FOLDER not in names and CAMPAIGN_FILE not in names:
+        raise ValueError(f"out is {out}, which holds other files than a campaign's: give a new name")
+    if CAMPAIGN_FILE in names and read_file(out / CAMPAIGN_FILE).content != campaign:
+        raise ValueError(
+            f"out is {out}, where another campaign is measured ({CAMPAIGN_FILE} differs): give a new name, and merge "
+            "all directories into it"
+        )
+
+
+def _copy_launch(folder: Folder, target: Path) -> None:
+    """The whole launch appears at once, or, where it is a later state of one that is there, record after record."""
+    building = target.with_name(f".{target.name}{PARTIAL}")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir()
+    for file in folder.files:
+        if file.problem is None:
+            (building / file.path.name).write_bytes(file.content)
+    for log in LOGS:
+        if has_text(folder.path / log):
+            shutil.copyfile(folder.path / log, building / log)
+    if target.exists():
+        for path in building.iterdir():
+            path.replace(target / path.name)
+        building.rmdir()
+    else:
+        building.replace(target)
