@@ -37,7 +37,7 @@ def play(monkeypatch, tmp_path):
     """Run the campaign with a program in place of the ranks; `stop` stops it."""
 
     def run(program=MEASURE, stop=None, campaign=CAMPAIGN, folder=tmp_path / "campaign", **options):
-        def command_of(campaign, launch, folder, hosts):
+        def command_of(campaign, launch, folder, launcher, hosts):
             return [sys.executable, "-c", program, str(folder), launch.id]
 
         monkeypatch.setattr(running, "command_of", command_of)
@@ -199,7 +199,7 @@ def test_nodes_come_from_the_nodefile_each_once_and_too_few_are_told(play, tmp_p
     nodefile = tmp_path / "nodes"
     nodefile.write_text("x1\nx1\nx2\nx2\n")
     monkeypatch.setenv("PBS_NODEFILE", str(nodefile))
-    assert running.allocated_hosts(os.environ) == ("x1", "x2")
+    assert running.allocated_hosts() == ("x1", "x2")
     with pytest.raises(ValueError, match="nodes has 4, and the job has 2"):
         play(campaign=Campaign(nodes=(1, 4)))
     monkeypatch.setenv("PBS_NODEFILE", str(tmp_path / "gone"))
@@ -212,7 +212,7 @@ def test_launches_on_some_of_the_nodes_use_them_all_over_the_campaign():
     hosts = ("a", "b", "c", "d")
     used = set()
     for launch in launches(campaign):
-        command = running.command_of(campaign, launch, Path("DIR"), hosts)
+        command = running.command_of(campaign, launch, Path("DIR"), "mpich", hosts)
         (chosen,) = [word for word in command if "," in word]
         assert len(chosen.split(",")) == 2
         used.update(chosen.split(","))

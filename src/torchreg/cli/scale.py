@@ -135,12 +135,12 @@ def _plan(argv: list[str]) -> int:
     campaign = arguments.campaign
 
     from torchreg.record import to_json
-    from torchreg.scaling.run import command_of
+    from torchreg.scaling.run import command_of, launcher_of
     from torchreg.scaling.tell import plan_lines, plan_table
     from torchreg.terminal import show_table
 
-    todo = launches(campaign)
-    commands = {launch.id: command_of(campaign, launch, Path("DIR")) for launch in todo}
+    todo, launcher = launches(campaign), launcher_of(campaign)
+    commands = {launch.id: command_of(campaign, launch, Path("DIR"), launcher) for launch in todo}
     if arguments.json:
         content = {
             "campaign": asdict(campaign),
@@ -225,7 +225,8 @@ def _measure(argv: list[str]) -> int:
     from torchreg.cli.bring_up import on_all_ranks, open_ranks
     from torchreg.record import write_json
     from torchreg.scaling.measure import measure_launch
-    from torchreg.scaling.run import LAUNCHES_FOLDER, MEASURED_FILE, campaign_of
+    from torchreg.scaling.run import MEASURED_FILE, campaign_of
+    from torchreg.scaling.sources import LAUNCHES_FOLDER
 
     folder = Path(arguments.dir)
     campaign = campaign_of(folder)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from torchreg.builtin import REAL_NUM_ROWS
+from torchreg.scaling.launch import LauncherName, MachineName
 
 CAMPAIGN_FILE = "campaign.yaml"
 
@@ -22,7 +23,6 @@ against the trajectory of gradient descent."""
 
 Combination = Literal["hand/allreduce", "hand/mpi", "sgd/ddp", "sgd/mpi"]
 COMBINATIONS: tuple[Combination, ...] = ("hand/allreduce", "hand/mpi", "sgd/ddp", "sgd/mpi")
-Machine = Literal["generic", "polaris", "aurora", "perlmutter"]
 
 _START_UP_S = 15.0  # of a launch: imports, bring-up; an estimate
 _BESIDE_WINDOW_S = 0.5  # of a point: warm-up, check, run to the target; an estimate
@@ -44,7 +44,7 @@ class Campaign:
     name: str = "scaling"
     """Name of the campaign, in its records and its report."""
 
-    machine: Machine = "generic"
+    machine: MachineName = "generic"
     """Whose launcher options, CPU binding and network settings to use."""
 
     nodes: tuple[int, ...] = (1,)
@@ -94,11 +94,11 @@ class Campaign:
     seed: int = 0
     """Seed of the order of launches and of points in a launch."""
 
-    launcher: Literal["auto", "mpich", "pals", "openmpi", "srun", "none"] = "auto"
+    launcher: LauncherName | Literal["auto"] = "auto"
     """Who starts ranks. `auto` asks the machine; `none` starts one rank by itself."""
 
     launcher_args: str = ""
-    """Further options of the launcher, as one would type them. On the command line: --launcher-args="--oversubscribe"."""
+    """Further options of the launcher, as one would type them: --launcher-args="--oversubscribe" on the command line."""
 
     timeout_s: float = 120.0
     """How long a collective operation waits for other ranks."""

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,15 +26,12 @@ from torchreg.files import write_atomically
 from torchreg.record import provenance, utc_now, write_json
 from torchreg.scaling import claims
 from torchreg.scaling.campaign import CAMPAIGN_FILE, Campaign, Launch, estimated_s, launches, read_campaign, to_yaml
-from torchreg.scaling.launch import launch_command
+from torchreg.scaling.launch import LauncherName, allocated_hosts, launch_command, launcher_at_hand
+from torchreg.scaling.schema import KIND, SCHEMA_VERSION, sealed
+from torchreg.scaling.sources import LAUNCH_FILE, LAUNCHES_FOLDER
 from torchreg.stopping import StopRequest
 
-SCHEMA_VERSION = 1
-KIND = "scale-launch"
-LAUNCHES_FOLDER = "launches"
-LAUNCH_FILE = "launch.json"
 MEASURED_FILE = "measured.json"
-LOGS = ("stdout.log", "stderr.log")
 
 State = Literal["done", "failed", "running", "open"]
 
@@ -117,7 +114,7 @@ def run_campaign(
     A launch that is likely to take longer than the time that is left is not begun.
     """
     open_campaign(campaign, folder)
-    hosts = allocated_hosts(os.environ)
+    hosts, launcher = allocated_hosts(), launcher_of(campaign)
     most_nodes = max(campaign.nodes)
     if hosts and most_nodes > len(hosts):
         raise ValueError(f"nodes has {most_nodes}, and the job has {len(hosts)}: ask for more nodes, or for fewer here")
@@ -143,7 +140,7 @@ def run_campaign(
         try:
             if state_of(place) == "done":  # another job ended it between the look and the claim
                 continue
-            record = _run_launch(campaign, launch, folder, hosts, stop)
+            record = _run_launch(campaign, launch, folder, command_of(campaign, launch, folder, launcher, hosts), stop)
         finally:
             claims.release(place)
         if record is None:
@@ -157,44 +154,39 @@ def run_campaign(
     return Outcome(len(todo), states.count("done"), states.count("failed"), states.count("running"), stopped)
 
 
-def allocated_hosts(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """The nodes of a PBS job, each once; empty where there is none: srun knows its own."""
-    path = environ.get("PBS_NODEFILE")
-    if not path:
-        return ()
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split()
-    except OSError as error:
-        raise ValueError(f"PBS_NODEFILE is {path}, which cannot be read ({error.strerror}): unset it") from error
-    return tuple(dict.fromkeys(lines))
-
-
-def command_of(campaign: Campaign, launch: Launch, folder: Path, hosts: Sequence[str] = ()) -> list[str]:
+def command_of(
+    campaign: Campaign, launch: Launch, folder: Path, launcher: LauncherName, hosts: Sequence[str] = ()
+) -> list[str]:
     """What is started for a launch. Of more hosts than it needs it takes some, drawn by its seed."""
     if len(hosts) > launch.num_nodes:
         drawn = np.random.default_rng(launch.seed).permutation(len(hosts))[: launch.num_nodes]
         hosts = [hosts[place] for place in sorted(drawn.tolist())]
-    launcher = launch_command(
-        campaign.launcher,
+    ranks = launch_command(
+        launcher,
         campaign.machine,
         num_ranks=launch.world_size,
         ranks_per_node=launch.ranks_per_node,
         hosts=hosts,
         extra=shlex.split(campaign.launcher_args),
+        library_path=os.environ.get("LD_LIBRARY_PATH", ""),
     )
-    return [*launcher, sys.executable, "-m", "torchreg", "scale", "measure", str(folder), launch.id]
+    return [*ranks, sys.executable, "-m", "torchreg", "scale", "measure", str(folder), launch.id]
+
+
+def launcher_of(campaign: Campaign) -> LauncherName:
+    """The launcher that a campaign names, or the one at hand."""
+    return launcher_at_hand() if campaign.launcher == "auto" else campaign.launcher
 
 
 def _run_launch(
-    campaign: Campaign, launch: Launch, folder: Path, hosts: Sequence[str], stop: StopRequest
+    campaign: Campaign, launch: Launch, folder: Path, command: Sequence[str], stop: StopRequest
 ) -> dict[str, Any] | None:
     """Run one launch to its record; None where `stop` came first, which leaves nothing behind."""
     place = folder / LAUNCHES_FOLDER / launch.id
     _keep_failed(place)
     (place / MEASURED_FILE).unlink(missing_ok=True)
-    command = command_of(campaign, launch, folder, hosts)
     started, start_s = utc_now(), time.monotonic()
-    with (place / LOGS[0]).open("wb") as out, (place / LOGS[1]).open("wb") as err:
+    with (place / "stdout.log").open("wb") as out, (place / "stderr.log").open("wb") as err:
         try:
             process = subprocess.Popen(
                 [*command, "--launched-at", f"{time.time():.3f}"],
@@ -216,7 +208,7 @@ def _run_launch(
     if ended == "timeout":
         reason = f"it had not ended after launch_timeout_s, {campaign.launch_timeout_s:g} s"
     elif process.returncode != 0:
-        reason = f"exit code {process.returncode}: {_reason(place / LOGS[1])}"
+        reason = f"exit code {process.returncode}: {_reason(place / 'stderr.log')}"
     elif measured is None:
         reason = f"exit code 0, and {MEASURED_FILE} was not written"
     record = {
@@ -227,11 +219,11 @@ def _run_launch(
         "exit_code": process.returncode,
         "campaign": {
             "name": campaign.name,
-            "machine": machine_label(campaign, hosts),
+            "machine": machine_label(campaign),
             "fingerprint": campaign.fingerprint,
         },
         "launch": {"id": launch.id, "world_size": launch.world_size, **asdict(launch)},
-        "command": command,
+        "command": list(command),
         "started_utc": started,
         "wall_s": time.monotonic() - start_s,
         "start_up_s": None,
@@ -242,16 +234,17 @@ def _run_launch(
         "allreduce": [],
         **({} if reason or measured is None else measured),
     }
+    record = sealed(record)
     write_json(place / LAUNCH_FILE, record)
     (place / MEASURED_FILE).unlink(missing_ok=True)
     return record
 
 
-def machine_label(campaign: Campaign, hosts: Sequence[str] = ()) -> str:
+def machine_label(campaign: Campaign) -> str:
     """What numbers of this machine are called: the known machine, or the host's name without its number."""
     if campaign.machine != "generic":
         return campaign.machine
-    return (hosts[0] if hosts else socket.gethostname()).split(".")[0].rstrip("0123456789-") or "unnamed"
+    return socket.gethostname().split(".")[0].rstrip("0123456789-") or "unnamed"
 
 
 def _wait(

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from torchreg.scaling import claims
 from torchreg.scaling.campaign import Campaign, Launch, estimated_s, launches, node_hours, settings
-from torchreg.scaling.run import LAUNCH_FILE, LAUNCHES_FOLDER, Outcome, State, campaign_of, state_of
+from torchreg.scaling.run import Outcome, State, campaign_of, state_of
+from torchreg.scaling.sources import LAUNCH_FILE, LAUNCHES_FOLDER
 
 _SHOWN_FAILURES = 5
 
