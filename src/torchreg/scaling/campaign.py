@@ -98,7 +98,7 @@ class Campaign:
     """Who starts ranks. `auto` asks the machine; `none` starts one rank by itself."""
 
     launcher_args: str = ""
-    """Further options of the launcher, as one would type them: --launcher-args="--oversubscribe" on the command line."""
+    """Further options of the launcher, as one would type them: --launcher-args="--map-by core" on the command line."""
 
     timeout_s: float = 120.0
     """How long a collective operation waits for other ranks."""
