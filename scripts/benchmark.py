@@ -22,7 +22,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -224,41 +223,26 @@ def fabric_loop(x: Any, y: Any, runtime: Any) -> TakeSteps:
 
 def torchreg_loop(x: Any, y: Any, runtime: Any, optimizer: Any, sync: Any, *, ordered: bool = False) -> TakeSteps:
     """torchreg's bare loop: rows, rates, step; no metrics. `ordered` has one micro-batch on each rank."""
-    import torch
-
     from torchreg.batches import BatchPlan
     from torchreg.model import make_model
     from torchreg.optim import make_sgd
-    from torchreg.rows import hand_rows, rows_of_steps
-    from torchreg.schedule import Schedule
+    from torchreg.rows import hand_rows
+    from torchreg.scaling.measure import StepLoop
     from torchreg.train import make_step
 
-    micro_batch_size = LOCAL_BATCH_SIZE if ordered else None
     plan = BatchPlan.derive(
         len(x),
         runtime.world_size,
         local_batch_size=LOCAL_BATCH_SIZE,
-        micro_batch_size=micro_batch_size,
+        micro_batch_size=LOCAL_BATCH_SIZE if ordered else None,
         ordered=ordered,
     )
     model = make_model([0.0] * x.shape[1], 0.0, dtype=x.dtype)
-    sgd = make_sgd(model, RATES) if optimizer == "sgd" else None
+    by_hand = optimizer == "hand"
+    sgd = None if by_hand else make_sgd(model, RATES)
     take_step = make_step(sgd, sync, model, runtime, ordered=plan if ordered else None)
-    schedule = Schedule(RATES, 1.0, num_steps=1)
-    if optimizer == "hand":
-        x, y = hand_rows(x, y)
-    done = {"steps": 0}
-    errors: list[Any] = []
-
-    def take_steps(count: int) -> None:
-        errors.clear()
-        with torch.inference_mode() if optimizer == "hand" else nullcontext():
-            for block in plan.blocks(runtime.rank, done["steps"], done["steps"] + count):
-                for step, micro_batches, step_rows in rows_of_steps(block, x, y, copied=ordered):
-                    errors.append(take_step(schedule(step), micro_batches, step_rows))
-        done["steps"] += count
-
-    return take_steps
+    x, y = hand_rows(x, y) if by_hand else (x, y)
+    return StepLoop(plan, runtime.rank, x, y, model, take_step, RATES[0], by_hand).take_steps
 
 
 def full_run(runtime: Any, optimizer: Any, sync: Any, dtype: Any, runs_dir: str) -> Callable[[int], float]:

@@ -238,7 +238,7 @@ def _measure_point(
 class StepLoop:
     """The training loop of `train` without its metrics: rows, rates, step, as often as asked.
 
-    Steps go on where the last call ended. Without averaging the ranks train alone, on the same rows as with it.
+    Steps go on where the last call ended. `x` and `y` are as `take_step` wants them, see `hand_rows`.
     """
 
     plan: BatchPlan
@@ -255,7 +255,7 @@ class StepLoop:
     def of(
         cls, setting: Setting, rows: Rows, runtime: Runtime, dtype: torch.dtype, *, averaged: bool = True
     ) -> StepLoop:
-        """The loop of a setting, from zeros."""
+        """The loop of a setting, from zeros. Without averaging, ranks train alone, on the same rows as with it."""
         plan = BatchPlan.derive(len(rows.x), runtime.world_size, global_batch_size=setting.global_batch_size)
         model = make_model([0.0] * setting.num_features, 0.0, device=runtime.device, dtype=dtype)
         by_hand = setting.optimizer == "hand"
@@ -279,7 +279,7 @@ class StepLoop:
         losses = []
         with torch.inference_mode() if self.by_hand else nullcontext():
             for block in self.plan.blocks(self.rank, self.num_steps, self.num_steps + count):
-                for _, micro_batches, step_rows in rows_of_steps(block, self.x, self.y):
+                for _, micro_batches, step_rows in rows_of_steps(block, self.x, self.y, copied=self.plan.ordered):
                     losses.append(take_step(rates, micro_batches, step_rows))
         self.num_steps += count
 
