@@ -232,7 +232,9 @@ class Dynamics:
         """
         with np.errstate(over="ignore", invalid="ignore"):
             if self.shuffled and hold:
-                return self._shuffled_steps_to(self.shuffled, excess, start, factors, most_steps)
+                z, multiples = self._augmented(start), [k * self.rate_unit for k in factors]
+                weights = self.error_unit**2 * np.pad(self.gram, (0, 1))
+                return self.shuffled.steps_to(weights, excess, np.outer(z, z), multiples, most_steps)
             state = self._start(start)
             for step, state in enumerate(self._states(start, factors)):
                 if self._excess(state) <= excess:
@@ -268,16 +270,21 @@ class Dynamics:
 
     def _start(self, start: Matrix) -> Matrix:
         """The state of a known error: z, or z zᵀ."""
-        z = np.append(self.scale * start, 1.0)
+        z = self._augmented(start)
         return z if self.criterion == "mean" else symmetric_basis(len(z)) @ np.outer(z, z).ravel()
 
+    def _augmented(self, start: Matrix) -> Matrix:
+        """z = (δ̃, 1) of a known error δ."""
+        return np.append(self.scale * start, 1.0)
+
     def _states(self, start: Matrix, factors: Sequence[float]) -> Iterator[Matrix]:
-        state = self._start(start)
         if self.shuffled:
-            basis = symmetric_basis(len(self.gram) + 1)
-            for whole in self._shuffled_states(self.shuffled, start, factors):
+            z, multiples = self._augmented(start), [k * self.rate_unit for k in factors]
+            basis = symmetric_basis(len(z))
+            for whole in self.shuffled.states(np.outer(z, z), multiples):
                 yield basis @ self.shuffled.second_moment(whole).ravel()
             return
+        state = self._start(start)
         yield state
         changes: dict[bool, tuple[float, Matrix]] = {}
         for step, k in enumerate(factors):
@@ -286,40 +293,6 @@ class Dynamics:
                 changes[is_short] = k, self._change(k, is_short=is_short)
             state = state + changes[is_short][1] @ state
             yield state
-
-    def _shuffled_states(self, epochs: ShuffledEpochs, start: Matrix, factors: Sequence[float]) -> Iterator[Matrix]:
-        z = np.append(self.scale * start, 1.0)
-        state = epochs.begin(np.outer(z, z))
-        yield state
-        for step, k in enumerate(factors):
-            state = epochs.step(state, step % epochs.num_steps, k * self.rate_unit)
-            yield state
-
-    def _shuffled_steps_to(
-        self, epochs: ShuffledEpochs, excess: float, start: Matrix, factors: Sequence[float], most_steps: int
-    ) -> int | None:
-        """`steps_to` where the steps of an epoch depend on each other: step by step, by matrices once k is constant."""
-        weights = self.error_unit**2 * epochs.begin(np.pad(self.gram, (0, 1)))
-        state = np.zeros(())
-        for step, state in enumerate(self._shuffled_states(epochs, start, factors)):
-            if np.sum(weights * state) <= excess:
-                return step
-        basis = symmetric_basis(len(state))
-        of_basis = basis.reshape(-1, *state.shape)
-        k = factors[-1] * self.rate_unit
-        moves = [basis @ epochs.step(of_basis, t, k).reshape(len(basis), -1).T for t in range(epochs.num_steps)]
-        vector, weight = basis @ state.ravel(), basis @ weights.ravel()
-        before, worst = vector, 1e6 * (weight @ vector + excess)
-        for step in range(len(factors), most_steps):
-            vector = moves[step % epochs.num_steps] @ vector
-            value = weight @ vector
-            if value <= excess:
-                return step + 1
-            if (step + 1) % epochs.num_steps == 0:
-                if not value <= worst or np.abs(vector - before).max() <= 1e-13 * np.abs(vector).max():
-                    return None
-                before = vector
-        return None
 
     def _change(self, k: float, *, is_short: bool = False) -> Matrix:
         """What one step adds to a state, as a matrix."""

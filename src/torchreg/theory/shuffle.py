@@ -12,10 +12,12 @@ independent from batch to batch; that is the approximation (Mishchenko, Khaled a
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from torchreg.theory.maps import symmetric_basis
 from torchreg.theory.moments import Matrix
 
 
@@ -80,6 +82,42 @@ class ShuffledEpochs:
         for position in range(self.num_steps):
             state = self.step(state, position, k)
         return self.second_moment(state)
+
+    def states(self, second_moment: Matrix, multiples: Sequence[float]) -> Iterator[Matrix]:
+        """The states before each step and after the last, with the rates times `multiples[t]` in step t."""
+        state = self.begin(second_moment)
+        yield state
+        for step, k in enumerate(multiples):
+            state = self.step(state, step % self.num_steps, k)
+            yield state
+
+    def steps_to(
+        self, weights: Matrix, limit: float, second_moment: Matrix, multiples: Sequence[float], most_steps: int
+    ) -> int | None:
+        """Steps after which Σ weights · E[z zᵀ] is first at most `limit`; None if never, or not in `most_steps`.
+
+        Step by step while `multiples` last, then by matrices: the last of them stays for ever after.
+        """
+        of_state = self.begin(weights)
+        state = np.zeros(())
+        for step, state in enumerate(self.states(second_moment, multiples)):
+            if np.sum(of_state * state) <= limit:
+                return step
+        basis, k = symmetric_basis(len(state)), multiples[-1]
+        of_basis = basis.reshape(-1, *state.shape)
+        moves = [basis @ self.step(of_basis, t, k).reshape(len(basis), -1).T for t in range(self.num_steps)]
+        vector, weight = basis @ state.ravel(), basis @ of_state.ravel()
+        before, worst = vector, 1e6 * (weight @ vector + limit)
+        for step in range(len(multiples), most_steps):
+            vector = moves[step % self.num_steps] @ vector
+            value = weight @ vector
+            if value <= limit:
+                return step + 1
+            if (step + 1) % self.num_steps == 0:
+                if not value <= worst or np.abs(vector - before).max() <= 1e-13 * np.abs(vector).max():
+                    return None
+                before = vector
+        return None
 
     @property
     def _inner(self) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
