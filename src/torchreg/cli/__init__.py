@@ -17,6 +17,7 @@ COMMANDS = {
     "plan": "predict stability, noise floor and steps to a target for many world sizes",
     "sweep": "train with many batch sizes or learning rates, prediction beside measurement",
     "verify": "check a distributed stack with known answers",
+    "report": "turn a campaign's records into one report",
     "data": "show, fetch or make the data",
 }
 _USAGE = """\
