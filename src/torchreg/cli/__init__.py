@@ -18,6 +18,7 @@ COMMANDS = {
     "sweep": "train with many batch sizes or learning rates, prediction beside measurement",
     "verify": "check a distributed stack with known answers",
     "scale": "measure how training scales, over many launches",
+    "report": "turn a campaign's records into one report",
     "data": "show, fetch or make the data",
 }
 _USAGE = """\

@@ -41,7 +41,7 @@ def analyse(records: Records) -> dict[str, Any]:
     excluded = left_out(records)
     machines = ", ".join(dict.fromkeys(launches["machine"]))
     campaigns = ", ".join(dict.fromkeys(launches["campaign"]))
-    num_damaged = sum(one.what == "record" for one in records.left_out)
+    num_unreadable = sum(not one.is_wrong_result for one in records.left_out)
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": KIND,
@@ -50,7 +50,7 @@ def analyse(records: Records) -> dict[str, Any]:
         "data_from_utc": _first(launches["started_utc"]),
         "data_to_utc": _last(pd.concat([launches["finished_utc"], launches["started_utc"]])),
         "sources": sources(launches),
-        "verdict": verdict(launches, points, groups, num_damaged),
+        "verdict": verdict(launches, points, groups, num_unreadable),
         "groups": groups,
         "cost": cost(launches),
         "provenance": provenance(records),

@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
@@ -115,7 +116,7 @@ def _fields(launch: Launch) -> Iterator[tuple[str, str]]:
 
 def left_out(records: Records) -> list[dict[str, Any]]:
     """What is in no statistics, with reasons."""
-    return [{"file": str(one.file), "what": one.what, "reason": one.reason} for one in records.left_out]
+    return [{**asdict(one), "file": str(one.file)} for one in records.left_out]
 
 
 def failures(records: Records) -> list[dict[str, Any]]:

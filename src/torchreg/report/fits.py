@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pandas as pd
 from torchreg.report.points import Point, over_launches
 from torchreg.report.series import Series
 from torchreg.scaling import models
+from torchreg.scaling.statistics import Vector
 
 _FURTHER = 8  # times the largest measured world size is where curves end
 _CURVE_POINTS = 24
@@ -23,20 +25,26 @@ def models_of(series: Series, points: Sequence[Point]) -> list[dict[str, Any]]:
     The last is fitted to all of `points` that share scope, features and way to train with the series, strong and weak
     together: only so do rows and ranks vary apart.
     """
-    times: dict[int, dict[int, float]] = {}
+    times: dict[Hashable, dict[int, float]] = {}
     for point in series.points:
         for block, seconds in point.step_times.items():
             times.setdefault(block, {})[point.world_size] = seconds
-    fits = [models.fit_amdahl(times)] if series.kind == "strong" else []
-    fits.append(models.fit_usl(times, lambda world_sizes: _rows(series, world_sizes)))
-    curve_at = _world_sizes(series)
-    found = [_model(fit, series, curve_at, curve_at) for fit in fits]
-    works = np.stack([curve_at, _rows(series, curve_at) / curve_at, np.full_like(curve_at, _message(series))], axis=1)
-    return [*found, _model(models.fit_mechanistic(_works(points)), series, curve_at, works)]
+    ranks = _world_sizes(series)
+    if series.kind == "strong":
+        fits = [models.fit_amdahl(times), models.fit_usl(times, global_batch_size=series.baseline.global_batch_size)]
+        rows = series.baseline.global_batch_size / ranks
+    else:
+        fits = [models.fit_usl(times, local_batch_size=round(series.baseline.local_batch_size))]
+        rows = np.full_like(ranks, series.baseline.local_batch_size)
+    works = np.stack([ranks, rows, np.full_like(ranks, series.points[-1].message_bytes)], axis=1)
+    return [
+        *(_model(fit, series, ranks, ranks) for fit in fits),
+        _model(models.fit_mechanistic(_works(points)), series, ranks, works),
+    ]
 
 
-def _works(points: Iterable[Point]) -> dict[int, dict[models.Work, float]]:
-    times: dict[int, dict[models.Work, float]] = {}
+def _works(points: Sequence[Point]) -> dict[Hashable, dict[models.Work, float]]:
+    times: dict[Hashable, dict[models.Work, float]] = {}
     message = max(point.message_bytes for point in points)  # of one rank too, which has none to send
     for point in points:
         work = models.Work(point.world_size, point.global_batch_size / point.world_size, message)
@@ -45,18 +53,7 @@ def _works(points: Iterable[Point]) -> dict[int, dict[models.Work, float]]:
     return times
 
 
-def _rows(series: Series, world_sizes: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Rows that all ranks take in a step."""
-    if series.kind == "strong":
-        return np.full(np.shape(world_sizes), float(series.baseline.global_batch_size))
-    return world_sizes * series.baseline.local_batch_size
-
-
-def _message(series: Series) -> int:
-    return series.points[-1].message_bytes
-
-
-def _world_sizes(series: Series) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _world_sizes(series: Series) -> Vector:
     """Where a curve is told: the measured world sizes, others between, and as many ranks more as still have rows."""
     measured = [point.world_size for point in series.points]
     last = measured[-1] * _FURTHER
@@ -66,13 +63,13 @@ def _world_sizes(series: Series) -> np.ndarray[Any, np.dtype[np.float64]]:
     return np.unique([*between, *measured]).astype(float)
 
 
-def _model(fit: models.Fit, series: Series, curve_at: Any, predict_at: Any) -> dict[str, Any]:
+def _model(fit: models.Fit, series: Series, ranks: Vector, predict_at: Vector) -> dict[str, Any]:
     largest = series.points[-1].world_size
     curve = []
     if fit.identifiable:
         curve = [
             {"world_size": int(p), "step_time_s": float(seconds), "extrapolated": bool(p > largest)}
-            for p, seconds in zip(curve_at, fit.predict(predict_at), strict=True)
+            for p, seconds in zip(ranks, fit.predict(predict_at), strict=True)
         ]
     return {**_fit_json(fit), "curve": curve}
 
@@ -89,25 +86,24 @@ def _fit_json(fit: models.Fit) -> dict[str, Any]:
     }
 
 
+_ALLREDUCE_KEY = ["way", "sync", "num_nodes", "ranks_per_node", "world_size"]
+
+
 def allreduce_of(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Time and bandwidth by message size for each way and number of ranks, with latency and bandwidth fitted."""
     found = []
-    keys = ["way", "sync", "num_nodes", "ranks_per_node", "world_size"]
-    for values, rows in table.groupby(keys, sort=True):
+    for _, rows in table.groupby(_ALLREDUCE_KEY, sort=True):
+        times: dict[Hashable, dict[int, float]] = {}
+        by_size: dict[int, list[float]] = {}
+        for block, size, seconds in zip(
+            rows["block"].tolist(), rows["message_bytes"].tolist(), rows["time_s"].tolist(), strict=True
+        ):
+            times.setdefault(block, {})[size] = seconds
+            by_size.setdefault(size, []).append(seconds)
         sizes = [
-            {
-                "message_bytes": int(size),
-                "time_s": over_launches(same["time_s"]),
-                "bandwidth": float(size / same["time_s"].median()),
-            }
-            for size, same in rows.groupby("message_bytes", sort=True)
+            {"message_bytes": size, "time_s": over_launches(by_size[size]), "bandwidth": size / median(by_size[size])}
+            for size in sorted(by_size)
         ]
-        times: Mapping[int, Mapping[int, float]] = {
-            int(block): {
-                int(size): float(seconds) for size, seconds in zip(one["message_bytes"], one["time_s"], strict=True)
-            }
-            for block, one in rows.groupby("block", sort=True)
-        }
-        key = {name: value if isinstance(value, str) else int(value) for name, value in zip(keys, values, strict=True)}
+        key = {name: rows[name].tolist()[0] for name in _ALLREDUCE_KEY}
         found.append({**key, "sizes": sizes, "fit": _fit_json(models.fit_allreduce(times))})
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,9 +34,14 @@ class Point:
     launches: pd.DataFrame
 
     @property
-    def step_times(self) -> dict[int, float]:
+    def step_times(self) -> dict[Hashable, float]:
         """Block → seconds."""
-        return {int(block): float(value) for block, value in self.launches["step_time_s"].items()}  # type: ignore[call-overload]
+        return dict(zip(self.launches.index.tolist(), self.launches["step_time_s"].tolist(), strict=True))
+
+    @property
+    def step_time(self) -> Estimate:
+        """The median over launches."""
+        return median_interval(self.launches["step_time_s"])
 
     @property
     def has_local_times(self) -> bool:
@@ -46,20 +51,25 @@ class Point:
 
 def points_of(group: str, table: pd.DataFrame) -> list[Point]:
     """The points of a group's launches, from rows of `points_table` whose check passed."""
-    points = []
-    for values, launches in table.groupby(_KEYS, sort=True):
-        key = dict(zip(_KEYS, values, strict=True))
-        setting = f"{key['optimizer']}-{key['sync']}-features-{key['num_features']}-batch-{key['global_batch_size']}"
-        points.append(
-            Point(
-                id=f"{group}-nodes-{key['num_nodes']}-ranks-{key['world_size']}-{setting}",
-                message_bytes=int(launches["message_bytes"].iloc[0]),
-                local_batch_size=float(launches["local_batch_size"].iloc[0]),
-                launches=launches.set_index("block").sort_index(),
-                **{field: value if isinstance(value, str) else int(value) for field, value in key.items()},
-            )
-        )
-    return points
+    return [_point(group, launches.set_index("block").sort_index()) for _, launches in table.groupby(_KEYS, sort=True)]
+
+
+def _point(group: str, launches: pd.DataFrame) -> Point:
+    key = launches[_KEYS].to_dict("records")[0]
+    setting = f"{key['optimizer']}-{key['sync']}-features-{key['num_features']}-batch-{key['global_batch_size']}"
+    return Point(
+        id=f"{group}-nodes-{key['num_nodes']}-ranks-{key['world_size']}-{setting}",
+        world_size=key["world_size"],
+        num_nodes=key["num_nodes"],
+        ranks_per_node=key["ranks_per_node"],
+        optimizer=key["optimizer"],
+        sync=key["sync"],
+        num_features=key["num_features"],
+        message_bytes=int(launches["message_bytes"].iloc[0]),
+        global_batch_size=key["global_batch_size"],
+        local_batch_size=float(launches["local_batch_size"].iloc[0]),
+        launches=launches,
+    )
 
 
 def point_json(point: Point) -> dict[str, Any]:

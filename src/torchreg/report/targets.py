@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -102,7 +102,11 @@ def soonest_and_cheapest(
         if row["time_s"] is not None
     ]
     measured = [row for row in rows if row["time_from"] == "measured"]
-    for cost in (lambda row: row["time_s"]["value"], lambda row: row["node_hours"]):
+    costs: tuple[Callable[[dict[str, Any]], float], ...] = (
+        lambda row: row["time_s"]["value"],
+        lambda row: row["node_hours"],
+    )
+    for cost in costs:
         ordered = sorted(measured or rows, key=lambda row: (cost(row), row["world_size"], row["series"]))
         if ordered:
             best = ordered[0]

@@ -54,11 +54,12 @@ class Failure:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Something that is in no statistics: the file, what it is, and the reason."""
+    """Something that is in no statistics: the file, what it is, the reason, and whether it is a failed check."""
 
     file: Path
     what: str
     reason: str
+    is_wrong_result: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,12 +113,13 @@ def _failed_checks(path: Path, name: str, content: Mapping[str, Any]) -> Iterato
     for point in content["points"]:
         if not point["check"]["passed"]:
             check = point["check"]
-            setting = f"{point['optimizer']}/{point['sync']}, {point['num_features']} features"
+            setting = f"{point['optimizer']}/{point['sync']}, num_features {point['num_features']}"
             yield LeftOut(
                 path,
-                f"point {setting}, global batch {point['global_batch_size']} of {name}",
+                f"point {setting}, global_batch_size {point['global_batch_size']} of {name}",
                 f"wrong result: {check['told']} (difference {_shown(check['difference'])}, allowed "
                 f"{_shown(check['tolerance'])})",
+                is_wrong_result=True,
             )
 
 
