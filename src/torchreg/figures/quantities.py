@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 _UNITS: dict[str, tuple[tuple[float, str], ...]] = {
-    "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns")),
-    "s/B": ((1e-6, "µs/B"), (1e-9, "ns/B"), (1e-12, "ps/B")),
+    "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"), (1e-12, "ps")),
     "B": ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B")),
     "B/s": ((1e9, "GB/s"), (1e6, "MB/s"), (1e3, "kB/s"), (1.0, "B/s")),
     "%": ((0.01, "%"),),
+    "samples/s": ((1e9, "G/s"), (1e6, "M/s"), (1e3, "k/s"), (1.0, "/s")),
 }
 
 
 def in_unit(values: Sequence[float], unit: str) -> str:
     """One value, or the two ends of an interval, in the multiple of `unit` that suits the largest of them.
 
-    `unit` is s, s/B, B, B/s, % (of fractions), any other word as it is, or "" for a bare number.
+    `unit` is s, s/anything, B, B/s, samples/s, % (of fractions), any other word as it is, or "" for a bare number.
     """
     largest = max(abs(value) for value in values)
-    multiples = _UNITS.get(unit, ((1.0, unit),))
+    time, per, thing = unit.partition("/")
+    if time == "s" and per:
+        multiples = tuple((scale, f"{name}/{thing}") for scale, name in _UNITS["s"])
+    else:
+        multiples = _UNITS.get(unit, ((1.0, unit),))
     # half a unit of the third digit: 0.9999 ms is written 1 ms, not 1000 µs
     scale, name = next((pair for pair in multiples if largest >= 0.9995 * pair[0]), multiples[-1])
     text = " – ".join(number(value / scale) for value in values)

@@ -7,7 +7,7 @@ import math
 import re
 import xml.etree.ElementTree as ET
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torchreg.figures.style import BLUE, GREEN, GREY, ORANGE, SKY, new_figure
 
@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.figure import Figure
 
-    from torchreg.figures.scaling import Look, Panel, Picture
+    from torchreg.figures.panels import Look
+    from torchreg.figures.scaling import Panel, Picture
 
 _PANEL_WIDTH = 3.3  # inches
 _TOP, _BOTTOM, _RIGHT = 0.3, 0.5, 0.12  # inches around the axes of a panel; its left margin is its own
-_STYLE = {
+_STYLE: Any = {
     "axes.grid": True,
     "axes.labelsize": 8.5,
     "axes.spines.right": False,
@@ -119,7 +120,7 @@ def _add_panel(figure: Figure, panel: Panel, left: float, bottom: float) -> None
     box = (left + panel.margin, bottom + _BOTTOM, _PANEL_WIDTH - panel.margin - right, panel.height)
     axes = figure.add_axes((box[0] / width, box[1] / height, box[2] / width, box[3] / height))
     axes.set_axisbelow(True)
-    axes.set_title(panel.title)
+    axes.set_title(panel.title, y=1.02)  # a place of its own choice costs a quarter of the time
     panel.draw(axes)
 
 
@@ -128,11 +129,11 @@ def _handle(look: Look, x: list[float], y: float) -> Artist:
     from matplotlib.patches import Rectangle
 
     if look.is_area:
-        alpha = 0.35 if look.colour == GREY and not look.hatch else 1
+        alpha = 0.35 if look.colour == GREY else 1  # as in the panels, where grey is a shade over a region
+        face = look.colour if look.filled else "none"
         return Rectangle(
-            (x[0], 0.1), x[1] - x[0], 0.8, facecolor=look.colour, hatch=look.hatch, alpha=alpha, linewidth=0,
-            label=look.label,
-        )  # fmt: skip
+            (x[0], 0.1), x[1] - x[0], 0.8, facecolor=face, hatch=look.hatch, alpha=alpha, linewidth=0, label=look.label
+        )
     middle = [x[0], (x[0] + x[1]) / 2, x[1]]
     return Line2D(
         middle, [y] * 3, color=look.colour, marker=look.marker, linestyle=look.dashes, linewidth=look.width,
@@ -142,7 +143,9 @@ def _handle(look: Look, x: list[float], y: float) -> Artist:
 
 def _as_element(figure: Figure, name: str, says: str | None) -> str:
     file = io.BytesIO()
-    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    figure.savefig(
+        file, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+    )
     root = ET.fromstring(file.getvalue())
     for parent in list(root.iter()):
         for child in list(parent):
@@ -187,4 +190,3 @@ def _in_page(key: str, value: str, name: str) -> str:
         for colour, variable in _VARIABLES.items():
             value = value.replace(colour.lower(), f"var({variable})")
     return value
-

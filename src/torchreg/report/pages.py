@@ -23,7 +23,7 @@ def write_pages(report: dict[str, Any], folder: Path) -> list[Path]:
     the same bytes.
     """
     sections = sections_of(report)
-    files = {}
+    files: dict[str, bytes] = {}
     for picture in _pictures(sections):
         files |= picture_files(picture)
     files[MARKDOWN_FILE] = _render("report.md.j2", report, sections).encode()
@@ -59,6 +59,7 @@ def _render(template: str, report: dict[str, Any], sections: list[Section]) -> s
         report=report,
         verdict=report["verdict"],
         status=_STATUS.get(report["verdict"]["correct"]["status"], _STATUS["unknown"]),
+        lines=_verdict_lines(report["verdict"]),
         few=_FEW_LINES,
         sections=sections,
         panels=lambda picture: [Markup(element) for element in inline_panels(picture)],
@@ -68,8 +69,18 @@ def _render(template: str, report: dict[str, Any], sections: list[Section]) -> s
     return re.sub(r"\n{3,}", "\n\n", page) if is_markdown else page
 
 
+def _verdict_lines(verdict: dict[str, Any]) -> list[str]:
+    """The verdict's sentences, none of them twice."""
+    said = [line for line in verdict["lines"] if line != verdict["correct"]["text"]]
+    for name in ("soonest", "cheapest"):
+        best = verdict[name]
+        if best and not any(line.endswith(best["text"]) for line in said):
+            said.append(f"{name.capitalize()}: {best['text']}")
+    return said
+
+
 def _in_markdown(text: str) -> str:
-    """Text that shows as it is in GitHub's Markdown, in a line or in a cell of a table: no markup, no link, no break."""
+    """Text that shows as it is in GitHub's Markdown, in a line or a cell of a table: no markup, no link, no break."""
     line = " ".join(text.split())
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     line = re.sub(r"([\\`*_\[\]|~#$!])", r"\\\1", line)

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torchreg.figures.panels import best_model, combination_of
 from torchreg.figures.quantities import bytes_text, count, in_unit, number
 from torchreg.figures.scaling import (
     Picture,
-    best_model,
-    combination_of,
     draw_allreduce,
     draw_breakdown,
     draw_models,
@@ -87,32 +86,37 @@ def _series_verdicts(report: Json) -> list[Section]:
     rows = []
     for name in dict.fromkeys([*scaling, *bounds]):
         far, bound = scaling.get(name), bounds.get(name)
+        title = series[name]["title"] if name in series else name
         rows.append(
             (
-                _word(series[name]["title"] if name in series else name),
+                _word(title),
                 _count(far["largest_efficient_world_size"] if far else None),
-                _word(far["text"] if far else None),
-                _word(bound["what"] if bound else None),
-                _word(bound["text"] if bound else None),
+                _word(_after(title, far["text"]) if far else None),
+                _word(_after(title, bound["text"]) if bound else None),
             )
         )
     if not rows:
         return []
-    columns = ("series", "scales well up to (ranks)", "that is", "bound by", "that is")
-    return [Section("series", "How far each series scales, and what bounds it", tables=(_table("Series", columns, rows),))]
+    columns = ("series", "scales well up to (ranks)", "that is", "bound by")
+    return [
+        Section("series", "How far each series scales, and what bounds it", tables=(_table("Series", columns, rows),))
+    ]
+
+
+def _after(title: str, text: str) -> str:
+    """A sentence without the title that stands before it in the same row."""
+    return text.removeprefix(title).lstrip(" :")
 
 
 def _group(group: Json, index: int) -> Section:
     anchor = f"group-{index}"
-    versions = ", ".join(f"{name} {version}" for name, version in group["versions"].items() if version)
+    names = ("machine", "device_name", "backend", "dtype", "runtime")
+    shared = [f"{name.replace('_name', '')} {group[name]}" for name in names if group[name]]
+    shared += [f"{name} {version}" for name, version in group["versions"].items() if version]
     return Section(
         anchor,
         f"Measurements{f' {index}' if index > 1 else ''}: {group['title']}",
-        (
-            f"Machine {_said(group['machine'])}, device {_said(group['device_name'])}, backend {_said(group['backend'])}, "
-            f"{group['dtype']}, runtime {_said(group['runtime'])}{f', {versions}' if versions else ''}. Launches that "
-            "differ in any of these are not compared with each other.",
-        ),
+        (f"{', '.join(shared)}. Launches that differ in any of these are not compared with each other.",),
         sections=tuple(
             part
             for part in (
@@ -132,7 +136,7 @@ def _group(group: Json, index: int) -> Section:
 def _points(group: Json, anchor: str) -> Section:
     columns = (
         "ranks", "nodes", "combination", "message", "global batch", "launches", "step time", "spread",
-        "slowest / median rank", "throughput (samples/s)",
+        "slowest / median rank", "samples in a second",
     )  # fmt: skip
 
     def row(point: Json) -> tuple[Cell, ...]:
@@ -140,19 +144,19 @@ def _points(group: Json, anchor: str) -> Section:
             _count(point["world_size"]), _count(point["num_nodes"]), _word(combination_of(point)),
             _bytes(point["message_bytes"]), _count(point["global_batch_size"]), _count(point["num_launches"]),
             _estimate(point["step_time_s"], "s"), _plain(point["spread"], "%"),
-            _estimate(point["slowest_over_median"], ""), _estimate(point["throughput"], ""),
+            _estimate(point["slowest_over_median"], ""), _estimate(point["throughput"], "samples/s"),
         )  # fmt: skip
 
-    places = {"Within a node": lambda nodes: nodes == 1, "Across nodes": lambda nodes: nodes > 1}
+    points = sorted(group["points"], key=_order)
     tables = [
-        _table(title, columns, map(row, sorted((p for p in group["points"] if is_there(p["num_nodes"])), key=_order)))
-        for title, is_there in places.items()
+        _table("Within a node", columns, (row(point) for point in points if point["num_nodes"] == 1)),
+        _table("Across nodes", columns, (row(point) for point in points if point["num_nodes"] > 1)),
     ]
     return Section(
         f"{anchor}-points",
         "Points",
         (
-            "A step's time is the slowest rank's. Each number is the median over launches, with its 95 % interval below; "
+            "A step's time is the slowest rank's. Each number is the median over launches with its 95 % interval; "
             "spread is the interquartile range over the median.",
         ),
         tables=tuple(table for table in tables if table.rows),
@@ -165,7 +169,7 @@ def _order(point: Json) -> tuple[Any, ...]:
 
 def _scaling(group: Json, index: int, kind: str) -> Section | None:
     columns = (
-        "combination", "message", "batch", "ranks", "nodes", "p0", "speedup", "efficiency", "throughput (samples/s)",
+        "combination", "message", "batch", "ranks", "nodes", "p0", "speedup", "efficiency", "samples in a second",
         *(("Karp–Flatt",) if kind == "strong" else ()),
     )  # fmt: skip
 
@@ -175,7 +179,7 @@ def _scaling(group: Json, index: int, kind: str) -> Section | None:
                 yield (
                     *_setting(one), _count(point["world_size"]), _count(point["num_nodes"]),
                     _count(one["baseline_world_size"]), _estimate(point["speedup"], ""),
-                    _estimate(point["efficiency"], "%"), _estimate(point["throughput"], ""),
+                    _estimate(point["efficiency"], "%"), _estimate(point["throughput"], "samples/s"),
                     *((_estimate(point["karp_flatt"], ""),) if kind == "strong" else ()),
                 )  # fmt: skip
 
@@ -195,7 +199,7 @@ def _scaling(group: Json, index: int, kind: str) -> Section | None:
 def _breakdown(group: Json, index: int) -> Section | None:
     columns = (
         "ranks", "nodes", "combination", "message", "global batch", "step", "rows", "compute",
-        "exposed communication", "waiting",
+        "exposed communication", "slowest over median rank",
     )  # fmt: skip
 
     def table(scope: str) -> Table:
@@ -225,9 +229,7 @@ def _allreduce(group: Json, index: int) -> Section | None:
     if not picture:
         return None
     measured = sorted(group["allreduce"], key=lambda one: (one["num_nodes"] > 1, one["num_nodes"], one["world_size"]))
-    fits = (
-        (_word(one["way"]), _word(place_text(one)), *_fit_cells(one["fit"])) for one in measured if one["fit"]
-    )
+    fits = ((_word(one["way"]), _word(place_text(one)), *_fit_cells(one["fit"])) for one in measured if one["fit"])
     sizes = (
         (
             _word(one["way"]), _word(place_text(one)), _bytes(size["message_bytes"]), _estimate(size["time_s"], "s"),
@@ -307,7 +309,8 @@ def _targets(group: Json, index: int) -> Section | None:
     stable = tuple(
         f"{series[target['series']]['title']}: stable up to {place}"
         for target in group["targets"]
-        if (most := target["stable_up_to_world_size"]) is not None
+        if not all(row["is_stable"] for row in target["rows"])
+        for most in [target["stable_up_to_world_size"]]
         for place in [f"{most} rank{'s' * (most != 1)}" if most else "no world size"]
     )
     steps = draw_steps(group, index)
@@ -362,18 +365,14 @@ def _provenance(report: Json) -> Section:
 
 
 def _excluded(report: Json) -> Section:
-    failed = [
-        tuple(_word(launch[name]) for name in ("launch", "reason", "file", "log")) for launch in report["failed"]
-    ]
+    failed = [tuple(_word(launch[name]) for name in ("launch", "reason", "file", "log")) for launch in report["failed"]]
     excluded = [tuple(_word(record[name]) for name in ("what", "reason", "file")) for record in report["excluded"]]
     tables = [
         _table("Failed launches", ("launch", "reason", "record", "log"), failed),
         _table("Left out of all statistics", ("what", "reason", "file"), excluded),
     ]
     words = () if failed or excluded else ("No launch failed, and nothing was left out.",)
-    return Section(
-        "excluded", "Failed and left out", words, tables=tuple(table for table in tables if table.rows)
-    )
+    return Section("excluded", "Failed and left out", words, tables=tuple(table for table in tables if table.rows))
 
 
 def _method(report: Json) -> Section:
@@ -460,6 +459,8 @@ def _estimate(estimate: Json | None, unit: str, missing: tuple[str, str] = _NONE
     text = in_unit([estimate["value"]], unit)
     if estimate["low"] is None:
         return Cell(text, "–", _FEW[0])
+    if estimate["high"] is None:  # so many launches missed the target that the interval has no upper end
+        return Cell(text, f"{in_unit([estimate['low']], unit)} or more")
     return Cell(text, in_unit([estimate["low"], estimate["high"]], unit))
 
 
