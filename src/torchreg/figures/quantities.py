@@ -9,14 +9,15 @@ _UNITS: dict[str, tuple[tuple[float, str], ...]] = {
     "B": ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B")),
     "B/s": ((1e9, "GB/s"), (1e6, "MB/s"), (1e3, "kB/s"), (1.0, "B/s")),
     "%": ((0.01, "%"),),
-    "samples/s": ((1e9, "G/s"), (1e6, "M/s"), (1e3, "k/s"), (1.0, "/s")),
+    "samples/s": ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, "")),
 }
 
 
 def in_unit(values: Sequence[float], unit: str) -> str:
     """One value, or the two ends of an interval, in the multiple of `unit` that suits the largest of them.
 
-    `unit` is s, s/anything, B, B/s, samples/s, % (of fractions), any other word as it is, or "" for a bare number.
+    `unit` is s, s/anything, B, B/s, % (of fractions), samples/s (of which only k, M or G is written), any other word as
+    it is, or "" for a bare number.
     """
     largest = max(abs(value) for value in values)
     time, per, thing = unit.partition("/")

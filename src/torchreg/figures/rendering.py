@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from torchreg.figures.panels import Look
     from torchreg.figures.scaling import Panel, Picture
 
-_PANEL_WIDTH = 3.3  # inches
+_PANEL_WIDTH = 3.1  # inches
+_SWATCH = "swatch-of-a-look"  # what its ids begin with until it is in a picture's legend
 _TOP, _BOTTOM, _RIGHT = 0.3, 0.5, 0.12  # inches around the axes of a panel; its left margin is its own
 _STYLE: Any = {
     "axes.grid": True,
@@ -70,22 +71,23 @@ def inline_panels(picture: Picture) -> list[str]:
     return elements
 
 
+def inline_legend(picture: Picture) -> list[tuple[str, str]]:
+    """What stands before each name in the legend, as an `<svg>` element without a title, and the name."""
+    return [
+        (_swatch(look).replace(_SWATCH, f"{picture.name}-swatch-{index + 1}"), look.label)
+        for index, look in enumerate(picture.legend)
+    ]
+
+
 @lru_cache(maxsize=64)
-def swatch(look: Look) -> str:
-    """What stands before a name in a legend, as an `<svg>` element without a title: the name follows it."""
+def _swatch(look: Look) -> str:
     from matplotlib import rc_context
 
     with rc_context(_STYLE):
         figure = new_figure(0.42, 0.15)
         figure.set_layout_engine("none")
         figure.add_artist(_handle(look, [0.02, 0.98], 0.5))
-        key = re.sub(r"[^a-z0-9]+", "-", look.label.lower())
-        return _as_element(figure, f"swatch-{key}-{abs(hash_of(look)):x}", None)
-
-
-def hash_of(look: Look) -> int:
-    """A number that is the same in each run, unlike `hash`."""
-    return int.from_bytes(repr(look).encode(), "big") % 1_000_003
+        return _as_element(figure, _SWATCH, None)
 
 
 def _whole_figure(picture: Picture) -> Figure:

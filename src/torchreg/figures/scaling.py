@@ -144,9 +144,9 @@ def draw_breakdown(group: Json, number: int, kind: str, scope: str) -> Picture |
         f"figure-{number}-breakdown-{kind}-{slug(scope)}",
         f"Where a step's time goes, {kind} scaling, {scope}",
         f"Where a step's time goes, {kind} scaling, {scope}: a bar for each combination and number of ranks, its parts "
-        "as shares of the median step time, which stands at its right. Exposed communication is the step minus the same "
-        "step without averaging. Parts are medians taken one by one, so they need not add up to 100 %. Hatched is by "
-        "how much the slowest rank is slower than the median one: a part of the others, not one more. "
+        "as shares of the median step time, which stands at its right. Exposed communication is the step minus the "
+        "same step without averaging. Parts are medians taken one by one, so they need not add up to 100 %. Hatched is "
+        "by how much the slowest rank is slower than the median one: a part of the others, not one more. "
         f"Source: points of group {number} in report.json; points.csv.",
         tuple(look for look in (_ROWS, _COMPUTE, _EXPOSED, _NOT_TOLD_APART, _IMBALANCE) if look in used),
         tuple(
@@ -194,8 +194,8 @@ def draw_models(group: Json, number: int, kind: str, scope: str) -> Picture | No
         f"figure-{number}-models-{kind}-{slug(scope)}",
         f"Models of the step time, {kind} scaling, {scope}",
         f"Models of the step time, {kind} scaling, {scope}: measured medians with 95 % intervals, and for each series "
-        "the identifiable model that predicts left-out world sizes best (the table says which). In the shaded part nothing "
-        f"was measured: dashed lines are extrapolated. Source: models of group {number} in report.json.",
+        "the identifiable model that predicts left-out world sizes best (the table says which). In the shaded part "
+        f"nothing was measured: dashed lines are extrapolated. Source: models of group {number} in report.json.",
         (*(looks[name] for name in _combinations(series)), _FIT, _EXTRAPOLATED),
         tuple(
             Panel(
@@ -271,9 +271,9 @@ def draw_steps(group: Json, number: int) -> Picture | None:
     return Picture(
         f"figure-{number}-steps",
         "Statistical efficiency: steps to the target",
-        "Statistical efficiency: steps to the target by global batch, predicted by theory (line) and measured (markers, "
-        "medians with 95 % intervals); and the learning rates as a multiple of the stability limit. Where that is above "
-        f"1, shaded, training diverges and never gets there. Source: targets of group {number} in report.json.",
+        "Statistical efficiency: steps to the target by global batch, predicted by theory (line) and measured "
+        "(markers, medians with 95 % intervals); and the learning rates as a multiple of the stability limit. Where that is "
+        f"above 1, shaded, training diverges and never gets there. Source: targets of group {number} in report.json.",
         (*named.values(), _PREDICTED, _UNSTABLE),
         tuple(panels),
         2,
@@ -395,9 +395,10 @@ def _value(estimate: Json | None) -> float | None:
 def _last_values(series: Iterable[Json], measure: str) -> str:
     """What the lines end at."""
     unit = {"efficiency": "%", "throughput": "samples/s"}.get(measure, "")
+    per = " samples/s" if measure == "throughput" else ""
     ends = ((one, one["points"][-1]) for one in series)
     told = (
-        f"{combination_of(one)} {in_unit([last[measure]['value']], unit)} at {last['world_size']}"
+        f"{combination_of(one)} {in_unit([last[measure]['value']], unit)}{per} at {last['world_size']}"
         for one, last in ends
         if last[measure]
     )

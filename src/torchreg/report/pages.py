@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from torchreg.figures.rendering import inline_panels, picture_files, swatch
+from torchreg.figures.rendering import inline_legend, inline_panels, picture_files
 from torchreg.figures.scaling import Picture
 from torchreg.files import write_atomically
 from torchreg.report.sections import Section, sections_of
@@ -59,24 +59,29 @@ def _render(template: str, report: dict[str, Any], sections: list[Section]) -> s
         report=report,
         verdict=report["verdict"],
         status=_STATUS.get(report["verdict"]["correct"]["status"], _STATUS["unknown"]),
-        lines=_verdict_lines(report["verdict"]),
+        verdict_lines=_verdict_lines(report),
         few=_FEW_LINES,
         sections=sections,
         panels=lambda picture: [Markup(element) for element in inline_panels(picture)],
         heading=lambda level: Markup("#" * level),
-        swatch=lambda look: Markup(swatch(look)),
+        legend=lambda picture: [(Markup(element), name) for element, name in inline_legend(picture)],
     )
     return re.sub(r"\n{3,}", "\n\n", page) if is_markdown else page
 
 
-def _verdict_lines(verdict: dict[str, Any]) -> list[str]:
-    """The verdict's sentences, none of them twice."""
-    said = [line for line in verdict["lines"] if line != verdict["correct"]["text"]]
+def _verdict_lines(report: dict[str, Any]) -> dict[str, list[str]]:
+    """The verdict's sentences, none of them twice, by the group that they speak of; "" for those of all."""
+    verdict, said = report["verdict"], {"": list[str]()}
+    titles = [group["title"] for group in report["groups"]]
+    for line in verdict["lines"]:
+        title = next((title for title in titles if line.startswith(f"{title}: ")), "")
+        if line != verdict["correct"]["text"]:
+            said.setdefault(title, []).append(line.removeprefix(f"{title}: ") if title else line)
     for name in ("soonest", "cheapest"):
         best = verdict[name]
-        if best and not any(line.endswith(best["text"]) for line in said):
-            said.append(f"{name.capitalize()}: {best['text']}")
-    return said
+        if best and not any(best["text"] in line for lines in said.values() for line in lines):
+            said[""].append(best["text"])
+    return {title: lines for title, lines in said.items() if lines}
 
 
 def _in_markdown(text: str) -> str:

@@ -136,7 +136,7 @@ def _group(group: Json, index: int) -> Section:
 def _points(group: Json, anchor: str) -> Section:
     columns = (
         "ranks", "nodes", "combination", "message", "global batch", "launches", "step time", "spread",
-        "slowest / median rank", "samples in a second",
+        "slowest / median rank", "samples/s",
     )  # fmt: skip
 
     def row(point: Json) -> tuple[Cell, ...]:
@@ -164,12 +164,12 @@ def _points(group: Json, anchor: str) -> Section:
 
 
 def _order(point: Json) -> tuple[Any, ...]:
-    return point["message_bytes"], combination_of(point), point["global_batch_size"], point["world_size"]
+    return point["message_bytes"], point["optimizer"], point["global_batch_size"], point["world_size"], point["sync"]
 
 
 def _scaling(group: Json, index: int, kind: str) -> Section | None:
     columns = (
-        "combination", "message", "batch", "ranks", "nodes", "p0", "speedup", "efficiency", "samples in a second",
+        "combination", "message", "batch", "ranks", "nodes", "p0", "speedup", "efficiency", "samples/s",
         *(("Karp–Flatt",) if kind == "strong" else ()),
     )  # fmt: skip
 
@@ -184,8 +184,8 @@ def _scaling(group: Json, index: int, kind: str) -> Section | None:
                 )  # fmt: skip
 
     words = {
-        "strong": "The global batch stays the same; speedup is T(p0) / T(p), efficiency is speedup × p0 / p. Karp–Flatt "
-        "is (1/S − 1/q) / (1 − 1/q) with S the speedup and q = p / p0.",
+        "strong": "The global batch stays the same; speedup is T(p0) / T(p), efficiency is speedup × p0 / p. "
+        "Karp–Flatt is (1/S − 1/q) / (1 − 1/q) with S the speedup and q = p / p0.",
         "weak": "The batch of each rank stays the same; efficiency is T(p0) / T(p), the scaled speedup is "
         "efficiency × p / p0.",
     }
@@ -199,7 +199,7 @@ def _scaling(group: Json, index: int, kind: str) -> Section | None:
 def _breakdown(group: Json, index: int) -> Section | None:
     columns = (
         "ranks", "nodes", "combination", "message", "global batch", "step", "rows", "compute",
-        "exposed communication", "slowest over median rank",
+        "exposed communication", "slowest − median rank",
     )  # fmt: skip
 
     def table(scope: str) -> Table:
@@ -316,8 +316,8 @@ def _targets(group: Json, index: int) -> Section | None:
     steps = draw_steps(group, index)
     section = _by_scope(
         group, f"group-{index}-targets", "Time to the target",
-        f"Statistical × hardware efficiency: the target is {_target_text(group)} above the best loss. Predicted steps come "
-        "from theory alone; times step time they are the predicted time to the target, and times nodes the node-hours.",
+        f"Statistical × hardware efficiency: the target is {_target_text(group)} above the best loss. Predicted steps "
+        "come from theory alone; times step time they are the predicted time to the target, and times nodes the node-hours.",
         lambda scope: [draw_targets(group, index, scope)],
         lambda scope: [
             _table(f"Time to the target, {kind} scaling, {scope}", columns, rows(scope, kind))
@@ -335,17 +335,13 @@ def _cost(report: Json) -> Section:
     cost = report["cost"]
     rows = [
         (
-            _word(source["folder"]), _word(source["campaign"]), _word(source["machine"]), _count(source["num_launches"]),
-            _count(source["num_failed"]), _word(", ".join(source["job_ids"])),
+            *(_word(source[name]) for name in ("folder", "campaign", "machine")),
+            _count(source["num_launches"]), _count(source["num_failed"]), _word(", ".join(source["job_ids"]) or None),
         )
         for source in report["sources"]
     ]  # fmt: skip
-    facts = (
-        f"{count(cost['launches'])} launches, {number(cost['node_hours'])} node-hours, "
-        f"{in_unit([cost['wall_s']], 's')} of launches one after the other."
-    )
     columns = ("folder", "campaign", "machine", "launches", "failed", "jobs")
-    return Section("cost", "Cost", (cost["text"], facts), tables=(_table("Sources", columns, rows),))
+    return Section("cost", "Cost", (cost["text"],), tables=(_table("Sources", columns, rows),))
 
 
 def _provenance(report: Json) -> Section:
@@ -365,10 +361,17 @@ def _provenance(report: Json) -> Section:
 
 
 def _excluded(report: Json) -> Section:
-    failed = [tuple(_word(launch[name]) for name in ("launch", "reason", "file", "log")) for launch in report["failed"]]
+    failed = [
+        (
+            *(_word(launch[name]) for name in ("launch", "reason")),
+            _word("yes" if launch.get("is_retried") else "no"),
+            *(_word(launch[name]) for name in ("file", "log")),
+        )
+        for launch in report["failed"]
+    ]
     excluded = [tuple(_word(record[name]) for name in ("what", "reason", "file")) for record in report["excluded"]]
     tables = [
-        _table("Failed launches", ("launch", "reason", "record", "log"), failed),
+        _table("Failed launches", ("launch", "reason", "a later try went well", "record", "log"), failed),
         _table("Left out of all statistics", ("what", "reason", "file"), excluded),
     ]
     words = () if failed or excluded else ("No launch failed, and nothing was left out.",)
@@ -461,6 +464,8 @@ def _estimate(estimate: Json | None, unit: str, missing: tuple[str, str] = _NONE
         return Cell(text, "–", _FEW[0])
     if estimate["high"] is None:  # so many launches missed the target that the interval has no upper end
         return Cell(text, f"{in_unit([estimate['low']], unit)} or more")
+    if estimate["low"] == estimate["high"]:  # a baseline's ratio to itself
+        return Cell(text)
     return Cell(text, in_unit([estimate["low"], estimate["high"]], unit))
 
 
