@@ -1,0 +1,476 @@
+"""A report as sections of words, tables and pictures: what the HTML page and the Markdown page both show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torchreg.figures.panels import best_model, combination_of
+from torchreg.figures.quantities import bytes_text, count, in_unit, number
+from torchreg.figures.scaling import (
+    Picture,
+    draw_allreduce,
+    draw_breakdown,
+    draw_models,
+    draw_scaling,
+    draw_steps,
+    draw_targets,
+    place_text,
+    scopes_of,
+    slug,
+)
+
+Json = dict[str, Any]
+
+_LONG = 14  # rows; a longer table waits behind its title
+_FEW = ("a", "too few launches for a 95 % interval: it needs 6")
+_NONE = ("b", "not measured, or without meaning at this point")
+_NEVER = ("c", "never: training diverges or its noise floor lies above the target")
+_NOT_REACHED = ("d", "the target was not reached, or was not tried")
+_NOT_TOLD = ("e", "not recorded")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value with its interval; `note` is the letter of the footnote that says why something is missing."""
+
+    text: str
+    interval: str = ""
+    note: str = ""
+    is_number: bool = True
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns, rows, and the footnotes that its cells refer to."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    notes: tuple[tuple[str, str], ...]
+
+    @property
+    def is_long(self) -> bool:
+        """Too long to be shown unasked."""
+        return len(self.rows) > _LONG
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what is under it; `anchor` is unique in the page."""
+
+    anchor: str
+    title: str
+    words: tuple[str, ...] = ()
+    points: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+    sections: tuple[Section, ...] = ()
+
+
+def sections_of(report: Json) -> list[Section]:
+    """Everything below the verdict, in the order in which a reader asks for it."""
+    groups = [_group(group, index) for index, group in enumerate(report["groups"], 1)]
+    if not groups:
+        groups = [Section("groups", "Measurements", ("No launch left a valid record, so there is nothing to show.",))]
+    return [*_series_verdicts(report), *groups, _cost(report), _provenance(report), _excluded(report), _method(report)]
+
+
+def _series_verdicts(report: Json) -> list[Section]:
+    verdict = report["verdict"]
+    series = {one["id"]: one for group in report["groups"] for one in group["series"]}
+    scaling = {one["series"]: one for one in verdict["scaling"]}
+    bounds = {one["series"]: one for one in verdict["bound_by"]}
+    rows = []
+    for name in dict.fromkeys([*scaling, *bounds]):
+        far, bound = scaling.get(name), bounds.get(name)
+        title = series[name]["title"] if name in series else name
+        rows.append(
+            (
+                _word(title),
+                _count(far["largest_efficient_world_size"] if far else None),
+                _word(_after(title, far["text"]) if far else None),
+                _word(_after(title, bound["text"]) if bound else None),
+            )
+        )
+    if not rows:
+        return []
+    columns = ("series", "scales well up to (ranks)", "that is", "bound by")
+    return [
+        Section("series", "How far each series scales, and what bounds it", tables=(_table("Series", columns, rows),))
+    ]
+
+
+def _after(title: str, text: str) -> str:
+    """A sentence without the title that stands before it in the same row."""
+    return text.removeprefix(title).lstrip(" :")
+
+
+def _group(group: Json, index: int) -> Section:
+    anchor = f"group-{index}"
+    names = ("machine", "device_name", "backend", "dtype", "runtime")
+    shared = [f"{name.replace('_name', '')} {group[name]}" for name in names if group[name]]
+    shared += [f"{name} {version}" for name, version in group["versions"].items() if version]
+    return Section(
+        anchor,
+        f"Measurements{f' {index}' if index > 1 else ''}: {group['title']}",
+        (f"{', '.join(shared)}. Launches that differ in any of these are not compared with each other.",),
+        sections=tuple(
+            part
+            for part in (
+                _points(group, anchor),
+                _scaling(group, index, "strong"),
+                _scaling(group, index, "weak"),
+                _breakdown(group, index),
+                _allreduce(group, index),
+                _models(group, index),
+                _targets(group, index),
+            )
+            if part
+        ),
+    )
+
+
+def _points(group: Json, anchor: str) -> Section:
+    columns = (
+        "ranks", "nodes", "combination", "message", "global batch", "launches", "step time", "spread",
+        "slowest / median rank", "samples/s",
+    )  # fmt: skip
+
+    def row(point: Json) -> tuple[Cell, ...]:
+        return (
+            _count(point["world_size"]), _count(point["num_nodes"]), _word(combination_of(point)),
+            _bytes(point["message_bytes"]), _count(point["global_batch_size"]), _count(point["num_launches"]),
+            _estimate(point["step_time_s"], "s"), _plain(point["spread"], "%"),
+            _estimate(point["slowest_over_median"], ""), _estimate(point["throughput"], "samples/s"),
+        )  # fmt: skip
+
+    points = sorted(group["points"], key=_order)
+    tables = [
+        _table("Within a node", columns, (row(point) for point in points if point["num_nodes"] == 1)),
+        _table("Across nodes", columns, (row(point) for point in points if point["num_nodes"] > 1)),
+    ]
+    return Section(
+        f"{anchor}-points",
+        "Points",
+        (
+            "A step's time is the slowest rank's. Each number is the median over launches with its 95 % interval; "
+            "spread is the interquartile range over the median.",
+        ),
+        tables=tuple(table for table in tables if table.rows),
+    )
+
+
+def _order(point: Json) -> tuple[Any, ...]:
+    return point["message_bytes"], point["optimizer"], point["global_batch_size"], point["world_size"], point["sync"]
+
+
+def _scaling(group: Json, index: int, kind: str) -> Section | None:
+    columns = (
+        "combination", "message", "batch", "ranks", "nodes", "p0", "speedup", "efficiency", "samples/s",
+        *(("Karp–Flatt",) if kind == "strong" else ()),
+    )  # fmt: skip
+
+    def rows(scope: str) -> Iterable[tuple[Cell, ...]]:
+        for one in _series(group, kind, scope):
+            for point in one["points"]:
+                yield (
+                    *_setting(one), _count(point["world_size"]), _count(point["num_nodes"]),
+                    _count(one["baseline_world_size"]), _estimate(point["speedup"], ""),
+                    _estimate(point["efficiency"], "%"), _estimate(point["throughput"], "samples/s"),
+                    *((_estimate(point["karp_flatt"], ""),) if kind == "strong" else ()),
+                )  # fmt: skip
+
+    words = {
+        "strong": "The global batch stays the same; speedup is T(p0) / T(p), efficiency is speedup × p0 / p. "
+        "Karp–Flatt is (1/S − 1/q) / (1 − 1/q) with S the speedup and q = p / p0.",
+        "weak": "The batch of each rank stays the same; efficiency is T(p0) / T(p), the scaled speedup is "
+        "efficiency × p / p0.",
+    }
+    return _by_scope(
+        group, f"group-{index}-{kind}", f"{kind.capitalize()} scaling", words[kind],
+        lambda scope: [draw_scaling(group, index, kind, scope)],
+        lambda scope: [_table(f"{kind.capitalize()} scaling, {scope}", columns, rows(scope))],
+    )  # fmt: skip
+
+
+def _breakdown(group: Json, index: int) -> Section | None:
+    columns = (
+        "ranks", "nodes", "combination", "message", "global batch", "step", "rows", "compute",
+        "exposed communication", "slowest − median rank",
+    )  # fmt: skip
+
+    def table(scope: str) -> Table:
+        named = {row["point"] for one in group["series"] if one["scope"] == scope for row in one["points"]}
+        rows = (
+            (
+                _count(point["world_size"]), _count(point["num_nodes"]), _word(combination_of(point)),
+                _bytes(point["message_bytes"]), _count(point["global_batch_size"]),
+                *(
+                    _estimate(point[name], "s")
+                    for name in ("step_time_s", "rows_time_s", "compute_time_s", "exposed_time_s", "imbalance_time_s")
+                ),
+            )
+            for point in sorted((point for point in group["points"] if point["id"] in named), key=_order)
+        )  # fmt: skip
+        return _table(f"Parts of a step, {scope}", columns, rows)
+
+    return _by_scope(
+        group, f"group-{index}-breakdown", "Where a step's time goes", "",
+        lambda scope: [draw_breakdown(group, index, kind, scope) for kind in ("strong", "weak")],
+        lambda scope: [table(scope)],
+    )  # fmt: skip
+
+
+def _allreduce(group: Json, index: int) -> Section | None:
+    picture = draw_allreduce(group, index)
+    if not picture:
+        return None
+    measured = sorted(group["allreduce"], key=lambda one: (one["num_nodes"] > 1, one["num_nodes"], one["world_size"]))
+    fits = ((_word(one["way"]), _word(place_text(one)), *_fit_cells(one["fit"])) for one in measured if one["fit"])
+    sizes = (
+        (
+            _word(one["way"]), _word(place_text(one)), _bytes(size["message_bytes"]), _estimate(size["time_s"], "s"),
+            _plain(size["bandwidth"], "B/s"),
+        )
+        for one in measured
+        for size in one["sizes"]
+    )  # fmt: skip
+    return Section(
+        f"group-{index}-allreduce",
+        "All-reduce",
+        ("Latency α and time per byte β of one all-reduce by itself, without any training. Bandwidth is the message's "
+         "bytes over its time.",),
+        tables=(
+            _table("Fits", ("way", "where", "model", "parameters", "held-out error"), fits),
+            _table("Times", ("way", "where", "message", "time", "bandwidth"), sizes),
+        ),
+        pictures=(picture,),
+    )  # fmt: skip
+
+
+def _models(group: Json, index: int) -> Section | None:
+    fits = [fit for one in group["series"] for fit in one["models"]]
+    if not fits:
+        return None
+    formulas = {fit["model"]: f"{fit['model']}: {fit['formula']} ({fit['source']})" for fit in fits}
+    columns = ("combination", "message", "batch", "model", "parameters", "held-out error", "drawn")
+
+    def tables(scope: str) -> list[Table]:
+        found = []
+        for kind in ("strong", "weak"):
+            rows = [
+                (*_setting(one), *_fit_cells(fit), _word("yes" if fit is best_model(one) else ""))
+                for one in _series(group, kind, scope)
+                for fit in one["models"]
+            ]
+            found.append(_table(f"Models, {kind} scaling, {scope}", columns, rows))
+        return found
+
+    section = _by_scope(
+        group, f"group-{index}-models", "Models",
+        "What bounds the step time, as three models see it. The held-out error is the largest relative error of "
+        "predicting each left-out world size from the others.",
+        lambda scope: [draw_models(group, index, kind, scope) for kind in ("strong", "weak")],
+        tables,
+    )  # fmt: skip
+    return section and Section(**{**section.__dict__, "points": tuple(formulas.values())})
+
+
+def _targets(group: Json, index: int) -> Section | None:
+    if not any(target["rows"] for target in group["targets"]):
+        return None
+    series = {one["id"]: one for one in group["series"]}
+    columns = (
+        "combination", "message", "batch", "ranks", "nodes", "global batch", "rates / limit", "predicted steps",
+        "measured steps", "step time", "predicted time", "measured time", "node-hours",
+    )  # fmt: skip
+
+    def rows(scope: str, kind: str) -> Iterable[tuple[Cell, ...]]:
+        for target in group["targets"]:
+            one = series[target["series"]]
+            if (one["scope"], one["kind"]) != (scope, kind):
+                continue
+            for row in target["rows"]:
+                never = row["predicted_steps"] is None
+                missing = _NEVER if never else _NOT_REACHED
+                yield (
+                    *_setting(one), _count(row["world_size"]), _count(row["num_nodes"]),
+                    _count(row["global_batch_size"]),
+                    Cell(number(1 / row["stability_limit"]) + ("" if row["is_stable"] else ", diverges")),
+                    Cell("–", note=_NEVER[0]) if never else _count(row["predicted_steps"]),
+                    _estimate(row["measured_steps"], "", missing), _estimate(row["step_time_s"], "s"),
+                    _estimate(row["predicted_time_s"], "s", missing), _estimate(row["measured_time_s"], "s", missing),
+                    _plain(row["node_hours"], "", missing),
+                )  # fmt: skip
+
+    stable = tuple(
+        f"{series[target['series']]['title']}: stable up to {place}"
+        for target in group["targets"]
+        if not all(row["is_stable"] for row in target["rows"])
+        for most in [target["stable_up_to_world_size"]]
+        for place in [f"{most} rank{'s' * (most != 1)}" if most else "no world size"]
+    )
+    steps = draw_steps(group, index)
+    section = _by_scope(
+        group, f"group-{index}-targets", "Time to the target",
+        f"Statistical × hardware efficiency: the target is {_target_text(group)} above the best loss. Predicted steps "
+        "come from theory alone; times step time they are the predicted time to the target, and times nodes the node-hours.",
+        lambda scope: [draw_targets(group, index, scope)],
+        lambda scope: [
+            _table(f"Time to the target, {kind} scaling, {scope}", columns, rows(scope, kind))
+            for kind in ("strong", "weak")
+        ],
+    )  # fmt: skip
+    return section and Section(**{**section.__dict__, "pictures": (steps,) if steps else (), "points": stable})
+
+
+def _target_text(group: Json) -> str:
+    return " or ".join(dict.fromkeys(in_unit([target["target_excess"]], "%") for target in group["targets"]))
+
+
+def _cost(report: Json) -> Section:
+    cost = report["cost"]
+    rows = [
+        (
+            *(_word(source[name]) for name in ("folder", "campaign", "machine")),
+            _count(source["num_launches"]), _count(source["num_failed"]), _word(", ".join(source["job_ids"]) or None),
+        )
+        for source in report["sources"]
+    ]  # fmt: skip
+    columns = ("folder", "campaign", "machine", "launches", "failed", "jobs")
+    return Section("cost", "Cost", (cost["text"],), tables=(_table("Sources", columns, rows),))
+
+
+def _provenance(report: Json) -> Section:
+    provenance = report["provenance"]
+    same = [(_word(field), _word(_said(value))) for field, value in provenance["same"].items()]
+    differs = [
+        (_word(difference["field"]), _word(_said(value["value"])), _count(value["launches"]))
+        for difference in provenance["differs"]
+        for value in difference["values"]
+    ]
+    tables = [
+        _table("What differs between launches", ("field", "value", "launches"), differs),
+        _table("What all launches share", ("field", "value"), same),
+    ]
+    words = () if differs else ("All launches agree in everything that was recorded of where they come from.",)
+    return Section("provenance", "Provenance", words, tables=tuple(table for table in tables if table.rows))
+
+
+def _excluded(report: Json) -> Section:
+    failed = [
+        (
+            *(_word(launch[name]) for name in ("launch", "reason")),
+            _word("yes" if launch.get("is_retried") else "no"),
+            *(_word(launch[name]) for name in ("file", "log")),
+        )
+        for launch in report["failed"]
+    ]
+    excluded = [tuple(_word(record[name]) for name in ("what", "reason", "file")) for record in report["excluded"]]
+    tables = [
+        _table("Failed launches", ("launch", "reason", "a later try went well", "record", "log"), failed),
+        _table("Left out of all statistics", ("what", "reason", "file"), excluded),
+    ]
+    words = () if failed or excluded else ("No launch failed, and nothing was left out.",)
+    return Section("excluded", "Failed and left out", words, tables=tuple(table for table in tables if table.rows))
+
+
+def _method(report: Json) -> Section:
+    return Section("method", "How it was measured", tuple(report["method"]))
+
+
+def _by_scope(
+    group: Json,
+    anchor: str,
+    title: str,
+    words: str,
+    pictures: Callable[[str], Sequence[Picture | None]],
+    tables: Callable[[str], Sequence[Table]],
+) -> Section | None:
+    """A section with one below it for each scope that has something to show: within a node apart from across nodes."""
+    parts = []
+    for scope in scopes_of(group["series"]):
+        drawn = tuple(picture for picture in pictures(scope) if picture)
+        told = tuple(table for table in tables(scope) if table.rows)
+        if drawn or told:
+            name = scope[:1].upper() + scope[1:]
+            parts.append(Section(f"{anchor}-{slug(scope)}", name, tables=told, pictures=drawn))
+    return Section(anchor, title, (words,) if words else (), sections=tuple(parts)) if parts else None
+
+
+def _series(group: Json, kind: str, scope: str) -> list[Json]:
+    found = [one for one in group["series"] if one["kind"] == kind and one["scope"] == scope]
+    return sorted(found, key=lambda one: one["message_bytes"])
+
+
+def _setting(one: Json) -> tuple[Cell, Cell, Cell]:
+    batch = one["global_batch_size"] if one["kind"] == "strong" else one["local_batch_size"]
+    return (
+        _word(combination_of(one)), _bytes(one["message_bytes"]),
+        Cell(f"{count(batch)}{' a rank' * (one['kind'] == 'weak')}"),
+    )  # fmt: skip
+
+
+def _fit_cells(fit: Json) -> tuple[Cell, Cell, Cell]:
+    if not fit["identifiable"]:
+        return _word(fit["model"]), _word(f"not identifiable: {fit['why']}"), Cell("–", note=_NONE[0])
+    told, few = [], False
+    for parameter in fit["parameters"]:
+        unit = parameter["unit"] or ""
+        text = f"{parameter['symbol']} = {in_unit([parameter['value']], unit)}"
+        if parameter["low"] is None:
+            few = True
+        else:
+            text += f" [{in_unit([parameter['low'], parameter['high']], unit)}]"
+        told.append(text)
+    return (
+        _word(fit["model"]),
+        Cell("; ".join(told), note=_FEW[0] if few else "", is_number=False),
+        _plain(fit["held_out_error"], "%"),
+    )
+
+
+def _table(title: str, columns: Sequence[str], rows: Iterable[tuple[Cell, ...]]) -> Table:
+    kept = tuple(rows)
+    used = {cell.note for row in kept for cell in row if cell.note}
+    notes = tuple(note for note in (_FEW, _NONE, _NEVER, _NOT_REACHED, _NOT_TOLD) if note[0] in used)
+    return Table(title, tuple(columns), kept, notes)
+
+
+def _word(text: str | None) -> Cell:
+    return Cell(str(text), is_number=False) if text is not None else Cell("–", note=_NOT_TOLD[0], is_number=False)
+
+
+def _count(value: float | None) -> Cell:
+    return Cell(count(value)) if value is not None else Cell("–", note=_NONE[0])
+
+
+def _bytes(value: float) -> Cell:
+    return Cell(bytes_text(value))
+
+
+def _plain(value: float | None, unit: str, missing: tuple[str, str] = _NONE) -> Cell:
+    return Cell(in_unit([value], unit)) if value is not None else Cell("–", note=missing[0])
+
+
+def _estimate(estimate: Json | None, unit: str, missing: tuple[str, str] = _NONE) -> Cell:
+    if estimate is None:
+        return Cell("–", note=missing[0])
+    text = in_unit([estimate["value"]], unit)
+    if estimate["low"] is None:
+        return Cell(text, "–", _FEW[0])
+    if estimate["high"] is None:  # so many launches missed the target that the interval has no upper end
+        return Cell(text, f"{in_unit([estimate['low']], unit)} or more")
+    if estimate["low"] == estimate["high"]:  # a baseline's ratio to itself
+        return Cell(text)
+    return Cell(text, in_unit([estimate["low"], estimate["high"]], unit))
+
+
+def _said(value: object) -> str:
+    """A recorded value in one line."""
+    if value is None:
+        return "not recorded"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
