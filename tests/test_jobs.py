@@ -1,0 +1,429 @@
+"""If these fail, a job waits hours in a queue and then starts wrongly, loses its work, or bills nodes that do nothing.
+
+The scripts run for real, on ranks of this machine, in what a scheduler would give them: a login shell, a nodefile that
+lists a host several times, `module`, `conda` and `qsub` that write down how they are called.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT
+
+JOBS = ROOT / "jobs"
+PBS = sorted(JOBS.glob("*.pbs"))
+SCRIPTS = [*PBS, JOBS / "perlmutter.sbatch"]
+SHELL = [*SCRIPTS, JOBS / "common.sh", JOBS / "local.sh"]
+
+STAND_INS = {
+    "module": "exit 0",
+    "conda": "exit 0",
+    "qsub": 'echo "$REQUEUE $NAME" >>"$HOME/submitted"; echo 8.pbs',
+    # As OpenPBS prints it.
+    "qstat": "printf '    Account_Name = Physics\\n    Resource_List.select = 1:system=polaris\\n'",
+    "scontrol": "exit 0",
+}
+
+
+class Job:
+    """A checkout, and the shell in which a scheduler starts one of its scripts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.home = folder / "checkout", folder / "home"
+        self.started: list[subprocess.Popen[str]] = []
+        self.folder.mkdir(parents=True)
+        bin_folder = self.home / "bin"
+        bin_folder.mkdir(parents=True)
+        (self.folder / "jobs").symlink_to(JOBS)
+        (self.folder / "pyproject.toml").symlink_to(ROOT / "pyproject.toml")
+        for name, script in STAND_INS.items():
+            self.stand_in(name, script)
+        # A login shell resets the PATH and then reads this, from where a site's `module` comes too.
+        path = f"{bin_folder}:{Path(sys.executable).parent}"
+        (self.home / ".bash_profile").write_text(f'export PATH="{path}:$PATH"\n')
+        (folder / "nodes").write_text("localhost\n" * 4)
+        self.variables = {
+            **{name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ},
+            "HOME": str(self.home),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "VENV": "",
+            "LAUNCHER": "mpich",
+            "RANKS_PER_NODE": "2",
+            "PBS_JOBID": "7.pbs",
+            "PBS_O_WORKDIR": str(self.folder),
+            "PBS_O_QUEUE": "debug",
+            "PBS_NODEFILE": str(folder / "nodes"),
+        }
+
+    def stand_in(self, name: str, script: str) -> None:
+        path = self.home / "bin" / name
+        path.write_text(f'#!/bin/bash\necho "{name} $*" >>"$HOME/calls"\n{script}\n')
+        path.chmod(0o755)
+
+    def calls(self, name: str) -> list[str]:
+        """How a stand-in was called."""
+        path = self.home / "calls"
+        return [line for line in path.read_text().splitlines() if line.split()[0] == name] if path.is_file() else []
+
+    def start(self, script: str, **variables: str) -> subprocess.Popen[str]:
+        # As PBS does: a copy in a spool, from the home folder, by a login shell.
+        spooled = self.home / "7.pbs.SC"
+        shutil.copy(JOBS / script, spooled)
+        process = subprocess.Popen(
+            ["bash", "-l", str(spooled)],
+            cwd=self.home,
+            env=self.variables | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.started.append(process)
+        return process
+
+    def run(self, script: str, **variables: str) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr."""
+        process = self.start(script, **variables)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
+
+    def end(self) -> None:
+        """Nothing of a failed test goes on: a script passes SIGTERM on."""
+        for process in self.started:
+            if process.poll() is None:
+                process.terminate()
+            process.communicate(timeout=30)
+
+    def record(self, name: str) -> dict:
+        return json.loads((self.folder / "runs" / name / "record.json").read_text())
+
+
+@pytest.fixture
+def job(tmp_path):
+    job = Job(tmp_path / "cluster")
+    yield job
+    job.end()
+
+
+FAST = "--global-batch-size 64 --optimizer hand --sync mpi --runtime torch --log-every 100"
+SHORT = f"{FAST} --max-steps 100"
+LONG = f"{FAST} --max-steps 1000000000"
+A_WHILE = f"{FAST} --max-steps 30000 --checkpoint-every 1000 --keep-checkpoints 1"
+WRONG = "--global-batch-size 0"
+
+
+@pytest.mark.parametrize(("script", "name"), [("polaris.pbs", "polaris"), ("aurora.pbs", "aurora")])
+def test_a_training_job_runs_to_its_end_on_every_rank(script, name, job):
+    code, out, err = job.run(script, TRAIN=SHORT)
+    assert (code, err) == (0, "")
+    assert "2 ranks on 1 node · launcher MPICH mpiexec" in out
+    assert "+ mpiexec -n 2 --ppn 2 --hosts localhost --env " in out, "the host is listed four times, and is one node"
+    assert job.record(name)["result"]["num_steps"] == 100
+    modules = {"polaris": ["module use /soft/modulefiles", "module load conda"], "aurora": ["module load frameworks"]}
+    assert job.calls("module") == modules[name]
+    assert job.calls("qsub") == []
+
+
+def test_the_job_on_perlmutter_runs_to_its_end(job):
+    # An srun that keeps to what the script may ask of it, and starts the ranks with mpiexec.
+    job.stand_in(
+        "srun",
+        'for ((i = 1; i <= $#; i++)); do [[ ${!i} == env ]] && exec mpiexec -n 2 "${@:i}"; done; exit 1',
+    )
+    end = str(int(time.time()) + 600)
+    slurm = {"SLURM_SUBMIT_DIR": str(job.folder), "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1"}
+    slurm |= {"SLURM_JOB_END_TIME": end, "LAUNCHER": "auto"}
+    for name in ("PBS_JOBID", "PBS_O_WORKDIR", "PBS_O_QUEUE", "PBS_NODEFILE"):
+        del job.variables[name]
+    code, _, err = job.run("perlmutter.sbatch", TRAIN=SHORT, **slurm)
+    assert (code, err) == (0, "")
+    (call,) = job.calls("srun")
+    assert call.startswith("srun --nodes 1 --ntasks 2 --ntasks-per-node 2 --kill-on-bad-exit=1 --cpus-per-task 32")
+    assert " env CUDA_VISIBLE_DEVICES=3,2,1,0 torchreg train --name perlmutter --resume auto --time-limit-s 4" in call
+    assert job.record("perlmutter")["result"]["num_steps"] == 100
+
+
+def test_the_verification_job_proves_the_stack(job):
+    code, out, err = job.run("polaris_verify.pbs", VERIFY="--quick --runtime torch")
+    assert (code, err) == (0, "")
+    assert "verdict      this stack trains correctly" in out
+
+
+TINY_CAMPAIGN = """\
+name: tiny
+machine: generic
+nodes: [1]
+ranks_per_node: [1, 2]
+global_batch_sizes: [64]
+local_batch_sizes: [32]
+num_features: [1]
+combinations: [hand/mpi]
+repeats: 1
+window_s: 0.05
+"""
+
+
+def test_the_scaling_job_measures_and_reports(job):
+    (job.folder / "tiny.yaml").write_text(TINY_CAMPAIGN)
+    code, out, err = job.run("polaris_scaling.pbs", CAMPAIGN="tiny.yaml", DIR="runs/tiny")
+    assert code == 0, out + err
+    launches = {path.parent.name.split("-", 2)[2] for path in job.folder.glob("runs/tiny/launches/*/launch.json")}
+    assert launches == {"nodes-1-ranks-1", "nodes-1-ranks-2"}
+    assert (job.folder / "runs/tiny/report/report.html").is_file()
+
+
+def test_the_campaign_of_a_laptop_goes_on_where_it_ended(run, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY_CAMPAIGN)
+    command = ["bash", str(JOBS / "local.sh")]
+    variables = {"CAMPAIGN": str(tmp_path / "tiny.yaml"), "DIR": str(tmp_path / "tiny")}
+    for _ in range(2):
+        done = run(*command, cwd=tmp_path, **variables)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert len([*tmp_path.glob("tiny/launches/*/launch.json")]) == 2
+    assert (tmp_path / "tiny/report/report.html").is_file()
+
+
+def wait_for(folder, process):
+    """The run has saved for the first time."""
+    for _ in range(400):
+        if folder.is_dir() and any(folder.glob("*.pt")):
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    raise AssertionError(f"nothing in {folder} after 20 s")
+
+
+def test_sigterm_saves_and_the_next_job_goes_on_to_the_end(job):
+    process = job.start("polaris.pbs", TRAIN=A_WHILE, REQUEUE="3")
+    wait_for(job.folder / "runs/polaris/checkpoints", process)
+    process.send_signal(signal.SIGTERM)
+    start = time.monotonic()
+    out, err = process.communicate(timeout=30)
+    assert time.monotonic() - start < 10, "PBS kills after 10 s"
+    assert (process.returncode, err) == (75, "")
+    assert "reason       SIGTERM" in out
+    assert "submit jobs/polaris.pbs again with the same settings to go on" in out
+    assert job.calls("qsub") == [], "nobody who deletes a job wants another one"
+    (checkpoint,) = (job.folder / "runs/polaris/checkpoints").iterdir()
+    steps = int(checkpoint.stem.removeprefix("step-"))
+
+    assert 0 < steps < 30_000
+
+    code, out, err = job.run("polaris.pbs", TRAIN=A_WHILE)
+    assert (code, err) == (0, "")
+    assert f"resumed      after {steps} steps" in out
+    assert job.record("polaris")["result"]["num_steps"] == 30_000
+
+
+def test_a_job_out_of_time_is_submitted_again_as_it_was_and_not_for_ever(job):
+    # torchreg gets 60 - 57 s from when its ranks have met, and stops a tenth earlier.
+    times = {"WALLTIME": "00:01:00", "RESERVE_S": "57"}
+    code, out, _ = job.run("polaris.pbs", TRAIN=LONG, REQUEUE="1", NAME="long", **times)
+    assert code == 75, out
+    assert "the time limit is near" in out or "another rank was asked to stop" in out
+    assert "submitted again, with 0 more to follow" in out
+    (call,) = job.calls("qsub")
+    assert call == (
+        "qsub -q debug -A Physics -l select=1:system=polaris -l walltime=00:01:00 -v REQUEUE,WALLTIME,MACHINE,LAUNCHER,"
+        "RANKS_PER_NODE,VENV,WITHOUT,RESERVE_S,KILL_AFTER_S,NAME,TRAIN jobs/polaris.pbs"
+    )
+    assert (job.home / "submitted").read_text() == "0 long\n"
+
+
+# A launcher whose ranks save on SIGTERM, and end as they then do.
+SAVES = 'trap "exit 75" TERM; touch "$HOME/up"; for ((;;)); do sleep 0.05; done'
+
+
+@pytest.mark.parametrize(("walltime", "num_jobs"), [("00:30:00", 0), ("00:03:30", 1)])
+def test_sigterm_asks_for_another_job_only_when_time_is_over(walltime, num_jobs, job):
+    job.stand_in("mpiexec", SAVES)
+    process = job.start("polaris.pbs", TRAIN=SHORT, REQUEUE="2", WALLTIME=walltime)
+    for _ in range(200):
+        if (job.home / "up").exists():
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)  # a scheduler insists
+    process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert len(job.calls("qsub")) == num_jobs
+
+
+@pytest.mark.parametrize(("left_s", "restarts", "queued"), [(200, "0", True), (200, "2", False), (1500, "0", False)])
+def test_slurm_queues_the_job_again_when_time_is_over_and_not_for_ever(left_s, restarts, queued, job):
+    # With 1500 s left it was scancel, which signals the ranks alone.
+    job.stand_in("srun", "exit 75")
+    slurm = {"SLURM_SUBMIT_DIR": str(job.folder), "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": restarts}
+    slurm |= {"SLURM_JOB_END_TIME": str(int(time.time()) + left_s), "LAUNCHER": "auto"}
+    code, out, _ = job.run("perlmutter.sbatch", TRAIN=SHORT, REQUEUE="2", **slurm)
+    assert code == 75
+    assert job.calls("scontrol") == ["scontrol requeue 7"] * queued
+    assert ("job 7 is queued again" in out) == queued
+
+
+def test_the_walltime_is_what_pbs_says(job):
+    job.stand_in("qstat", "echo '    Resource_List.walltime = 00:01:30'")
+    code, _, err = job.run("polaris.pbs", TRAIN=SHORT)
+    assert code == 2
+    assert re.fullmatch(r"job: error: the job ends in (90|8\d) s, of which 120 s are for its start and end: .*\n", err)
+
+
+def test_a_launcher_that_hangs_is_ended(job):
+    job.stand_in("mpiexec", 'trap "" TERM; for ((;;)); do sleep 0.2; done')
+    times = {"WALLTIME": "00:00:18", "RESERVE_S": "1", "KILL_AFTER_S": "1"}
+    start = time.monotonic()
+    code, _, err = job.run("polaris.pbs", TRAIN=SHORT, REQUEUE="1", **times)
+    assert time.monotonic() - start < 10
+    assert code in (124, 137)
+    assert re.fullmatch(r"job: error: the launcher did not end within \d s, and was ended .*", err.splitlines()[-1])
+    assert job.calls("qsub") == [], "it would hang again"
+
+
+@pytest.mark.parametrize(("content", "told"), [(None, "cannot be read"), ("", "names no host")])
+def test_a_nodefile_that_says_nothing_ends_the_job_with_one_line(content, told, job, tmp_path):
+    nodefile = tmp_path / "cluster/nodes"
+    nodefile.unlink()
+    if content is not None:
+        nodefile.write_text(content)
+    code, out, err = job.run("polaris.pbs", TRAIN=SHORT)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"torchreg: error: PBS_NODEFILE is {nodefile}, which {told}")
+    assert err.count("\n") == 1
+
+
+def test_outside_a_job_a_script_says_how_it_is_started(job):
+    del job.variables["PBS_O_WORKDIR"]
+    code, _, err = job.run("polaris.pbs")
+    assert code != 0
+    assert "PBS_O_WORKDIR: submit this script with qsub, from the folder of the checkout" in err
+
+
+def test_bad_options_are_not_tried_again(job):
+    code, _, err = job.run("polaris.pbs", TRAIN=WRONG, REQUEUE="1")
+    assert code == 2
+    assert "global_batch_size is 0" in err
+    assert job.calls("qsub") == []
+
+
+def test_nccls_plugin_can_be_left_out(job):
+    _, out, _ = job.run("polaris.pbs", TRAIN=WRONG, WITHOUT="NCCL_NET NCCL_CROSS_NIC", NCCL_NET="AWS Libfabric")
+    assert "NCCL_NET_GDR_LEVEL=PHB" in out
+    assert "NCCL_NET=" not in out
+
+
+def test_the_sites_torch_is_never_replaced(job):
+    """The venv is made once, over the site's python, from lists that cannot bring another torch."""
+    site = 'case "$*" in\n"-m venv"*) mkdir -p "${@: -1}/bin"; touch "${@: -1}/bin/activate" ;;\n'
+    job.stand_in("python", f"{site}-) exec {sys.executable} - ;;\nesac")
+    variables = {"VENV": str(job.home / "venv"), "TRAIN": WRONG}
+    for _ in range(2):
+        _, _, err = job.run("polaris.pbs", **variables)
+        assert "global_batch_size is 0" in err
+    venv, _, first, second, check = job.calls("python")
+    assert venv == f"python -m venv --clear --system-site-packages {job.home}/venv"
+    assert first == "python -m pip install --quiet --no-deps --editable ."
+    assert second.startswith(f"python -m pip install --quiet --constraint {job.home}/venv/site.txt ")
+    assert "torch.__file__.startswith(sys.prefix" in check
+    pinned = (job.home / "venv/site.txt").read_text().splitlines()
+    assert any(line.startswith("torch==") for line in pinned)
+    assert all("+" not in line for line in pinned), "pip takes no local version in a constraint for one without"
+
+    needs = [
+        need for need in requires("torchreg") or [] if "extra" not in need or "scale" in need.partition("extra")[2]
+    ]
+    names = {re.split(r"[>=<;\[ ]", need)[0] for need in needs}
+    assert set(second.split()[7:]) == names - {"torch", "numpy"}
+
+
+# The rules of the machines, from their user guides.
+
+MANDATORY = ("-A", "-q", "-l select=", "-l walltime=", "-l filesystems=", "-l place=scatter")
+QUEUES = {  # machine: queue: fewest nodes, most nodes, most seconds
+    "polaris": {"debug": (1, 2, 3600), "debug-scaling": (1, 10, 3600), "prod": (10, 496, 86400)},
+    "aurora": {"debug": (1, 2, 3600), "debug-scaling": (2, 256, 3600), "prod": (256, 10624, 86400)},
+}
+FILE_SYSTEMS = {"polaris": "home:eagle", "aurora": "home:flare"}
+
+
+def directives(path: Path, mark: str) -> list[str]:
+    lines = path.read_text().splitlines()
+    assert lines[0] == "#!/bin/bash -l"
+    marked = [number for number, line in enumerate(lines) if line.startswith(mark)]
+    # PBS stops looking at the first line that is none, and takes a comment behind an option for its value.
+    assert marked == list(range(1, len(marked) + 1)), f"{path.name}: directives follow the first line without a gap"
+    assert all("#" not in lines[number][1:] for number in marked)
+    return [lines[number].removeprefix(mark).strip() for number in marked]
+
+
+def value(options: list[str], start: str) -> str:
+    (found,) = [option.removeprefix(start).strip() for option in options if option.startswith(start)]
+    return found
+
+
+def in_seconds(walltime: str) -> int:
+    hours, minutes, seconds = map(int, walltime.split(":"))
+    return hours * 3600 + minutes * 60 + seconds
+
+
+@pytest.mark.parametrize("path", PBS, ids=lambda path: path.name)
+def test_pbs_accepts_the_directives(path):
+    options = directives(path, "#PBS")
+    for option in MANDATORY:
+        assert value(options, option) or option == "-l place=scatter", option
+    machine = path.stem.split("_")[0]
+    nodes = int(value(options, "-l select=").split(":")[0])
+    fewest, most, most_s = QUEUES[machine][value(options, "-q")]
+    assert fewest <= nodes <= most
+    assert 300 <= in_seconds(value(options, "-l walltime=")) <= most_s
+    assert value(options, "-l filesystems=") == FILE_SYSTEMS[machine]
+    if machine == "polaris":
+        assert value(options, "-l select=") == f"{nodes}:system=polaris"
+    assert f"WALLTIME=${{WALLTIME:-{value(options, '-l walltime=')}}}" in path.read_text()
+
+
+def test_slurm_accepts_the_directives():
+    path = JOBS / "perlmutter.sbatch"
+    options = directives(path, "#SBATCH")
+    asked = dict(option.removeprefix("--").partition("=")[::2] for option in options)
+    assert {"account", "constraint", "qos", "nodes", "time"} <= asked.keys()
+    assert (asked["constraint"], asked["ntasks-per-node"], asked["gpus-per-node"]) == ("gpu", "4", "4")
+    assert asked["signal"] == "B:TERM@120", "to the shell, which passes it on, with time to save"
+    assert in_seconds(asked["time"]) <= 1800, "the debug queue's limit"
+    assert f"WALLTIME=${{WALLTIME:-{asked['time']}}}" in path.read_text()
+
+
+def test_nothing_personal_and_no_secret_is_in_a_job():
+    for path in [*SHELL, *JOBS.glob("campaigns/*.yaml"), JOBS / "README.md"]:
+        text = path.read_text()
+        assert not re.search(r"/home/|/Users/|/lus/|/eagle/|/flare/|/pscratch|/global/|@\w+\.(gov|edu|com)", text), path
+        assert not re.search(r"(?i)(token|secret|password|key)\s*[=:]|wandb", text), path
+        assert socket.gethostname() not in re.findall(r"[\w.-]+", text) or len(socket.gethostname()) < 4
+    for path in PBS:
+        assert "#PBS -A YOUR_PROJECT" in path.read_text()
+
+
+def test_shellcheck_has_nothing_to_say():
+    shellcheck = shutil.which("shellcheck") or str(Path(sys.executable).parent / "shellcheck")
+    done = subprocess.run([shellcheck, *map(str, SHELL)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_options_that_only_pals_knows_are_in_no_script():
+    for path in SHELL:
+        assert not re.search(r"--cpu-bind|--depth|--no-vni|--ppn", path.read_text()), path
+
+
+def test_every_script_is_in_the_readme():
+    text = (JOBS / "README.md").read_text()
+    for path in [*SCRIPTS, JOBS / "local.sh", *JOBS.glob("campaigns/*.yaml")]:
+        assert path.name in text
