@@ -71,14 +71,17 @@ def run(argv: list[str]) -> int:
 
     from torchreg.record import to_json
     from torchreg.report.analysis import analyse
-    from torchreg.report.pages import write_pages
     from torchreg.report.write import write_data
     from torchreg.scaling.records import read_records
 
     records = read_records(arguments.dirs)
     report = analyse(records)
     folder = arguments.out or arguments.dirs[0] / _FOLDER
-    written = [*write_data(report, records, folder), *write_pages(report, folder)]
+    written = write_data(report, records, folder)
+
+    from torchreg.report.pages import write_pages  # brings matplotlib and Jinja2, which bad input need not wait for
+
+    written += write_pages(report, folder)
     if arguments.json:
         print(to_json(report))
         return 0

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from torchreg.scaling.records import Failure, Launch, Records
+from torchreg.scaling.schema import printable
 
 _OF_ONE_LAUNCH = re.compile(
     r"(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|SLURM_(JOB_NUM_NODES|NTASKS)|TORCHELASTIC_.*"
@@ -116,7 +117,7 @@ def _fields(launch: Launch) -> Iterator[tuple[str, str]]:
 
 def left_out(records: Records) -> list[dict[str, Any]]:
     """What is in no statistics, with reasons."""
-    return [{**asdict(one), "file": str(one.file)} for one in records.left_out]
+    return [{**asdict(one), "file": printable(str(one.file))} for one in records.left_out]
 
 
 def failures(records: Records) -> list[dict[str, Any]]:
@@ -133,8 +134,8 @@ def _failure(one: Failure, is_retried: bool) -> dict[str, Any]:
         **{key: one.content["launch"][key] for key in ("world_size", "num_nodes", "ranks_per_node")},
         "machine": one.content["campaign"]["machine"],
         "exit_code": one.content["exit_code"],
-        "file": str(one.path),
+        "file": printable(str(one.path)),
         "reason": one.content["reason"],
-        "log": None if one.log is None else str(one.log),
+        "log": None if one.log is None else printable(str(one.log)),
         "is_retried": is_retried,
     }

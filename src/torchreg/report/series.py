@@ -80,7 +80,7 @@ def series_of(group: str, points: Sequence[Point]) -> list[Series]:
 
 
 def _family(series: Series) -> tuple[str, ...]:
-    return series.kind, series.scope, series.optimizer, series.sync, str(series.num_features)
+    return series.scope, series.optimizer, series.sync, str(series.num_features)
 
 
 def _scopes(points: Sequence[Point]) -> list[tuple[str, list[Point]]]:

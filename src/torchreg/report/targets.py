@@ -51,10 +51,11 @@ def _row(point: Point, launches: pd.DataFrame) -> dict[str, Any]:
     """
     predicted_steps = None if launches["predicted_steps"].isna().any() else float(launches["predicted_steps"].median())
     step_time = median_interval(launches["step_time_s"])
-    predicted = None if predicted_steps is None or predicted_steps == 0 else scaled(step_time, predicted_steps)
-    measured = _reached(launches["measured_time_s"].where(launches["measured_steps"].notna()))
+    predicted = None if predicted_steps is None else scaled(step_time, predicted_steps)
+    measured = _reached(launches["measured_time_s"])
     steps = _reached(launches["measured_steps"])
-    both = (launches["predicted_steps"] * launches["step_time_s"] / launches["measured_time_s"]).dropna()
+    measured_time = launches["measured_time_s"].where(launches["measured_time_s"] > 0)
+    both = (launches["predicted_steps"] * launches["step_time_s"] / measured_time).dropna()
     chosen = measured or predicted
     limit = float(launches["stability_limit"].median())
     return {

@@ -164,8 +164,8 @@ def _launch_row(one: Launch | Failure) -> dict[str, Any]:
         "campaign": content["campaign"]["name"],
         "suffix": suffix.group() if suffix else "",
         "recorded_block": content["launch"]["block"],
-        "source": str(one.source),
-        "file": str(one.path),
+        "source": schema.printable(str(one.source)),
+        "file": schema.printable(str(one.path)),
     }
     if isinstance(one, Failure):
         return row

@@ -35,7 +35,7 @@ def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(text: bytes) -> dict[str, Any]:
-    """The record in the bytes of a launch.json.
+    """The record in the bytes of a launch.json; its texts made printable.
 
     Raises `ValueError` with the reason why it must be left out, in one line.
     """
@@ -58,7 +58,25 @@ def check(text: bytes) -> dict[str, Any]:
         raise ValueError(problem)
     for problem in _contradictions(record, is_failed):
         raise ValueError(problem)
-    return record
+    found: dict[str, Any] = _printable(record)
+    return found
+
+
+def printable(text: str) -> str:
+    """The text without what could move a terminal's cursor or break a page: line ends become blanks, others U+FFFD."""
+    if text.isprintable():
+        return text
+    return "".join(
+        sign if sign.isprintable() else " " if sign.isspace() else "\N{REPLACEMENT CHARACTER}" for sign in text
+    )
+
+
+def _printable(content: Any) -> Any:
+    if isinstance(content, str):
+        return printable(content)
+    if isinstance(content, dict):
+        return {printable(key): _printable(value) for key, value in content.items()}
+    return [_printable(item) for item in content] if isinstance(content, list) else content
 
 
 def _digest(content: Mapping[str, Any]) -> str:
@@ -92,14 +110,22 @@ def _in_one_line(error: Exception) -> str:
 # Rules
 
 
-def _number(*, at_least: float = -math.inf, above: float = -math.inf) -> Rule:
-    belongs = "a finite number" if math.isinf(max(at_least, above)) else (
-        f"a number above {above:g}" if above > at_least else f"a number of at least {at_least:g}"
-    )  # fmt: skip
+def _number(*, above: float = -math.inf, at_least: float = -math.inf, at_most: float = _LARGEST_NUMBER) -> Rule:
+    belongs = "a finite number"
+    if above > -math.inf:
+        belongs = f"a number above {above:g}"
+    elif at_least > -math.inf:
+        belongs = f"a number of at least {at_least:g}"
+    if at_most < _LARGEST_NUMBER:
+        belongs += f" and at most {at_most:g}"
 
     def rule(value: Any) -> str | None:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return None if is_number and abs(value) <= _LARGEST_NUMBER and value >= at_least and value > above else belongs
+        return (
+            None
+            if is_number and -_LARGEST_NUMBER <= value <= at_most and value > above and value >= at_least
+            else belongs
+        )
 
     return rule
 
@@ -176,8 +202,10 @@ class _ObjectOrNull:
 
 
 _WORD = _text(r"[A-Za-z0-9_.+-]{1,40}")  # becomes part of names
-_SECONDS = _number(at_least=0)
-_DURATION = _number(above=0)
+_POSITIVE = _number(above=0)
+_NOT_NEGATIVE = _number(at_least=0)
+_SECONDS = _number(at_least=0, at_most=1e9)
+_DURATION = _number(at_least=1e-12, at_most=1e9)  # ratios of such times stay far from the ends of float64
 
 _LAUNCH = {
     "id": _text(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}"),
@@ -198,19 +226,19 @@ _FAILED = {
     "wall_s": _or_null(_SECONDS),
 }
 _TARGET = {
-    "target_excess": _DURATION,
-    "predicted_steps": _or_null(_SECONDS),
-    "measured_steps": _or_null(_SECONDS),
+    "target_excess": _POSITIVE,
+    "predicted_steps": _or_null(_NOT_NEGATIVE),
+    "measured_steps": _or_null(_NOT_NEGATIVE),
     "measured_time_s": _or_null(_SECONDS),
-    "stability_limit": _DURATION,
-    "noise_floor": _or_null(_SECONDS),
+    "stability_limit": _POSITIVE,
+    "noise_floor": _or_null(_NOT_NEGATIVE),
 }
 _POINT = {
     "optimizer": _WORD,
     "sync": _WORD,
     "num_features": _count(),
     "global_batch_size": _count(),
-    "local_batch_size": _DURATION,
+    "local_batch_size": _POSITIVE,
     "message_bytes": _count(0),
     "order": _count(0),
     "num_warmup_steps": _count(0),
@@ -226,11 +254,11 @@ _POINT = {
     },
     "local_step_time_s": _or_null(_DURATION),
     "rows_time_s": _SECONDS,
-    "throughput": _DURATION,
+    "throughput": _POSITIVE,
     "check": {
         "passed": _flag,
         "difference": _or_null(_number()),
-        "tolerance": _or_null(_SECONDS),
+        "tolerance": _or_null(_NOT_NEGATIVE),
         "excess": _or_null(_number()),
         "told": _text(),
     },
@@ -326,6 +354,12 @@ def _contradictions(record: Mapping[str, Any], is_failed: bool) -> Iterator[str]
         seen.add(setting)
         if (point["sync"] == "none") != (world_size == 1):
             yield f"{name}.sync is {point['sync']!r} at world size {world_size}"
+        if world_size > 1 and point["message_bytes"] == 0:
+            yield f"{name}.message_bytes is 0 at world size {world_size}"
+        if point["target"] and (point["target"]["measured_steps"] is None) != (
+            point["target"]["measured_time_s"] is None
+        ):
+            yield f"{name}.target has measured_steps without measured_time_s, or the other way round"
         if abs(point["global_batch_size"] / world_size - point["local_batch_size"]) >= 1:
             yield f"{name}.local_batch_size is {point['local_batch_size']:g}, not global_batch_size / world_size"
         if not math.isclose(point["throughput"] * point["step_time_s"], point["global_batch_size"], rel_tol=0.01):

@@ -1,0 +1,495 @@
+"""If these fail, a reader takes a wrong number, or one without its doubts, into a proposal for node-hours."""
+
+import copy
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from torchreg.cli import main
+from torchreg.report.analysis import analyse
+from torchreg.report.limits import how_far, what_bounds
+from torchreg.report.write import write_data
+from torchreg.scaling.records import merge, read_records
+
+from ..scaling.made import Machine, Made, without_noise, write_launch
+
+# A step of B rows on p ranks: 100 µs, 2.5 µs for each row of a rank, 100 µs for each doubling of ranks.
+#   strong, 160 rows   p = 1: 100 + 400 = 500    p = 2: 100 + 200 + 100 = 400    p = 4: 100 + 100 + 200 = 400
+#   weak, 40 rows      p = 1: 100 + 100 = 200    p = 2: 100 + 100 + 100 = 300    p = 4: 100 + 100 + 200 = 400
+EXACT = without_noise(Machine(alpha_s=100e-6, beta_s_per_byte=1e-15, serial_s=100e-6, row_s=2.5e-6, rows_s=10e-6))
+BY_HAND = Made(
+    EXACT, combinations=(("sgd", "ddp"),), num_features=(1,), global_batch_sizes=(160,), local_batch_sizes=(40,)
+)
+NOISY = Made(num_features=(1,), combinations=(("sgd", "ddp"),), num_blocks=8)
+
+
+def report_of(*made, change=None):
+    """The report of made campaigns; `change` may alter each record, or return another one or None in its place."""
+    folders = []
+    for number, one in enumerate(made):
+        folder = Path(f"campaign-{number}")
+        shutil.rmtree(folder, ignore_errors=True)
+        for record in one.records():
+            found = record if change is None else change(record)
+            if found is not None:
+                write_launch(folder, found)
+        folders.append(folder)
+    return analyse(read_records(folders))
+
+
+def series_of(report, kind, scope="within a node", group=0):
+    return [one for one in report["groups"][group]["series"] if (one["kind"], one["scope"]) == (kind, scope)]
+
+
+def values(series, field):
+    return [point[field] and point[field]["value"] for point in series["points"]]
+
+
+def test_speedup_efficiency_and_karp_flatt_by_hand():
+    report = report_of(BY_HAND)
+    (strong,), (weak,) = series_of(report, "strong"), series_of(report, "weak")
+    assert values(strong, "step_time_s") == pytest.approx([500e-6, 400e-6, 400e-6])
+    # S = T(p0)/T(p): 500/400 twice. Efficiency S·p0/p: 1.25/2 and 1.25/4.
+    assert values(strong, "speedup") == pytest.approx([1, 1.25, 1.25])
+    assert values(strong, "efficiency") == pytest.approx([1, 0.625, 0.3125])
+    # e = (1/S − 1/p)/(1 − 1/p): (0.8 − 0.5)/0.5 and (0.8 − 0.25)/0.75.
+    assert values(strong, "karp_flatt") == [None, pytest.approx(0.6), pytest.approx(0.55 / 0.75)]
+    assert values(strong, "throughput") == pytest.approx([160 / 500e-6, 160 / 400e-6, 160 / 400e-6])
+    # T(p0)/T(p): 200/300 and 200/400; times p for the scaled speed-up.
+    assert values(weak, "efficiency") == pytest.approx([1, 2 / 3, 0.5])
+    assert values(weak, "speedup") == pytest.approx([1, 4 / 3, 2])
+    assert values(weak, "karp_flatt") == [None, None, None]
+    assert (strong["baseline_world_size"], strong["global_batch_size"], strong["local_batch_size"]) == (1, 160, None)
+    assert (weak["baseline_world_size"], weak["global_batch_size"], weak["local_batch_size"]) == (1, None, 40)
+    # The point of 160 rows on 4 ranks is in both, once among the points.
+    assert strong["points"][2]["point"] == weak["points"][2]["point"]
+    assert len(report["groups"][0]["points"]) == 2 + 2 + 1
+
+
+def test_without_one_rank_the_baseline_is_the_smallest_world_size():
+    strong, *_ = series_of(report_of(replace(BY_HAND, ranks_per_node=(2, 4))), "strong")
+    assert strong["baseline_world_size"] == 2
+    # 400 µs both: no faster on twice the ranks.
+    assert values(strong, "efficiency") == pytest.approx([1, 0.5])
+    assert values(strong, "karp_flatt") == [None, pytest.approx(1.0)]
+
+
+def test_the_breakdown_adds_up_and_names_what_bounds():
+    report = report_of(BY_HAND)
+    points = {point["id"]: point for point in report["groups"][0]["points"]}
+    (strong,) = series_of(report, "strong")
+    last = points[strong["points"][-1]["point"]]
+    parts = [last[field]["value"] for field in ("rows_time_s", "compute_time_s", "exposed_time_s")]
+    assert parts == pytest.approx([10e-6, 190e-6, 200e-6])
+    assert sum(parts) == pytest.approx(last["step_time_s"]["value"])
+    assert last["imbalance_time_s"]["value"] == pytest.approx(4e-6)  # made: the median rank takes 99 %
+    assert last["slowest_over_median"]["value"] == pytest.approx(1 / 0.99)
+    one = points[strong["points"][0]["point"]]
+    assert one["exposed_time_s"] is None
+    assert one["compute_time_s"]["value"] == pytest.approx(490e-6)
+    # 400 − 500/4 = 275 µs are lost: 200 to exposed communication, 75 to the 100 µs of each step that do not shrink.
+    (bound,) = [bound for bound in report["verdict"]["bound_by"] if bound["series"] == strong["id"]]
+    assert bound["what"] == "exposed communication"
+    assert (bound["lost_s"], bound["exposed_s"], bound["compute_s"]) == pytest.approx((275e-6, 200e-6, 75e-6))
+    assert "200 µs of the 275 µs" in bound["text"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "what"),
+    [
+        ({"serial_s": 400e-6, "alpha_s": 10e-6}, "strong", "compute that does not shrink"),
+        ({"serial_s": 0.0, "alpha_s": 1e-6, "rows_s": 1e-6}, "strong", "nothing much"),
+        ({"alpha_s": 1e-3}, "weak", "exposed communication"),
+    ],
+)
+def test_what_bounds_follows_the_machine(changes, kind, what):
+    report = report_of(replace(BY_HAND, machine=replace(EXACT, **changes)))
+    (series,) = series_of(report, kind)
+    assert [bound["what"] for bound in report["verdict"]["bound_by"] if bound["series"] == series["id"]] == [what]
+
+
+def test_ranks_that_wait_for_a_slow_one_are_told_as_imbalance():
+    def slow_rank(record):
+        for point in record["points"]:
+            if record["launch"]["world_size"] == 4:
+                ranks = point["rank_step_time_s"]
+                ranks["min"] = ranks["median"] = ranks["max"] * 0.6
+        return record
+
+    report = report_of(BY_HAND, change=slow_rank)
+    assert {bound["what"] for bound in report["verdict"]["bound_by"]} == {"imbalance of ranks"}
+
+
+def test_fits_find_what_the_machine_was_made_with():
+    machine = Machine(alpha_s=80e-6, beta_s_per_byte=2e-9, serial_s=200e-6, row_s=10e-6, launch_noise=0.01)
+    report = report_of(replace(NOISY, machine=machine, ranks_per_node=(1, 2, 4, 8), num_features=(1, 64), seed=3))
+    (allreduce,) = [one for one in report["groups"][0]["allreduce"] if one["world_size"] == 2]
+    assert allreduce["way"] == "gloo"
+    assert [size["message_bytes"] for size in allreduce["sizes"]] == [8, 1024, 65_536, 1_048_576]
+    large = allreduce["sizes"][-1]
+    assert large["bandwidth"] == pytest.approx(large["message_bytes"] / large["time_s"]["value"])
+    alpha, beta = allreduce["fit"]["parameters"]
+    assert alpha["low"] < 80e-6 < alpha["high"]
+    assert beta["low"] < 2e-9 < beta["high"]
+    strong = series_of(report, "strong")[0]
+    assert [model["model"] for model in strong["models"]] == ["Amdahl", "USL", "mechanistic"]
+    assert [model["model"] for model in series_of(report, "weak")[0]["models"]] == ["USL", "mechanistic"]
+    mechanistic = strong["models"][-1]
+    assert mechanistic["identifiable"], mechanistic["why"]
+    assert mechanistic["held_out_error"] < 0.1
+    truth = {"c₀": 200e-6, "c₁": 10e-6, "τ": 80e-6 + 16 * 2e-9}
+    for parameter in mechanistic["parameters"]:
+        assert parameter["low"] < truth[parameter["symbol"]] < parameter["high"], parameter
+    # Beyond 8 ranks nothing was measured; beyond 64 the curve ends, at 8 times that.
+    assert [point["extrapolated"] for point in mechanistic["curve"]] == [
+        point["world_size"] > 8 for point in mechanistic["curve"]
+    ]
+    assert mechanistic["curve"][-1]["world_size"] == 64
+    assert {1, 2, 4, 8} <= {point["world_size"] for point in mechanistic["curve"]}
+
+
+def test_what_the_points_do_not_determine_has_no_curve():
+    for model in series_of(report_of(replace(NOISY, ranks_per_node=(1, 2))), "strong")[0]["models"]:
+        if not model["identifiable"]:
+            assert model["why"]
+            assert model["curve"] == []
+    assert not all(model["identifiable"] for model in series_of(report_of(NOISY), "strong")[0]["models"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "other"},
+        {"device_name": "Other CPU"},
+        {"backend": "nccl"},
+        {"dtype": "float32"},
+        {"torch": "2.4.0"},
+    ],
+)
+def test_what_is_not_comparable_is_never_mixed(change):
+    slow = replace(NOISY, machine=replace(Machine(**change), row_s=1e-3), campaign="slow")
+    report = report_of(NOISY, slow)
+    assert len(report["groups"]) == 2
+    alone = [analyse(read_records([Path(f"campaign-{number}")]))["groups"][0] for number in (0, 1)]
+    for group in report["groups"]:
+        twin = next(
+            one
+            for one in alone
+            if all(one[key] == group[key] for key in ("machine", "device_name", "backend", "dtype", "versions"))
+        )
+        told = [point["step_time_s"] for point in group["points"] if point["world_size"] > 1]
+        assert told == [point["step_time_s"] for point in twin["points"] if point["world_size"] > 1]
+    assert all(
+        line.startswith(tuple(f"{one}: " for group in report["groups"] for one in (group["machine"], group["title"])))
+        for line in report["verdict"]["lines"][1:]
+    )
+
+
+def test_one_rank_belongs_to_every_backend_that_it_could_have_had():
+    report = report_of(NOISY, replace(NOISY, machine=Machine(backend="nccl"), campaign="other", ranks_per_node=(2, 4)))
+    assert [group["backend"] for group in report["groups"]] == ["gloo", "nccl"]
+    assert [series_of(report, "strong", group=number)[0]["baseline_world_size"] for number in (0, 1)] == [1, 1]
+
+
+def test_steps_across_nodes_are_another_series_than_those_within_one():
+    report = report_of(replace(NOISY, nodes=(1, 2), ranks_per_node=(1, 2)))
+    found = {
+        (one["kind"], one["scope"]): [(p["num_nodes"], p["world_size"]) for p in one["points"]]
+        for one in report["groups"][0]["series"]
+    }
+    within, one_each, two_each = [(1, 1), (1, 2)], [(1, 1), (2, 2)], [(1, 2), (2, 4)]
+    assert found == {
+        (kind, scope): points
+        for kind in ("strong", "weak")
+        for scope, points in (
+            ("within a node", within),
+            ("across nodes, 1 rank a node", one_each),
+            ("across nodes, 2 ranks a node", two_each),
+        )
+    }
+    assert "Strong scaling across nodes, 2 ranks a node (baseline 2 ranks): " in "\n".join(report["verdict"]["lines"])
+
+
+def test_series_that_come_by_chance_are_left_out():
+    report = report_of(replace(NOISY, ranks_per_node=(1, 2, 4, 8), global_batch_sizes=(256, 512), local_batch_sizes=()))
+    # Local batches of 256, 128 and 64 meet twice each, and every point is in a strong series.
+    assert [one["kind"] for one in report["groups"][0]["series"]] == ["strong", "strong"]
+    report = report_of(replace(NOISY, ranks_per_node=(2, 4), global_batch_sizes=(256,), local_batch_sizes=(64,)))
+    assert [one["kind"] for one in report["groups"][0]["series"]] == ["strong", "weak"]
+
+
+# The verdict
+
+
+def efficiency(value, low=None, high=None):
+    return {"value": value, "low": low, "high": high, "num_launches": 7}
+
+
+def series_with(*efficiencies):
+    points = [{"world_size": 1, "num_nodes": 1, "efficiency": efficiency(1, 1, 1)}]
+    points += [
+        {"world_size": 2**place, "num_nodes": 1, "efficiency": efficiency(*one)}
+        for place, one in enumerate(efficiencies, 1)
+    ]
+    return {"id": "s", "title": "strong scaling", "kind": "strong", "points": points}
+
+
+FAR = {
+    "shown": ([(0.95, 0.9, 0.99), (0.7, 0.6, 0.75)], (2, 2, 2), "at least 80 % shown up to 2 ranks"),
+    "to the end": (
+        [(0.95, 0.9, 0.99), (0.9, 0.85, 0.95)],
+        (4, 4, 4),
+        "at least 80 % shown up to 4 ranks, the most that was measured",
+    ),
+    "about": (
+        [(0.95, 0.9, 0.99), (0.82, 0.78, 0.86), (0.5, 0.4, 0.6)],
+        (4, 2, 4),
+        "at least 80 % shown up to 2 ranks, about 80 % up to 4 ranks, where the interval straddles it",
+    ),
+    "about, from below": (
+        [(0.79, 0.77, 0.81), (0.5, 0.4, 0.6)],
+        (1, 1, 2),
+        "about 80 % at 2 ranks, where the interval straddles it",
+    ),
+    "not at all": ([(0.6, 0.5, 0.7), (0.3, 0.2, 0.4)], (1, 1, 1), "below 80 % from 2 ranks on"),
+    "a dip counts": ([(0.7, 0.6, 0.75), (0.9, 0.85, 0.95)], (1, 1, 1), "below 80 % from 2 ranks on"),
+    "too few launches": (
+        [(0.9,), (0.7,)],
+        (2, None, None),
+        "80 % up to 2 ranks by the medians, too few launches to tell",
+    ),
+    "too few and bad": (
+        [(0.6,)],
+        (1, None, None),
+        "below 80 % from 2 ranks on by the medians, too few launches to tell",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FAR)
+def test_how_far_it_scales_is_said_with_its_doubts(case):
+    efficiencies, sizes, summary = FAR[case]
+    told = how_far(series_with(*efficiencies))
+    assert (told["largest_efficient_world_size"], told["shown_up_to"], told["about_up_to"]) == sizes
+    assert told["summary"] == summary
+    assert told["text"].startswith("strong scaling (baseline 1 rank): ")
+
+
+def test_a_step_that_was_not_taken_apart_has_no_cause():
+    series = series_with((0.5, 0.4, 0.6))
+    for point in series["points"]:
+        point["point"] = point["world_size"]
+    point = {"world_size": 1, "step_time_s": efficiency(1.0), "exposed_time_s": None, "compute_time_s": None}
+    assert what_bounds(series, {1: point, 2: {**point, "world_size": 2}}) is None
+
+
+def test_a_fast_wrong_run_is_in_no_statistics_and_in_the_first_line():
+    def too_fast(record):
+        if record["launch"]["block"] < 3 and record["launch"]["world_size"] == 4:
+            point = record["points"][0]
+            point["step_time_s"] /= 1000
+            point["throughput"] *= 1000
+            point["check"] |= {"passed": False, "difference": 0.5, "told": "the weights are half"}
+        return record
+
+    right, wrong = report_of(NOISY), report_of(NOISY, change=too_fast)
+    (before,), (after,) = series_of(right, "strong"), series_of(wrong, "strong")
+    assert before["points"][2]["efficiency"]["num_launches"] == 8
+    assert after["points"][2]["efficiency"]["num_launches"] == 5
+    assert after["points"][2]["efficiency"]["value"] == pytest.approx(
+        before["points"][2]["efficiency"]["value"], rel=0.1
+    )
+    assert right["verdict"]["correct"]["status"] == "yes"
+    assert right["verdict"]["lines"][0] == "It trains correctly: all 40 runs in 24 launches end at the known answer."
+    assert wrong["verdict"]["correct"]["status"] == "no"
+    assert "NOT train correctly: 3 of 40 runs in 24 launches miss the known answer" in wrong["verdict"]["lines"][0]
+    assert [one["is_wrong_result"] for one in wrong["excluded"]] == [True] * 3
+    assert "wrong result: the weights are half (difference 0.5, allowed 1e-09)" in wrong["excluded"][0]["reason"]
+
+
+def test_where_nothing_ran_nothing_is_claimed():
+    report = report_of(NOISY, change=lambda record: NOISY.failure(record["launch"]["block"], 1, 2, "died"))
+    assert report["verdict"]["correct"]["status"] == "unknown"
+    assert report["groups"] == []
+    assert len(report["failed"]) == 8
+    assert report["verdict"]["soonest"] is None
+    json.dumps(report, allow_nan=False)
+
+
+def test_fewer_than_six_launches_have_no_interval():
+    report = report_of(replace(NOISY, num_blocks=5))
+    estimates = [point["step_time_s"] for point in report["groups"][0]["points"]]
+    assert [(one["low"], one["high"], one["num_launches"]) for one in estimates] == [(None, None, 5)] * len(estimates)
+    assert "too few launches to tell" in "\n".join(report["verdict"]["lines"])
+
+
+# Time to target
+
+
+def test_time_to_target_is_predicted_steps_times_step_time():
+    report = report_of(BY_HAND)
+    table = next(one for one in report["groups"][0]["targets"] if "-strong-" in one["series"])
+    # Made: 400 steps of 256 rows, so 640 of 160.
+    assert [row["predicted_steps"] for row in table["rows"]] == [640] * 3
+    assert [row["predicted_time_s"]["value"] for row in table["rows"]] == pytest.approx([0.32, 0.256, 0.256])
+    assert [row["measured_time_s"]["value"] for row in table["rows"]] == pytest.approx([0.32, 0.256, 0.256])
+    assert [row["predicted_over_measured"]["value"] for row in table["rows"]] == pytest.approx([1, 1, 1])
+    assert [row["node_hours"] for row in table["rows"]] == pytest.approx([0.32 / 3600, 0.256 / 3600, 0.256 / 3600])
+    assert table["stable_up_to_world_size"] == 4
+    weak = next(one for one in report["groups"][0]["targets"] if "-weak-" in one["series"])
+    # 40, 80 and 160 rows: 2560, 1280 and 640 steps of 200, 300 and 400 µs.
+    assert [row["time_s"]["value"] for row in weak["rows"]] == pytest.approx([0.512, 0.384, 0.256])
+    assert [row["stability_limit"] for row in weak["rows"]] == pytest.approx([1024 / 40, 1024 / 80, 1024 / 160])
+
+
+def test_soonest_may_need_more_node_hours_than_cheapest():
+    # Two nodes halve the time of a step at best, and each of them is paid for.
+    machine = without_noise(Machine(alpha_s=100e-6, serial_s=100e-6))
+    verdict = report_of(replace(BY_HAND, machine=machine, nodes=(1, 2), ranks_per_node=(1,)))["verdict"]
+    # 160 rows: 100 + 1600 µs on one, 100 + 800 + 100 on two; 640 steps.
+    assert verdict["soonest"]["world_size"] == 2
+    assert verdict["soonest"]["time_s"]["value"] == pytest.approx(640 * 1000e-6, rel=1e-4)
+    assert verdict["cheapest"]["world_size"] == 1
+    assert verdict["cheapest"]["node_hours"] < verdict["soonest"]["node_hours"]
+    assert verdict["soonest"]["text"] in verdict["lines"]
+
+
+def test_a_target_that_is_never_reached_has_no_time():
+    def unstable(record):
+        for point in record["points"]:
+            if record["launch"]["world_size"] == 4:
+                nothing = dict.fromkeys(["predicted_steps", "measured_steps", "measured_time_s"])
+                point["target"] |= {"stability_limit": 0.8, **nothing}
+        return record
+
+    report = report_of(NOISY, change=unstable)
+    for table in report["groups"][0]["targets"]:
+        last = table["rows"][-1]
+        assert (last["is_stable"], last["num_reached"]) == (False, 0)
+        assert [last[key] for key in ("predicted_time_s", "measured_time_s", "time_s", "node_hours")] == [None] * 4
+        assert table["stable_up_to_world_size"] == 2
+    assert report["verdict"]["soonest"]["world_size"] == 2
+
+
+def test_launches_that_did_not_reach_a_target_count_as_the_longest():
+    def not_always(record):
+        for point in record["points"]:
+            if record["launch"]["block"] < 3:
+                point["target"] |= {"measured_steps": None, "measured_time_s": None}
+        return record
+
+    row = report_of(NOISY, change=not_always)["groups"][0]["targets"][0]["rows"][0]
+    whole = report_of(replace(NOISY, seed=0))["groups"][0]["targets"][0]["rows"][0]
+    assert row["num_reached"] == 5
+    assert row["measured_time_s"]["high"] is None
+    assert row["measured_time_s"]["value"] >= whole["measured_time_s"]["value"]
+
+
+def test_predicted_times_stand_in_only_where_nothing_was_measured():
+    def only_predicted(record):
+        for point in record["points"]:
+            point["target"] |= {"measured_steps": None, "measured_time_s": None}
+        return record
+
+    def half(record):
+        return only_predicted(record) if record["launch"]["world_size"] == 4 else record
+
+    assert report_of(NOISY, change=only_predicted)["verdict"]["soonest"]["time_from"] == "predicted"
+    soonest = report_of(NOISY, change=half)["verdict"]["soonest"]
+    assert (soonest["time_from"], soonest["world_size"]) == ("measured", 2)
+
+
+# Where it comes from
+
+
+def test_provenance_tells_what_differs_and_how_often():
+    def change(record):
+        if record["launch"]["block"] == 0:
+            record["provenance"]["libraries"] = {**record["provenance"]["libraries"], "torchreg": "0.0.9"}
+        if record["launch"]["block"] < 2:
+            record["provenance"]["environment"] = {"OMP_NUM_THREADS": "1", "RANK": "0", "MASTER_PORT": "1234"}
+        else:
+            record["provenance"]["environment"] = {}
+        return record
+
+    told = report_of(NOISY, change=change)["provenance"]
+    threads = [{"value": "1", "launches": 6}, {"value": None, "launches": 18}]
+    versions = [{"value": "0.0.9", "launches": 3}, {"value": "0.1.0", "launches": 21}]
+    assert told["differs"] == [
+        {"field": "environment.OMP_NUM_THREADS", "values": threads},
+        {"field": "libraries.torchreg", "values": versions},
+    ]
+    # One rank has no backend: that is no difference.
+    assert told["same"]["runtime.backend"] == "gloo"
+    assert told["same"]["runtime.mpi_library"] == "MPICH 4.3"
+    assert not any("RANK" in field or "MASTER" in field for field in told["same"])
+
+
+def test_the_same_records_give_the_same_bytes_and_a_merge_the_same_numbers():
+    one = replace(NOISY, num_blocks=6).write(Path("one"))
+    two = replace(NOISY, num_blocks=6, seed=1, machine=Machine(name="other")).write(Path("two"))
+
+    def files(folders, out):
+        records = read_records(folders)
+        paths = write_data(analyse(records), records, Path(out))
+        return {path.name: path.read_bytes() for path in paths}
+
+    first, again = files([one, two], "first"), files([one, two], "first")
+    assert first == again
+    assert list(first) == [
+        "report.json", "points.csv", "points.parquet", "allreduce.csv", "allreduce.parquet", "launches.csv"
+    ]  # fmt: skip
+    points = pd.read_csv("first/points.csv")
+    pd.testing.assert_frame_equal(points, pd.read_parquet("first/points.parquet"), check_dtype=False)
+    merge(Path("all"), [one, two])
+    merged = json.loads(files([Path("all")], "all/report")["report.json"])
+    apart = json.loads(first["report.json"])
+    assert merged["groups"] == apart["groups"]
+    assert merged["verdict"] == apart["verdict"]
+
+
+def test_the_command_writes_a_report_for_a_person_and_for_a_program(capsys):
+    pytest.importorskip("torchreg.report.pages")
+    campaign = replace(NOISY, num_blocks=6).write(Path("campaign"))
+    assert main(["report", str(campaign)]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "verdict      It trains correctly: all 30 runs in 18 launches end at the known answer."
+    assert "report       campaign/report/report.html" in out
+    assert main(["report", str(campaign), "--json", "--out", "elsewhere"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads(Path("elsewhere/report.json").read_text())
+    assert report == json.loads(Path("campaign/report/report.json").read_text())
+    assert Path("elsewhere/report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ([], "report got no directory"),
+        (["a", "b"], "report got 2 directories: say with --out where"),
+        (["campaign", "--out", "file"], "out is file, which cannot be made"),
+        (["campaign", "--ou"], "ou"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(options, part, capsys):
+    write_launch(Path("campaign"), next(iter(NOISY.records())))
+    Path("file").touch()
+    assert main(["report", *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.strip().splitlines()) == 1, err
+    assert part in err
+
+
+def test_records_are_left_as_they_are():
+    campaign = replace(NOISY, num_blocks=2).write(Path("campaign"))
+    before = {path: path.read_bytes() for path in campaign.rglob("*") if path.is_file()}
+    records = read_records([campaign])
+    contents = copy.deepcopy([launch.content for launch in records.launches])
+    analyse(records)
+    assert [launch.content for launch in records.launches] == contents
+    assert {path: path.read_bytes() for path in campaign.rglob("*") if path.is_file()} == before

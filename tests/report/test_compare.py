@@ -1,0 +1,198 @@
+"""If these fail, an upgrade that made every step slower, or wrong, passes CI; or noise alone stops a good one."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from torchreg.cli import main
+from torchreg.report.analysis import analyse
+from torchreg.report.compare import compare
+from torchreg.report.write import write_data
+from torchreg.scaling.records import read_records
+
+from ..scaling.made import Machine, Made, write_launch
+
+OLD = Made(num_features=(1,), combinations=(("sgd", "ddp"),), num_blocks=8, ranks_per_node=(1, 2))
+NUM_POINTS = 2 + 2  # 256 rows, and 64 a rank, at 1 and at 2 ranks
+
+
+def slower(factor, **changes):
+    """The campaign again, another time, on a machine whose every part takes so many times as long."""
+    machine = OLD.machine
+    times = {field: getattr(machine, field) * factor for field in ("alpha_s", "beta_s_per_byte", "serial_s", "row_s")}
+    return replace(OLD, machine=replace(machine, **times), seed=1, **changes)
+
+
+def outcomes(old, new, **options):
+    comparison = compare(Path(old), Path(new), **options)
+    return [row.outcome for row in comparison.rows], comparison.is_regression
+
+
+def as_report(folder):
+    records = read_records([folder])
+    return write_data(analyse(records), records, folder / "report")[0]
+
+
+@pytest.mark.parametrize(
+    ("factor", "outcome", "is_regression"),
+    [(1.2, "regression", True), (1.0, "same", False), (0.8, "faster", False)],
+)
+def test_a_step_that_takes_longer_beyond_noise_and_threshold_is_a_regression(factor, outcome, is_regression, capsys):
+    # Noise of 2 % over 8 launches each: the ratio is known to 2 to 3 %.
+    OLD.write(Path("old"))
+    slower(factor, num_blocks=12).write(Path("new"))
+    found, told = outcomes("old", "new")
+    assert len(found) == NUM_POINTS
+    assert told is is_regression
+    assert set(found) <= {outcome, "not clear", "same"}
+    assert outcome in found
+    for row in compare(Path("old"), Path("new")).rows:
+        assert row.ratio.low < factor < row.ratio.high
+    assert main(["report", "compare", "old", "new"]) == int(is_regression)
+    out = capsys.readouterr().out
+    assert out.count(outcome) >= 1
+    assert ("no regression beyond 5 % is shown" in out) is not is_regression
+
+
+def test_the_threshold_is_the_users():
+    OLD.write(Path("old"))
+    slower(1.2).write(Path("new"))
+    assert outcomes("old", "new", threshold=0.05)[1]
+    assert outcomes("old", "new", threshold=0.5) == (["same"] * NUM_POINTS, False)
+    with pytest.raises(ValueError, match=r"threshold is -0.1: give a fraction of at least 0"):
+        compare(Path("old"), Path("new"), threshold=-0.1)
+
+
+def test_noise_alone_is_no_regression():
+    folders = [replace(OLD, seed=seed, num_blocks=6).write(Path(f"{seed}")) for seed in range(10, 22)]
+    pairs = list(zip(folders[::2], folders[1::2], strict=True))
+    assert not [pair for pair in pairs if outcomes(*pair)[1]]
+
+
+def test_too_few_launches_are_said_and_are_no_verdict(capsys):
+    OLD.write(Path("old"))
+    slower(3, num_blocks=5).write(Path("new"))
+    assert outcomes("old", "new") == (["too few launches to tell"] * NUM_POINTS, False)
+    assert main(["report", "compare", "old", "new"]) == 0
+    assert f"({NUM_POINTS} too few launches to tell)" in capsys.readouterr().out
+
+
+def test_a_wrong_result_is_a_regression_however_fast(capsys):
+    OLD.write(Path("old"))
+    for record in slower(0.5).records():
+        if record["launch"]["id"] == "block-03-nodes-1-ranks-2":
+            record["points"][0]["check"] |= {"passed": False, "told": "the weights are half"}
+        write_launch(Path("new"), record)
+    for new in (Path("new"), as_report(Path("new"))):
+        assert main(["report", "compare", "old", str(new)]) == 1
+        out = capsys.readouterr().out
+        assert "verdict      regression: 1 new results are wrong" in out
+        assert "the weights are half" in out
+    # The other way round the wrong results are the old ones, which are named and left out.
+    assert "1 old results were wrong, and are left out" in compare(Path("new"), Path("old")).notes
+
+
+def test_wrong_results_alone_are_told_where_nothing_else_can_be_compared():
+    OLD.write(Path("old"))
+    for record in OLD.records():
+        for point in record["points"]:
+            point["check"]["passed"] = False
+        write_launch(Path("new"), record)
+    comparison = compare(Path("old"), Path("new"))
+    assert comparison.rows == ()
+    assert len(comparison.wrong) == 8 * NUM_POINTS
+    assert comparison.is_regression
+
+
+def test_what_cannot_be_run_any_more_is_a_regression():
+    OLD.write(Path("old"))
+    for record in OLD.records():
+        launch = record["launch"]
+        write_launch(
+            Path("new"), record if launch["world_size"] == 1 else OLD.failure(launch["block"], 1, 2, "no route to host")
+        )
+    found, is_regression = outcomes("old", "new")
+    assert sorted(found) == ["no result any more"] * 2 + ["same"] * 2
+    assert is_regression
+    # What was not asked for any more is none.
+    replace(OLD, ranks_per_node=(1,)).write(Path("less"))
+    found, is_regression = outcomes("old", "less")
+    assert (found, is_regression) == (["same"] * 2, False)
+    assert "2 points are in the old campaign alone" in compare(Path("old"), Path("less")).notes
+
+
+def test_versions_may_differ_and_are_told_but_machines_may_not(capsys):
+    OLD.write(Path("old"))
+    replace(OLD, machine=Machine(torch="2.14.0")).write(Path("upgraded"))
+    comparison = compare(Path("old"), Path("upgraded"))
+    assert len(comparison.rows) == NUM_POINTS
+    assert "torch was 2.13.0 and is 2.14.0" in comparison.notes
+    for number, change in enumerate(({"name": "x"}, {"device_name": "x"}, {"dtype": "float32"})):
+        replace(OLD, machine=Machine(**change)).write(Path(f"other-{number}"))
+        assert main(["report", "compare", "old", f"other-{number}"]) == 2
+        assert f"nothing in old and other-{number} can be compared" in capsys.readouterr().err
+    # One rank has no backend: with another one, those points can still be compared.
+    replace(OLD, machine=Machine(backend="nccl")).write(Path("nccl"))
+    assert [
+        row.point["num_nodes"] * row.point["ranks_per_node"] for row in compare(Path("old"), Path("nccl")).rows
+    ] == [
+        1,
+        1,
+    ]
+
+
+def test_points_of_several_versions_in_one_campaign_are_left_out_not_mixed():
+    OLD.write(Path("old"))
+    for seed, machine in enumerate((Machine(), Machine(torch="2.14.0"))):
+        for record in replace(OLD, machine=machine, seed=seed, ranks_per_node=(1, 2)).records():
+            if machine.torch == "2.13.0" or record["launch"]["world_size"] == 2:
+                record["launch"]["block"] += 10 * seed
+                record["launch"]["id"] = f"block-{record['launch']['block']}-ranks-{record['launch']['world_size']}"
+                write_launch(Path("new"), record)
+    comparison = compare(Path("old"), Path("new"))
+    assert [row.point["sync"] for row in comparison.rows] == ["none", "none"]
+    assert any("2 points were measured with several sets of versions" in note for note in comparison.notes)
+
+
+def test_a_report_is_compared_by_the_widest_ratio_that_its_intervals_allow(capsys):
+    OLD.write(Path("old"))
+    slower(1.5).write(Path("new"))
+    exact = compare(Path("old"), Path("new"))
+    told = compare(as_report(Path("old")), as_report(Path("new")))
+    assert [row.point for row in told.rows] == [row.point for row in exact.rows]
+    for wide, narrow in zip(told.rows, exact.rows, strict=True):
+        assert wide.ratio.value == pytest.approx(narrow.ratio.value)
+        assert wide.ratio.low <= narrow.ratio.low < narrow.ratio.high <= wide.ratio.high
+        assert wide.outcome == "regression"
+    assert main(["report", "compare", "old", "new/report/report.json", "--json"]) == 1
+    content = json.loads(capsys.readouterr().out)
+    assert (content["kind"], content["is_regression"], len(content["rows"])) == ("scaling-comparison", True, NUM_POINTS)
+    assert content["rows"][0]["ratio"]["low"] > 1.05
+
+
+def test_what_is_no_report_or_campaign_is_one_clear_line(capsys):
+    OLD.write(Path("old"))
+    report = json.loads(as_report(Path("old")).read_text())
+    point = report["groups"][0]["points"][0]
+    broken = {
+        "empty": "",
+        "list": "[]",
+        "other": '{"kind": "train", "schema_version": 1}',
+        "cut": json.dumps(report)[:1000],
+        "negative": json.dumps(report).replace(json.dumps(point["step_time_s"]["value"]), "-1"),
+        "text": json.dumps(report).replace(json.dumps(point["step_time_s"]["value"]), '"fast"'),
+        "no groups": json.dumps({**report, "groups": 3}),
+        "deep": "[" * 100_000,
+    }
+    for name, content in broken.items():
+        Path(f"{name}.json").write_text(content)
+        assert main(["report", "compare", "old", f"{name}.json"]) == 2, name
+        err = capsys.readouterr().err
+        assert len(err.strip().splitlines()) == 1, err
+        assert f"{name}.json is no report.json that this torchreg can read" in err
+    assert main(["report", "compare", "old", "nowhere"]) == 2
+    assert "nowhere is no directory" in capsys.readouterr().err
+    assert main(["report", "compare", "old"]) == 2
+    assert "new" in capsys.readouterr().err.lower()

@@ -1,0 +1,354 @@
+"""If these fail, a report counts damaged, foreign or doubled launches, or breaks over one file of a thousand."""
+
+import contextlib
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchreg.cli import main
+from torchreg.report.analysis import analyse
+from torchreg.scaling import sources
+from torchreg.scaling.records import allreduce_table, launches_table, merge, points_table, read_records
+from torchreg.scaling.schema import check, sealed
+
+from .made import Made, write_launch
+
+SMALL = Made(num_blocks=2, ranks_per_node=(1, 2), combinations=(("sgd", "ddp"),), num_features=(1,))
+RECORDS = list(SMALL.records())
+TWO_RANKS = RECORDS[1]
+assert TWO_RANKS["launch"]["id"] == "block-00-nodes-1-ranks-2"
+
+
+def changed(*path, to):
+    """The record of two ranks with one field changed, or taken away where `to` is `...`."""
+    record = copy.deepcopy(TWO_RANKS)
+    place = record
+    for key in path[:-1]:
+        place = place[key]
+    if to is ...:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = to
+    return record
+
+
+def read(folder="campaign"):
+    return read_records([Path(folder)])
+
+
+def reasons(records):
+    return [one.reason for one in records.left_out]
+
+
+def test_tables_have_a_row_for_each_launch_and_point():
+    records = read(SMALL.write(Path("campaign")))
+    assert len(records.launches) == 4
+    assert (records.failed, records.left_out) == ((), ())
+    points = points_table(records)
+    # 2 blocks × 2 world sizes × 1 combination × 1 size; strong 256, and weak 64 or 128.
+    assert len(points) == 2 * 2 * 2
+    row = points[(points["launch"] == "block-00-nodes-1-ranks-2") & (points["global_batch_size"] == 128)].iloc[0]
+    point = next(point for point in TWO_RANKS["points"] if point["global_batch_size"] == 128)
+    for field in ("step_time_s", "local_step_time_s", "rows_time_s", "throughput", "sync", "message_bytes"):
+        assert row[field] == point[field]
+    assert row["rank_max_s"] == point["rank_step_time_s"]["max"]
+    assert row["measured_time_s"] == point["target"]["measured_time_s"]
+    assert row["check_passed"]
+    # Only two ranks reduce: 2 launches × 4 sizes.
+    assert len(allreduce_table(records)) == 2 * 4
+    launches = launches_table(records)
+    assert launches["block"].tolist() == [0, 0, 1, 1]
+    assert launches["torch"].unique().tolist() == ["2.13.0"]
+
+
+REFUSED = {
+    "negative time": (changed("points", 1, "step_time_s", to=-1.0), "points[1].step_time_s is -1.0, where a number of"),
+    "no time": (changed("points", 0, "step_time_s", to=0), "points[0].step_time_s is 0"),
+    "time as text": (changed("points", 0, "step_time_s", to="0.001"), "points[0].step_time_s is '0.001'"),
+    "true for a time": (changed("wall_s", to=True), "wall_s is True, where a number"),
+    "not a number": (changed("points", 0, "rows_time_s", to=float("nan")), "points[0].rows_time_s is None"),
+    "infinite": (changed("allreduce", 0, "time_s", to=1e300), "allreduce[0].time_s is 1e+300"),
+    "missing": (changed("points", 0, "check", "passed", to=...), "partial: points[0].check.passed is missing"),
+    "no points": ({**TWO_RANKS, "points": [], "allreduce": []}, "partial: points and allreduce are empty"),
+    "points no list": (changed("points", to={"a": 1}), "points is {'a': 1}, where a list belongs"),
+    "point no object": (changed("points", 0, to=3), "points[0] is 3, where an object belongs"),
+    "older": (changed("schema_version", to=0), "older: schema_version is 0, and this torchreg reads 1"),
+    "newer": (changed("schema_version", to=2), "newer: schema_version is 2, and this torchreg reads 1: update it"),
+    "version text": (changed("schema_version", to="1"), "foreign: schema_version is '1'"),
+    "foreign": (changed("kind", to="train"), "foreign: kind is 'train'"),
+    "no kind": (changed("kind", to=...), "foreign: kind is None"),
+    "unknown status": (changed("status", to="perhaps"), "status is 'perhaps', where one of ok, failed belongs"),
+    "ok with exit code 1": (changed("exit_code", to=1), "exit_code is 1, where 0"),
+    # The worst failure of all: two copies of a run of one rank, which would look like perfect weak scaling.
+    "silent copies": (changed("runtime", "world_size", to=1), "runtime.world_size is 1, and 2 were asked for"),
+    "on one node": (
+        changed("launch", to={**TWO_RANKS["launch"], "num_nodes": 2, "ranks_per_node": 1}),
+        "runtime.num_nodes is 1, and 2 were asked for",
+    ),
+    "ranks missing": (changed("runtime", "places", to=[]), "partial: runtime.places has 0 of 2 ranks"),
+    "no product": (changed("launch", "ranks_per_node", to=3), "launch.world_size is 2, not num_nodes 1"),
+    "same setting twice": (changed("points", 1, to=TWO_RANKS["points"][0]), "points[1] is measured twice"),
+    "wrong throughput": (changed("points", 0, "throughput", to=5.0), "points[0].throughput is 5, not"),
+    "wrong local batch": (changed("points", 0, "local_batch_size", to=7), "points[0].local_batch_size is 7, not"),
+    "ranks in disorder": (changed("points", 0, "rank_step_time_s", "min", to=9.0), "is not in order"),
+    "two ranks do not average": (changed("points", 0, "sync", to="none"), "points[0].sync is 'none' at world size 2"),
+    "name with a slash": (changed("points", 0, "optimizer", to="../x"), "points[0].optimizer is '../x'"),
+    "no time of day": (changed("started_utc", to="yesterday"), "started_utc is 'yesterday', where a time in ISO 8601"),
+    "endless text": (changed("dtype", to="x" * 5000), "where a text of at most 4000 characters belongs"),
+    "other id": (changed("launch", "id", to="block-09"), "launch.id is 'block-09', not the folder's name"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_record_that_cannot_be_used_is_left_out_with_its_reason(case):
+    record, reason = REFUSED[case]
+    SMALL.write(Path("campaign"))
+    path = Path("campaign/launches/block-00-nodes-1-ranks-2/launch.json")
+    path.write_text(json.dumps(sealed(record)))
+    records = read()
+    assert len(records.launches) == 3
+    assert [one.file for one in records.left_out] == [path]
+    assert reason in reasons(records)[0]
+    assert len(points_table(records)) == 3 * 2
+
+
+def test_a_record_is_what_was_sealed():
+    path = SMALL.write(Path("campaign")) / "launches/block-00-nodes-1-ranks-2/launch.json"
+    whole = path.read_bytes()
+    path.write_bytes(json.dumps({key: value for key, value in json.loads(whole).items() if key != "sha256"}).encode())
+    assert reasons(read()) == ["partial: sha256, the seal of a finished record, is missing"]
+    path.write_bytes(whole.replace(b'"num_repeats": 20', b'"num_repeats": 30', 1))
+    assert reasons(read()) == ["damaged: the content is not what was written (sha256 differs)"]
+    path.write_bytes(json.dumps(json.loads(whole)).encode())  # spaces are no content
+    assert reasons(read()) == []
+    path.write_bytes(whole[:-40])
+    assert reasons(read())[0].startswith("damaged: no JSON")
+    path.write_bytes(b"[" * 100_000)
+    assert reasons(read())[0].startswith("damaged: no JSON")
+
+
+def test_what_is_no_plain_file_is_named_and_never_opened(monkeypatch):
+    campaign = SMALL.write(Path("campaign"))
+    Path("elsewhere").mkdir()
+    target = campaign / "launches/block-00-nodes-1-ranks-1/launch.json"
+    shutil.copy(target, "elsewhere/launch.json")
+    odd = {name: campaign / "launches" / name for name in ("a-link", "b-pipe", "c-folder", "d-claimed", "e-empty")}
+    for folder in odd.values():
+        folder.mkdir()
+    (odd["a-link"] / "launch.json").symlink_to(target.resolve())
+    os.mkfifo(odd["b-pipe"] / "launch.json")
+    (odd["c-folder"] / "launch.json").mkdir()
+    (odd["d-claimed"] / "claim.json").write_text("{}")
+    (campaign / "launches/f-linked-folder").symlink_to(Path("elsewhere").resolve())
+    (campaign / "launches/g-file").write_text("hello")
+    records = read()
+    assert len(records.launches) == 4
+    assert reasons(records) == [
+        "a link: not followed",
+        "no regular file, where a file belongs",
+        "a directory, where a file belongs",
+        "partial: claimed and not finished: it still runs, or was killed",
+        "partial: no launch.json",
+        "a link, where a directory belongs: not followed",
+        "a file, where a directory belongs: not followed",
+    ]
+    monkeypatch.setattr(sources, "_MOST_BYTES", 100)
+    assert sum(reason.startswith("too large: ") for reason in reasons(read())) == 4
+
+
+def test_an_empty_directory_says_what_to_run(capsys):
+    Path("empty/launches").mkdir(parents=True)
+    for folder, problem in (("empty", "has no launches"), ("nowhere", "is no directory")):
+        assert main(["report", folder]) == 2
+        err = capsys.readouterr().err
+        assert f"{folder} {problem}" in err
+        assert f"torchreg scale run CAMPAIGN.yaml --dir {folder}" in err
+
+
+def test_failed_launches_and_earlier_tries_are_failures_with_their_log():
+    campaign = SMALL.write(Path("campaign"))
+    write_launch(campaign, SMALL.failure(0, 1, 2, "time-out"), "launch.failed-1.json")
+    write_launch(campaign, SMALL.failure(7, 1, 2, "died"))
+    (campaign / "launches/block-07-nodes-1-ranks-2/stderr.log").write_text("segmentation fault")
+    shutil.copy(
+        campaign / "launches/block-00-nodes-1-ranks-1/launch.json",
+        campaign / "launches/block-00-nodes-1-ranks-1/launch.failed-1.json",
+    )
+    records = read()
+    assert [(one.name, one.content["reason"]) for one in records.failed] == [
+        ("block-00-nodes-1-ranks-2", "time-out"),
+        ("block-07-nodes-1-ranks-2", "died"),
+    ]
+    assert [one.log and one.log.name for one in records.failed] == [None, "stderr.log"]
+    assert len(records.launches) == 4
+    assert reasons(records) == ["named as a failed try, and its status is ok"]
+    told = analyse(records)
+    assert [one["is_retried"] for one in told["failed"]] == [True, False]
+    assert told["cost"]["launches"] == 6
+    # 4 launches of 40 s and 2 failures of 5 s, on one node each.
+    assert told["cost"]["node_hours"] == pytest.approx(170 / 3600)
+
+
+def test_what_could_move_a_cursor_or_break_a_page_is_made_printable():
+    record = changed("runtime", "device_name", to="CPU\x1b[31m\x00\ud800 <b>&")
+    write_launch(Path("campaign"), record)
+    (Path("campaign/launches") / "odd\x1b[2J\udcff").mkdir()
+    records = read()
+    assert launches_table(records)["device_name"].tolist() == ["CPU\ufffd[31m\ufffd\ufffd <b>&"]
+    assert analyse(records)["excluded"][0]["file"] == "campaign/launches/odd\ufffd[2J\ufffd"
+
+
+# Damage
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=4,
+)
+WHOLE = json.dumps(sealed(TWO_RANKS), indent=1).encode()
+
+
+def paths_of(content, path=()):
+    yield path
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in items:
+        yield from paths_of(value, (*path, key))
+
+
+PATHS = [path for path in paths_of(TWO_RANKS) if path]
+
+
+@settings(max_examples=400)
+@given(st.data())
+def test_a_damaged_file_is_left_out_or_its_numbers_are_the_same(data):
+    damaged = bytearray(WHOLE)
+    if data.draw(st.booleans(), "truncated"):
+        damaged = damaged[: data.draw(st.integers(0, len(damaged) - 1), "length")]
+    flips = data.draw(st.lists(st.tuples(st.integers(0, len(WHOLE) - 1), st.integers(1, 255)), max_size=3), "flips")
+    for place, bits in flips:
+        if place < len(damaged):
+            damaged[place] ^= bits
+    with contextlib.suppress(ValueError):  # left out, with the reason
+        assert check(bytes(damaged)) == json.loads(WHOLE)
+
+
+@settings(max_examples=50)
+@given(path=st.sampled_from(PATHS), value=VALUES, is_sealed=st.booleans())
+def test_a_changed_type_never_breaks_a_report(tmp_path_factory, path, value, is_sealed):
+    campaign = tmp_path_factory.mktemp("fuzz")
+    record = sealed(changed(*path, to=value)) if is_sealed else {**sealed(TWO_RANKS), **changed(*path, to=value)}
+    file = write_launch(campaign, RECORDS[1])
+    write_launch(campaign, RECORDS[0])
+    file.write_text(json.dumps(record))
+    records = read_records([campaign])
+    assert len(records.launches) + len(records.failed) + len(records.left_out) >= 2
+    if not is_sealed and len(records.launches) == 2:
+        assert records.launches[1].content == json.loads(WHOLE)
+    if not records.left_out:
+        json.dumps(analyse(records), allow_nan=False)
+    shutil.rmtree(campaign)
+
+
+# Several directories
+
+
+def same_points(one, other):
+    columns = ["machine", "launch", "world_size", "global_batch_size", "step_time_s"]
+    left, right = (points_table(records)[columns] for records in (one, other))
+    pd.testing.assert_frame_equal(*(table.sort_values(columns, ignore_index=True) for table in (left, right)))
+
+
+def test_merging_keeps_both_of_two_launches_of_one_name_and_copies_once():
+    first = SMALL.write(Path("first"))
+    second = Made(**{**vars(SMALL), "seed": 1}).write(Path("second"))
+    shutil.copytree(first, "copy")
+    lines = merge(Path("all"), [first, second, Path("copy")])
+    assert lines[-3:] == [
+        "merged       first: 4 launches copied into all",
+        "merged       second: 4 launches copied into all",
+        "merged       copy: 0 launches copied into all",
+    ]
+    names = sorted(path.name for path in Path("all/launches").iterdir())
+    assert names == sorted(path.name + end for path in (first / "launches").iterdir() for end in ("", "~2"))
+    merged = read("all")
+    assert not merged.left_out
+    assert len(points_table(merged)) == 2 * len(points_table(read(first)))
+    same_points(merged, read_records([first, second, Path("copy")]))
+    # Block 0 of one directory ran at another time than that of the other: 4 blocks, not 2.
+    assert launches_table(merged).groupby("block").size().tolist() == [2, 2, 2, 2]
+
+
+def test_merging_again_adds_what_is_new_under_the_same_suffix():
+    first = SMALL.write(Path("first"))
+    grown = Made(**{**vars(SMALL), "seed": 1, "num_blocks": 3}).write(Path("second"))
+    merge(Path("all"), [first, grown])
+    later = next(
+        record
+        for record in Made(**{**vars(SMALL), "seed": 5, "num_blocks": 4}).records()
+        if record["launch"]["block"] == 3
+    )
+    write_launch(grown, later)
+    before = {path.name for path in Path("all/launches").iterdir()}
+    merge(Path("all"), [grown])
+    assert {path.name for path in Path("all/launches").iterdir()} - before == {"block-03-nodes-1-ranks-1~2"}
+    assert sum(line.endswith("1 launches copied into all") for line in merge(Path("all"), [grown])) == 0
+    # What was merged can be merged.
+    merge(Path("more"), [Path("all"), grown])
+    same_points(read("more"), read("all"))
+
+
+def test_a_later_state_of_a_launch_takes_the_place_of_the_earlier():
+    campaign = SMALL.write(Path("campaign"))
+    write_launch(campaign, SMALL.failure(5, 1, 2, "died"))
+    merge(Path("all"), [campaign])
+    folder = campaign / "launches/block-05-nodes-1-ranks-2"
+    (folder / "launch.json").rename(folder / "launch.failed-1.json")
+    good = copy.deepcopy(TWO_RANKS)
+    good["launch"] |= {"id": folder.name, "block": 5}
+    write_launch(campaign, good)
+    for records in (read_records([Path("all"), campaign]), merge(Path("all"), [campaign]) and read("all")):
+        assert [launch.name for launch in records.launches].count(folder.name) == 1
+        assert [one.content["reason"] for one in records.failed] == ["died"]
+        assert len(records.launches) == 5
+
+
+def test_merging_copies_logs_and_damage_but_nothing_unfinished():
+    campaign = SMALL.write(Path("campaign"))
+    (campaign / "launches/block-00-nodes-1-ranks-1/stderr.log").write_text("warning")
+    (campaign / "launches/x-running").mkdir()
+    (campaign / "launches/x-running/claim.json").write_text("{}")
+    (campaign / "launches/y-damaged").mkdir()
+    (campaign / "launches/y-damaged/launch.json").write_text("{")
+    lines = merge(Path("all"), [campaign])
+    assert [line for line in lines if line.startswith("not copied")] == [
+        "not copied   campaign/launches/x-running: partial: claimed and not finished: it still runs, or was killed"
+    ]
+    assert Path("all/launches/block-00-nodes-1-ranks-1/stderr.log").read_text() == "warning"
+    assert [one.file for one in read("all").left_out] == [Path("all/launches/y-damaged/launch.json")]
+    assert Path("all/campaign.yaml").read_bytes() == (campaign / "campaign.yaml").read_bytes()
+
+
+def test_merging_refuses_to_write_into_something_else():
+    one = SMALL.write(Path("one"))
+    other = Made(**{**vars(SMALL), "campaign": "other"}).write(Path("other"))
+    with pytest.raises(ValueError, match="where another campaign is measured"):
+        merge(one, [other])
+    Path("home").mkdir()
+    Path("home/letter.txt").write_text("dear")
+    with pytest.raises(ValueError, match="holds other files than a campaign's"):
+        merge(Path("home"), [one])
+    with pytest.raises(ValueError, match="is no directory"):
+        merge(Path("home/letter.txt"), [one])
+    with pytest.raises(ValueError, match="torchreg scale run"):
+        merge(Path("new"), [Path("home")])
+    assert len(merge(Path("both"), [one, other])) == 2 + 4  # the other campaign's launches have the same names
+    assert not Path("both/campaign.yaml").exists()
+    assert len(analyse(read("both"))["sources"]) == 2
