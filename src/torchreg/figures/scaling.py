@@ -272,8 +272,8 @@ def draw_steps(group: Json, number: int) -> Picture | None:
         f"figure-{number}-steps",
         "Statistical efficiency: steps to the target",
         "Statistical efficiency: steps to the target by global batch, predicted by theory (line) and measured "
-        "(markers, medians with 95 % intervals); and the learning rates as a multiple of the stability limit. Where that is "
-        f"above 1, shaded, training diverges and never gets there. Source: targets of group {number} in report.json.",
+        "(markers, medians with 95 % intervals); and the learning rates as a multiple of the stability limit. Where "
+        f"that is above 1, shaded, training diverges. Source: targets of group {number} in report.json.",
         (*named.values(), _PREDICTED, _UNSTABLE),
         tuple(panels),
         2,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ def write_pages(report: dict[str, Any], folder: Path) -> list[Path]:
     """Write report.html, report.md and the figures (PNG and SVG) of a `report.json`; each file appears whole.
 
     Every string of the report may come from somebody else's records: it is shown, never obeyed. The same report gives
-    the same bytes.
+    the same bytes. Raises `ValueError` where Jinja or matplotlib are not installed.
     """
+    _require_libraries()
     sections = sections_of(report)
     files: dict[str, bytes] = {}
     for picture in _pictures(sections):
@@ -31,6 +33,12 @@ def write_pages(report: dict[str, Any], folder: Path) -> list[Path]:
     for name, content in files.items():  # the pages last: what they point to is there already
         write_atomically(folder / name, content)
     return [folder / name for name in files]
+
+
+def _require_libraries() -> None:
+    for library in ("jinja2", "matplotlib"):
+        if find_spec(library) is None:
+            raise ValueError(f"report needs {library}, which is not installed: pip install 'torchreg[scale]'")
 
 
 def _pictures(sections: list[Section] | tuple[Section, ...]) -> list[Picture]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torchreg.figures.panels import best_model, combination_of
@@ -276,7 +276,7 @@ def _models(group: Json, index: int) -> Section | None:
         lambda scope: [draw_models(group, index, kind, scope) for kind in ("strong", "weak")],
         tables,
     )  # fmt: skip
-    return section and Section(**{**section.__dict__, "points": tuple(formulas.values())})
+    return section and replace(section, points=tuple(formulas.values()))
 
 
 def _targets(group: Json, index: int) -> Section | None:
@@ -317,14 +317,14 @@ def _targets(group: Json, index: int) -> Section | None:
     section = _by_scope(
         group, f"group-{index}-targets", "Time to the target",
         f"Statistical × hardware efficiency: the target is {_target_text(group)} above the best loss. Predicted steps "
-        "come from theory alone; times step time they are the predicted time to the target, and times nodes the node-hours.",
+        "come from theory alone; times step time they are the predicted time to it, times nodes the node-hours.",
         lambda scope: [draw_targets(group, index, scope)],
         lambda scope: [
             _table(f"Time to the target, {kind} scaling, {scope}", columns, rows(scope, kind))
             for kind in ("strong", "weak")
         ],
     )  # fmt: skip
-    return section and Section(**{**section.__dict__, "pictures": (steps,) if steps else (), "points": stable})
+    return section and replace(section, pictures=(steps,) if steps else (), points=stable)
 
 
 def _target_text(group: Json) -> str:
