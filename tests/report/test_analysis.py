@@ -340,10 +340,20 @@ def test_time_to_target_is_predicted_steps_times_step_time():
     assert [row["predicted_over_measured"]["value"] for row in table["rows"]] == pytest.approx([1, 1, 1])
     assert [row["node_hours"] for row in table["rows"]] == pytest.approx([0.32 / 3600, 0.256 / 3600, 0.256 / 3600])
     assert table["stable_up_to_world_size"] == 4
+    off = report_of(BY_HAND, change=_ten_percent_longer)["verdict"]["lines"][-1]
+    # 1 / 1.1 = 0.909.
+    assert off.startswith("Predicted steps × step time is within 9.1 % of the measured time to the target")
     weak = next(one for one in report["groups"][0]["targets"] if "-weak-" in one["series"])
     # 40, 80 and 160 rows: 2560, 1280 and 640 steps of 200, 300 and 400 µs.
     assert [row["time_s"]["value"] for row in weak["rows"]] == pytest.approx([0.512, 0.384, 0.256])
     assert [row["stability_limit"] for row in weak["rows"]] == pytest.approx([1024 / 40, 1024 / 80, 1024 / 160])
+
+
+def _ten_percent_longer(record):
+    for point in record["points"]:
+        if record["launch"]["world_size"] == 2:
+            point["target"]["measured_time_s"] *= 1.1
+    return record
 
 
 def test_soonest_may_need_more_node_hours_than_cheapest():

@@ -88,10 +88,10 @@ def test_a_wrong_result_is_a_regression_however_fast(capsys):
     for new in (Path("new"), as_report(Path("new"))):
         assert main(["report", "compare", "old", str(new)]) == 1
         out = capsys.readouterr().out
-        assert "verdict      regression: 1 new results are wrong" in out
+        assert "verdict      regression: of the new results 1 is wrong" in out
         assert "the weights are half" in out
     # The other way round the wrong results are the old ones, which are named and left out.
-    assert "1 old results were wrong, and are left out" in compare(Path("new"), Path("old")).notes
+    assert "of the old results 1 were wrong, and are left out" in compare(Path("new"), Path("old")).notes
 
 
 def test_wrong_results_alone_are_told_where_nothing_else_can_be_compared():

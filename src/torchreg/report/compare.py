@@ -101,7 +101,7 @@ class Comparison:
         beyond = f"beyond {100 * self.threshold:.3g} %"
         what = f"regression {beyond}" if self.is_regression else f"no regression {beyond} is shown"
         if self.wrong:
-            what = f"regression: {len(self.wrong)} new results are wrong"
+            what = f"regression: of the new results {len(self.wrong)} {'is' if len(self.wrong) == 1 else 'are'} wrong"
         return [
             f"verdict      {what}" + (f" ({told})" if told else ""),
             *(f"wrong        {line}" for line in self.wrong),
@@ -202,7 +202,7 @@ def _notes(old: _Side, new: _Side, mixed: frozenset[Key]) -> Iterator[str]:
     if mixed:
         yield f"{len(mixed)} points were measured with several sets of versions in one campaign, and are left out"
     if old.wrong:
-        yield f"{len(old.wrong)} old results were wrong, and are left out"
+        yield f"of the old results {len(old.wrong)} were wrong, and are left out"
 
 
 def _shown(ratio: Estimate | None) -> str:

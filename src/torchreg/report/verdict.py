@@ -30,6 +30,7 @@ def verdict(
         }
         targets = list(_targets(group))
         told = [*_scaling_lines(group, far, bound_by), *(choice["text"] for choices in targets for choice in choices)]
+        told += _agreement(group)
         lines += [_of_group(group, groups) + line for line in told]
         scaling += list(far.values())
         bounds += list(bound_by.values())
@@ -134,6 +135,19 @@ def _targets(group: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], dict[st
                 _choice(soonest, series, group, "Soonest", f"{goal} is reached", "time_s", target),
                 _choice(cheapest, series, group, "Cheapest", f"{goal} is reached", "node_hours", target),
             )
+
+
+def _agreement(group: Mapping[str, Any]) -> Iterator[str]:
+    """How far predicted and measured times to a target are apart, at worst."""
+    rows = [row for table in group["targets"] for row in table["rows"] if row["predicted_over_measured"] is not None]
+    if rows:
+        error, worst = max(
+            ((abs(row["predicted_over_measured"]["value"] - 1), row) for row in rows), key=lambda pair: pair[0]
+        )
+        yield (
+            f"Predicted steps × step time is within {100 * error:.2g} % of the measured time to the target at every "
+            f"world size, the worst at {ranks(worst['world_size'])}, global batch {worst['global_batch_size']}."
+        )
 
 
 def _choice(
