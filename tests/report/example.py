@@ -279,6 +279,7 @@ def _target(series: dict[str, Any], points: list[dict[str, Any]], launches: int)
                 "step_time_s": point["step_time_s"],
                 "predicted_time_s": estimate(steps and steps * step, launches),
                 "measured_time_s": estimate(steps and 1.02 * steps * step, launches),
+                "predicted_over_measured": estimate(steps and 1 / 1.02, launches),
                 "node_hours": steps and steps * step * point["num_nodes"] / 3600,
                 "stability_limit": limit,
                 "is_stable": stable,

@@ -238,6 +238,13 @@ def test_nothing_in_the_verdict_is_said_twice(tmp_path):
         assert text.count("All is well.") == text.count("Soonest is 4 ranks.") == 1
 
 
+def test_the_verdict_is_told_machine_by_machine():
+    report = make_report(num_features=(1,), num_nodes=(1,), machine="polaris")
+    report["verdict"] |= {"lines": ["polaris: Up to 4 ranks.", "polaris: Soonest is 4.", "Of all: nothing."]}
+    report["verdict"] |= {"soonest": {"text": "Soonest is 4."}, "cheapest": None}
+    assert pages._verdict_lines(report) == {"": ["Of all: nothing."], "polaris": ["Up to 4 ranks.", "Soonest is 4."]}
+
+
 def test_numbers_have_units_and_intervals_and_what_is_missing_says_why(page, markdown):
     point = next(p for p in hostile_report()["groups"][0]["points"] if p["id"] == "sgd-ddp-1-256-nodes-2-ranks-8")
     # 2·10⁻⁴ + 4·10⁻⁸·32 + 1.1·10⁻⁵ + 9·(6·10⁻⁴ + 2·10⁻⁹·16) = 5.6126 ms, ± 2 %

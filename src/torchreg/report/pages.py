@@ -80,9 +80,9 @@ def _render(template: str, report: dict[str, Any], sections: list[Section]) -> s
 def _verdict_lines(report: dict[str, Any]) -> dict[str, list[str]]:
     """The verdict's sentences, none of them twice, by the group that they speak of; "" for those of all."""
     verdict, said = report["verdict"], {"": list[str]()}
-    titles = [group["title"] for group in report["groups"]]
+    names = [name for group in report["groups"] for name in (group["title"], group["machine"]) if name]
     for line in verdict["lines"]:
-        title = next((title for title in titles if line.startswith(f"{title}: ")), "")
+        title = next((name for name in names if line.startswith(f"{name}: ")), "")
         if line != verdict["correct"]["text"]:
             said.setdefault(title, []).append(line.removeprefix(f"{title}: ") if title else line)
     for name in ("soonest", "cheapest"):

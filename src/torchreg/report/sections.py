@@ -285,7 +285,7 @@ def _targets(group: Json, index: int) -> Section | None:
     series = {one["id"]: one for one in group["series"]}
     columns = (
         "combination", "message", "batch", "ranks", "nodes", "global batch", "rates / limit", "predicted steps",
-        "measured steps", "step time", "predicted time", "measured time", "node-hours",
+        "measured steps", "step time", "predicted time", "measured time", "predicted / measured", "node-hours",
     )  # fmt: skip
 
     def rows(scope: str, kind: str) -> Iterable[tuple[Cell, ...]]:
@@ -303,6 +303,7 @@ def _targets(group: Json, index: int) -> Section | None:
                     Cell("–", note=_NEVER[0]) if never else _count(row["predicted_steps"]),
                     _estimate(row["measured_steps"], "", missing), _estimate(row["step_time_s"], "s"),
                     _estimate(row["predicted_time_s"], "s", missing), _estimate(row["measured_time_s"], "s", missing),
+                    _estimate(row.get("predicted_over_measured"), "", missing),
                     _plain(row["node_hours"], "", missing),
                 )  # fmt: skip
 
