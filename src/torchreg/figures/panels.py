@@ -168,7 +168,7 @@ def draw_measure(
         axes.set_ylabel("throughput (samples/s)")
     elif measure == "speedup":
         axes.set_yscale("log", base=2)
-        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_formatter("{x:.2g}")
         axes.set_ylabel("speedup over p0")
     elif measure == "efficiency":
         axes.axhline(1, color=GREY, linestyle="--", linewidth=1, zorder=1)
@@ -346,7 +346,7 @@ def draw_nearness(rows: Sequence[Json], axes: Axes) -> None:
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, 0.5), max(high, 2))  # so that the limit is in the picture
     axes.axhline(1, color=GREY, linestyle="--", linewidth=1)
-    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:.2g}")
     _batch_axis(axes, rows)
     axes.set_ylabel("rates over the stability limit")
 

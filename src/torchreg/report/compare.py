@@ -159,7 +159,8 @@ def _order(key: Key) -> tuple[Any, ...]:
 
 def _row(key: Key, old: _Measured, new: _Measured, threshold: float) -> Row:
     if old.times is not None and new.times is not None:
-        ratio = ratio_interval({("new", block): value for block, value in new.times.items()}, old.times)
+        sides = (("new", new.times), ("old", old.times))  # the same block number is not the same block
+        ratio = ratio_interval(*({(side, block): time_s for block, time_s in times.items()} for side, times in sides))
     else:
         ratio = _widest(new.step_time, old.step_time)
     outcome: Outcome

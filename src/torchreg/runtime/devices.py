@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from pathlib import Path
 
 import torch
 
@@ -63,7 +64,17 @@ def num_cpus() -> int:
 def device_name(device: torch.device) -> str:
     """What the device calls itself."""
     if device.type == "cpu":
-        return platform.processor() or platform.machine()
+        return _cpu_model() or platform.processor() or platform.machine()
     if device.type == "mps":
         return "Apple GPU"
     return str(torch.get_device_module(device).get_device_name(device))
+
+
+def _cpu_model() -> str | None:
+    """What Linux calls the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else None
