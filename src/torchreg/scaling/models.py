@@ -8,7 +8,7 @@ determine. Where a curve is extrapolated is the report's to mark.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -26,7 +26,7 @@ from torchreg.scaling.regression import (
     observe,
     regress,
 )
-from torchreg.scaling.statistics import Vector
+from torchreg.scaling.statistics import Block, Vector
 
 Collective: TypeAlias = Literal["recursive doubling", "Rabenseifner", "ring"]
 
@@ -75,7 +75,7 @@ class Work(NamedTuple):
     message_bytes: int
 
 
-def fit_allreduce(times: Mapping[Hashable, Mapping[int, float]]) -> Fit:
+def fit_allreduce(times: Mapping[Block, Mapping[int, float]]) -> Fit:
     """T(m) = α + β m, latency and time a byte of one collective; `times` is {launch: {message_bytes: seconds}}.
 
     Hockney, "The communication challenge for MPP", Parallel Computing 20, 1994. Both are asked for in their own right:
@@ -97,7 +97,7 @@ def fit_allreduce(times: Mapping[Hashable, Mapping[int, float]]) -> Fit:
     return model.fitted(observations, np.array(sizes, dtype=np.float64))
 
 
-def fit_amdahl(times: Mapping[Hashable, Mapping[int, float]]) -> Fit:
+def fit_amdahl(times: Mapping[Block, Mapping[int, float]]) -> Fit:
     """T(p) = T₁ (s + (1 − s)/p), strong scaling; `times` is {block: {world_size: seconds a step}}.
 
     Amdahl, "Validity of the single processor approach to achieving large scale computing capabilities", AFIPS 1967.
@@ -120,7 +120,7 @@ def fit_amdahl(times: Mapping[Hashable, Mapping[int, float]]) -> Fit:
 
 
 def fit_usl(
-    times: Mapping[Hashable, Mapping[int, float]],
+    times: Mapping[Block, Mapping[int, float]],
     *,
     global_batch_size: int | None = None,
     local_batch_size: int | None = None,
@@ -158,9 +158,7 @@ def fit_usl(
     return model.fitted(observations, np.array(sizes, dtype=np.float64))
 
 
-def fit_mechanistic(
-    times: Mapping[Hashable, Mapping[Work, float]], collective: Collective = "recursive doubling"
-) -> Fit:
+def fit_mechanistic(times: Mapping[Block, Mapping[Work, float]], collective: Collective = "recursive doubling") -> Fit:
     """T = c₀ + c₁·rows + communication; `times` is {block: {work: seconds a step}}, of strong and weak points alike.
 
     The communication of p ranks that average m bytes (Thakur, Rabenseifner and Gropp, "Optimization of collective
@@ -304,24 +302,36 @@ class _Model:
         """Fit it; `at` are the sizes, (num_places, …), and those of one number in `together` are held out as one."""
         columns = self.columns(at)
         found = regress(observations, columns, np.arange(len(at)) if together is None else together)
-        coefficients = found.coefficients
+        within = fit_from_zero(observations, columns)
+        why = self._too_few(observations, len(at)) or self._undetermined(found, within)
+        intervals = [] if why else [found.interval(quantity.of) for quantity in self.quantities]
+        if intervals:
+            why = self._untold(found, columns, intervals)
         parameters: tuple[Parameter, ...] = ()
-        why = self._too_few(observations, len(at))
-        if np.isfinite(coefficients).all():
-            intervals = None if why else [found.interval(quantity.of) for quantity in self.quantities]
-            if intervals:
-                why = self._untold(found, columns, intervals)
-            coefficients = fit_from_zero(observations, columns)
+        if np.isfinite(found.coefficients).all() and self._has_values(within):
             parameters = tuple(
-                quantity.parameter(coefficients, None if why or not intervals else intervals[index])
+                quantity.parameter(within, None if why else intervals[index])
                 for index, quantity in enumerate(self.quantities)
             )
-        elif why is None:
-            why = f"at these {self.sizes} its terms have the same shape: nothing can tell them apart"
+        coefficients = within if parameters else np.full_like(within, np.nan)
         return Fit(
             self.name, self.formula, self.source, why is None, why, parameters, found.held_out_error,
             lambda at: np.asarray(self.columns(np.asarray(at, dtype=np.float64)) @ coefficients),
         )  # fmt: skip
+
+    def _has_values(self, coefficients: Array) -> bool:
+        """Whether all parameters are finite, for each of the coefficients (..., p)."""
+        is_relative = any(quantity.kind != "coefficient" for quantity in self.quantities)
+        return bool(np.isfinite(coefficients).all() and not (is_relative and coefficients[..., 0].min() <= 0))
+
+    def _undetermined(self, found: Regression, within: Vector) -> str | None:
+        if not np.isfinite(found.coefficients).all():
+            return f"at these {self.sizes} its terms have the same shape, or times are too scattered for any to be seen"
+        if not np.isfinite(found.without_block).all():
+            return "it rests on one block of launches alone: repeat the launches that failed in the others"
+        if not all(map(self._has_values, (found.coefficients, found.without_block, within))):
+            return f"the points contradict the model: {self.quantities[0].name} would not be positive"
+        return None
 
     def _too_few(self, observations: Observations, num_places: int) -> str | None:
         needed = len(self.quantities) + 1
@@ -334,8 +344,6 @@ class _Model:
         return None
 
     def _untold(self, found: Regression, columns: Array, intervals: list[Interval]) -> str | None:
-        if not np.isfinite(found.without_block).all():
-            return "a parameter rests on one block of launches alone: repeat the launches that failed in the others"
         fitted = columns @ found.coefficients
         problems = []
         for quantity, interval in zip(self.quantities, intervals, strict=True):

@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import t as student
 
-from torchreg.scaling.statistics import CONFIDENCE, Vector
+from torchreg.scaling.statistics import CONFIDENCE, Block, Vector
 
 FEWEST_BLOCKS = 4  # with fewer, Student's t is so wide, and Huber's scale so uncertain, that nothing is determined
 
@@ -30,7 +31,8 @@ _HUBER = 1.345  # standard deviations; 95 % efficient for normal noise
 _MAD = 1.4826  # standard deviations of a normal distribution per median absolute deviation
 _LEAST_SCALE = 1e-9  # of records without noise
 _MOST_STEPS = 60
-_STEP_TOLERANCE = 1e-7  # of the fitted times
+_STEP_TOLERANCE = 1e-5  # of the fitted times; the step after it is far smaller still
+_LOST = 1e-2  # a fit whose last step was larger has found nothing
 
 Array: TypeAlias = npt.NDArray[np.float64]
 Coefficients: TypeAlias = npt.NDArray[np.complex128]
@@ -88,19 +90,29 @@ class Regression:
         Without block g the coefficients change by −(X'X)⁻¹ X_g' (I − H_gg)⁻¹ r_g, H the hat matrix and r the residuals
         (I − H) y. So the variance is a quadratic form in y, whose moments are those of a scaled χ².
         """
-        q, r = np.linalg.qr(self._columns)  # H = q q'
-        direction = np.linalg.solve(r.T, gradient)
-        weights = np.zeros((len(q), int(self._blocks.max()) + 1))
-        for block in range(weights.shape[1]):
+        weights = self._influence @ np.linalg.solve(self._triangle.T, gradient)
+        gram = weights @ weights.T
+        return float(np.clip(np.trace(gram) ** 2 / np.sum(gram**2), 1, len(gram) - 1))
+
+    @cached_property
+    def _triangle(self) -> Array:
+        return np.linalg.qr(self._columns).R
+
+    @cached_property
+    def _influence(self) -> Array:
+        """(num_blocks, n, p), times R'⁻¹ gradient: how values change what a left-out block does."""
+        q = np.linalg.solve(self._triangle.T, self._columns.T).T  # X = QR, H = QQ'
+        influence = np.zeros((len(self.without_block), *q.shape))
+        for block, of_block in enumerate(influence):
             rows = self._blocks == block
-            weights[rows, block] = np.linalg.solve(np.eye(rows.sum()) - q[rows] @ q[rows].T, q[rows] @ direction)
-        weights -= q @ (q.T @ weights)
-        gram = weights.T @ weights
-        return float(np.clip(np.trace(gram) ** 2 / np.sum(gram**2), 1, weights.shape[1] - 1))
+            # The little more keeps it solvable where without this block almost nothing is determined.
+            of_block[rows] = np.linalg.solve((1 + 1e-9) * np.eye(rows.sum()) - q[rows] @ q[rows].T, q[rows])
+            of_block -= q @ (q[rows].T @ of_block[rows])
+        return influence
 
 
 def observe(
-    times: Mapping[Hashable, Mapping[Key, float]], what: str, check: Callable[[Key], None]
+    times: Mapping[Block, Mapping[Key, float]], what: str, check: Callable[[Key], None]
 ) -> tuple[Observations, list[Key]]:
     """Lay out {block: {size: seconds}}; also returns the sizes, in the order of their numbers.
 
@@ -127,7 +139,7 @@ def regress(observations: Observations, columns: Array, together: npt.NDArray[np
     Places with the same number in `together` (num_places,) are left out together, and predicted from the others.
     """
     blocks, places = observations.blocks, observations.places
-    lengths = np.linalg.norm(columns, axis=0)
+    lengths = _lengths(columns)
     scaled = (columns / lengths)[places]
     masks = np.vstack(
         [
@@ -153,13 +165,18 @@ def fit_from_zero(observations: Observations, columns: Array) -> Vector:
     kept = np.arange(columns.shape[1])
     every = np.ones((1, len(observations.times)), dtype=bool)
     while True:
-        lengths = np.linalg.norm(columns[:, kept], axis=0)
+        lengths = _lengths(columns[:, kept])
         found = _fit((columns[:, kept] / lengths)[observations.places], observations.times, every)[0]
-        if len(kept) == 1 or not found.min() < 0:
+        if len(kept) == 1 or not found.min() < 0:  # also if it is NaN
             coefficients = np.zeros(columns.shape[1])
             coefficients[kept] = found / lengths
             return coefficients
         kept = np.delete(kept, found.argmin())
+
+
+def _lengths(columns: Array) -> Vector:
+    lengths = np.linalg.norm(columns, axis=0)
+    return np.asarray(np.where(lengths > 0, lengths, 1))
 
 
 def _held_out_error(
@@ -198,21 +215,25 @@ def _fit(columns: Array, times: Vector, masks: npt.NDArray[np.bool_]) -> Array:
     found = np.linalg.solve(gram[good], np.einsum("fn,ni->fi", inside.astype(float), relative)[:, :, None])[:, :, 0]
     lost = (np.where(inside, found @ relative.T, 1) < 0.1).any(axis=1)
     found[lost] = 1 / lengths[good][lost]  # no column is negative, so these times are positive
+    diagonal = np.arange(num_columns)
     for _ in range(_MOST_STEPS):
         fitted = np.where(inside, found @ relative.T, 1)  # as a fraction of the measured times
         residuals = -np.log(fitted)
         scale = np.maximum(_MAD * freedom * _masked_median(np.abs(residuals), inside, counts), _LEAST_SCALE)
         weights = inside * np.minimum(1, _HUBER * scale[:, None] / np.maximum(np.abs(residuals), _LEAST_SCALE))
         jacobian = relative / fitted[:, :, None]
-        weighted = jacobian * weights[:, :, None]
-        normal = np.swapaxes(weighted, 1, 2) @ jacobian
-        change = np.linalg.solve(normal, np.einsum("fni,fn->fi", weighted, residuals)[:, :, None])[:, :, 0]
-        relative_change = np.where(inside, np.einsum("fni,fi->fn", jacobian, change), 0)
-        change *= (0.8 / np.maximum(-relative_change.min(axis=1), 0.8))[:, None]
-        found += change
-        if np.abs(relative_change).max() < _STEP_TOLERANCE:
+        weighted = np.swapaxes(jacobian * weights[:, :, None], 1, 2)
+        normal = weighted @ jacobian
+        # So little that only a singular matrix minds.
+        normal[:, diagonal, diagonal] *= 1 + 1e-12
+        change = np.linalg.solve(normal, weighted @ residuals[:, :, None])
+        relative_change = np.where(inside, (jacobian @ change)[:, :, 0], 0)
+        cut = 0.8 / np.maximum(-relative_change.min(axis=1), 0.8)
+        found += cut[:, None] * change[:, :, 0]
+        moved = np.abs(relative_change).max(axis=1)
+        if moved.max() < _STEP_TOLERANCE:
             break
-    result[chosen] = found
+    result[chosen] = np.where(moved[:, None] < _LOST, found, np.nan)
     return result
 
 

@@ -2,8 +2,9 @@
 
 Each value is of one launch; steps within a launch share what befell it, and say nothing about the next launch (Hoefler
 and Belli, "Scientific benchmarking of parallel computing systems", SC 2015). Intervals are of 95 % and come from ranks,
-so one slow launch among several moves them little. Resampling is not used: of few launches the bootstrap's intervals of
-medians and of their ratios miss 95 % (`scripts/measure_statistics.py` measures by how much).
+so one slow launch among several moves them little. They are not bootstrapped (Efron and Tibshirani, "An introduction to
+the bootstrap", 1993): percentiles of a ratio of medians cover 93 % with 6 launches, and 99 % with 20 where blocks
+differ, which `scripts/measure_statistics.py` shows.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import math
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import binom
 
 Vector: TypeAlias = npt.NDArray[np.float64]
+Block = TypeVar("Block", bound=Hashable)
 
 CONFIDENCE = 0.95
 FEWEST_LAUNCHES = 6  # the whole range of 5 values holds the median with 93.75 %, that of 6 with 96.875 %
@@ -53,7 +55,7 @@ def median_interval(values: Iterable[float]) -> Estimate:
     return Estimate(value, float(low), float(high), count)
 
 
-def ratio_interval(numerator: Mapping[Hashable, float], denominator: Mapping[Hashable, float]) -> Estimate:
+def ratio_interval(numerator: Mapping[Block, float], denominator: Mapping[Block, float]) -> Estimate:
     """How many times as large the numerator typically is; both are {block: positive value}.
 
     Launches of one block ran one after the other, so where blocks are shared each gives one ratio, free of what the
@@ -81,7 +83,7 @@ def ratio_interval(numerator: Mapping[Hashable, float], denominator: Mapping[Has
     return Estimate(math.exp(found.value), low, high, found.num_launches)
 
 
-def difference_interval(first: Mapping[Hashable, float], second: Mapping[Hashable, float]) -> Estimate:
+def difference_interval(first: Mapping[Block, float], second: Mapping[Block, float]) -> Estimate:
     """How much larger the first typically is than the second; both are {block: value}.
 
     Pairs are made as for a ratio, and the median of their differences is told with its distribution-free interval: a
@@ -125,7 +127,7 @@ def _checked(name: str, values: list[float]) -> Vector:
     return found
 
 
-def _shared(first: Mapping[Hashable, float], second: Mapping[Hashable, float]) -> list[Hashable]:
+def _shared(first: Mapping[Block, float], second: Mapping[Block, float]) -> list[Block]:
     """The blocks by which to make pairs; none if the sides are to be taken as independent."""
     shared = [block for block in first if block in second]
     enough = len(shared) >= FEWEST_LAUNCHES or len(shared) == min(len(first), len(second))

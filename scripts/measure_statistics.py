@@ -1,0 +1,356 @@
+"""Do the intervals cover the truth as often as they say? Made records of known truth, as a Markdown table.
+
+    python scripts/measure_statistics.py [--repetitions 2000]
+
+Each repetition makes the launches of one campaign, with noise of several kinds, and asks whether the 95 % interval
+holds the truth. Asked for is 93 to 97 % of 500 repetitions. By chance alone an interval that covers exactly 95 % is
+outside in one of 25 such counts, so it is the count of all repetitions that decides. Intervals of ratios and
+differences may also cover more. A true model that is called contradicted counts as a miss, one that is refused because
+its intervals would say too little does not count. The exit code is 1 if one does not cover what is asked for.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import tyro
+
+from torchreg.scaling.models import Fit, Work, fit_allreduce, fit_amdahl, fit_mechanistic, fit_usl
+from torchreg.scaling.statistics import Estimate, difference_interval, median_interval, ratio_interval
+
+FIRST = 500
+LEAST, MOST = 0.93, 0.97
+SMALL, LARGE = (1, 2, 4), tuple(2**k for k in range(10))
+MESSAGES = (8, 64, 512, 4_096, 32_768, 262_144, 2_097_152)
+
+Interval = tuple[float | None, float | None]
+Size = TypeVar("Size", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Hold intervals against made truth."""
+
+    repetitions: int = 2_000
+    """Of every row, at least 500."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What multiplies the times of a campaign: lognormal with these standard deviations, and rare accidents."""
+
+    block: float = 0.05  # the machine that hour
+    launch: float = 0.1  # everything that one launch measures
+    value: float = 0.0  # each value of a launch by itself
+    growth: float = 0.0  # of a launch's noise with each doubling of the ranks, as a fraction of it
+    slow: float = 0.0  # the chance of a launch to be twice as slow
+    failed: float = 0.0  # the chance of a launch to leave nothing
+
+    def told(self) -> str:
+        """In a table's cell."""
+        more = {"values": self.value, "more a doubling": self.growth, "slow": self.slow, "failed": self.failed}
+        told = {"launches": self.launch, "blocks": self.block} | {name: size for name, size in more.items() if size}
+        return ", ".join(f"{name} {size:.0%}" for name, size in told.items())
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of the table for each interval: what is true, and how one repetition finds its intervals.
+
+    `draw` returns an empty mapping where it is refused.
+    """
+
+    title: str
+    num_blocks: int
+    noise: str
+    truth: Mapping[str, float]
+    draw: Callable[[np.random.Generator], Mapping[str, Interval]]
+    asked: tuple[float, float] | None = (LEAST, MOST)
+
+
+@dataclass(frozen=True)
+class Covered:
+    """How many repetitions there were that told an interval, and which held the truth."""
+
+    held: list[bool]
+    num_refused: int
+
+    def fraction(self, repetitions: int | None = None) -> float:
+        """Of the first so many that were told."""
+        return float(np.mean(self.held[:repetitions])) if self.held else float("nan")
+
+
+def measure(case: Case, repetitions: int, seed: int = 0) -> dict[str, Covered]:
+    """Repeat a case; each repetition has a generator of its own, so that more of them begin with the same."""
+    found = {name: Covered([], 0) for name in case.truth}
+    num_refused = 0
+    for repetition in range(repetitions):
+        drawn = case.draw(np.random.default_rng([seed, repetition]))
+        num_refused += not drawn
+        for name, (low, high) in drawn.items():
+            assert low is not None
+            assert high is not None
+            found[name].held.append(low <= case.truth[name] <= high)
+    return {name: Covered(covered.held, num_refused) for name, covered in found.items()}
+
+
+def made_launches(
+    generator: np.random.Generator, time_of: Callable[[Size], float], sizes: tuple[Size, ...], blocks: int, noise: Noise
+) -> dict[Hashable, dict[Size, float]]:
+    """A launch for each size in each block, {block: {size: seconds}}; Work of one world size shares its launch."""
+    made: dict[Hashable, dict[Size, float]] = {}
+    for block in range(blocks):
+        of_block = np.exp(noise.block * generator.standard_normal())
+        made[block] = {}
+        launches: dict[int, float | None] = {}
+        for size in sizes:
+            ranks = size.world_size if isinstance(size, Work) else int(size)  # type: ignore[call-overload]
+            if ranks not in launches:
+                spread = noise.launch * (1 + noise.growth * np.log2(ranks))
+                factor = np.exp(spread * generator.standard_normal()) * (1 + (generator.random() < noise.slow))
+                launches[ranks] = None if generator.random() < noise.failed else float(factor)
+            of_launch, of_value = launches[ranks], np.exp(noise.value * generator.standard_normal())
+            if of_launch is not None:
+                made[block][size] = float(time_of(size) * of_block * of_launch * of_value)
+    return made
+
+
+def made_allreduce(
+    generator: np.random.Generator, latency: float, a_byte: float, launches: int, noise: Noise
+) -> dict[Hashable, dict[int, float]]:
+    """All message sizes in every launch, one a block, {launch: {message_bytes: seconds}}."""
+    made: dict[Hashable, dict[int, float]] = {}
+    for launch in range(launches):
+        spread = np.hypot(noise.block, noise.launch)
+        common = np.exp(spread * generator.standard_normal()) * (1 + (generator.random() < noise.slow))
+        values = np.exp(noise.value * generator.standard_normal(len(MESSAGES)))
+        made[launch] = {
+            m: float((latency + a_byte * m) * common * value) for m, value in zip(MESSAGES, values, strict=True)
+        }
+    return made
+
+
+def told(fit: Fit) -> Mapping[str, Interval]:
+    """The intervals by symbol; a model that is true and called contradicted holds the truth of nothing."""
+    if fit.why and "contradict the model:" in fit.why:
+        return {p.symbol: (np.nan, np.nan) for p in fit.parameters}
+    return {p.symbol: (p.low, p.high) for p in fit.parameters} if fit.identifiable else {}
+
+
+def of_estimate(name: str, estimate: Estimate) -> Mapping[str, Interval]:
+    """The interval of a statistic."""
+    return {} if estimate.low is None else {name: (estimate.low, estimate.high)}
+
+
+def allreduce_case(launches: int, latency: float, a_byte: float, noise: Noise) -> Case:
+    """T(m) = α + β m over seven sizes; all values of a launch share its noise."""
+    return Case(
+        f"α–β, α = {1e6 * latency:g} µs, β = {a_byte:g} s/byte",
+        launches,
+        noise.told(),
+        {"α": latency, "β": a_byte},
+        lambda generator: told(fit_allreduce(made_allreduce(generator, latency, a_byte, launches, noise))),
+    )
+
+
+def amdahl_case(blocks: int, serial: float, sizes: tuple[int, ...], noise: Noise) -> Case:
+    """One millisecond on one rank."""
+    return Case(
+        f"Amdahl, s = {serial:g}, {sizes[0]} to {sizes[-1]} ranks",
+        blocks,
+        noise.told(),
+        {"T₁": 1e-3, "s": serial},
+        lambda generator: told(
+            fit_amdahl(made_launches(generator, lambda p: 1e-3 * (serial + (1 - serial) / p), sizes, blocks, noise))
+        ),
+    )
+
+
+def usl_case(blocks: int, contention: float, coherence: float, sizes: tuple[int, ...], noise: Noise) -> Case:
+    """256 rows a step, 100 000 rows a second on one rank."""
+
+    def time_of(p: int) -> float:
+        return 256 / (1e5 * p / (1 + contention * (p - 1) + coherence * p * (p - 1)))
+
+    return Case(
+        f"USL, σ = {contention:g}, κ = {coherence:g}, {sizes[0]} to {sizes[-1]} ranks",
+        blocks,
+        noise.told(),
+        {"λ": 1e5, "σ": contention, "κ": coherence},
+        lambda generator: told(fit_usl(made_launches(generator, time_of, sizes, blocks, noise), global_batch_size=256)),
+    )
+
+
+def mechanistic_case(blocks: int, series: str, sizes: tuple[int, ...], noise: Noise) -> Case:
+    """100 µs and 1 µs a row, rounds of 20 µs and 1 ns a byte; 256 rows in all, or 64 rows a rank."""
+    strong = [Work(p, 256 / p, 64) for p in sizes]
+    weak = [Work(p, 64, 64) for p in sizes]
+    long = [Work(p, 64, 65_536) for p in sizes]
+    works, truth = {
+        "strong": (strong, {"c₀": 1e-4, "c₁": 1e-6, "τ": 2.0064e-5}),
+        "weak": (weak, {"c": 1.64e-4, "τ": 2.0064e-5}),
+        "strong, weak, two messages": (strong + weak + long, {"c₀": 1e-4, "c₁": 1e-6, "α": 2e-5, "β": 1e-9}),
+    }[series]
+
+    def time_of(work: Work) -> float:
+        ranks, rows, message_bytes = work
+        return 1e-4 + 1e-6 * rows + float(np.log2(ranks)) * (2e-5 + 1e-9 * message_bytes)
+
+    points = tuple(dict.fromkeys(works))  # a point may be in two series
+    return Case(
+        f"mechanistic, {series}, {sizes[0]} to {sizes[-1]} ranks",
+        blocks,
+        noise.told(),
+        truth,
+        lambda generator: told(fit_mechanistic(made_launches(generator, time_of, points, blocks, noise))),
+    )
+
+
+def median_case(count: int, name: str, draw: Callable[[np.random.Generator, int], np.ndarray]) -> Case:
+    """Values whose median is 1."""
+    return Case(
+        "median", count, name, {"median": 1.0}, lambda g: of_estimate("median", median_interval(draw(g, count)))
+    )
+
+
+def ratio_case(blocks: int, noise: Noise) -> Case:
+    """Launches in blocks, of which the one is three times as slow as the other."""
+
+    def draw(generator: np.random.Generator) -> Mapping[str, Interval]:
+        made = made_launches(generator, lambda p: {1: 3.0, 2: 1.0}[p], (1, 2), blocks, noise)
+        sides = [{block: found[size] for block, found in made.items() if size in found} for size in (1, 2)]
+        return of_estimate("ratio", ratio_interval(*sides))
+
+    return Case("ratio, in blocks", blocks, noise.told(), {"ratio": 3.0}, draw, (LEAST, 1.0))
+
+
+def independent_case(first: tuple[int, float], second: tuple[int, float]) -> Case:
+    """Two campaigns with numbers of launches and noise of their own."""
+
+    def draw(generator: np.random.Generator) -> Mapping[str, Interval]:
+        sides: list[dict[Hashable, float]] = [
+            {(side, k): float(np.exp(spread * generator.standard_normal())) for k in range(count)}
+            for side, (count, spread) in enumerate((first, second))
+        ]
+        return of_estimate("ratio", ratio_interval(*sides))
+
+    name = f"{first[0]} launches {first[1]:.0%}, {second[0]} launches {second[1]:.0%}"
+    return Case("ratio, independent", min(first[0], second[0]), name, {"ratio": 1.0}, draw, (LEAST, 1.0))
+
+
+def difference_case(blocks: int) -> Case:
+    """The exposed time: a step of 1 ms less one of 0.6 ms that takes no part in averaging, in one launch."""
+
+    def draw(generator: np.random.Generator) -> Mapping[str, Interval]:
+        local = 0.6 * np.exp(0.1 * generator.standard_normal(blocks))
+        exposed = 0.4 * np.exp(0.3 * generator.standard_normal(blocks))
+        first, second = dict(enumerate(local + exposed)), dict(enumerate(local))
+        return of_estimate("difference", difference_interval(first, second))
+
+    return Case("difference, in blocks", blocks, "exposed part 30%", {"difference": 0.4}, draw, (LEAST, 1.0))
+
+
+def bootstrap_case(blocks: int, noise: Noise) -> Case:
+    """What is not used: percentiles of the ratio of medians of resampled blocks."""
+
+    def draw(generator: np.random.Generator) -> Mapping[str, Interval]:
+        made = made_launches(generator, lambda p: {1: 3.0, 2: 1.0}[p], (1, 2), blocks, noise)
+        values = np.array([[found[1], found[2]] for found in made.values()])
+        medians = np.median(values[generator.integers(0, blocks, (500, blocks))], axis=1)
+        low, high = np.quantile(medians[:, 0] / medians[:, 1], [0.025, 0.975])
+        return {"ratio": (float(low), float(high))}
+
+    return Case("ratio, bootstrap percentiles (not used)", blocks, noise.told(), {"ratio": 3.0}, draw, None)
+
+
+def lognormal(generator: np.random.Generator, count: int) -> np.ndarray:
+    """With 20 % noise."""
+    return np.asarray(np.exp(0.2 * generator.standard_normal(count)))
+
+
+def exponential(generator: np.random.Generator, count: int) -> np.ndarray:
+    """With the median at 1."""
+    return generator.exponential(1 / np.log(2), count)
+
+
+def spiky(generator: np.random.Generator, count: int) -> np.ndarray:
+    """5 % noise about 1; a tenth of the launches half as fast, a tenth twice, so that 1 stays the median."""
+    factors = generator.choice([0.5, 1, 2], size=count, p=[0.1, 0.8, 0.1])
+    return np.asarray(factors * np.exp(0.05 * generator.standard_normal(count)))
+
+
+def all_cases() -> Iterator[Case]:
+    """The rows of the table."""
+    quiet, usual, loud = Noise(0.02, 0.02), Noise(0.05, 0.1), Noise(0.1, 0.2)
+    few = 6
+    for count in (6, 8, 12, 20):
+        yield median_case(count, "lognormal 20 %", lognormal)
+        yield median_case(count, "exponential", exponential)
+        yield median_case(count, "5 %, a fifth of them half or twice as fast", spiky)
+    for blocks in (6, 8, 12, 20):
+        yield ratio_case(blocks, Noise(0.1, 0.1))
+    for blocks, noise in ((6, Noise(0.0, 0.1)), (7, Noise(0.0, 0.1)), (20, Noise(0.3, 0.05))):
+        yield ratio_case(blocks, noise)
+        yield bootstrap_case(blocks, noise)
+    yield ratio_case(12, Noise(0.1, 0.05, slow=0.1))
+    yield ratio_case(12, Noise(0.1, 0.1, failed=0.15))
+    yield independent_case((6, 0.1), (6, 0.1))
+    yield independent_case((20, 0.03), (6, 0.1))
+    yield independent_case((12, 0.1), (12, 0.1))
+    for blocks in (6, 12, 20):
+        yield difference_case(blocks)
+    for latency, a_byte in ((2e-6, 1e-10), (5e-5, 1e-8)):
+        for launches in (6, 12, 20):
+            yield allreduce_case(launches, latency, a_byte, Noise(0.05, 0.1, value=0.05))
+    yield allreduce_case(few, 5e-6, 1e-9, Noise(0.1, 0.2, value=0.02))
+    yield allreduce_case(few, 5e-6, 1e-9, Noise(0.02, 0.02, value=0.2))
+    yield allreduce_case(12, 5e-6, 1e-9, Noise(0.05, 0.05, value=0.02, slow=0.05))
+    for serial in (0.01, 0.3):
+        for sizes in (SMALL, LARGE):
+            for noise in (quiet, usual):
+                yield amdahl_case(few, serial, sizes, noise)
+        yield amdahl_case(20, serial, LARGE, loud)
+    yield amdahl_case(12, 0.1, (1, 2, 4, 8, 16), Noise(0.05, 0.1, failed=0.15))
+    yield amdahl_case(12, 0.1, (1, 2, 4, 8, 16), Noise(0.05, 0.05, growth=0.5))
+    yield amdahl_case(12, 0.1, (1, 2, 4, 8, 16), Noise(0.05, 0.05, slow=0.05))
+    for blocks in (few, 12):
+        yield usl_case(blocks, 0.05, 0.0005, LARGE[:7], usual)
+        yield usl_case(blocks, 0.02, 0.0, LARGE[:7], quiet)
+        yield mechanistic_case(blocks, "strong", LARGE[:6], quiet)
+        yield mechanistic_case(blocks, "weak", LARGE[:4], usual)
+        yield mechanistic_case(blocks, "strong, weak, two messages", SMALL, Noise(0.05, 0.05, value=0.05))
+    yield usl_case(20, 0.05, 0.0005, LARGE, loud)
+
+
+def main() -> int:
+    """Measure and print; returns the exit code."""
+    options = tyro.cli(Options, description=__doc__)
+    if options.repetitions < FIRST:
+        raise SystemExit(f"repetitions is {options.repetitions}: give at least {FIRST}")
+    columns = ["interval", "of", "blocks", "noise", f"covers, {FIRST} times", f"{options.repetitions} times",
+               "refused", "met"]  # fmt: skip
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+    all_met, num_asked, num_first = True, 0, 0
+    for seed, case in enumerate(all_cases()):
+        for name, covered in measure(case, options.repetitions, seed).items():
+            met = "not used"
+            if case.asked:
+                low, high = case.asked
+                is_met = low <= covered.fraction() <= high
+                num_asked += 1
+                num_first += low <= covered.fraction(FIRST) <= high
+                all_met, met = all_met and is_met, "yes" if is_met else "**NO**"
+            cells = [case.title, name, str(case.num_blocks), case.noise, f"{covered.fraction(FIRST):.1%}",
+                     f"{covered.fraction():.1%}", str(covered.num_refused), met]  # fmt: skip
+            print(f"| {' | '.join(cells)} |", flush=True)
+    print(f"\n{num_first} of {num_asked} intervals cover as asked in the first {FIRST} repetitions.")
+    print("Everything that is asked for is met." if all_met else "**Something is not met.**")
+    return 0 if all_met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
