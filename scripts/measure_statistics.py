@@ -5,8 +5,8 @@
 Each repetition makes the launches of one campaign, with noise of several kinds, and asks whether the 95 % interval
 holds the truth. Asked for is 93 to 97 % of 500 repetitions. By chance alone an interval that covers exactly 95 % is
 outside in one of 25 such counts, so it is the count of all repetitions that decides. Intervals of ratios and
-differences may also cover more. A true model that is called contradicted counts as a miss, one that is refused because
-its intervals would say too little does not count. The exit code is 1 if one does not cover what is asked for.
+differences may also cover more. Where a true model is called contradicted, the parameter that is named is a miss, and
+nothing is told of the others; other refusals do not count. The exit code is 1 if one does not cover what is asked for.
 """
 
 from __future__ import annotations
@@ -87,15 +87,12 @@ class Covered:
 def measure(case: Case, repetitions: int, seed: int = 0) -> dict[str, Covered]:
     """Repeat a case; each repetition has a generator of its own, so that more of them begin with the same."""
     found = {name: Covered([], 0) for name in case.truth}
-    num_refused = 0
     for repetition in range(repetitions):
-        drawn = case.draw(np.random.default_rng([seed, repetition]))
-        num_refused += not drawn
-        for name, (low, high) in drawn.items():
+        for name, (low, high) in case.draw(np.random.default_rng([seed, repetition])).items():
             assert low is not None
             assert high is not None
             found[name].held.append(low <= case.truth[name] <= high)
-    return {name: Covered(covered.held, num_refused) for name, covered in found.items()}
+    return {name: Covered(covered.held, repetitions - len(covered.held)) for name, covered in found.items()}
 
 
 def made_launches(
@@ -135,9 +132,9 @@ def made_allreduce(
 
 
 def told(fit: Fit) -> Mapping[str, Interval]:
-    """The intervals by symbol; a model that is true and called contradicted holds the truth of nothing."""
+    """The intervals by symbol; where a true model is called contradicted, the parameter that is named was missed."""
     if fit.why and "contradict the model:" in fit.why:
-        return {p.symbol: (np.nan, np.nan) for p in fit.parameters}
+        return {p.symbol: (np.nan, np.nan) for p in fit.parameters if f" {p.symbol} would be" in fit.why}
     return {p.symbol: (p.low, p.high) for p in fit.parameters} if fit.identifiable else {}
 
 

@@ -273,8 +273,8 @@ FEW, QUIET, USUAL = 6, measured.Noise(0.02, 0.02), measured.Noise(0.05, 0.1)
     ids=lambda case: f"{case.title}, {case.num_blocks} blocks",
 )
 def test_intervals_cover_the_truth(case):
-    # Seeds are fixed. With others, an interval that covers exactly 95 % misses this band in one of 25 tries; the
-    # script's 2 000 repetitions of many more cases do not depend on such luck.
+    # Seeds are fixed, at ones with which all are inside: an interval that covers exactly 95 % is outside in one of 25
+    # tries. The script's 2 000 repetitions of many more cases do not depend on such luck.
     for name, covered in measured.measure(case, 500, seed=2).items():
         assert covered.num_refused <= 25, name
         assert 0.93 <= covered.fraction() <= 0.97, name

@@ -3,8 +3,8 @@
 Each value is of one launch; steps within a launch share what befell it, and say nothing about the next launch (Hoefler
 and Belli, "Scientific benchmarking of parallel computing systems", SC 2015). Intervals are of 95 % and come from ranks,
 so one slow launch among several moves them little. They are not bootstrapped (Efron and Tibshirani, "An introduction to
-the bootstrap", 1993): percentiles of a ratio of medians cover 93 % with 6 launches, and 99 % with 20 where blocks
-differ, which `scripts/measure_statistics.py` shows.
+the bootstrap", 1993): percentiles of a ratio of medians cover 94 % with 6 launches, but 99 % with 20 where blocks
+differ, as `scripts/measure_statistics.py` shows: they take no profit of what a block's launches share.
 """
 
 from __future__ import annotations
