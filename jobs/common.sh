@@ -124,7 +124,11 @@ end_job() { # SCRIPT SETTINGS...: says what is next, submits SCRIPT again with S
             echo "saved, and not finished: submit $script again with the same settings to go on"
         fi
         ;;
-    124 | 137) echo "job: error: the launcher did not end within $TIMEOUT_S s, and was ended (exit code $code)" >&2 ;;
+    124 | 137)
+        local within="$TIMEOUT_S s"
+        ((num_terms == 0)) || within="$KILL_AFTER_S s of SIGTERM"
+        echo "job: error: the launcher did not end within $within, and was ended (exit code $code)" >&2
+        ;;
     *) echo "job: error: exit code $code" >&2 ;;
     esac
     exit "$code"
