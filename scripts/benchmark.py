@@ -227,7 +227,7 @@ def torchreg_loop(x: Any, y: Any, runtime: Any, optimizer: Any, sync: Any, *, or
     from torchreg.model import make_model
     from torchreg.optim import make_sgd
     from torchreg.rows import hand_rows
-    from torchreg.scaling.measure import StepLoop
+    from torchreg.scaling.loop import StepLoop
     from torchreg.train import make_step
 
     plan = BatchPlan.derive(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torchreg.data import Table
 from torchreg.model import make_model, with_constant
 from torchreg.ordered import MicroBatches
 from torchreg.prepare import Prepared
-from torchreg.runtime import Runtime
+from torchreg.runtime import AgreedError, Runtime
 
 
 def place(
@@ -63,3 +64,12 @@ def rows_of_steps(
     steps = zip(block.micro_batch_sizes, block.step_rows, strict=True)
     for step, (sizes, step_rows) in enumerate(steps, start=block.first_step):
         yield step, list(islice(pairs, len(sizes))), step_rows
+
+
+def torch_dtype(choice: Literal["auto", "float32", "float64"], device: torch.device) -> torch.dtype:
+    """The precision that a choice means on a device. Raises `AgreedError` for one that the device does not have."""
+    if choice == "auto":
+        return torch.float64 if device.type == "cpu" else torch.float32
+    if choice == "float64" and device.type == "mps":
+        raise AgreedError("dtype is float64, which the mps device does not have: choose --dtype float32")
+    return torch.float32 if choice == "float32" else torch.float64

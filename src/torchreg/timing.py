@@ -20,8 +20,8 @@ TakeSteps = Callable[[int], None]
 _FIRST_STEPS = 5
 _AGREE = 0.1  # two chunks of steps whose times differ by less are of the same speed
 _WARMUP_SHARE = 0.1  # of the window, at least
-_MOST_WARMUP_SHARE = 1.0
-_ROOM = 1.15  # aim above the window's length, so that it is seldom missed
+_MOST_WARMUP_SHARE = 0.5
+_CHUNKS = 4  # of a window, about
 
 
 def elapsed_on_ranks(runtime: Runtime, work: Callable[[], None]) -> list[float]:
@@ -38,7 +38,7 @@ def elapsed_on_ranks(runtime: Runtime, work: Callable[[], None]) -> list[float]:
 def warm_up(runtime: Runtime, take_steps: TakeSteps, window_s: float) -> tuple[int, float]:
     """Take steps until their speed has settled; how many that were, and the last chunk's seconds a step.
 
-    Chunks double until two in a row differ by less than a tenth, and a tenth of a window is over; no longer than a
+    Chunks double until two in a row differ by less than a tenth, and a tenth of a window is over; no longer than half a
     window in all.
     """
     count, num_steps, total_s, before_s = _FIRST_STEPS, 0, 0.0, math.inf
@@ -52,8 +52,8 @@ def warm_up(runtime: Runtime, take_steps: TakeSteps, window_s: float) -> tuple[i
 
 
 def steps_for(duration_s: float, step_time_s: float) -> int:
-    """How many steps last about so long, a little longer rather than shorter."""
-    return max(1, math.ceil(_ROOM * duration_s / step_time_s))
+    """How many steps last about so long."""
+    return max(1, math.ceil(duration_s / step_time_s))
 
 
 def time_window(
@@ -61,15 +61,18 @@ def time_window(
 ) -> tuple[int, list[float]]:
     """A window of at least `window_s` of steps: how many steps, and each rank's seconds.
 
-    The number of steps is fixed beforehand from `step_time_s`. A window that turns out too short is not used: a longer
-    one is taken.
+    Steps are taken about a quarter of a window at a time; after each the ranks agree, by one small reduction, whether
+    the window is over. Those reductions are in the time: a few in a second.
     """
-    num_steps = steps_for(window_s, step_time_s)
-    while True:
-        times_s = elapsed_on_ranks(runtime, partial(take_steps, num_steps))
-        if max(times_s) >= window_s:
-            return num_steps, times_s
-        num_steps = max(num_steps + num_steps // 4 + 1, steps_for(window_s, max(times_s) / num_steps))
+    chunk, num_steps, own_s = steps_for(window_s / _CHUNKS, step_time_s), 0, 0.0
+    runtime.synchronize()
+    runtime.barrier()
+    start_s = time.perf_counter()
+    while runtime.largest(own_s) < window_s:
+        take_steps(chunk)
+        runtime.synchronize()
+        num_steps, own_s = num_steps + chunk, time.perf_counter() - start_s
+    return num_steps, runtime.gather(own_s)
 
 
 def time_all_reduce(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,8 @@ from torchreg.ordered import MicroBatches, ordered_gradient, ordered_sgd_step
 from torchreg.prepare import Prepared
 from torchreg.record import RunDirectory, utc_now
 from torchreg.result import Result, make_record, make_result
-from torchreg.rows import hand_rows, place, rows_of_steps
-from torchreg.runtime import AddOverRanks, AgreedError, AnySync, OrderedGradients, OrderedSum, Runtime, open_runtime
+from torchreg.rows import hand_rows, place, rows_of_steps, torch_dtype
+from torchreg.runtime import AddOverRanks, AnySync, OrderedGradients, OrderedSum, Runtime, open_runtime
 from torchreg.saving import Saver
 from torchreg.stopping import StopRequest
 from torchreg.terminal import Reporter, Silent
@@ -234,7 +234,7 @@ def train(
         reporter = Silent()
     session = {"started_utc": utc_now(), "world_size": runtime.world_size, "launcher": runtime.launcher.name}
     reporter.say(runtime.describe())
-    dtype = _dtype(config.dtype, runtime.device)
+    dtype = torch_dtype(config.dtype, runtime.device)
 
     kept: list[Opened] = []  # what only the main rank has
 
@@ -330,11 +330,3 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _dtype(choice: Literal["auto", "float32", "float64"], device: torch.device) -> torch.dtype:
-    if choice == "auto":
-        return torch.float64 if device.type == "cpu" else torch.float32
-    if choice == "float64" and device.type == "mps":
-        raise AgreedError("dtype is float64, which the mps device does not have: choose --dtype float32")
-    return torch.float32 if choice == "float32" else torch.float64

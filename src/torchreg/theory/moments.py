@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,6 +104,10 @@ class Moments:
         condition number, and no offset of the features costs digits. With the condition number κ and
         τ = |residual| / (|features| |weight|), the weight's relative error is of the order ε (κ + κ² τ).
         """
+        return self._closed_form
+
+    @cached_property
+    def _closed_form(self) -> ClosedForm:
         r_features, r_target, r_residual = self.factor[:-1, :-1], self.factor[:-1, -1], self.factor[-1, -1]
         lengths = np.linalg.norm(r_features, axis=0)
         # What rounding the numbers to float64 leaves of a column that depends on those before it.

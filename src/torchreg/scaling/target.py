@@ -1,0 +1,83 @@
+"""A run to the target, as a user would train, and what theory says of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torchreg.config import TrainConfig
+from torchreg.prepare import prepare
+from torchreg.record import read_metrics
+from torchreg.runtime import Runtime
+from torchreg.scaling.campaign import Campaign, Launch, Setting
+from torchreg.train import train
+
+MOST_TARGET_FEATURES = 16
+"""Beyond, theory predicts no noise and so no steps to a target."""
+
+_REFERENCE_BATCH_SIZE = 64
+_LINES = 40  # of metrics on the way
+_MOST_STEPS = 20_000
+
+
+def run_to_target(
+    campaign: Campaign, launch: Launch, setting: Setting, runtime: Runtime, folder: Path
+) -> dict[str, Any]:
+    """Train, as a user would, until the loss is within the target; beside it what theory predicts of that."""
+    config = TrainConfig(
+        num_rows=campaign.effective_num_rows,
+        num_features=setting.num_features,
+        optimizer=setting.optimizer,
+        sync="auto" if setting.sync == "none" else setting.sync,
+        sampling="random",
+        global_batch_size=setting.global_batch_size,
+        base_learning_rate=(campaign.base_learning_rate, campaign.base_learning_rate),
+        reference_batch_size=_REFERENCE_BATCH_SIZE,
+        target_excess=campaign.target_excess,
+        max_steps=1,
+        seed=launch.seed,
+        dtype=campaign.dtype,
+        device=campaign.device,
+        name=setting.name,
+        runs_dir=str(folder / "runs"),
+        overwrite=True,
+    )
+    forecast = runtime.from_main(lambda: prepare(config, runtime.world_size)[0].forecast)
+    predicted = forecast.steps_to_target
+    answer: dict[str, Any] = {
+        "target_excess": campaign.target_excess,
+        "predicted_steps": predicted,
+        "measured_steps": None,
+        "measured_time_s": None,
+        "stability_limit": forecast.stability_limit,
+        "noise_floor": forecast.noise_floor,
+    }
+    if predicted is None or predicted > _MOST_STEPS:
+        return answer
+    # Half as long again, so that a run that is late gets there too.
+    config = replace(config, max_steps=math.ceil(1.5 * predicted) + 10, log_every=max(1, predicted // _LINES))
+    result = train(config, runtime)
+    crossing: Callable[[], tuple[float, float] | None] = partial(
+        _crossing, Path(result.run_dir), result.closed_form_loss, campaign.target_excess
+    )
+    reached = runtime.from_main(crossing) if result.stopped_by == "target" else None
+    if reached:
+        answer["measured_steps"], answer["measured_time_s"] = reached
+    return answer
+
+
+def _crossing(run: Path, best_loss: float, target_excess: float) -> tuple[float, float] | None:
+    """Steps and seconds at which a run's loss on all rows came within the target: between two lines, where the
+    logarithm of the excess is interpolated."""
+    lines = [line for line in read_metrics(run) if line.get("full_loss")]
+    if len(lines) < 2:
+        return None
+    before, after = (math.log(line["full_loss"] / best_loss - 1) for line in lines[-2:])
+    share = (before - math.log(target_excess)) / (before - after)
+    steps = [line["step"] + 1 for line in lines[-2:]]
+    times = [line["time_s"] for line in lines[-2:]]
+    return steps[0] + share * (steps[1] - steps[0]), times[0] + share * (times[1] - times[0])
