@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.report.example import COMBINATIONS, make_report
-from torchreg.figures import panels, rendering
+from torchreg.figures import panels, rendering, target_panels
 from torchreg.figures.quantities import bytes_text, count, in_unit, number
 from torchreg.figures.scaling import (
     draw_allreduce,
@@ -220,10 +220,12 @@ def test_the_allreduce_line_is_alpha_plus_beta_m(group):
 
 def test_training_turns_unstable_where_the_limit_is_one():
     # limit = 400 / batch falls to 1 at 400 rows; on a power law the way between two points is exact.
-    assert panels.unstable_from([64, 128, 256, 512], [400 / 64, 400 / 128, 400 / 256, 400 / 512]) == pytest.approx(400)
-    assert panels.unstable_from([1, 2], [3.0, 1.5]) is None
-    assert panels.unstable_from([1, 2], [0.9, 0.4]) == 0
-    assert panels.unstable_from([], []) is None
+    assert target_panels.unstable_from(
+        [64, 128, 256, 512], [400 / 64, 400 / 128, 400 / 256, 400 / 512]
+    ) == pytest.approx(400)
+    assert target_panels.unstable_from([1, 2], [3.0, 1.5]) is None
+    assert target_panels.unstable_from([1, 2], [0.9, 0.4]) == 0
+    assert target_panels.unstable_from([], []) is None
 
 
 def test_steps_to_the_target_by_batch_with_the_limit_drawn_in(group):

@@ -327,6 +327,20 @@ def test_fewer_than_six_launches_have_no_interval():
     assert "too few launches to tell" in "\n".join(report["verdict"]["lines"])
 
 
+# Ranks that outnumber CPUs
+
+
+def test_ranks_that_share_cpus_are_told_beside_the_scaling_that_they_spoil():
+    def with_cpus(record):
+        record["runtime"]["num_cpus"] = 2
+        return record
+
+    told = "4 ranks share the 2 CPUs of a node"
+    assert any(line.startswith(told) for line in report_of(BY_HAND, change=with_cpus)["verdict"]["lines"])
+    # Not known of records that are older than the field.
+    assert not any("CPUs of a node" in line for line in report_of(BY_HAND)["verdict"]["lines"])
+
+
 # Time to target
 
 

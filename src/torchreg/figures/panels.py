@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchreg.figures.quantities import bytes_text, in_unit
-from torchreg.figures.style import BLACK, GREY
+from torchreg.figures.style import GREY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,7 +87,7 @@ def _errors(estimates: Sequence[Json]) -> np.ndarray | None:
     return np.array([down, up]) if any(down) or any(up) else None
 
 
-def _draw_estimates(
+def draw_estimates(
     axes: Axes, sizes: Sequence[float], estimates: Sequence[Json], look: Look, aside: float, line: bool = True
 ) -> None:
     """Markers with intervals, `aside` (a factor) from their place so that equal values can be told apart."""
@@ -107,20 +106,21 @@ def _draw_estimates(
     )
 
 
-def _asides(number: int, octaves: float = 0.07) -> list[float]:
+def asides(number: int, octaves: float = 0.07) -> list[float]:
     """Factors around 1, so many octaves from one to the next."""
     return [2 ** (octaves * (index - (number - 1) / 2)) for index in range(number)]
 
 
-def _rank_axis(axes: Axes, sizes: Iterable[int]) -> None:
+def rank_axis(axes: Axes, sizes: Iterable[int]) -> None:
+    """The axis of world sizes: each has its tick."""
     ticks = sorted(set(sizes))
     axes.set_xscale("log")  # the base is the ticks' business
-    _log2_axis(axes.xaxis, ticks)
+    log2_axis(axes.xaxis, ticks)
     axes.set_xlim(ticks[0] / 1.25, ticks[-1] * 1.25)
     axes.set_xlabel("ranks")
 
 
-def _log2_axis(axis: Axis, ticks: Sequence[float]) -> None:
+def log2_axis(axis: Axis, ticks: Sequence[float]) -> None:
     """Ticks where something was measured, as far as their labels have room."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
@@ -133,7 +133,7 @@ def _log2_axis(axis: Axis, ticks: Sequence[float]) -> None:
     axis.set_major_formatter("{x:g}")
 
 
-def _log_axis(axes: Axes, unit: str) -> None:
+def log_axis(axes: Axes, unit: str) -> None:
     """A logarithmic y axis with at least two labelled ticks, in units of µs, ms, k, M as they come."""
     from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
@@ -153,18 +153,18 @@ def draw_measure(
 ) -> None:
     """Throughput, speedup, efficiency or Karp–Flatt of each series, with the line of ideal scaling."""
     sizes = sorted({point["world_size"] for one in series for point in one["points"]})
-    for one, aside in zip(series, _asides(len(series)), strict=True):
+    for one, aside in zip(series, asides(len(series)), strict=True):
         rows = [point for point in one["points"] if point[measure]]
         ranks = [row["world_size"] for row in rows]
         if rows:
-            _draw_estimates(axes, ranks, [row[measure] for row in rows], looks[combination_of(one)], aside)
+            draw_estimates(axes, ranks, [row[measure] for row in rows], looks[combination_of(one)], aside)
         if measure in ("throughput", "speedup") and rows:
             first = rows[0][measure]["value"] / ranks[0]
             axes.plot(sizes, [first * size for size in sizes], color=GREY, linestyle="--", linewidth=1, zorder=1)
-    _rank_axis(axes, sizes)
+    rank_axis(axes, sizes)
     axes.set_ylim(*limits)
     if measure == "throughput":
-        _log_axis(axes, "")
+        log_axis(axes, "")
         axes.set_ylabel("throughput (samples/s)")
     elif measure == "speedup":
         axes.set_yscale("log", base=2)
@@ -173,7 +173,7 @@ def draw_measure(
     elif measure == "efficiency":
         axes.axhline(1, color=GREY, linestyle="--", linewidth=1, zorder=1)
         axes.axhline(0.8, color=GREY, linestyle=":", linewidth=1.5, zorder=1)
-        axes.yaxis.set_major_formatter(_percent)
+        axes.yaxis.set_major_formatter(percent)
         axes.set_ylabel("efficiency")
     else:
         axes.axhline(0, color=GREY, linestyle="--", linewidth=1, zorder=1)
@@ -184,7 +184,8 @@ def _bytes_tick(value: float, _position: float | None = None) -> str:
     return bytes_text(value)
 
 
-def _percent(value: float, _position: float | None = None) -> str:
+def percent(value: float, _position: float | None = None) -> str:
+    """A fraction as percent, for a tick."""
     return f"{100 * value:.3g} %"
 
 
@@ -214,7 +215,7 @@ def draw_bars(bars: Sequence[Bar], axes: Axes) -> None:
     axes.set_yticks(range(len(bars)), [drawable(bar.name) for bar in bars], fontsize=7.5)
     axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.set_xlim(0, max(1.0, *(sum(share for _, share in bar.shares) for bar in bars)))
-    axes.xaxis.set_major_formatter(_percent)
+    axes.xaxis.set_major_formatter(percent)
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("share of the step time (at the right)")
@@ -224,11 +225,11 @@ def draw_fits(series: Sequence[Json], looks: Mapping[str, Look], axes: Axes) -> 
     """Measured step times, and the curve of the best model of each series: solid where measured, dashed beyond."""
     sizes: set[int] = set()
     most = 0
-    for one, aside in zip(series, _asides(len(series)), strict=True):
+    for one, aside in zip(series, asides(len(series)), strict=True):
         look, fit = looks[combination_of(one)], best_model(one)
         assert fit
         measured = [point["world_size"] for point in one["points"]]
-        _draw_estimates(axes, measured, [point["step_time_s"] for point in one["points"]], look, aside, line=False)
+        draw_estimates(axes, measured, [point["step_time_s"] for point in one["points"]], look, aside, line=False)
         within = [(at["world_size"], at["step_time_s"]) for at in fit["curve"] if not at["extrapolated"]]
         beyond = within[-1:] + [(at["world_size"], at["step_time_s"]) for at in fit["curve"] if at["extrapolated"]]
         for part, dashes in ((within, "-"), (beyond, "--")):
@@ -239,33 +240,33 @@ def draw_fits(series: Sequence[Json], looks: Mapping[str, Look], axes: Axes) -> 
         most = max(most, *measured)
     # only powers of two and what was measured are worth a tick; the curve may be finer
     whole = [size for size in sizes if float(math.log2(size)).is_integer()]
-    _rank_axis(axes, [*whole, min(sizes), max(sizes)])
+    rank_axis(axes, [*whole, min(sizes), max(sizes)])
     if max(sizes) > most:
         axes.axvspan(most * 1.12, axes.get_xlim()[1], color=GREY, alpha=0.18, linewidth=0)
     axes.autoscale(axis="y")
-    _log_axis(axes, "s")
+    log_axis(axes, "s")
     axes.set_ylabel("step time")
 
 
 def draw_times(part: Sequence[Json], looks: Mapping[str, Look], limits: tuple[float, float], axes: Axes) -> None:
     """Time of an all-reduce over the message's size, with the fitted α + β m."""
     sizes = sorted({size["message_bytes"] for one in part for size in one["sizes"]})
-    for one, aside in zip(part, _asides(len(part)), strict=True):
+    for one, aside in zip(part, asides(len(part)), strict=True):
         look = looks[one["way"]]
         places = [size["message_bytes"] for size in one["sizes"]]
-        _draw_estimates(axes, places, [size["time_s"] for size in one["sizes"]], look, aside, line=False)
+        draw_estimates(axes, places, [size["time_s"] for size in one["sizes"]], look, aside, line=False)
         line = fitted_line(one["fit"])
         if line:
             at = np.geomspace(places[0], places[-1], 40)
             axes.plot(at, line[0] + line[1] * at, color=look.colour, linestyle=look.dashes, linewidth=1.2)
     axes.set_xscale("log")  # the base is the ticks' business
-    _log2_axis(axes.xaxis, sizes)
+    log2_axis(axes.xaxis, sizes)
     kept = axes.get_xticks()
     axes.set_xticks(kept[:: max(1, math.ceil(len(kept) / 4))])
     axes.set_xlim(sizes[0] / 1.6, sizes[-1] * 1.6)
     axes.xaxis.set_major_formatter(_bytes_tick)
     axes.set_ylim(*limits)
-    _log_axis(axes, "s")
+    log_axis(axes, "s")
     axes.set(xlabel="message size", ylabel="time of an all-reduce")
 
 
@@ -275,127 +276,3 @@ def fitted_line(fit: Json | None) -> tuple[float, float] | None:
         return None
     found = {parameter["symbol"]: parameter["value"] for parameter in fit["parameters"]}
     return (found["α"], found["β"]) if {"α", "β"} <= set(found) else None
-
-
-def unstable_from(places: Sequence[float], limits: Sequence[float]) -> float | None:
-    """Where along increasing `places` the stability limit falls to 1, by a power law between neighbours.
-
-    None where it does not. The limit is the factor by which the rates may still grow: below 1 training diverges.
-    """
-    pairs = sorted(zip(places, limits, strict=True))
-    if pairs and pairs[0][1] < 1:
-        return 0.0
-    for (left, above), (right, below) in itertools.pairwise(pairs):
-        if below < 1 <= above:
-            part = math.log(above) / math.log(above / below)
-            return left * (right / left) ** part
-    return None
-
-
-def _shade_unstable(axes: Axes, start: float | None) -> None:
-    if start is not None:
-        low, high = axes.get_xlim()
-        axes.axvspan(max(low, start), high, color=GREY, alpha=0.3, linewidth=0)
-        axes.set_xlim(low, high)
-
-
-def _batch_axis(axes: Axes, rows: Sequence[Json]) -> None:
-    sizes = sorted({row["global_batch_size"] for row in rows})
-    axes.set_xscale("log")  # the base is the ticks' business
-    _log2_axis(axes.xaxis, sizes)
-    axes.set_xlim(sizes[0] / 1.25, sizes[-1] * 1.25)
-    axes.set_xlabel("global batch (rows)")
-    _shade_unstable(axes, unstable_from(*zip(*_limits_by_batch(rows).items(), strict=True)))
-
-
-def _limits_by_batch(rows: Sequence[Json]) -> dict[float, float]:
-    """The lowest limit at each global batch: optimizers may differ."""
-    found: dict[float, float] = {}
-    for row in rows:
-        batch = row["global_batch_size"]
-        found[batch] = min(row["stability_limit"], found.get(batch, math.inf))
-    return dict(sorted(found.items()))
-
-
-def draw_steps_to(pairs: Sequence[tuple[Json, Json]], looks: Mapping[str, Look], axes: Axes) -> None:
-    """Steps to the target by global batch: predicted as a line, measured as markers."""
-    rows = [row for _, target in pairs for row in target["rows"]]
-    names = list(dict.fromkeys(combination_of(one) for one, _ in pairs))
-    predicted = {(row["global_batch_size"], row["predicted_steps"]) for row in rows if row["predicted_steps"]}
-    if predicted:
-        axes.plot(*zip(*sorted(predicted), strict=True), color=BLACK, linewidth=1)
-    for name, aside in zip(names, _asides(len(names), 0.13), strict=True):
-        mine = [row for one, target in pairs if combination_of(one) == name for row in target["rows"]]
-        measured = [row for row in mine if row["measured_steps"]]
-        batches = [row["global_batch_size"] for row in measured]
-        if measured:
-            _draw_estimates(axes, batches, [row["measured_steps"] for row in measured], looks[name], aside, line=False)
-    if axes.lines:
-        _log_axis(axes, "")
-    else:
-        _say_never(axes)
-    _batch_axis(axes, rows)
-    axes.set_ylabel(f"steps to {_percent(pairs[0][1]['target_excess'])} above the best")
-
-
-def draw_nearness(rows: Sequence[Json], axes: Axes) -> None:
-    """The rates as a multiple of the stability limit, by global batch."""
-    limits = _limits_by_batch(rows)
-    axes.plot(list(limits), [1 / limit for limit in limits.values()], color=BLACK, marker=".", linewidth=1)
-    axes.set_yscale("log", base=2)
-    low, high = axes.get_ylim()
-    axes.set_ylim(min(low, 0.5), max(high, 2))  # so that the limit is in the picture
-    axes.axhline(1, color=GREY, linestyle="--", linewidth=1)
-    axes.yaxis.set_major_formatter("{x:.2g}")
-    _batch_axis(axes, rows)
-    axes.set_ylabel("rates over the stability limit")
-
-
-def draw_time_to(pairs: Sequence[tuple[Json, Json]], looks: Mapping[str, Look], axes: Axes) -> None:
-    """Time to the target over ranks: predicted as lines, measured as markers."""
-    for (one, target), aside in zip(pairs, _asides(len(pairs)), strict=True):
-        look = looks[combination_of(one)]
-        predicted = [row for row in target["rows"] if row["predicted_time_s"]]
-        if predicted:
-            ranks = [row["world_size"] * aside for row in predicted]
-            times = [row["predicted_time_s"]["value"] for row in predicted]
-            axes.plot(ranks, times, color=look.colour, linestyle=look.dashes, linewidth=1)
-        rows = [row for row in target["rows"] if row["measured_time_s"]]
-        if rows:
-            ranks = [row["world_size"] for row in rows]
-            _draw_estimates(axes, ranks, [row["measured_time_s"] for row in rows], look, aside, line=False)
-    _finish_target(axes, pairs, "s", "time to the target")
-
-
-def draw_node_hours(pairs: Sequence[tuple[Json, Json]], looks: Mapping[str, Look], axes: Axes) -> None:
-    """Node-hours to the target over ranks."""
-    for (one, target), aside in zip(pairs, _asides(len(pairs)), strict=True):
-        look = looks[combination_of(one)]
-        line = [(row["world_size"] * aside, row["node_hours"]) for row in target["rows"] if row["node_hours"]]
-        if line:
-            axes.plot(
-                *zip(*line, strict=True), color=look.colour, linestyle=look.dashes, linewidth=1, marker=look.marker,
-                markersize=4.5,
-            )  # fmt: skip
-    _finish_target(axes, pairs, "", "node-hours to the target")
-
-
-def _finish_target(axes: Axes, pairs: Sequence[tuple[Json, Json]], unit: str, name: str) -> None:
-    rows = [row for _, target in pairs for row in target["rows"]]
-    if axes.lines:
-        _log_axis(axes, unit)
-        if not unit:
-            axes.yaxis.set_major_formatter("{x:g}")  # thousandths of a node-hour have no name
-    else:
-        _say_never(axes)
-    _rank_axis(axes, [row["world_size"] for row in rows])
-    lowest: dict[float, float] = {}
-    for row in rows:
-        lowest[row["world_size"]] = min(row["stability_limit"], lowest.get(row["world_size"], math.inf))
-    _shade_unstable(axes, unstable_from(list(lowest), list(lowest.values())))
-    axes.set_ylabel(name)
-
-
-def _say_never(axes: Axes) -> None:
-    axes.text(0.5, 0.5, "never reached", transform=axes.transAxes, ha="center")
-    axes.set_yticks([])

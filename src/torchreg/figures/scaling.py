@@ -21,10 +21,6 @@ from torchreg.figures.panels import (
     draw_bars,
     draw_fits,
     draw_measure,
-    draw_nearness,
-    draw_node_hours,
-    draw_steps_to,
-    draw_time_to,
     draw_times,
     drawable,
     padded,
@@ -32,6 +28,7 @@ from torchreg.figures.panels import (
 )
 from torchreg.figures.quantities import bytes_text, count, in_unit
 from torchreg.figures.style import BLACK, BLUE, GREEN, GREY, ORANGE, SKY
+from torchreg.figures.target_panels import draw_nearness, draw_node_hours, draw_steps_to, draw_time_to
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -37,7 +37,7 @@ def analyse(records: Records) -> dict[str, Any]:
     """
     launches, points = launches_table(records), points_table(records)
     allreduce = allreduce_table(records)
-    groups = [_group(group, points, allreduce) for group in comparable_groups(launches)]
+    groups = [_group(group, launches, points, allreduce) for group in comparable_groups(launches)]
     excluded = left_out(records)
     machines = ", ".join(dict.fromkeys(launches["machine"]))
     campaigns = ", ".join(dict.fromkeys(launches["campaign"]))
@@ -60,7 +60,9 @@ def analyse(records: Records) -> dict[str, Any]:
     }
 
 
-def _group(group: Group, points: pd.DataFrame, allreduce: pd.DataFrame) -> dict[str, Any]:
+def _group(group: Group, launches: pd.DataFrame, points: pd.DataFrame, allreduce: pd.DataFrame) -> dict[str, Any]:
+    own = launches[launches["launch"].isin(group.launches)]
+    num_cpus = pd.to_numeric(own["num_cpus"])
     mine = points[points["launch"].isin(group.launches) & points["check_passed"]]
     found = points_of(group.id, mine)
     series = series_of(group.id, found)
@@ -74,6 +76,8 @@ def _group(group: Group, points: pd.DataFrame, allreduce: pd.DataFrame) -> dict[
         "runtime": group.key["effective"],
         "versions": {name: group.key[name] for name in VERSIONS},
         "num_launches": len(group.launches),
+        "num_cpus": int(num_cpus.min()) if num_cpus.notna().any() else None,
+        "crowded_ranks_per_node": sorted(own.loc[own["ranks_per_node"] > num_cpus, "ranks_per_node"].unique().tolist()),
         "points": [point_json(point) for point in found],
         "series": [{**series_json(one), "models": models_of(one, _alike(one, series))} for one in series],
         "allreduce": allreduce_of(allreduce[allreduce["launch"].isin(group.launches)]),

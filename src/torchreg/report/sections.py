@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torchreg.figures.panels import best_model, combination_of
-from torchreg.figures.quantities import bytes_text, count, in_unit, number
+from torchreg.figures.quantities import count, in_unit, number
 from torchreg.figures.scaling import (
     Picture,
     draw_allreduce,
@@ -21,40 +21,21 @@ from torchreg.figures.scaling import (
     scopes_of,
     slug,
 )
-
-Json = dict[str, Any]
-
-_LONG = 14  # rows; a longer table waits behind its title
-_FEW = ("a", "too few launches for a 95 % interval: it needs 6")
-_NONE = ("b", "not measured, or without meaning at this point")
-_NEVER = ("c", "never: training diverges or its noise floor lies above the target")
-_NOT_REACHED = ("d", "the target was not reached, or was not tried")
-_NOT_TOLD = ("e", "not recorded")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A value with its interval; `note` is the letter of the footnote that says why something is missing."""
-
-    text: str
-    interval: str = ""
-    note: str = ""
-    is_number: bool = True
-
-
-@dataclass(frozen=True)
-class Table:
-    """Columns, rows, and the footnotes that its cells refer to."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    notes: tuple[tuple[str, str], ...]
-
-    @property
-    def is_long(self) -> bool:
-        """Too long to be shown unasked."""
-        return len(self.rows) > _LONG
+from torchreg.report.cells import (
+    FEW,
+    NEVER,
+    NONE,
+    NOT_REACHED,
+    Cell,
+    Json,
+    Table,
+    bytes_cell,
+    counted,
+    estimate_cell,
+    plain,
+    table,
+    word,
+)
 
 
 @dataclass(frozen=True)
@@ -89,17 +70,17 @@ def _series_verdicts(report: Json) -> list[Section]:
         title = series[name]["title"] if name in series else name
         rows.append(
             (
-                _word(title),
-                _count(far["largest_efficient_world_size"] if far else None),
-                _word(_after(title, far["text"]) if far else None),
-                _word(_after(title, bound["text"]) if bound else None),
+                word(title),
+                counted(far["largest_efficient_world_size"] if far else None),
+                word(_after(title, far["text"]) if far else None),
+                word(_after(title, bound["text"]) if bound else None),
             )
         )
     if not rows:
         return []
     columns = ("series", "scales well up to (ranks)", "that is", "bound by")
     return [
-        Section("series", "How far each series scales, and what bounds it", tables=(_table("Series", columns, rows),))
+        Section("series", "How far each series scales, and what bounds it", tables=(table("Series", columns, rows),))
     ]
 
 
@@ -141,16 +122,16 @@ def _points(group: Json, anchor: str) -> Section:
 
     def row(point: Json) -> tuple[Cell, ...]:
         return (
-            _count(point["world_size"]), _count(point["num_nodes"]), _word(combination_of(point)),
-            _bytes(point["message_bytes"]), _count(point["global_batch_size"]), _count(point["num_launches"]),
-            _estimate(point["step_time_s"], "s"), _plain(point["spread"], "%"),
-            _estimate(point["slowest_over_median"], ""), _estimate(point["throughput"], "samples/s"),
+            counted(point["world_size"]), counted(point["num_nodes"]), word(combination_of(point)),
+            bytes_cell(point["message_bytes"]), counted(point["global_batch_size"]), counted(point["num_launches"]),
+            estimate_cell(point["step_time_s"], "s"), plain(point["spread"], "%"),
+            estimate_cell(point["slowest_over_median"], ""), estimate_cell(point["throughput"], "samples/s"),
         )  # fmt: skip
 
     points = sorted(group["points"], key=_order)
     tables = [
-        _table("Within a node", columns, (row(point) for point in points if point["num_nodes"] == 1)),
-        _table("Across nodes", columns, (row(point) for point in points if point["num_nodes"] > 1)),
+        table("Within a node", columns, (row(point) for point in points if point["num_nodes"] == 1)),
+        table("Across nodes", columns, (row(point) for point in points if point["num_nodes"] > 1)),
     ]
     return Section(
         f"{anchor}-points",
@@ -159,7 +140,7 @@ def _points(group: Json, anchor: str) -> Section:
             "A step's time is the slowest rank's. Each number is the median over launches with its 95 % interval; "
             "spread is the interquartile range over the median.",
         ),
-        tables=tuple(table for table in tables if table.rows),
+        tables=tuple(one for one in tables if one.rows),
     )
 
 
@@ -177,10 +158,10 @@ def _scaling(group: Json, index: int, kind: str) -> Section | None:
         for one in _series(group, kind, scope):
             for point in one["points"]:
                 yield (
-                    *_setting(one), _count(point["world_size"]), _count(point["num_nodes"]),
-                    _count(one["baseline_world_size"]), _estimate(point["speedup"], ""),
-                    _estimate(point["efficiency"], "%"), _estimate(point["throughput"], "samples/s"),
-                    *((_estimate(point["karp_flatt"], ""),) if kind == "strong" else ()),
+                    *_setting(one), counted(point["world_size"]), counted(point["num_nodes"]),
+                    counted(one["baseline_world_size"]), estimate_cell(point["speedup"], ""),
+                    estimate_cell(point["efficiency"], "%"), estimate_cell(point["throughput"], "samples/s"),
+                    *((estimate_cell(point["karp_flatt"], ""),) if kind == "strong" else ()),
                 )  # fmt: skip
 
     words = {
@@ -192,7 +173,7 @@ def _scaling(group: Json, index: int, kind: str) -> Section | None:
     return _by_scope(
         group, f"group-{index}-{kind}", f"{kind.capitalize()} scaling", words[kind],
         lambda scope: [draw_scaling(group, index, kind, scope)],
-        lambda scope: [_table(f"{kind.capitalize()} scaling, {scope}", columns, rows(scope))],
+        lambda scope: [table(f"{kind.capitalize()} scaling, {scope}", columns, rows(scope))],
     )  # fmt: skip
 
 
@@ -202,25 +183,25 @@ def _breakdown(group: Json, index: int) -> Section | None:
         "exposed communication", "slowest − median rank",
     )  # fmt: skip
 
-    def table(scope: str) -> Table:
+    def parts(scope: str) -> Table:
         named = {row["point"] for one in group["series"] if one["scope"] == scope for row in one["points"]}
         rows = (
             (
-                _count(point["world_size"]), _count(point["num_nodes"]), _word(combination_of(point)),
-                _bytes(point["message_bytes"]), _count(point["global_batch_size"]),
+                counted(point["world_size"]), counted(point["num_nodes"]), word(combination_of(point)),
+                bytes_cell(point["message_bytes"]), counted(point["global_batch_size"]),
                 *(
-                    _estimate(point[name], "s")
+                    estimate_cell(point[name], "s")
                     for name in ("step_time_s", "rows_time_s", "compute_time_s", "exposed_time_s", "imbalance_time_s")
                 ),
             )
             for point in sorted((point for point in group["points"] if point["id"] in named), key=_order)
         )  # fmt: skip
-        return _table(f"Parts of a step, {scope}", columns, rows)
+        return table(f"Parts of a step, {scope}", columns, rows)
 
     return _by_scope(
         group, f"group-{index}-breakdown", "Where a step's time goes", "",
         lambda scope: [draw_breakdown(group, index, kind, scope) for kind in ("strong", "weak")],
-        lambda scope: [table(scope)],
+        lambda scope: [parts(scope)],
     )  # fmt: skip
 
 
@@ -229,11 +210,11 @@ def _allreduce(group: Json, index: int) -> Section | None:
     if not picture:
         return None
     measured = sorted(group["allreduce"], key=lambda one: (one["num_nodes"] > 1, one["num_nodes"], one["world_size"]))
-    fits = ((_word(one["way"]), _word(place_text(one)), *_fit_cells(one["fit"])) for one in measured if one["fit"])
+    fits = ((word(one["way"]), word(place_text(one)), *_fit_cells(one["fit"])) for one in measured if one["fit"])
     sizes = (
         (
-            _word(one["way"]), _word(place_text(one)), _bytes(size["message_bytes"]), _estimate(size["time_s"], "s"),
-            _plain(size["bandwidth"], "B/s"),
+            word(one["way"]), word(place_text(one)), bytes_cell(size["message_bytes"]),
+            estimate_cell(size["time_s"], "s"), plain(size["bandwidth"], "B/s"),
         )
         for one in measured
         for size in one["sizes"]
@@ -244,8 +225,8 @@ def _allreduce(group: Json, index: int) -> Section | None:
         ("Latency α and time per byte β of one all-reduce by itself, without any training. Bandwidth is the message's "
          "bytes over its time.",),
         tables=(
-            _table("Fits", ("way", "where", "model", "parameters", "held-out error"), fits),
-            _table("Times", ("way", "where", "message", "time", "bandwidth"), sizes),
+            table("Fits", ("way", "where", "model", "parameters", "held-out error"), fits),
+            table("Times", ("way", "where", "message", "time", "bandwidth"), sizes),
         ),
         pictures=(picture,),
     )  # fmt: skip
@@ -262,11 +243,11 @@ def _models(group: Json, index: int) -> Section | None:
         found = []
         for kind in ("strong", "weak"):
             rows = [
-                (*_setting(one), *_fit_cells(fit), _word("yes" if fit is best_model(one) else ""))
+                (*_setting(one), *_fit_cells(fit), word("yes" if fit is best_model(one) else ""))
                 for one in _series(group, kind, scope)
                 for fit in one["models"]
             ]
-            found.append(_table(f"Models, {kind} scaling, {scope}", columns, rows))
+            found.append(table(f"Models, {kind} scaling, {scope}", columns, rows))
         return found
 
     section = _by_scope(
@@ -295,16 +276,17 @@ def _targets(group: Json, index: int) -> Section | None:
                 continue
             for row in target["rows"]:
                 never = row["predicted_steps"] is None
-                missing = _NEVER if never else _NOT_REACHED
+                missing = NEVER if never else NOT_REACHED
                 yield (
-                    *_setting(one), _count(row["world_size"]), _count(row["num_nodes"]),
-                    _count(row["global_batch_size"]),
+                    *_setting(one), counted(row["world_size"]), counted(row["num_nodes"]),
+                    counted(row["global_batch_size"]),
                     Cell(number(1 / row["stability_limit"]) + ("" if row["is_stable"] else ", diverges")),
-                    Cell("–", note=_NEVER[0]) if never else _count(row["predicted_steps"]),
-                    _estimate(row["measured_steps"], "", missing), _estimate(row["step_time_s"], "s"),
-                    _estimate(row["predicted_time_s"], "s", missing), _estimate(row["measured_time_s"], "s", missing),
-                    _estimate(row.get("predicted_over_measured"), "", missing),
-                    _plain(row["node_hours"], "", missing),
+                    Cell("–", note=NEVER[0]) if never else counted(row["predicted_steps"]),
+                    estimate_cell(row["measured_steps"], "", missing), estimate_cell(row["step_time_s"], "s"),
+                    estimate_cell(row["predicted_time_s"], "s", missing),
+                    estimate_cell(row["measured_time_s"], "s", missing),
+                    estimate_cell(row.get("predicted_over_measured"), "", missing),
+                    plain(row["node_hours"], "", missing),
                 )  # fmt: skip
 
     stable = tuple(
@@ -321,7 +303,7 @@ def _targets(group: Json, index: int) -> Section | None:
         "come from theory alone; times step time they are the predicted time to it, times nodes the node-hours.",
         lambda scope: [draw_targets(group, index, scope)],
         lambda scope: [
-            _table(f"Time to the target, {kind} scaling, {scope}", columns, rows(scope, kind))
+            table(f"Time to the target, {kind} scaling, {scope}", columns, rows(scope, kind))
             for kind in ("strong", "weak")
         ],
     )  # fmt: skip
@@ -336,47 +318,47 @@ def _cost(report: Json) -> Section:
     cost = report["cost"]
     rows = [
         (
-            *(_word(source[name]) for name in ("folder", "campaign", "machine")),
-            _count(source["num_launches"]), _count(source["num_failed"]), _word(", ".join(source["job_ids"]) or None),
+            *(word(source[name]) for name in ("folder", "campaign", "machine")),
+            counted(source["num_launches"]), counted(source["num_failed"]), word(", ".join(source["job_ids"]) or None),
         )
         for source in report["sources"]
     ]  # fmt: skip
     columns = ("folder", "campaign", "machine", "launches", "failed", "jobs")
-    return Section("cost", "Cost", (cost["text"],), tables=(_table("Sources", columns, rows),))
+    return Section("cost", "Cost", (cost["text"],), tables=(table("Sources", columns, rows),))
 
 
 def _provenance(report: Json) -> Section:
     provenance = report["provenance"]
-    same = [(_word(field), _word(_said(value))) for field, value in provenance["same"].items()]
+    same = [(word(field), word(_said(value))) for field, value in provenance["same"].items()]
     differs = [
-        (_word(difference["field"]), _word(_said(value["value"])), _count(value["launches"]))
+        (word(difference["field"]), word(_said(value["value"])), counted(value["launches"]))
         for difference in provenance["differs"]
         for value in difference["values"]
     ]
     tables = [
-        _table("What differs between launches", ("field", "value", "launches"), differs),
-        _table("What all launches share", ("field", "value"), same),
+        table("What differs between launches", ("field", "value", "launches"), differs),
+        table("What all launches share", ("field", "value"), same),
     ]
     words = () if differs else ("All launches agree in everything that was recorded of where they come from.",)
-    return Section("provenance", "Provenance", words, tables=tuple(table for table in tables if table.rows))
+    return Section("provenance", "Provenance", words, tables=tuple(one for one in tables if one.rows))
 
 
 def _excluded(report: Json) -> Section:
     failed = [
         (
-            *(_word(launch[name]) for name in ("launch", "reason")),
-            _word("yes" if launch.get("is_retried") else "no"),
-            *(_word(launch[name]) for name in ("file", "log")),
+            *(word(launch[name]) for name in ("launch", "reason")),
+            word("yes" if launch.get("is_retried") else "no"),
+            *(word(launch[name]) for name in ("file", "log")),
         )
         for launch in report["failed"]
     ]
-    excluded = [tuple(_word(record[name]) for name in ("what", "reason", "file")) for record in report["excluded"]]
+    excluded = [tuple(word(record[name]) for name in ("what", "reason", "file")) for record in report["excluded"]]
     tables = [
-        _table("Failed launches", ("launch", "reason", "a later try went well", "record", "log"), failed),
-        _table("Left out of all statistics", ("what", "reason", "file"), excluded),
+        table("Failed launches", ("launch", "reason", "a later try went well", "record", "log"), failed),
+        table("Left out of all statistics", ("what", "reason", "file"), excluded),
     ]
     words = () if failed or excluded else ("No launch failed, and nothing was left out.",)
-    return Section("excluded", "Failed and left out", words, tables=tuple(table for table in tables if table.rows))
+    return Section("excluded", "Failed and left out", words, tables=tuple(one for one in tables if one.rows))
 
 
 def _method(report: Json) -> Section:
@@ -395,7 +377,7 @@ def _by_scope(
     parts = []
     for scope in scopes_of(group["series"]):
         drawn = tuple(picture for picture in pictures(scope) if picture)
-        told = tuple(table for table in tables(scope) if table.rows)
+        told = tuple(one for one in tables(scope) if one.rows)
         if drawn or told:
             name = scope[:1].upper() + scope[1:]
             parts.append(Section(f"{anchor}-{slug(scope)}", name, tables=told, pictures=drawn))
@@ -410,14 +392,14 @@ def _series(group: Json, kind: str, scope: str) -> list[Json]:
 def _setting(one: Json) -> tuple[Cell, Cell, Cell]:
     batch = one["global_batch_size"] if one["kind"] == "strong" else one["local_batch_size"]
     return (
-        _word(combination_of(one)), _bytes(one["message_bytes"]),
+        word(combination_of(one)), bytes_cell(one["message_bytes"]),
         Cell(f"{count(batch)}{' a rank' * (one['kind'] == 'weak')}"),
     )  # fmt: skip
 
 
 def _fit_cells(fit: Json) -> tuple[Cell, Cell, Cell]:
     if not fit["identifiable"]:
-        return _word(fit["model"]), _word(f"not identifiable: {fit['why']}"), Cell("–", note=_NONE[0])
+        return word(fit["model"]), word(f"not identifiable: {fit['why']}"), Cell("–", note=NONE[0])
     told, few = [], False
     for parameter in fit["parameters"]:
         unit = parameter["unit"] or ""
@@ -428,46 +410,10 @@ def _fit_cells(fit: Json) -> tuple[Cell, Cell, Cell]:
             text += f" [{in_unit([parameter['low'], parameter['high']], unit)}]"
         told.append(text)
     return (
-        _word(fit["model"]),
-        Cell("; ".join(told), note=_FEW[0] if few else "", is_number=False),
-        _plain(fit["held_out_error"], "%"),
+        word(fit["model"]),
+        Cell("; ".join(told), note=FEW[0] if few else "", is_number=False),
+        plain(fit["held_out_error"], "%"),
     )
-
-
-def _table(title: str, columns: Sequence[str], rows: Iterable[tuple[Cell, ...]]) -> Table:
-    kept = tuple(rows)
-    used = {cell.note for row in kept for cell in row if cell.note}
-    notes = tuple(note for note in (_FEW, _NONE, _NEVER, _NOT_REACHED, _NOT_TOLD) if note[0] in used)
-    return Table(title, tuple(columns), kept, notes)
-
-
-def _word(text: str | None) -> Cell:
-    return Cell(str(text), is_number=False) if text is not None else Cell("–", note=_NOT_TOLD[0], is_number=False)
-
-
-def _count(value: float | None) -> Cell:
-    return Cell(count(value)) if value is not None else Cell("–", note=_NONE[0])
-
-
-def _bytes(value: float) -> Cell:
-    return Cell(bytes_text(value))
-
-
-def _plain(value: float | None, unit: str, missing: tuple[str, str] = _NONE) -> Cell:
-    return Cell(in_unit([value], unit)) if value is not None else Cell("–", note=missing[0])
-
-
-def _estimate(estimate: Json | None, unit: str, missing: tuple[str, str] = _NONE) -> Cell:
-    if estimate is None:
-        return Cell("–", note=missing[0])
-    text = in_unit([estimate["value"]], unit)
-    if estimate["low"] is None:
-        return Cell(text, "–", _FEW[0])
-    if estimate["high"] is None:  # so many launches missed the target that the interval has no upper end
-        return Cell(text, f"{in_unit([estimate['low']], unit)} or more")
-    if estimate["low"] == estimate["high"]:  # a baseline's ratio to itself
-        return Cell(text)
-    return Cell(text, in_unit([estimate["low"], estimate["high"]], unit))
 
 
 def _said(value: object) -> str:

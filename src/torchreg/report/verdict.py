@@ -30,7 +30,11 @@ def verdict(
             if (bound := what_bounds(one, by_id)) is not None
         }
         targets = list(_targets(group))
-        told = [*_scaling_lines(group, far, bound_by), *(choice["text"] for choices in targets for choice in choices)]
+        told = [
+            *_scaling_lines(group, far, bound_by),
+            *_crowded(group),
+            *(choice["text"] for choices in targets for choice in choices),
+        ]
         told += _agreement(group)
         lines += [_of_group(group, groups) + line for line in told]
         scaling += list(far.values())
@@ -94,6 +98,17 @@ def _scaling_lines(
             series, {name: f"{bound['what']} at {ranks(bound['world_size'])}" for name, bound in bounds.items()}
         )
         yield f"{heading}: {far}." + (f" What bounds it: {cause}." if cause else "")
+
+
+def _crowded(group: Mapping[str, Any]) -> Iterator[str]:
+    """Ranks that outnumber a node's CPUs measure the operating system."""
+    if group["crowded_ranks_per_node"]:
+        counts = " and ".join(map(str, group["crowded_ranks_per_node"]))
+        cpus = f"{group['num_cpus']} CPU{'s' * (group['num_cpus'] > 1)}"
+        yield (
+            f"{counts} ranks share the {cpus} of a node: their times tell how an operating system shares CPUs, and "
+            "little about scaling."
+        )
 
 
 def _sorted_out(series: Sequence[Mapping[str, Any]], told: Mapping[str, str]) -> str:

@@ -107,6 +107,7 @@ class Runtime:
             "mpi_library": self.mpi_comm and mpi.mpi_library(),
             "nccl_version": ".".join(map(str, torch.cuda.nccl.version())) if self.backend == "nccl" else None,
             "device_name": device_name(self.device),
+            "num_cpus": os.cpu_count(),
             "places": [asdict(place) for place in self.places],
         }
 

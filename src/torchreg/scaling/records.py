@@ -148,8 +148,8 @@ _LAUNCH_COLUMNS = [
     "launch", "status", "campaign", "machine", "fingerprint", "suffix", "block", "recorded_block", "world_size",
     "num_nodes", "ranks_per_node", "seed", "exit_code", "reason", "started_utc", "finished_utc", "wall_s", "start_up_s",
     "num_points", "num_failed_checks", "launcher", "requested", "effective", "ezpz_version", "backend", "mpi_library",
-    "nccl_version", "device_name", "dtype", "torch", "numpy", "python", "platform", "commit", "dirty", "job_id",
-    "source", "file",
+    "nccl_version", "device_name", "num_cpus", "dtype", "torch", "numpy", "python", "platform", "commit", "dirty",
+    "job_id", "source", "file",
 ]  # fmt: skip
 
 
@@ -173,6 +173,8 @@ def _launch_row(one: Launch | Failure) -> dict[str, Any]:
     run_fields = "launcher requested effective ezpz_version backend mpi_library nccl_version device_name"
     return row | {
         **{key: runtime[key] for key in run_fields.split()},
+        # Of a node whose ranks compute on them.
+        "num_cpus": runtime.get("num_cpus") if runtime["places"][0]["device"] == "cpu" else None,
         **{key: provenance[key] for key in ("python", "platform", "job_id", "finished_utc")},
         **{key: provenance["libraries"].get(key) for key in ("torch", "numpy")},
         **{key: provenance["source"][key] for key in ("commit", "dirty")},

@@ -20,7 +20,8 @@ MOST_TARGET_FEATURES = 16
 """Beyond, theory predicts no noise and so no steps to a target."""
 
 _REFERENCE_BATCH_SIZE = 64
-_LINES = 40  # of metrics on the way
+_LINES = 8  # of metrics on the way, at least: more would cost a quick step a part of its time
+_MOST_LOG_EVERY = 100
 _MOST_STEPS = 20_000
 
 
@@ -58,9 +59,10 @@ def run_to_target(
     }
     if predicted is None or predicted > _MOST_STEPS:
         return answer
+    log_every = max(1, min(_MOST_LOG_EVERY, predicted // _LINES))
+    train(replace(config, max_steps=log_every, log_every=log_every), runtime)  # first uses cost more
     # Half as long again, so that a run that is late gets there too.
-    config = replace(config, max_steps=math.ceil(1.5 * predicted) + 10, log_every=max(1, predicted // _LINES))
-    result = train(config, runtime)
+    result = train(replace(config, max_steps=math.ceil(1.5 * predicted) + 10, log_every=log_every), runtime)
     crossing: Callable[[], tuple[float, float] | None] = partial(
         _crossing, Path(result.run_dir), result.closed_form_loss, campaign.target_excess
     )

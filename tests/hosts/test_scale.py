@@ -1,0 +1,57 @@
+"""If this fails, a campaign across nodes starts ranks on the wrong ones, or its report mixes the wire with the node."""
+
+import json
+import os
+
+import pytest
+
+from ..fault_matrix import matrix
+
+CAMPAIGN = """
+name: nodes
+nodes: [1, 2]
+ranks_per_node: [2]
+global_batch_sizes: [64]
+local_batch_sizes: []
+num_features: [1]
+combinations: [hand/mpi]
+repeats: 1
+window_s: 0.05
+runtime: torch
+base_learning_rate: 0.01
+"""
+
+
+@pytest.fixture
+def nodes():
+    made = matrix.Nodes()
+    if reason := made.missing():
+        pytest.skip(reason)
+    with made.up(2):
+        yield made
+
+
+def test_a_step_between_nodes_is_told_apart_from_one_within(nodes, run, tmp_path):
+    (tmp_path / "nodes.yaml").write_text(CAMPAIGN)
+    (tmp_path / "nodefile").write_text("n1\nn1\nn2\nn2\n")
+    variables = {
+        "PBS_NODEFILE": str(tmp_path / "nodefile"),
+        "HYDRA_LAUNCHER": "ssh",
+        "HYDRA_LAUNCHER_EXEC": f"{os.environ.get('HOSTS_STATE', '/tmp/torchreg-hosts')}/launch",
+        "UCX_TLS": "tcp",  # make-believe nodes share a kernel: UCX would reach the other node through its shared memory
+    }
+    nodes("mpiexec", "-hosts", "n1,n2", "-ppn", "1", "-n", "2", "true")  # makes that launcher
+    command = [str(nodes.script), "on", "n1", "torchreg", "scale", "run", "nodes.yaml", "--dir", "out"]
+    done = run(*command, cwd=tmp_path, **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    hosts = {}
+    for path in (tmp_path / "out/launches").glob("*/launch.json"):
+        record = json.loads(path.read_text())
+        hosts[record["launch"]["num_nodes"]] = [place["host"] for place in record["runtime"]["places"]]
+        assert all(point["check"]["passed"] for point in record["points"])
+    assert hosts[2] == ["n1", "n1", "n2", "n2"]
+    assert len(set(hosts[1])) == 1
+    done = run("torchreg", "report", "out", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (group,) = json.loads(done.stdout)["groups"]
+    assert "across nodes, 2 ranks a node" in {series["scope"] for series in group["series"]}
