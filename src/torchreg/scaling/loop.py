@@ -15,6 +15,7 @@ from torchreg.ordered import MicroBatches
 from torchreg.rows import hand_rows, rows_of_steps
 from torchreg.runtime import AnySync, Runtime
 from torchreg.scaling.campaign import Setting
+from torchreg.schedule import Schedule
 from torchreg.theory import Matrix
 from torchreg.train import TakeStep, make_step
 
@@ -32,7 +33,7 @@ class StepLoop:
     y: Tensor
     model: torch.nn.Linear
     take_step: TakeStep
-    rate: float
+    schedule: Schedule
     by_hand: bool
     num_steps: int = 0
 
@@ -51,7 +52,8 @@ class StepLoop:
         sync: AnySync = ("allreduce" if by_hand else "ddp") if setting.sync == "none" else setting.sync
         take_step = make_step(sgd, sync, model, runtime if averaged else runtime.alone())
         x, y = hand_rows(x, y) if by_hand else (x, y)
-        return cls(plan, runtime.rank, x, y, model, take_step, rate, by_hand)
+        schedule = Schedule((rate, rate), 1.0, num_steps=1)  # constant
+        return cls(plan, runtime.rank, x, y, model, take_step, schedule, by_hand)
 
     def take_steps(self, count: int) -> None:
         """Take so many steps; their losses stay on the device."""
@@ -63,12 +65,11 @@ class StepLoop:
         self._run(count, lambda rates, micro_batches, step_rows: nothing)
 
     def _run(self, count: int, take_step: TakeStep) -> None:
-        rates = (self.rate, self.rate)
         losses = []
         with torch.inference_mode() if self.by_hand else nullcontext():
             for block in self.plan.blocks(self.rank, self.num_steps, self.num_steps + count):
-                for _, micro_batches, step_rows in rows_of_steps(block, self.x, self.y, copied=self.plan.ordered):
-                    losses.append(take_step(rates, micro_batches, step_rows))
+                for step, micro_batches, step_rows in rows_of_steps(block, self.x, self.y, copied=self.plan.ordered):
+                    losses.append(take_step(self.schedule(step), micro_batches, step_rows))
         self.num_steps += count
 
     def parameters(self) -> Matrix:
