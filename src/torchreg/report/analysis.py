@@ -11,7 +11,7 @@ from torchreg import __version__
 from torchreg.report.evidence import cost, failures, left_out, provenance, sources
 from torchreg.report.fits import allreduce_of, models_of
 from torchreg.report.groups import VERSIONS, Group, comparable_groups
-from torchreg.report.method import METHOD
+from torchreg.report.method import method
 from torchreg.report.points import Point, point_json, points_of
 from torchreg.report.series import Series, series_json, series_of
 from torchreg.report.targets import targets_of
@@ -56,7 +56,7 @@ def analyse(records: Records) -> dict[str, Any]:
         "provenance": provenance(records),
         "excluded": excluded,
         "failed": failures(records),
-        "method": list(METHOD),
+        "method": method(points),
     }
 
 

@@ -1,15 +1,26 @@
 """How a campaign is measured and reckoned, in words: the last part of a report."""
 
-METHOD = (
+import pandas as pd
+
+
+def method(points: pd.DataFrame) -> list[str]:
+    """The paragraphs; `points` are the rows of `points_table` that they are about."""
+    window = f"{points['window_s'].min():.2g} s" if len(points) else "a window"
+    return [paragraph.format(window=window) for paragraph in _METHOD]
+
+
+_METHOD = (
     "A launch is the unit of repetition: one start of all ranks at one world size, in which the settings are measured "
     "one after the other in random order. Launches are made in blocks, each of which holds every world size once, in "
     "random order, so that slow drifts of the machine meet all of them alike.",
-    "In a launch each setting is warmed up and then timed for at least a second between barriers, with the device "
-    "synchronised. The time of a step is the slowest rank's time for all steps, divided by their number. One launch "
-    "gives one number: intervals are over launches, never over the steps of one.",
+    "In a launch each setting is warmed up until its speed has settled, and then timed for at least {window} from a "
+    "barrier on, with the device synchronised. The steps are those of training, rows, rates and all, without its metrics. "
+    "The time of a step is the slowest rank's time for all steps, divided by their number. One launch gives one number: "
+    "intervals are over launches, never over the steps of one.",
     "Every interval is a 95 % interval. Medians over launches have distribution-free intervals from order statistics, "
     "which need at least six launches; where there are fewer, no interval is told. Speed-ups and efficiencies are "
-    "ratios, estimated as ratios, in pairs of the same block where blocks are shared.",
+    "ratios, estimated as ratios, in pairs of the same block where blocks are shared: their value is the median of all "
+    "means of two pairs' logarithms (Hodges–Lehmann), near the quotient of the medians and not equal to it.",
     "Strong scaling keeps the global batch, weak scaling the local one. With p0, the smallest world size of a series, "
     "as its baseline: strong speed-up is S = T(p0) / T(p) and strong efficiency S · p0 / p; weak efficiency is "
     "T(p0) / T(p) and weak speed-up efficiency · p / p0. The Karp–Flatt fraction is e = (1/S − 1/k) / (1 − 1/k) with "
