@@ -1475,6 +1475,9 @@ print("diverged in square feet, converged when standardised")
 # To prove that eight GPUs compute what one does, fix the global batch: compare `--global-batch-size 128` on 1 and on 8
 # ranks, with `--dtype float64`. You know what to expect.
 #
+# Without waiting at a prompt: `qsub -A <project> jobs/polaris.pbs` does all of this, saves before its time is over and
+# goes on in the next job. `jobs/polaris_scaling.pbs` measures how well it scales, and writes a report of it.
+#
 # ---
 #
 # *Adapted from the AI-for-science training of the Argonne Leadership Computing Facility (ALCF); the idea of the example

@@ -14,8 +14,8 @@ _METHOD = (
     "one after the other in random order. Launches are made in blocks, each of which holds every world size once, in "
     "random order, so that slow drifts of the machine meet all of them alike.",
     "In a launch each setting is warmed up until its speed has settled, and then timed for at least {window} "
-    "from a barrier on, with the device synchronised. The steps are those of training, rows and rates included, without "
-    "its metrics. The time of a step is the slowest rank's time for all steps, divided by their number. One launch "
+    "from a barrier on, with the device synchronised. The steps are those of training, rows and rates included, "
+    "without its metrics. The time of a step is the slowest rank's time for all steps, divided by their number. One launch "
     "gives one number: intervals are over launches, never over the steps of one.",
     "Every interval is a 95 % interval. Medians over launches have distribution-free intervals from order statistics, "
     "which need at least six launches; where there are fewer, no interval is told. Speed-ups and efficiencies are "
