@@ -13,10 +13,10 @@ _METHOD = (
     "A launch is the unit of repetition: one start of all ranks at one world size, in which the settings are measured "
     "one after the other in random order. Launches are made in blocks, each of which holds every world size once, in "
     "random order, so that slow drifts of the machine meet all of them alike.",
-    "In a launch each setting is warmed up until its speed has settled, and then timed for at least {window} "
-    "from a barrier on, with the device synchronised. The steps are those of training, rows and rates included, "
-    "without its metrics. The time of a step is the slowest rank's time for all steps, divided by their number. One launch "
-    "gives one number: intervals are over launches, never over the steps of one.",
+    "In a launch each setting is warmed up until its speed has settled, and then timed for at least {window} from a "
+    "barrier on, with the device synchronised. The steps are those of training, rows and rates included, without its "
+    "metrics. The time of a step is the slowest rank's time for all steps, divided by their number. One launch gives "
+    "one number: intervals are over launches, never over the steps of one.",
     "Every interval is a 95 % interval. Medians over launches have distribution-free intervals from order statistics, "
     "which need at least six launches; where there are fewer, no interval is told. Speed-ups and efficiencies are "
     "ratios, estimated as ratios, in pairs of the same block where blocks are shared: their value is the median of all "
