@@ -9,15 +9,6 @@ from ..fault_matrix import GRACE_S, TIMEOUT_S, matrix
 LAUNCHER = "mpiexec on 2 nodes"
 
 
-@pytest.fixture
-def nodes():
-    made = matrix.Nodes()
-    if reason := made.missing():
-        pytest.skip(reason)
-    with made.up(2):
-        yield made
-
-
 @pytest.mark.parametrize(("optimizer", "sync"), [("sgd", "ddp"), ("hand", "mpi")])
 def test_a_cut_cable_ends_the_ranks_on_both_sides_within_the_time_out(optimizer, sync, nodes, tmp_path):
     # MPI and TCP would wait for minutes to for ever; the ranks that were cut off hear no launcher that could end them.

@@ -3,10 +3,6 @@
 import json
 import os
 
-import pytest
-
-from ..fault_matrix import matrix
-
 CAMPAIGN = """
 name: nodes
 nodes: [1, 2]
@@ -20,15 +16,6 @@ window_s: 0.05
 runtime: torch
 base_learning_rate: 0.01
 """
-
-
-@pytest.fixture
-def nodes():
-    made = matrix.Nodes()
-    if reason := made.missing():
-        pytest.skip(reason)
-    with made.up(2):
-        yield made
 
 
 def test_a_step_between_nodes_is_told_apart_from_one_within(nodes, run, tmp_path):
