@@ -49,7 +49,7 @@ def measure_launch(campaign: Campaign, launch: Launch, runtime: Runtime, folder:
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "points": points,
-        "allreduce": _all_reduce(runtime, dtype, by_mpi=by_mpi),
+        "allreduce": _all_reduce(runtime, dtype, launch.seed, by_mpi=by_mpi),
         "runtime": runtime.evidence(campaign.runtime),
     }
 
@@ -113,23 +113,24 @@ def _measure_point(setting: Setting, rows: Rows, runtime: Runtime, window_s: flo
     }
 
 
-def _all_reduce(runtime: Runtime, dtype: torch.dtype, *, by_mpi: bool) -> list[dict[str, Any]]:
-    """The time to add up messages of many sizes over ranks, by each way that there is."""
+def _all_reduce(runtime: Runtime, dtype: torch.dtype, seed: int, *, by_mpi: bool) -> list[dict[str, Any]]:
+    """The time to add up messages of many sizes over ranks, by each way that there is, in an order drawn by `seed`."""
     if runtime.world_size == 1:
         return []
     ways: list[AnySync] = ["allreduce", "mpi"] if by_mpi else ["allreduce"]
+    cases = [(sync, num_bytes) for sync in ways for num_bytes in ALL_REDUCE_BYTES]
     measured = []
-    for sync in ways:
-        for num_bytes in ALL_REDUCE_BYTES:
-            once_s = time_all_reduce(runtime, sync, num_bytes, 3, dtype)
-            num_repeats = max(10, min(_MOST_REPEATS, int(_ALL_REDUCE_S / once_s)))
-            measured.append(
-                {
-                    "way": "MPI" if sync == "mpi" else runtime.backend,
-                    "sync": sync,
-                    "message_bytes": num_bytes,
-                    "time_s": time_all_reduce(runtime, sync, num_bytes, num_repeats, dtype),
-                    "num_repeats": num_repeats,
-                }
-            )
+    for place in np.random.default_rng(seed).permutation(len(cases)).tolist():
+        sync, num_bytes = cases[place]
+        once_s = time_all_reduce(runtime, sync, num_bytes, 3, dtype)
+        num_repeats = max(10, min(_MOST_REPEATS, int(_ALL_REDUCE_S / once_s)))
+        measured.append(
+            {
+                "way": "MPI" if sync == "mpi" else runtime.backend,
+                "sync": sync,
+                "message_bytes": num_bytes,
+                "time_s": time_all_reduce(runtime, sync, num_bytes, num_repeats, dtype),
+                "num_repeats": num_repeats,
+            }
+        )
     return measured
