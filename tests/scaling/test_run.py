@@ -97,6 +97,13 @@ def test_a_failure_is_recorded_and_only_run_again_when_asked_for(play, tmp_path)
     assert len(list(folder.glob("launches/*/launch.failed-1.json"))) == 4, "the failures stay on record"
 
 
+def test_a_killed_rank_is_told_by_its_launchers_banner(play, tmp_path):
+    banner = "=   PID 7 RUNNING AT n2\\n=   EXIT CODE: 9\\n=   CLEANING UP"
+    assert play(f"print('{banner}'); raise SystemExit(9)").num_failed == 4
+    record = json.loads((tmp_path / "campaign/launches/block-00-nodes-1-ranks-1/launch.json").read_text())
+    assert record["reason"] == "exit code 9: PID 7 RUNNING AT n2 EXIT CODE: 9"
+
+
 def test_a_launch_that_measures_nothing_or_ends_badly_after_it_is_a_failure(play, tmp_path):
     assert play("pass").num_failed == 4
     record = json.loads((tmp_path / "campaign/launches/block-00-nodes-1-ranks-1/launch.json").read_text())

@@ -208,7 +208,7 @@ def _run_launch(
     if ended == "timeout":
         reason = f"it had not ended after launch_timeout_s, {campaign.launch_timeout_s:g} s"
     elif process.returncode != 0:
-        reason = f"exit code {process.returncode}: {_reason(place / 'stderr.log')}"
+        reason = f"exit code {process.returncode}: {_reason(place)}"
     elif measured is None:
         reason = f"exit code 0, and {MEASURED_FILE} was not written"
     record = {
@@ -293,8 +293,17 @@ def _read_measured(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _reason(log: Path) -> str:
-    """The line of a log that tells best why it ended: torchreg's own error, or else the last one."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    own = [line for line in lines if line.startswith("torchreg: error")]
-    return (own or lines[-1:] or ["nothing on stderr"])[0][:_LONGEST_REASON]
+def _reason(place: Path) -> str:
+    """The line of the logs that tells best why a launch ended: torchreg's own error, or the last one on stderr.
+
+    Where stderr is empty a rank was killed, and the launcher says so on stdout in a banner.
+    """
+    err, out = (_lines(place / log) for log in ("stderr.log", "stdout.log"))
+    own = [line for line in err if line.startswith("torchreg: error")]
+    banner = " ".join(line.strip("= ") for line in out if "RUNNING AT" in line or "EXIT CODE" in line)
+    return (own[:1] or err[-1:] or [banner or "nothing on stderr"])[0][:_LONGEST_REASON]
+
+
+def _lines(log: Path) -> list[str]:
+    text = log.read_text(encoding="utf-8", errors="replace")
+    return [line.strip() for line in text.splitlines() if line.strip()]
