@@ -61,6 +61,7 @@ class Metrics:
         self._settled: list[float] = []  # added up over ranks already, before self._errors; 0 on all but the main rank
         self._step_rows: list[int] = []
         self._log_every, self._last_step = prepared.log_every, prepared.num_steps - 1
+        self._flush_step = 0
         self._not_timed_s = 0.0
         self._start_s = self._saved_s = time.perf_counter()
         self.save_is_due = False
@@ -79,6 +80,7 @@ class Metrics:
             self._settled = pending if self._runtime.is_main else [0.0] * len(pending)
             self._step_rows = list(progress["pending_rows"])
             self.num_samples = progress["num_samples"]
+        self._plan_flush(num_steps)
         self._runtime.synchronize()
         self._runtime.barrier()
         self._saved_s = time.perf_counter()
@@ -88,10 +90,12 @@ class Metrics:
         """Take this rank's squared error of a step; True when training is to stop after it."""
         self._errors.append(error)
         self._step_rows.append(step_rows)
-        is_logged = (step + 1) % self._log_every == 0 or step == self._last_step
-        if len(self._step_rows) < _FLUSH_STEPS and not is_logged:
-            return False
-        return self._flush(step, is_logged=is_logged)
+        return step >= self._flush_step and self._flush(step)
+
+    def _plan_flush(self, first_step: int) -> None:
+        """When losses are added up next: at the next line of metrics, or when enough steps wait."""
+        next_line = first_step // self._log_every * self._log_every + self._log_every - 1
+        self._flush_step = min(next_line, self._last_step, first_step - len(self._step_rows) + _FLUSH_STEPS - 1)
 
     def stop(self) -> None:
         """Stop the clock, on the slowest rank, and evaluate the last update, which no step has seen."""
@@ -145,13 +149,15 @@ class Metrics:
         self.save_is_due = bool(sums[-1])
         return sums[:count]
 
-    def _flush(self, step: int, *, is_logged: bool) -> bool:
+    def _flush(self, step: int) -> bool:
+        is_logged = (step + 1) % self._log_every == 0 or step == self._last_step
         count = len(self._step_rows)
         losses = self._add_up() / self._step_rows
         self.num_steps = step + 1
         self.num_samples += sum(self._step_rows)
         for waiting in (self._errors, self._settled, self._step_rows):
             waiting.clear()
+        self._plan_flush(step + 1)
         first, shown = step + 1 - count, count - 1
         fine = losses <= self._prepared.exploding_loss
         if not fine.all():
