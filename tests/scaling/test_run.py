@@ -21,14 +21,22 @@ from torchreg.scaling.run import campaign_of, open_campaign, run_campaign, state
 from torchreg.scaling.tell import status, status_lines
 from torchreg.stopping import StopRequest
 
+from .made import Made
+
 CAMPAIGN = Campaign(ranks_per_node=(1, 2), repeats=2)
-MEASURED = {"start_up_s": 0.1, "runtime": {}, "dtype": "float64", "points": [], "allreduce": []}
+MEASURED = {
+    record["launch"]["world_size"]: {
+        name: record[name] for name in ("start_up_s", "runtime", "dtype", "points", "allreduce")
+    }
+    for record in Made(num_blocks=1, nodes=(1,), ranks_per_node=(1, 2)).records()
+}
 MEASURE = f"""
 import json, pathlib, sys
+world_size = int(sys.argv[2].rsplit("-", 1)[1])
 place = pathlib.Path(sys.argv[1]) / "launches" / sys.argv[2]
 with open(pathlib.Path(sys.argv[1]) / "log", "a") as log:
     print(sys.argv[2], file=log)
-(place / "measured.json").write_text(json.dumps({MEASURED!r}))
+(place / "measured.json").write_text(json.dumps({MEASURED!r}[world_size]))
 """
 
 
@@ -69,6 +77,17 @@ def test_a_second_run_measures_nothing_twice_and_what_is_missing_once(play, tmp_
     assert record["launch"]["world_size"] == 2
     assert not list(folder.glob("launches/*/claim.json"))
     assert not list(folder.glob("launches/*/measured.json"))
+
+
+def test_a_record_that_no_report_would_take_is_a_failure_and_no_result(play, tmp_path):
+    play()
+    path = tmp_path / "campaign/launches/block-00-nodes-1-ranks-1/launch.json"
+    path.write_text(path.read_text().replace('"block": 0', '"block": 7'))
+    assert state_of(path.parent) == "failed"
+    (told,) = [each.told for each in status(tmp_path / "campaign") if each.state == "failed"]
+    assert "damaged" in told
+    assert play().num_failed == 1
+    assert play(retry_failed=True).num_done == 4
 
 
 def test_more_repeats_go_on_and_another_measurement_is_refused(play, tmp_path):

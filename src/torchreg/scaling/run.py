@@ -27,7 +27,7 @@ from torchreg.record import provenance, utc_now, write_json
 from torchreg.scaling import claims
 from torchreg.scaling.campaign import CAMPAIGN_FILE, Campaign, Launch, estimated_s, launches, read_campaign, to_yaml
 from torchreg.scaling.launch import LauncherName, allocated_hosts, launch_command, launcher_at_hand
-from torchreg.scaling.schema import KIND, SCHEMA_VERSION, sealed
+from torchreg.scaling.schema import KIND, SCHEMA_VERSION, check, sealed
 from torchreg.scaling.sources import LAUNCH_FILE, LAUNCHES_FOLDER
 from torchreg.stopping import StopRequest
 
@@ -54,14 +54,14 @@ class Outcome:
 
 
 def state_of(folder: Path) -> State:
-    """What is known of the launch of a folder."""
+    """What is known of the launch of a folder; a record that no report would take is a failure."""
     try:
-        record = json.loads((folder / LAUNCH_FILE).read_text(encoding="utf-8"))
-        return "done" if record["status"] == "ok" else "failed"
+        record = check((folder / LAUNCH_FILE).read_bytes())
     except FileNotFoundError:
         return "running" if claims.claimed_by(folder) else "open"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return "failed"
+    return "done" if record["status"] == "ok" else "failed"
 
 
 def open_campaign(campaign: Campaign, folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from torchreg.scaling import claims
 from torchreg.scaling.campaign import Campaign, Launch, estimated_s, launches, node_hours, settings
 from torchreg.scaling.run import Outcome, State, campaign_of, state_of
+from torchreg.scaling.schema import check
 from torchreg.scaling.sources import LAUNCH_FILE, LAUNCHES_FOLDER
 
 _SHOWN_FAILURES = 5
@@ -83,11 +83,12 @@ def _status(place: Path, launch: Launch) -> LaunchStatus:
     told, wall_s = "", None
     if state in ("done", "failed"):
         try:
-            record = json.loads((place / LAUNCH_FILE).read_text(encoding="utf-8"))
-            wall_s = float(record["wall_s"])
+            record = check((place / LAUNCH_FILE).read_bytes())
+        except (OSError, ValueError) as error:
+            told = f"{LAUNCH_FILE} is no record: {error}"
+        else:
+            wall_s = record["wall_s"]
             told = f"{wall_s:.0f} s" if state == "done" else str(record["reason"])
-        except (OSError, ValueError, KeyError, TypeError):
-            told = f"{LAUNCH_FILE} cannot be read"
     elif state == "running":
         told = claims.claimed_by(place) or ""
     return LaunchStatus(launch.id, launch.world_size, launch.num_nodes, state, wall_s, told)
