@@ -1,4 +1,4 @@
-"""Tables of a report, cell by cell: numbers with units and intervals, and why something is missing."""
+"""What a report's page is made of: sections, tables and cells; numbers with units, and why something is missing."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchreg.figures.quantities import bytes_text, count, in_unit
+from torchreg.figures.scaling import Picture
 
 Json = dict[str, Any]
 
@@ -41,6 +42,19 @@ class Table:
     def is_long(self) -> bool:
         """Too long to be shown unasked."""
         return len(self.rows) > _LONG
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what is under it; `anchor` is unique in the page."""
+
+    anchor: str
+    title: str
+    words: tuple[str, ...] = ()
+    points: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+    sections: tuple[Section, ...] = ()
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[tuple[Cell, ...]]) -> Table:

@@ -13,6 +13,7 @@ import pandas as pd
 from torchreg.report.points import Point, over_launches
 from torchreg.report.series import Series
 from torchreg.scaling import models
+from torchreg.scaling.identify import Fit
 from torchreg.scaling.statistics import Vector
 
 _FURTHER = 8  # times the largest measured world size is where curves end
@@ -63,7 +64,7 @@ def _world_sizes(series: Series) -> Vector:
     return np.unique([*between, *measured]).astype(float)
 
 
-def _model(fit: models.Fit, series: Series, ranks: Vector, predict_at: Vector) -> dict[str, Any]:
+def _model(fit: Fit, series: Series, ranks: Vector, predict_at: Vector) -> dict[str, Any]:
     largest = series.points[-1].world_size
     curve = []
     if fit.identifiable:
@@ -74,7 +75,7 @@ def _model(fit: models.Fit, series: Series, ranks: Vector, predict_at: Vector) -
     return {**_fit_json(fit), "curve": curve}
 
 
-def _fit_json(fit: models.Fit) -> dict[str, Any]:
+def _fit_json(fit: Fit) -> dict[str, Any]:
     return {
         "model": fit.model,
         "formula": fit.formula,

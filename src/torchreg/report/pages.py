@@ -10,7 +10,8 @@ from typing import Any
 from torchreg.figures.rendering import inline_legend, inline_panels, picture_files
 from torchreg.figures.scaling import Picture
 from torchreg.files import write_atomically
-from torchreg.report.sections import Section, sections_of
+from torchreg.report.cells import Section
+from torchreg.report.sections import sections_of
 
 HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
 _STATUS = {"yes": "trains correctly", "no": "does not train correctly", "unknown": "not known to train correctly"}

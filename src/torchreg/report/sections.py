@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torchreg.figures.panels import best_model, combination_of
@@ -21,6 +20,7 @@ from torchreg.figures.scaling import (
     scopes_of,
     slug,
 )
+from torchreg.report import evidence_sections
 from torchreg.report.cells import (
     FEW,
     NEVER,
@@ -28,6 +28,7 @@ from torchreg.report.cells import (
     NOT_REACHED,
     Cell,
     Json,
+    Section,
     Table,
     bytes_cell,
     counted,
@@ -38,25 +39,19 @@ from torchreg.report.cells import (
 )
 
 
-@dataclass(frozen=True)
-class Section:
-    """A heading and what is under it; `anchor` is unique in the page."""
-
-    anchor: str
-    title: str
-    words: tuple[str, ...] = ()
-    points: tuple[str, ...] = ()
-    tables: tuple[Table, ...] = ()
-    pictures: tuple[Picture, ...] = ()
-    sections: tuple[Section, ...] = ()
-
-
 def sections_of(report: Json) -> list[Section]:
     """Everything below the verdict, in the order in which a reader asks for it."""
     groups = [_group(group, index) for index, group in enumerate(report["groups"], 1)]
     if not groups:
         groups = [Section("groups", "Measurements", ("No launch left a valid record, so there is nothing to show.",))]
-    return [*_series_verdicts(report), *groups, _cost(report), _provenance(report), _excluded(report), _method(report)]
+    return [
+        *_series_verdicts(report),
+        *groups,
+        evidence_sections.cost(report),
+        evidence_sections.provenance(report),
+        evidence_sections.excluded(report),
+        evidence_sections.method(report),
+    ]
 
 
 def _series_verdicts(report: Json) -> list[Section]:
@@ -314,57 +309,6 @@ def _target_text(group: Json) -> str:
     return " or ".join(dict.fromkeys(in_unit([target["target_excess"]], "%") for target in group["targets"]))
 
 
-def _cost(report: Json) -> Section:
-    cost = report["cost"]
-    rows = [
-        (
-            *(word(source[name]) for name in ("folder", "campaign", "machine")),
-            counted(source["num_launches"]), counted(source["num_failed"]), word(", ".join(source["job_ids"]) or None),
-        )
-        for source in report["sources"]
-    ]  # fmt: skip
-    columns = ("folder", "campaign", "machine", "launches", "failed", "jobs")
-    return Section("cost", "Cost", (cost["text"],), tables=(table("Sources", columns, rows),))
-
-
-def _provenance(report: Json) -> Section:
-    provenance = report["provenance"]
-    same = [(word(field), word(_said(value))) for field, value in provenance["same"].items()]
-    differs = [
-        (word(difference["field"]), word(_said(value["value"])), counted(value["launches"]))
-        for difference in provenance["differs"]
-        for value in difference["values"]
-    ]
-    tables = [
-        table("What differs between launches", ("field", "value", "launches"), differs),
-        table("What all launches share", ("field", "value"), same),
-    ]
-    words = () if differs else ("All launches agree in everything that was recorded of where they come from.",)
-    return Section("provenance", "Provenance", words, tables=tuple(one for one in tables if one.rows))
-
-
-def _excluded(report: Json) -> Section:
-    failed = [
-        (
-            *(word(launch[name]) for name in ("launch", "reason")),
-            word("yes" if launch.get("is_retried") else "no"),
-            *(word(launch[name]) for name in ("file", "log")),
-        )
-        for launch in report["failed"]
-    ]
-    excluded = [tuple(word(record[name]) for name in ("what", "reason", "file")) for record in report["excluded"]]
-    tables = [
-        table("Failed launches", ("launch", "reason", "a later try went well", "record", "log"), failed),
-        table("Left out of all statistics", ("what", "reason", "file"), excluded),
-    ]
-    words = () if failed or excluded else ("No launch failed, and nothing was left out.",)
-    return Section("excluded", "Failed and left out", words, tables=tuple(one for one in tables if one.rows))
-
-
-def _method(report: Json) -> Section:
-    return Section("method", "How it was measured", tuple(report["method"]))
-
-
 def _by_scope(
     group: Json,
     anchor: str,
@@ -414,10 +358,3 @@ def _fit_cells(fit: Json) -> tuple[Cell, Cell, Cell]:
         Cell("; ".join(told), note=FEW[0] if few else "", is_number=False),
         plain(fit["held_out_error"], "%"),
     )
-
-
-def _said(value: object) -> str:
-    """A recorded value in one line."""
-    if value is None:
-        return "not recorded"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

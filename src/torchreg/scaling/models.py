@@ -9,62 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from torchreg.scaling.identify import Fit, Model, Quantity
 from torchreg.scaling.regression import (
-    FEWEST_BLOCKS,
     Array,
-    Coefficients,
-    Interval,
-    Observations,
-    Regression,
-    fit_from_zero,
     observe,
-    regress,
 )
 from torchreg.scaling.statistics import Block, Vector
 
 Collective: TypeAlias = Literal["recursive doubling", "Rabenseifner", "ring"]
 
-_LARGEST_FACTOR = 10.0  # between the ends of an interval that still says how large a parameter is
-_LITTLE = 0.2  # of a time, or of a fraction's range: an interval from 0 to less than that says that it is small
 _MORE = "measure more world sizes or more launches"
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A model's parameter with its 95 % interval, cut at its bounds; None where the model is not identifiable."""
-
-    name: str
-    symbol: str
-    unit: str
-    value: float
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A fitted model.
-
-    `why` says in words why it is not identifiable. `parameters` is empty if not even values can be told.
-    `held_out_error` is the largest relative error of the median time at a size that is predicted from the other sizes,
-    None where they do not determine the model. `predict` takes world sizes or bytes, (n,), and returns seconds, (n,);
-    NaN if there are no parameters.
-    """
-
-    model: str
-    formula: str
-    source: str
-    identifiable: bool
-    why: str | None
-    parameters: tuple[Parameter, ...]
-    held_out_error: float | None
-    predict: Callable[[npt.ArrayLike], Vector]
 
 
 class Work(NamedTuple):
@@ -83,14 +43,14 @@ def fit_allreduce(times: Mapping[Block, Mapping[int, float]]) -> Fit:
     """
     observations, sizes = observe(times, "message_bytes", _check_whole("message_bytes"))
     least, most = f"{sizes[0]} bytes", f"{sizes[-1]} bytes"
-    model = _Model(
+    model = Model(
         "α–β",
         "T(m) = α + β m",
         "Hockney 1994",
         "message sizes",
         (
-            _Quantity(0, "latency", "α", "s", f"messages of {least} and more hide it, measure smaller ones"),
-            _Quantity(1, "time a byte", "β", "s/byte", f"latency hides it up to {most}, measure larger messages"),
+            Quantity(0, "latency", "α", "s", f"messages of {least} and more hide it, measure smaller ones"),
+            Quantity(1, "time a byte", "β", "s/byte", f"latency hides it up to {most}, measure larger messages"),
         ),
         lambda messages: np.stack([np.ones_like(messages), messages], axis=1),
     )
@@ -105,14 +65,14 @@ def fit_amdahl(times: Mapping[Block, Mapping[int, float]]) -> Fit:
     ValueError for world sizes or times that are not positive.
     """
     observations, sizes = observe(times, "world size", _check_whole("world size"))
-    model = _Model(
+    model = Model(
         "Amdahl",
         "T(p) = T₁ (s + (1 − s)/p)",
         "Amdahl 1967",
         "world sizes",
         (
-            _Quantity(0, "time of one rank", "T₁", "s", _MORE),
-            _Quantity(1, "serial fraction", "s", "", _MORE, kind="relative", is_fraction=True),
+            Quantity(0, "time of one rank", "T₁", "s", _MORE),
+            Quantity(1, "serial fraction", "s", "", _MORE, kind="relative", is_fraction=True),
         ),
         lambda ranks: np.stack([1 / ranks, 1 - 1 / ranks], axis=1),
     )
@@ -143,15 +103,15 @@ def fit_usl(
         if size is not None:
             _check_whole(name)(size)
     observations, sizes = observe(times, "world size", _check_whole("world size"))
-    model = _Model(
+    model = Model(
         "USL",
         "X(p) = λ p / (1 + σ(p − 1) + κ p(p − 1))",
         "Gunther 2007",
         "world sizes",
         (
-            _Quantity(0, "throughput of one rank", "λ", "rows/s", _MORE, kind="inverse"),
-            _Quantity(1, "contention", "σ", "", _MORE, kind="relative", is_fraction=True),
-            _Quantity(2, "coherence", "κ", "", _MORE, kind="relative", can_vanish=True),
+            Quantity(0, "throughput of one rank", "λ", "rows/s", _MORE, kind="inverse"),
+            Quantity(1, "contention", "σ", "", _MORE, kind="relative", is_fraction=True),
+            Quantity(2, "coherence", "κ", "", _MORE, kind="relative", can_vanish=True),
         ),
         lambda ranks: rows(ranks)[:, None] * np.stack([1 / ranks, 1 - 1 / ranks, ranks - 1], axis=1),
     )
@@ -178,23 +138,23 @@ def fit_mechanistic(times: Mapping[Block, Mapping[Work, float]], collective: Col
     ranks, rows, messages = measured.T
     is_weak, is_one_size = bool(np.ptp(rows) == 0), bool(np.ptp(messages) == 0)
     if is_weak:
-        quantities, told = [_Quantity(0, "compute", "c", "s", _MORE, can_vanish=True)], "c"
+        quantities, told = [Quantity(0, "compute", "c", "s", _MORE, can_vanish=True)], "c"
     else:
         quantities, told = (
             [
-                _Quantity(0, "fixed time", "c₀", "s", _MORE, can_vanish=True),
-                _Quantity(1, "time a row", "c₁", "s/row", _MORE, can_vanish=True),
+                Quantity(0, "fixed time", "c₀", "s", _MORE, can_vanish=True),
+                Quantity(1, "time a row", "c₁", "s/row", _MORE, can_vanish=True),
             ],
             "c₀ + c₁·rows",
         )
     in_one = is_one_size and collective == "recursive doubling"
     if in_one:
         name = f"one round of {works[0].message_bytes} bytes"
-        quantities.append(_Quantity(len(quantities), name, "τ", "s", _MORE, can_vanish=True))
+        quantities.append(Quantity(len(quantities), name, "τ", "s", _MORE, can_vanish=True))
         told += " + τ log₂ p"
     else:
         for name, symbol, unit in (("latency of a round", "α", "s"), ("time a byte", "β", "s/byte")):
-            quantities.append(_Quantity(len(quantities), name, symbol, unit, _MORE, can_vanish=True))
+            quantities.append(Quantity(len(quantities), name, symbol, unit, _MORE, can_vanish=True))
         told += _COMMUNICATION[collective]
 
     def columns(at: Array) -> Array:
@@ -218,7 +178,7 @@ def fit_mechanistic(times: Mapping[Block, Mapping[Work, float]], collective: Col
         local = np.full_like(found, rows[0]) if is_weak else ranks[0] * rows[0] / found
         return np.stack([found, local, np.full_like(found, messages[0])], axis=1)
 
-    model = _Model(
+    model = Model(
         "mechanistic",
         f"T(p) = {told} ({collective})",
         "Thakur, Rabenseifner and Gropp 2005; Hockney 1994",
@@ -235,122 +195,6 @@ _COMMUNICATION: dict[Collective, str] = {
     "Rabenseifner": " + 2 log₂ p α + 2 (p − 1)/p β m",
     "ring": " + 2 (p − 1) α + 2 (p − 1)/p β m",
 }
-
-
-@dataclass(frozen=True)
-class _Quantity:
-    """A parameter: a coefficient, one over the first coefficient, or the inverse of one; never negative.
-
-    `can_vanish`: an interval tells enough if it says that the parameter's part of every time is little.
-    """
-
-    column: int
-    name: str
-    symbol: str
-    unit: str
-    advice: str
-    kind: Literal["coefficient", "relative", "inverse"] = "coefficient"
-    is_fraction: bool = False
-    can_vanish: bool = False
-
-    def of(self, coefficients: Coefficients) -> Coefficients:
-        """From coefficients (..., p)."""
-        own = coefficients[..., self.column]
-        if self.kind == "relative":
-            return np.asarray(own / coefficients[..., 0])
-        return np.asarray(1 / own) if self.kind == "inverse" else own
-
-    def problem(self, interval: Interval, largest_part: float) -> str | None:
-        """Why an interval does not tell the parameter; times one of it, `largest_part` is its part of a time."""
-        name, unit = f"{self.name} {self.symbol}", f" {self.unit}" if self.unit else ""
-        told = f"{name} would be {interval.value:.2g}{unit} (95 %: {interval.low:.2g} to {interval.high:.2g})"
-        if interval.high < 0:
-            return f"the points contradict the model: {told}, and it cannot be below 0"
-        if self.is_fraction and interval.low > 1:
-            return f"the points contradict the model: {told}, and it cannot be above 1"
-        low, high = max(interval.low, 0.0), min(interval.high, self._most)
-        is_resolved = 0 < high <= _LARGEST_FACTOR * low
-        is_little = self.can_vanish and high * largest_part <= _LITTLE
-        is_narrow = self.is_fraction and high - low <= _LITTLE
-        if is_resolved or is_little or is_narrow:
-            return None
-        return f"{name} may be anything from {low:.2g} to {high:.2g}{unit}: {self.advice}"
-
-    def parameter(self, coefficients: Vector, interval: Interval | None) -> Parameter:
-        """As it is told, within its bounds."""
-        value = min(float(self.of(coefficients.astype(complex)).real), self._most)
-        low, high = (None, None) if interval is None else (max(interval.low, 0.0), min(interval.high, self._most))
-        return Parameter(self.name, self.symbol, self.unit, value, low, high)
-
-    @property
-    def _most(self) -> float:
-        return 1.0 if self.is_fraction else math.inf
-
-
-@dataclass(frozen=True)
-class _Model:
-    """What a model is, apart from its data; `columns` maps sizes (n,) or works (n, 3) to shapes (n, p), all >= 0."""
-
-    name: str
-    formula: str
-    source: str
-    sizes: str
-    quantities: tuple[_Quantity, ...]
-    columns: Callable[[Array], Array]
-
-    def fitted(self, observations: Observations, at: Array, together: npt.NDArray[np.int64] | None = None) -> Fit:
-        """Fit it; `at` are the sizes, (num_places, …), and those of one number in `together` are held out as one."""
-        columns = self.columns(at)
-        found = regress(observations, columns, np.arange(len(at)) if together is None else together)
-        within = fit_from_zero(observations, columns)
-        why = self._too_few(observations, len(at)) or self._undetermined(found, within)
-        intervals = [] if why else [found.interval(quantity.of) for quantity in self.quantities]
-        if intervals:
-            why = self._untold(found, columns, intervals)
-        parameters: tuple[Parameter, ...] = ()
-        if np.isfinite(found.coefficients).all() and self._has_values(within):
-            parameters = tuple(
-                quantity.parameter(within, None if why else intervals[index])
-                for index, quantity in enumerate(self.quantities)
-            )
-        coefficients = within if parameters else np.full_like(within, np.nan)
-        return Fit(
-            self.name, self.formula, self.source, why is None, why, parameters, found.held_out_error,
-            lambda at: np.asarray(self.columns(np.asarray(at, dtype=np.float64)) @ coefficients),
-        )  # fmt: skip
-
-    def _has_values(self, coefficients: Array) -> bool:
-        """Whether all parameters are finite, for each of the coefficients (..., p)."""
-        is_relative = any(quantity.kind != "coefficient" for quantity in self.quantities)
-        return bool(np.isfinite(coefficients).all() and not (is_relative and coefficients[..., 0].min() <= 0))
-
-    def _undetermined(self, found: Regression, within: Vector) -> str | None:
-        if not np.isfinite(found.coefficients).all():
-            return f"at these {self.sizes} its terms have the same shape, or times are too scattered for any to be seen"
-        if not np.isfinite(found.without_block).all():
-            return "it rests on one block of launches alone: repeat the launches that failed in the others"
-        if not all(map(self._has_values, (found.coefficients, found.without_block, within))):
-            return f"the points contradict the model: {self.quantities[0].name} would not be positive"
-        return None
-
-    def _too_few(self, observations: Observations, num_places: int) -> str | None:
-        needed = len(self.quantities) + 1
-        if num_places < needed:
-            told = f"{num_places} {self.sizes if num_places > 1 else self.sizes.removesuffix('s')}"
-            return f"{told} for {needed - 1} parameters: from {needed} on, the points can contradict the model"
-        if observations.num_blocks < FEWEST_BLOCKS:
-            told = f"{observations.num_blocks} block{'s' * (observations.num_blocks > 1)} of launches"
-            return f"{told}: from {FEWEST_BLOCKS} on, their spread can be told"
-        return None
-
-    def _untold(self, found: Regression, columns: Array, intervals: list[Interval]) -> str | None:
-        fitted = columns @ found.coefficients
-        problems = []
-        for quantity, interval in zip(self.quantities, intervals, strict=True):
-            one = found.coefficients[0] if quantity.kind == "relative" else 1
-            problems.append(quantity.problem(interval, float(np.max(one * columns[:, quantity.column] / fitted))))
-        told = [problem for problem in problems if problem]
-        return min(told, key=lambda problem: "contradict" not in problem, default=None)  # a contradiction comes first
 
 
 def _check_whole(what: str) -> Callable[[int], None]:
