@@ -227,7 +227,7 @@ def torchreg_loop(x: Any, y: Any, runtime: Any, optimizer: Any, sync: Any, *, or
     from torchreg.model import make_model
     from torchreg.optim import make_sgd
     from torchreg.rows import hand_rows
-    from torchreg.scaling.loop import StepLoop
+    from torchreg.scaling.loop import Nothing, StepLoop
     from torchreg.schedule import Schedule
     from torchreg.train import make_step
 
@@ -243,7 +243,8 @@ def torchreg_loop(x: Any, y: Any, runtime: Any, optimizer: Any, sync: Any, *, or
     sgd = None if by_hand else make_sgd(model, RATES)
     take_step = make_step(sgd, sync, model, runtime, ordered=plan if ordered else None)
     x, y = hand_rows(x, y) if by_hand else (x, y)
-    return StepLoop(plan, runtime.rank, x, y, model, take_step, Schedule(RATES, 1.0, num_steps=1), by_hand).take_steps
+    schedule = Schedule(RATES, 1.0, num_steps=1)
+    return StepLoop(plan, runtime.rank, x, y, model, take_step, schedule, by_hand, Nothing()).take_steps
 
 
 def full_run(runtime: Any, optimizer: Any, sync: Any, dtype: Any, runs_dir: str) -> Callable[[int], float]:

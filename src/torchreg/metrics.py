@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -17,15 +16,9 @@ from torchreg.config import TrainConfig
 from torchreg.prepare import Prepared
 from torchreg.record import RunDirectory
 from torchreg.runtime import Runtime
+from torchreg.step_errors import MOST_WAITING, StepErrors
 from torchreg.stopping import StopRequest
 from torchreg.terminal import Reporter
-
-_FLUSH_STEPS = 100  # at most, between two sums over ranks: how soon all ranks know of a divergence or a signal
-
-
-def accumulable(values: Tensor) -> Tensor:
-    """The values in float64, where the device has it: sums over many rows lose digits otherwise."""
-    return values if values.device.type == "mps" else values.double()
 
 
 class Metrics:
@@ -54,12 +47,8 @@ class Metrics:
         self._log_full_loss = config.log_full_loss or config.target_excess is not None
         self._save_every_s = config.checkpoint_every_s
         self._loss_on_all_rows = loss_on_all_rows
-        # Two more: how many ranks were asked to stop, and whether the main rank's clock says to save.
-        self._sums = accumulable(torch.zeros(_FLUSH_STEPS + 2, device=runtime.device))
-        self._add_over_ranks = runtime.add_over_ranks(self._sums, runtime.quick_sync)
-        self._errors: list[Tensor] = []
-        self._settled: list[float] = []  # added up over ranks already, before self._errors; 0 on all but the main rank
-        self._step_rows: list[int] = []
+        # Two signals: how many ranks were asked to stop, and whether the main rank's clock says to save.
+        self._waiting = StepErrors(runtime, num_signals=2)
         self._log_every, self._last_step = prepared.log_every, prepared.num_steps - 1
         self._flush_step = 0
         self._not_timed_s = 0.0
@@ -77,8 +66,8 @@ class Metrics:
         self.num_steps = num_steps
         if progress:
             pending = [float.fromhex(error) for error in progress["pending_errors"]]
-            self._settled = pending if self._runtime.is_main else [0.0] * len(pending)
-            self._step_rows = list(progress["pending_rows"])
+            self._waiting.settled = pending if self._runtime.is_main else [0.0] * len(pending)
+            self._waiting.step_rows = list(progress["pending_rows"])
             self.num_samples = progress["num_samples"]
         self._plan_flush(num_steps)
         self._runtime.synchronize()
@@ -88,14 +77,14 @@ class Metrics:
 
     def note(self, step: int, error: Tensor, step_rows: int) -> bool:
         """Take this rank's squared error of a step; True when training is to stop after it."""
-        self._errors.append(error)
-        self._step_rows.append(step_rows)
+        self._waiting.take(error, step_rows)
         return step >= self._flush_step and self._flush(step)
 
     def _plan_flush(self, first_step: int) -> None:
         """When losses are added up next: at the next line of metrics, or when enough steps wait."""
         next_line = first_step // self._log_every * self._log_every + self._log_every - 1
-        self._flush_step = min(next_line, self._last_step, first_step - len(self._step_rows) + _FLUSH_STEPS - 1)
+        num_waiting = len(self._waiting.step_rows)
+        self._flush_step = min(next_line, self._last_step, first_step - num_waiting + MOST_WAITING - 1)
 
     def stop(self) -> None:
         """Stop the clock, on the slowest rank, and evaluate the last update, which no step has seen."""
@@ -107,13 +96,14 @@ class Metrics:
 
     def settle(self) -> dict[str, Any]:
         """Add up over ranks what waits for the next flush, and return what a later process needs to go on."""
-        self._settled = self._add_up().tolist()
-        self._errors.clear()
+        settled = self._add_up().tolist()
         if not self._runtime.is_main:
-            self._settled = [0.0] * len(self._settled)
+            settled = [0.0] * len(settled)
+        self._waiting.errors.clear()
+        self._waiting.settled = settled
         return {
-            "pending_errors": [error.hex() for error in self._settled],  # may be infinite, which JSON has no word for
-            "pending_rows": list(self._step_rows),
+            "pending_errors": [error.hex() for error in settled],  # may be infinite, which JSON has no word for
+            "pending_rows": list(self._waiting.step_rows),
             "num_samples": self.num_samples,
             "elapsed_s": self._elapsed_s(),
         }
@@ -132,31 +122,24 @@ class Metrics:
 
     def _add_up(self) -> NDArray[np.float64]:
         """Squared errors over all ranks of the steps since the last flush."""
-        settled, count = len(self._settled), len(self._step_rows)
-        self._sums.zero_()
-        if settled:
-            self._sums[:settled] = torch.tensor(self._settled, dtype=self._sums.dtype)
-        if self._errors:
-            self._sums[settled:count] = torch.stack(self._errors)
-        if self._stop and self._stop.is_due():
-            self._sums[-2] = 1
-        if self._save_every_s and self._runtime.is_main:
-            self._sums[-1] = time.perf_counter() - self._saved_s >= self._save_every_s
-        self._add_over_ranks()
-        sums: NDArray[np.float64] = self._sums.cpu().double().numpy()
-        if sums[-2] and self.stopped_by == "steps":
+        is_stop_due = bool(self._stop and self._stop.is_due())
+        is_save_due = bool(
+            self._save_every_s and self._runtime.is_main and time.perf_counter() - self._saved_s >= self._save_every_s
+        )
+        errors, (num_asked_to_stop, save_is_due) = self._waiting.add_up((is_stop_due, is_save_due))
+        if num_asked_to_stop and self.stopped_by == "steps":
             self.stopped_by = "request"
-        self.save_is_due = bool(sums[-1])
-        return sums[:count]
+        self.save_is_due = bool(save_is_due)
+        return errors
 
     def _flush(self, step: int) -> bool:
         is_logged = (step + 1) % self._log_every == 0 or step == self._last_step
-        count = len(self._step_rows)
-        losses = self._add_up() / self._step_rows
+        step_rows = self._waiting.step_rows
+        count = len(step_rows)
+        losses = self._add_up() / step_rows
         self.num_steps = step + 1
-        self.num_samples += sum(self._step_rows)
-        for waiting in (self._errors, self._settled, self._step_rows):
-            waiting.clear()
+        self.num_samples += sum(step_rows)
+        self._waiting.clear()
         self._plan_flush(step + 1)
         first, shown = step + 1 - count, count - 1
         fine = losses <= self._prepared.exploding_loss

@@ -7,8 +7,8 @@ was decided before the first step is in `prepare`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +16,18 @@ from torch import Tensor, nn
 from torchreg.batches import BatchPlan
 from torchreg.config import TrainConfig
 from torchreg.data import Table
-from torchreg.metrics import Metrics, accumulable
+from torchreg.metrics import Metrics
 from torchreg.model import WeightAndBias, add_gradient, squared_error
 from torchreg.opening import Beginning, Opened, open_run
 from torchreg.optim import descend, make_sgd, set_rates
 from torchreg.ordered import MicroBatches, ordered_gradient, ordered_sgd_step
-from torchreg.prepare import Prepared
 from torchreg.record import RunDirectory, utc_now
 from torchreg.result import Result, make_record, make_result
 from torchreg.rows import hand_rows, place, rows_of_steps, torch_dtype
 from torchreg.runtime import AddOverRanks, AnySync, OrderedGradients, OrderedSum, Runtime, open_runtime
 from torchreg.saving import Saver
+from torchreg.schedule import Schedule
+from torchreg.step_errors import accumulable
 from torchreg.stopping import StopRequest
 from torchreg.terminal import Reporter, Silent
 
@@ -177,21 +178,36 @@ def _make_ordered_step(
     return take_hand_step
 
 
+class TakesNote(Protocol):
+    """Takes this rank's squared error of each step, and says whether to stop after it: `Metrics`."""
+
+    def note(self, step: int, error: Tensor, step_rows: int) -> bool: ...  # noqa: D102
+
+
+class Saves(Protocol):
+    """Saves after some of the steps: `Saver`."""
+
+    def is_due(self, num_steps: int) -> bool: ...  # noqa: D102
+
+    def save(self, num_steps: int) -> object: ...  # noqa: D102
+
+
 def run_steps(
-    prepared: Prepared,
+    plan: BatchPlan,
+    schedule: Schedule,
+    steps: range,
+    rank: int,
     x: Tensor,
     y: Tensor,
     take_step: TakeStep,
-    metrics: Metrics,
-    saver: Saver,
-    runtime: Runtime,
+    metrics: TakesNote,
+    saver: Saves,
 ) -> None:
     """The loop: rows and rates of each step in, one update, its loss to the metrics, until they say stop."""
-    schedule = prepared.schedule
-    for block in prepared.plan.blocks(runtime.rank, metrics.num_steps, prepared.num_steps):
-        for step, micro_batches, step_rows in rows_of_steps(block, x, y, copied=prepared.plan.ordered):
-            loss = take_step(schedule(step), micro_batches, step_rows)
-            if metrics.note(step, loss, step_rows):
+    for block in plan.blocks(rank, steps.start, steps.stop):
+        for step, micro_batches, step_rows in rows_of_steps(block, x, y, copied=plan.ordered):
+            error = take_step(schedule(step), micro_batches, step_rows)
+            if metrics.note(step, error, step_rows):
                 return
             if saver.is_due(step + 1):
                 saver.save(step + 1)
@@ -300,12 +316,12 @@ def _train(
     sessions = [*(saved.progress["sessions"] if saved else []), session]
     saver = Saver(config, prepared.contract, directory, model, sgd, metrics, sessions)
     metrics.start(saved.step if saved else 0, saved.progress if saved else None)
+    by_hand = config.optimizer == "hand"
+    rows = hand_rows(x, y) if by_hand else (x, y)
+    steps = range(metrics.num_steps, prepared.num_steps)
     with _threads(1 if prepared.plan.ordered else None):
-        if config.optimizer == "hand":
-            with torch.inference_mode():
-                run_steps(prepared, *hand_rows(x, y), take_step, metrics, saver, runtime)
-        else:
-            run_steps(prepared, x, y, take_step, metrics, saver, runtime)
+        with torch.inference_mode() if by_hand else nullcontext():
+            run_steps(prepared.plan, prepared.schedule, steps, runtime.rank, *rows, take_step, metrics, saver)
         metrics.stop()
     reporter.close()
 

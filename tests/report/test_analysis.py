@@ -439,6 +439,7 @@ def test_provenance_tells_what_differs_and_how_often():
             record["provenance"]["environment"] = {"OMP_NUM_THREADS": "1", "RANK": "0", "MASTER_PORT": "1234"}
         else:
             record["provenance"]["environment"] = {}
+        record["runtime"]["cpus_per_rank"] = 2 if record["launch"]["block"] == 3 else 1
         return record
 
     told = report_of(NOISY, change=change)["provenance"]
@@ -447,6 +448,7 @@ def test_provenance_tells_what_differs_and_how_often():
     assert told["differs"] == [
         {"field": "environment.OMP_NUM_THREADS", "values": threads},
         {"field": "libraries.torchreg", "values": versions},
+        {"field": "runtime.cpus_per_rank", "values": [{"value": "1", "launches": 21}, {"value": "2", "launches": 3}]},
     ]
     # One rank has no backend: that is no difference.
     assert told["same"]["runtime.backend"] == "gloo"

@@ -29,6 +29,7 @@ _RUNTIME = (
     "mpi_library",
     "nccl_version",
     "device_name",
+    "cpus_per_rank",
 )
 
 
@@ -98,7 +99,7 @@ def _fields(launch: Launch) -> Iterator[tuple[str, str]]:
     content: Mapping[str, Any] = launch.content
     runtime, origin = content["runtime"], content["provenance"]
     fields = {f"campaign.{key}": content["campaign"][key] for key in ("name", "machine", "fingerprint")}
-    fields |= {f"runtime.{key}": runtime[key] for key in _RUNTIME}
+    fields |= {f"runtime.{key}": runtime.get(key) for key in _RUNTIME}
     fields |= {f"source.{key}": origin["source"][key] for key in ("commit", "dirty")}
     fields |= {key: origin[key] for key in ("python", "platform", "job_id")}
     fields |= {f"libraries.{name}": version for name, version in origin["libraries"].items()}

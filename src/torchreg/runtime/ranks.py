@@ -108,6 +108,7 @@ class Runtime:
             "nccl_version": ".".join(map(str, torch.cuda.nccl.version())) if self.backend == "nccl" else None,
             "device_name": device_name(self.device),
             "num_cpus": os.cpu_count(),
+            "cpus_per_rank": num_cpus(),
             "places": [asdict(place) for place in self.places],
         }
 

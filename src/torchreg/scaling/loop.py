@@ -1,4 +1,4 @@
-"""The training loop of `train` without its metrics, to be timed, and to be checked afterwards."""
+"""The training loop of `train` without what it writes, to be timed, and to be checked afterwards."""
 
 from __future__ import annotations
 
@@ -12,17 +12,50 @@ from torchreg.batches import BatchPlan
 from torchreg.model import make_model
 from torchreg.optim import make_sgd
 from torchreg.ordered import MicroBatches
-from torchreg.rows import hand_rows, rows_of_steps
+from torchreg.rows import hand_rows
 from torchreg.runtime import AnySync, Runtime
 from torchreg.scaling.campaign import Setting
 from torchreg.schedule import Schedule
+from torchreg.step_errors import MOST_WAITING, StepErrors
 from torchreg.theory import Matrix
-from torchreg.train import TakeStep, make_step
+from torchreg.train import TakesNote, TakeStep, make_step, run_steps
+
+
+class LossSums:
+    """What training does with losses between two lines of metrics: it adds them up over ranks, many at once."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._waiting = StepErrors(runtime)
+
+    def note(self, step: int, error: Tensor, step_rows: int) -> bool:
+        """Take the squared error of a step; there is never a reason to stop."""
+        self._waiting.take(error, step_rows)
+        return len(self._waiting.step_rows) == MOST_WAITING and self._flush()
+
+    def _flush(self) -> bool:
+        self._waiting.add_up()
+        self._waiting.clear()
+        return False
+
+
+class Nothing:
+    """No metrics, and nothing to save."""
+
+    def note(self, step: int, error: Tensor, step_rows: int) -> bool:
+        """Let the squared error go."""
+        return False
+
+    def is_due(self, num_steps: int) -> bool:
+        """Never."""
+        return False
+
+    def save(self, num_steps: int) -> None:
+        """Save nothing."""
 
 
 @dataclass
 class StepLoop:
-    """The training loop of `train` without its metrics: rows, rates, step, as often as asked.
+    """The training loop of `train`, as often as asked: rows, rates, steps, and their losses to `metrics`.
 
     Steps go on where the last call ended. `x` and `y` are as `take_step` wants them, see `hand_rows`.
     """
@@ -35,6 +68,7 @@ class StepLoop:
     take_step: TakeStep
     schedule: Schedule
     by_hand: bool
+    metrics: TakesNote
     num_steps: int = 0
 
     @classmethod
@@ -50,27 +84,26 @@ class StepLoop:
         by_hand = setting.optimizer == "hand"
         sgd = None if by_hand else make_sgd(model, (rate, rate))
         sync: AnySync = ("allreduce" if by_hand else "ddp") if setting.sync == "none" else setting.sync
-        take_step = make_step(sgd, sync, model, runtime if averaged else runtime.alone())
+        together = runtime if averaged else runtime.alone()
+        take_step = make_step(sgd, sync, model, together)
         x, y = hand_rows(x, y) if by_hand else (x, y)
         schedule = Schedule((rate, rate), 1.0, num_steps=1)  # constant
-        return cls(plan, runtime.rank, x, y, model, take_step, schedule, by_hand)
+        return cls(plan, runtime.rank, x, y, model, take_step, schedule, by_hand, LossSums(together))
 
     def take_steps(self, count: int) -> None:
-        """Take so many steps; their losses stay on the device."""
-        self._run(count, self.take_step)
+        """Take so many steps."""
+        self._run(count, self.take_step, self.metrics)
 
     def take_rows(self, count: int) -> None:
         """Take the rows of so many steps, and do nothing with them."""
         nothing = torch.zeros((), device=self.x.device)
-        self._run(count, lambda rates, micro_batches, step_rows: nothing)
+        self._run(count, lambda rates, micro_batches, step_rows: nothing, Nothing())
 
-    def _run(self, count: int, take_step: TakeStep) -> None:
-        losses = []
+    def _run(self, count: int, take_step: TakeStep, metrics: TakesNote) -> None:
+        steps = range(self.num_steps, self.num_steps + count)
         with torch.inference_mode() if self.by_hand else nullcontext():
-            for block in self.plan.blocks(self.rank, self.num_steps, self.num_steps + count):
-                for step, micro_batches, step_rows in rows_of_steps(block, self.x, self.y, copied=self.plan.ordered):
-                    losses.append(take_step(self.schedule(step), micro_batches, step_rows))
-        self.num_steps += count
+            run_steps(self.plan, self.schedule, steps, self.rank, self.x, self.y, take_step, metrics, Nothing())
+        self.num_steps = steps.stop
 
     def parameters(self) -> Matrix:
         """Weight and bias (num_features + 1,)."""

@@ -191,6 +191,7 @@ _OK = {
         "nccl_version": or_null(text()),
         "device_name": or_null(text()),
         "num_cpus": Optional(or_null(whole_number())),
+        "cpus_per_rank": Optional(or_null(whole_number())),
         "places": Each({"rank": whole_number(0), "host": text(), "local_rank": whole_number(0), "device": text()}),
     },
     "provenance": {
