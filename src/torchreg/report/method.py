@@ -15,8 +15,9 @@ _METHOD = (
     "random order, so that slow drifts of the machine meet all of them alike.",
     "In a launch each setting is warmed up until its speed has settled, and then timed for at least {window} from a "
     "barrier on, with the device synchronised. The loop is that of training: rows, rates, steps, and losses that are "
-    "added up over ranks every hundred steps; only its lines of metrics are left out. The time of a step is the slowest rank's time for all steps, divided by their number. One launch gives "
-    "one number: intervals are over launches, never over the steps of one.",
+    "added up over ranks every hundred steps; only its lines of metrics are left out. The time of a step is the "
+    "slowest rank's time for all steps, divided by their number. One launch gives one number: intervals are over "
+    "launches, never over the steps of one.",
     "Every interval is a 95 % interval. Medians over launches have distribution-free intervals from order statistics, "
     "which need at least six launches; where there are fewer, no interval is told. Speed-ups and efficiencies are "
     "ratios, estimated as ratios, in pairs of the same block where blocks are shared: their value is the median of all "
