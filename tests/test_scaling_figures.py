@@ -12,17 +12,11 @@ from hypothesis import strategies as st
 
 from tests.report.example import COMBINATIONS, make_report
 from torchreg.figures import panels, rendering, target_panels
+from torchreg.figures.pictures import scopes_of
 from torchreg.figures.quantities import bytes_text, count, in_unit, number
-from torchreg.figures.scaling import (
-    draw_allreduce,
-    draw_breakdown,
-    draw_models,
-    draw_scaling,
-    draw_steps,
-    draw_targets,
-    scopes_of,
-)
+from torchreg.figures.scaling import draw_allreduce, draw_breakdown, draw_models, draw_scaling
 from torchreg.figures.style import new_figure
+from torchreg.figures.targets import draw_steps, draw_targets
 
 WITHIN = "within a node"
 

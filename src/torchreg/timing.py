@@ -22,6 +22,7 @@ _AGREE = 0.1  # two chunks of steps whose times differ by less are of the same s
 _WARMUP_SHARE = 0.1  # of the window, at least
 _MOST_WARMUP_SHARE = 0.5
 _CHUNKS = 4  # of a window, about
+_LEAST_CHUNK = 50  # of a window, one part
 
 
 def elapsed_on_ranks(runtime: Runtime, work: Callable[[], None]) -> list[float]:
@@ -61,14 +62,16 @@ def time_window(
 ) -> tuple[int, list[float]]:
     """A window of at least `window_s` of steps: how many steps, and each rank's seconds.
 
-    Steps are taken about a quarter of a window at a time; after each the ranks agree, by one small reduction, whether
-    the window is over. Those reductions are in the time: a few in a second.
+    Steps are taken about a quarter of a window at a time, and then what is missing; after each the ranks agree, by one
+    small reduction, how long they have taken. Those reductions are in the time: a few in a second.
     """
-    chunk, num_steps, own_s = steps_for(window_s / _CHUNKS, step_time_s), 0, 0.0
+    num_steps, own_s = 0, 0.0
     runtime.synchronize()
     runtime.barrier()
     start_s = time.perf_counter()
-    while runtime.largest(own_s) < window_s:
+    while (slowest_s := runtime.largest(own_s)) < window_s:
+        missing_s = max(window_s - slowest_s, window_s / _LEAST_CHUNK)
+        chunk = steps_for(min(window_s / _CHUNKS, missing_s), slowest_s / num_steps if num_steps else step_time_s)
         take_steps(chunk)
         runtime.synchronize()
         num_steps, own_s = num_steps + chunk, time.perf_counter() - start_s

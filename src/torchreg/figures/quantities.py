@@ -49,3 +49,13 @@ def count(value: float) -> str:
 def bytes_text(num_bytes: float) -> str:
     """A size of a message."""
     return in_unit([num_bytes], "B")
+
+
+def features(number: int) -> str:
+    """1 feature, 64 features."""
+    return f"{number} feature{'s' * (number != 1)}"
+
+
+def ranks(number: int) -> str:
+    """1 rank, 4 ranks."""
+    return f"{number} rank{'s' * (number != 1)}"

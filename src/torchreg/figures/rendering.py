@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from torchreg.figures.panels import Look
-    from torchreg.figures.scaling import Panel, Picture
+    from torchreg.figures.pictures import Panel, Picture
 
 _PANEL_WIDTH = 3.1  # inches
 _SWATCH = "swatch-of-a-look"  # what its ids begin with until it is in a picture's legend

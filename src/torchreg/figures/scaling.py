@@ -7,10 +7,8 @@ own panels. A page shows the panels one by one (they must be readable on a phone
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 from torchreg.figures.panels import (
     Bar,
@@ -26,53 +24,26 @@ from torchreg.figures.panels import (
     padded,
     shared_limits,
 )
-from torchreg.figures.quantities import bytes_text, count, in_unit
+from torchreg.figures.pictures import (
+    MORE_LOOKS,
+    Panel,
+    Picture,
+    batch_text,
+    columns,
+    combination_looks,
+    combinations,
+    place_text,
+    slug,
+)
+from torchreg.figures.quantities import bytes_text, features, in_unit
 from torchreg.figures.style import BLACK, BLUE, GREEN, GREY, ORANGE, SKY
-from torchreg.figures.target_panels import draw_nearness, draw_node_hours, draw_steps_to, draw_time_to
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One pair of axes. `says` is for those who cannot see it; `height` in inches."""
-
-    title: str
-    says: str
-    draw: Callable[[Axes], None]
-    height: float = 2.4
-    margin: float = 0.68
-
-
-@dataclass(frozen=True)
-class Picture:
-    """Panels with one legend and one caption; `name` is that of its files."""
-
-    name: str
-    title: str
-    caption: str
-    legend: tuple[Look, ...]
-    panels: tuple[Panel, ...]
-    columns: int
-
-
-_LOOKS = {
-    "hand/allreduce": (BLUE, "o", "-"),
-    "hand/mpi": (GREEN, "s", "--"),
-    "sgd/ddp": (ORANGE, "^", "-."),
-    "sgd/mpi": (BLACK, "D", ":"),
-}
-_MORE_LOOKS = ((SKY, "v", "-"), (GREY, "P", "--"), (SKY, "X", ":"), (GREY, "*", "-."))
 _WAYS = {"gloo": (ORANGE, "^", "-."), "nccl": (BLUE, "o", "-"), "xccl": (BLUE, "o", "-"), "MPI": (GREEN, "s", "--")}
 
 _IDEAL = Look("ideal, from the baseline", GREY, dashes="--", width=1)
 _EFFICIENT = Look("80 %", GREY, dashes=":", width=1.5)
-_UNSTABLE = Look("training diverges", GREY)
 _EXTRAPOLATED = Look("extrapolated: beyond what was measured", GREY, dashes="--")
 _FIT = Look("model, where measured", GREY, dashes="-")
-_PREDICTED = Look("predicted", BLACK, dashes="-", width=1)
-_PREDICTED_HERE = Look("line: predicted; marker: measured", GREY, dashes="-", width=1)
 _ROWS, _COMPUTE, _EXPOSED = Look("taking rows", SKY), Look("compute", BLUE), Look("exposed communication", ORANGE)
 _NOT_TOLD_APART = Look("compute and communication, not told apart", GREEN)
 _IMBALANCE = Look("of it, the slowest rank over the median rank", BLACK, hatch="///", filled=False)
@@ -84,17 +55,12 @@ _KEEPS = {
 }
 
 
-def scopes_of(series: Iterable[Json]) -> list[str]:
-    """The scopes in their order: within a node first."""
-    return sorted(dict.fromkeys(one["scope"] for one in series), key=lambda scope: scope != "within a node")
-
-
 def draw_scaling(group: Json, number: int, kind: str, scope: str) -> Picture | None:
     """Throughput, efficiency and, in strong scaling, speedup and Karp–Flatt over world sizes."""
     series = [one for one in group["series"] if one["kind"] == kind and one["scope"] == scope and one["points"]]
     if not series:
         return None
-    looks = _combination_looks(group)
+    looks = combination_looks(group)
     measures = ["throughput", *(["speedup"] if kind == "strong" else []), "efficiency"]
     explained = ""
     if any(point["karp_flatt"] for one in series for point in one["points"]):
@@ -108,7 +74,7 @@ def draw_scaling(group: Json, number: int, kind: str, scope: str) -> Picture | N
         f"{kind.capitalize()} scaling, {scope} ({_KEEPS[kind]}), baseline {baselines}. Medians over launches with 95 % "
         f"intervals; markers stand a little aside where they would hide each other.{explained} "
         f"Source: points and series of group {number} in report.json; points.csv.",
-        (*(looks[name] for name in _combinations(series)), _IDEAL, _EFFICIENT),
+        (*(looks[name] for name in combinations(series)), _IDEAL, _EFFICIENT),
         tuple(
             Panel(
                 title,
@@ -118,7 +84,7 @@ def draw_scaling(group: Json, number: int, kind: str, scope: str) -> Picture | N
             for measure in measures
             for title, part in panels.items()
         ),
-        _columns(len(panels)),
+        columns(len(panels)),
     )
 
 
@@ -156,7 +122,7 @@ def draw_breakdown(group: Json, number: int, kind: str, scope: str) -> Picture |
             )
             for title, part in bars.items()
         ),
-        _columns(len(bars)),
+        columns(len(bars)),
     )
 
 
@@ -185,7 +151,7 @@ def draw_models(group: Json, number: int, kind: str, scope: str) -> Picture | No
     series = [one for one in group["series"] if one["kind"] == kind and one["scope"] == scope and best_model(one)]
     if not series:
         return None
-    looks = _combination_looks(group)
+    looks = combination_looks(group)
     panels = _by_panel(series)
     return Picture(
         f"figure-{number}-models-{kind}-{slug(scope)}",
@@ -193,7 +159,7 @@ def draw_models(group: Json, number: int, kind: str, scope: str) -> Picture | No
         f"Models of the step time, {kind} scaling, {scope}: measured medians with 95 % intervals, and for each series "
         "the identifiable model that predicts left-out world sizes best (the table says which). In the shaded part "
         f"nothing was measured: dashed lines are extrapolated. Source: models of group {number} in report.json.",
-        (*(looks[name] for name in _combinations(series)), _FIT, _EXTRAPOLATED),
+        (*(looks[name] for name in combinations(series)), _FIT, _EXTRAPOLATED),
         tuple(
             Panel(
                 title,
@@ -203,7 +169,7 @@ def draw_models(group: Json, number: int, kind: str, scope: str) -> Picture | No
             )
             for title, part in panels.items()
         ),
-        _columns(len(panels)),
+        columns(len(panels)),
     )
 
 
@@ -212,10 +178,10 @@ def draw_allreduce(group: Json, number: int) -> Picture | None:
     measured = [one for one in group["allreduce"] if one["sizes"]]
     if not measured:
         return None
-    more = iter(_MORE_LOOKS)
+    more = iter(MORE_LOOKS)
     looks = {}
     for way in dict.fromkeys(one["way"] for one in measured):
-        looks[way] = Look(drawable(way), *(_WAYS.get(way) or next(more, _MORE_LOOKS[-1])))
+        looks[way] = Look(drawable(way), *(_WAYS.get(way) or next(more, MORE_LOOKS[-1])))
     panels: dict[str, list[Json]] = {}
     for one in sorted(measured, key=lambda one: (one["num_nodes"] > 1, one["num_nodes"], one["world_size"])):
         panels.setdefault(place_text(one), []).append(one)
@@ -247,142 +213,15 @@ def draw_allreduce(group: Json, number: int) -> Picture | None:
     )
 
 
-def draw_steps(group: Json, number: int) -> Picture | None:
-    """Statistical efficiency: steps to the target by global batch, and how near the rates are to the limit."""
-    looks = _combination_looks(group)
-    panels: list[Panel] = []
-    named: dict[str, Look] = {}
-    for title, pairs in _targets_by_problem(group).items():
-        named |= {name: looks[name] for name in _combinations(one for one, _ in pairs)}
-        rows = [row for _, target in pairs for row in target["rows"]]
-        steps = {row["global_batch_size"]: row["predicted_steps"] for row in rows}
-        nearness = {row["global_batch_size"]: 1 / row["stability_limit"] for row in rows}
-        told = (f"{count(batch)} rows {'never' if n is None else count(n)}" for batch, n in sorted(steps.items()))
-        near = (f"{count(batch)} rows {times:.3g}" for batch, times in sorted(nearness.items()))
-        panels += [
-            Panel(title, f"predicted steps, {title}: {'; '.join(told)}", partial(draw_steps_to, pairs, looks)),
-            Panel(title, f"rates over the limit, {title}: {'; '.join(near)}", partial(draw_nearness, rows)),
-        ]
-    if not panels:
-        return None
-    return Picture(
-        f"figure-{number}-steps",
-        "Statistical efficiency: steps to the target",
-        "Statistical efficiency: steps to the target by global batch, predicted by theory (line) and measured "
-        "(markers, medians with 95 % intervals); and the learning rates as a multiple of the stability limit. Where "
-        f"that is above 1, shaded, training diverges. Source: targets of group {number} in report.json.",
-        (*named.values(), _PREDICTED, _UNSTABLE),
-        tuple(panels),
-        2,
-    )
-
-
-def draw_targets(group: Json, number: int, scope: str) -> Picture | None:
-    """Statistical × hardware efficiency: time to the target and its node-hours by world size."""
-    looks = _combination_looks(group)
-    parts: dict[str, list[tuple[Json, Json]]] = {}
-    for problem, pairs in _targets_by_problem(group).items():
-        for one, target in pairs:
-            if one["scope"] == scope:
-                title = f"{one['kind']}, {problem}, {_batch_text(one)}"
-                parts.setdefault(title, []).append((one, target))
-    if not parts:
-        return None
-    panels: list[Panel] = []
-    for title, pairs in parts.items():
-        told = "; ".join(f"{combination_of(one)} {_say_times(target)}" for one, target in pairs)
-        panels += [
-            Panel(title, f"time to the target, {title}, {scope}: {told}", partial(draw_time_to, pairs, looks)),
-            Panel(title, f"node-hours to the target, {title}, {scope}", partial(draw_node_hours, pairs, looks)),
-        ]
-    names = _combinations(one for pairs in parts.values() for one, _ in pairs)
-    return Picture(
-        f"figure-{number}-targets-{slug(scope)}",
-        f"Time and node-hours to the target, {scope}",
-        f"Statistical × hardware efficiency, {scope}: steps to the target × step time is the time to the target, and "
-        "times the nodes held its node-hours (a partly used node counts whole). Lines: predicted steps × measured step "
-        "time. "
-        "Markers: measured times with 95 % intervals, and the node-hours. Shaded world sizes are beyond the stability "
-        f"limit. Source: targets of group {number} in report.json.",
-        (*(looks[name] for name in names), _PREDICTED_HERE, _UNSTABLE),
-        tuple(panels),
-        2,
-    )
-
-
-def _say_times(target: Json) -> str:
-    times = (
-        f"{in_unit([row['predicted_time_s']['value']], 's')} on {row['world_size']}"
-        for row in target["rows"]
-        if row["predicted_time_s"]
-    )
-    return ", ".join(times) or "never"
-
-
-def place_text(thing: Mapping[str, Any]) -> str:
-    """Ranks and nodes in words."""
-    ranks, nodes = thing["world_size"], thing["num_nodes"]
-    return f"{ranks} rank{'s' * (ranks > 1)} on {nodes} node{'s' * (nodes > 1)}"
-
-
-def slug(text: str) -> str:
-    """Letters, digits and dashes, for the name of a file or an anchor."""
-    return "-".join(
-        "".join(letter if letter.isascii() and letter.isalnum() else " " for letter in text.lower()).split()
-    )
-
-
-def _features(num_features: int) -> str:
-    return f"{num_features} feature{'s' * (num_features > 1)}"
-
-
-def _batch_text(one: Json) -> str:
-    batch = one["global_batch_size"] if one["kind"] == "strong" else one["local_batch_size"]
-    return f"{count(batch)} rows{' a rank' * (one['kind'] == 'weak')}"
-
-
 def _by_panel(series: Iterable[Json]) -> dict[str, list[Json]]:
     """Series by size of message and batch, the smallest first."""
     panels: dict[str, list[Json]] = {}
     for one in sorted(
         series, key=lambda one: (one["message_bytes"], one["global_batch_size"] or one["local_batch_size"])
     ):
-        title = f"{_features(one['num_features'])} ({bytes_text(one['message_bytes'])}), {_batch_text(one)}"
+        title = f"{features(one['num_features'])} ({bytes_text(one['message_bytes'])}), {batch_text(one)}"
         panels.setdefault(title, []).append(one)
     return panels
-
-
-def _columns(num_panels: int) -> int:
-    return num_panels if num_panels <= 4 else 3
-
-
-def _combinations(series: Iterable[Json]) -> list[str]:
-    return list(dict.fromkeys(combination_of(one) for one in series))
-
-
-def _combination_looks(group: Json) -> dict[str, Look]:
-    more = iter(_MORE_LOOKS)
-    return {
-        name: Look(drawable(name), *(_LOOKS.get(name) or next(more, _MORE_LOOKS[-1])))
-        for name in _combinations(group["series"])
-    }
-
-
-def _targets_by_problem(group: Json) -> dict[str, list[tuple[Json, Json]]]:
-    """Series with their targets, by number of features and, where there are several, by target."""
-    series = {one["id"]: one for one in group["series"]}
-    several = len({target["target_excess"] for target in group["targets"]}) > 1
-    found: dict[str, list[tuple[Json, Json]]] = {}
-    for target in sorted(
-        group["targets"], key=lambda one: (series[one["series"]]["num_features"], one["target_excess"])
-    ):
-        one = series[target["series"]]
-        if target["rows"]:
-            title = _features(one["num_features"])
-            if several:
-                title += f", to {in_unit([target['target_excess']], '%')}"
-            found.setdefault(title, []).append((one, target))
-    return found
 
 
 def _value(estimate: Json | None) -> float | None:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torchreg.figures.pictures import Picture
 from torchreg.figures.quantities import bytes_text, count, in_unit
-from torchreg.figures.scaling import Picture
 
 Json = dict[str, Any]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any
 
-from torchreg.report.points import ranks
+from torchreg.figures.quantities import ranks
 
 GOOD = 0.8  # the efficiency that counts as scaling well
 

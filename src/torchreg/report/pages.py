@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from torchreg.figures.pictures import Picture
 from torchreg.figures.rendering import inline_legend, inline_panels, picture_files
-from torchreg.figures.scaling import Picture
 from torchreg.files import write_atomically
 from torchreg.report.cells import Section
 from torchreg.report.sections import sections_of
+from torchreg.report.write import require_report_libraries
 
 HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
 _STATUS = {"yes": "trains correctly", "no": "does not train correctly", "unknown": "not known to train correctly"}
@@ -22,9 +22,9 @@ def write_pages(report: dict[str, Any], folder: Path) -> list[Path]:
     """Write report.html, report.md and the figures (PNG and SVG) of a `report.json`; each file appears whole.
 
     Every string of the report may come from somebody else's records: it is shown, never obeyed. The same report gives
-    the same bytes. Raises `ValueError` where Jinja or matplotlib are not installed.
+    the same bytes. Raises `ValueError` where a library that it needs is not installed.
     """
-    _require_libraries()
+    require_report_libraries()
     sections = sections_of(report)
     files: dict[str, bytes] = {}
     for picture in _pictures(sections):
@@ -34,12 +34,6 @@ def write_pages(report: dict[str, Any], folder: Path) -> list[Path]:
     for name, content in files.items():  # the pages last: what they point to is there already
         write_atomically(folder / name, content)
     return [folder / name for name in files]
-
-
-def _require_libraries() -> None:
-    for library in ("jinja2", "matplotlib"):
-        if find_spec(library) is None:
-            raise ValueError(f"report needs {library}, which is not installed: pip install 'torchreg[scale]'")
 
 
 def _pictures(sections: list[Section] | tuple[Section, ...]) -> list[Picture]:

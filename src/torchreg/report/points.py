@@ -108,13 +108,3 @@ def scaled(estimate: Estimate, factor: float) -> Estimate:
     """The estimate times a positive number."""
     low, high = (None if end is None else end * factor for end in (estimate.low, estimate.high))
     return Estimate(estimate.value * factor, low, high, estimate.num_launches)
-
-
-def features(number: int) -> str:
-    """1 feature, 64 features."""
-    return f"{number} feature{'s' * (number != 1)}"
-
-
-def ranks(number: int) -> str:
-    """1 rank, 4 ranks."""
-    return f"{number} rank{'s' * (number != 1)}"

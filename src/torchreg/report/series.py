@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from torchreg.report.points import Point, features, over_launches, scaled
+from torchreg.figures.quantities import features
+from torchreg.report.points import Point, over_launches, scaled
 from torchreg.scaling.statistics import Estimate, karp_flatt, ratio_interval
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
+from torchreg.figures.quantities import features, ranks
 from torchreg.report.limits import how_far, seconds, what_bounds
-from torchreg.report.points import features, ranks
 from torchreg.report.targets import soonest_and_cheapest
 
 _MOST_NAMED = 2  # settings in one sentence

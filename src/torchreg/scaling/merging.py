@@ -7,16 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torchreg.files import PARTIAL
-from torchreg.scaling.sources import (
-    CAMPAIGN_FILE,
-    LAUNCHES_FOLDER,
-    LOGS,
-    Folder,
-    distinct,
-    has_text,
-    place,
-    read_file,
-)
+from torchreg.scaling.campaign import CAMPAIGN_FILE
+from torchreg.scaling.sources import LAUNCHES_FOLDER, LOGS, Folder, distinct, has_text, place, read_file
 
 
 def merge(out: Path, folders: Sequence[Path]) -> list[str]:

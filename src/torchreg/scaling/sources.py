@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-CAMPAIGN_FILE = "campaign.yaml"
+from torchreg.scaling.claims import CLAIM_FILE
+
 LAUNCHES_FOLDER = "launches"
 LAUNCH_FILE = "launch.json"
-CLAIM_FILE = "claim.json"
 LOGS = ("stderr.log", "stdout.log")
 
 FAILED_TRY = re.compile(r"launch\.failed-\d+\.json")

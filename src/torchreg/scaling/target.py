@@ -21,7 +21,7 @@ MOST_TARGET_FEATURES = 16
 """Beyond, theory predicts no noise and so no steps to a target."""
 
 _REFERENCE_BATCH_SIZE = 64
-_LINES = 8  # of metrics on the way, about: more would cost a quick step a part of its time
+_LINES = 4  # of metrics on the way, at least: more would cost a quick step a part of its time
 _MOST_STEPS = 20_000
 _LEAST_SHARE = 0.1  # of a window, that runs to the target last in all: a single short one says little
 _MOST_RUNS = 5
