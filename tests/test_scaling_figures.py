@@ -43,6 +43,11 @@ def panel_of(picture, measure, title):
     return panel
 
 
+def test_a_tick_at_a_power_of_two_is_a_fraction_and_not_its_first_digits():
+    # 2⁻⁸ = 0.00390625, which two digits tell as 0.0039
+    assert [panels.power_of_two(2.0**k) for k in (3, 0, -1, -8)] == ["8", "1", "1/2", "1/256"]
+
+
 @pytest.mark.parametrize(
     ("values", "unit", "text"),
     [

@@ -168,7 +168,7 @@ def draw_measure(
         axes.set_ylabel("throughput (samples/s)")
     elif measure == "speedup":
         axes.set_yscale("log", base=2)
-        axes.yaxis.set_major_formatter("{x:.2g}")
+        axes.yaxis.set_major_formatter(power_of_two)
         axes.set_ylabel("speedup over p0")
     elif measure == "efficiency":
         axes.axhline(1, color=GREY, linestyle="--", linewidth=1, zorder=1)
@@ -187,6 +187,11 @@ def _bytes_tick(value: float, _position: float | None = None) -> str:
 def percent(value: float, _position: float | None = None) -> str:
     """A fraction as percent, for a tick."""
     return f"{100 * value:.3g} %"
+
+
+def power_of_two(value: float, _position: float | None = None) -> str:
+    """A power of two as 4 or as 1/4, for a tick."""
+    return f"{value:g}" if value >= 1 else f"1/{1 / value:g}"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torchreg.figures.panels import (
     log2_axis,
     log_axis,
     percent,
+    power_of_two,
     rank_axis,
 )
 from torchreg.figures.style import BLACK, GREY
@@ -93,7 +94,7 @@ def draw_nearness(rows: Sequence[Json], axes: Axes) -> None:
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, 0.5), max(high, 2))  # so that the limit is in the picture
     axes.axhline(1, color=GREY, linestyle="--", linewidth=1)
-    axes.yaxis.set_major_formatter("{x:.2g}")
+    axes.yaxis.set_major_formatter(power_of_two)
     _batch_axis(axes, rows)
     axes.set_ylabel("rates over the stability limit")
 

@@ -29,7 +29,7 @@ def draw_steps(group: Json, number: int) -> Picture | None:
         near = (f"{count(batch)} rows {times:.3g}" for batch, times in sorted(nearness.items()))
         panels += [
             Panel(title, f"predicted steps, {title}: {'; '.join(told)}", partial(draw_steps_to, pairs, looks)),
-            Panel(title, f"rates over the limit, {title}: {'; '.join(near)}", partial(draw_nearness, rows)),
+            Panel(title, f"rates over the limit, {title}: {'; '.join(near)}", partial(draw_nearness, rows), margin=0.8),
         ]
     if not panels:
         return None
