@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +14,7 @@ from torchreg.scaling.launch import (
     launch_command,
     launcher_at_hand,
     place_ranks,
+    words,
 )
 
 
@@ -85,7 +85,7 @@ def run_command(argv: list[str]) -> int:
         ranks_per_node=ranks_per_node,
         hosts=hosts,
         env=variables,
-        extra=shlex.split(arguments.extra),
+        extra=words("extra", arguments.extra),
         without=arguments.without,
         library_path=os.environ.get("LD_LIBRARY_PATH", ""),
     )

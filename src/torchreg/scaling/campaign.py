@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from torchreg.builtin import REAL_NUM_ROWS
-from torchreg.scaling.launch import LauncherName, MachineName
+from torchreg.scaling.launch import LauncherName, MachineName, words
 
 CAMPAIGN_FILE = "campaign.yaml"
 
@@ -125,10 +124,7 @@ class Campaign:
             raise ValueError(f"repeats is {self.repeats}: give a whole number from 1 to 10,000")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}: give 0 or more, and less than 2³²")
-        try:
-            shlex.split(self.launcher_args)
-        except ValueError as error:
-            raise ValueError(f"launcher_args is {self.launcher_args!r}: {error}") from error
+        words("launcher_args", self.launcher_args)
         for combination in self.combinations:
             if combination != "all" and combination not in COMBINATIONS:
                 raise ValueError(f"combinations has {combination}: choose of all, {', '.join(COMBINATIONS)}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections import Counter
@@ -195,6 +196,14 @@ def _variables(
 
 def _pairs(flag: str, variables: Mapping[str, str]) -> list[str]:
     return [token for name, value in variables.items() for token in (flag, f"{name}={value}")]
+
+
+def words(field: str, options: str) -> list[str]:
+    """Options as one would type them, split as a shell does. Raises `ValueError`, naming the field."""
+    try:
+        return shlex.split(options)
+    except ValueError as error:
+        raise ValueError(f"{field} is {options!r}, which no shell could split ({error}): close what it opens") from None
 
 
 def choose_launcher(version: str | None, environ: Mapping[str, str], *, has_srun: bool) -> LauncherName:

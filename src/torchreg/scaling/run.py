@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shlex
 import signal
 import socket
 import subprocess
@@ -26,7 +25,7 @@ from torchreg.files import write_atomically
 from torchreg.record import provenance, utc_now, write_json
 from torchreg.scaling import claims
 from torchreg.scaling.campaign import CAMPAIGN_FILE, Campaign, Launch, estimated_s, launches, read_campaign, to_yaml
-from torchreg.scaling.launch import LauncherName, allocated_hosts, launch_command, launcher_at_hand
+from torchreg.scaling.launch import LauncherName, allocated_hosts, launch_command, launcher_at_hand, words
 from torchreg.scaling.schema import KIND, SCHEMA_VERSION, check, sealed
 from torchreg.scaling.sources import LAUNCH_FILE, LAUNCHES_FOLDER
 from torchreg.stopping import StopRequest
@@ -167,7 +166,7 @@ def command_of(
         num_ranks=launch.world_size,
         ranks_per_node=launch.ranks_per_node,
         hosts=hosts,
-        extra=shlex.split(campaign.launcher_args),
+        extra=words("launcher_args", campaign.launcher_args),
         library_path=os.environ.get("LD_LIBRARY_PATH", ""),
     )
     return [*ranks, sys.executable, "-m", "torchreg", "scale", "measure", str(folder), launch.id]
