@@ -94,7 +94,7 @@ def test_a_campaign_survives_its_file(tmp_path):
         ("combinations: [sgd/allreduce]", "sgd/allreduce"),
         ("window_s: -1", "window_s is -1"),
         ("repeats: 0", "repeats is 0"),
-        ("launcher_args: \"'open\"", "launcher_args is \"'open\", which no shell could split"),
+        ('launcher_args: "\'open"', 'launcher_args is "\'open", which no shell could split'),
         ("global_batch_sizes: [2]\nranks_per_node: [4]", "the largest world size is 4"),
         ("num_rows: 100", "the largest global batch is 256"),
         ("- just\n- a list", "no `key: value` lines"),

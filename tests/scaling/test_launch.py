@@ -294,5 +294,5 @@ def test_the_command_tells_what_is_wrong():
         run_command(["--num-ranks", "1", "--env", "A"])
     with pytest.raises(ValueError, match="hosts has ''"):
         run_command(["--launcher", "mpich", "--ranks-per-node", "1", "--hosts", "n1,"])
-    with pytest.raises(ValueError, match="extra is \"'open\", which no shell could split"):
+    with pytest.raises(ValueError, match='extra is "\'open", which no shell could split'):
         run_command(["--num-ranks", "1", "--extra", "'open"])

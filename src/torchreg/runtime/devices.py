@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -56,9 +57,20 @@ def _sees_its_own_device() -> bool:
     return any(name in os.environ for name in ("CUDA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"))
 
 
-def num_cpus() -> int:
-    """CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def own_cpus() -> int:
+    """The CPUs that this process may run on, as the bits of a number."""
+    if hasattr(os, "sched_getaffinity"):
+        return sum(1 << cpu for cpu in os.sched_getaffinity(0))
+    return (1 << (os.cpu_count() or 1)) - 1
+
+
+def threads_for(own: int, of_node: Sequence[int]) -> int:
+    """How many threads a rank should compute with, from its CPUs and those of all ranks of its node, itself included.
+
+    Ranks that are bound have their CPUs for themselves; others share them.
+    """
+    sharing = sum(bool(own & other) for other in of_node)
+    return max(1, own.bit_count() // sharing)
 
 
 def device_name(device: torch.device) -> str:

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torchreg.launcher import Launcher, detect_launcher
 from torchreg.runtime import mpi, real_ezpz
-from torchreg.runtime.devices import choose_device_type, device_name, device_of, num_cpus
+from torchreg.runtime.devices import choose_device_type, device_name, device_of, own_cpus, threads_for
 from torchreg.runtime.failure import Failure, one_line
 from torchreg.runtime.ordered import DDP_BUCKET_BYTES, OrderedGradients, sum_in_order
 from torchreg.runtime.rendezvous import agree_with_mpi, init_process_group
@@ -108,7 +108,7 @@ class Runtime:
             "nccl_version": ".".join(map(str, torch.cuda.nccl.version())) if self.backend == "nccl" else None,
             "device_name": device_name(self.device),
             "num_cpus": os.cpu_count(),
-            "cpus_per_rank": num_cpus(),
+            "cpus_per_rank": own_cpus().bit_count(),
             "places": [asdict(place) for place in self.places],
         }
 
@@ -301,7 +301,8 @@ def open_runtime(
     with failure:
         with watchdog.over("to come together"):
             init_process_group(launcher, mpi_comm, timeout_s)
-            hosts = _gather(host, launcher.world_size)
+            cpus_of = _gather((host, own_cpus()), launcher.world_size)
+            hosts = [where for where, _ in cpus_of]
         failure.store, failure.hosts = dist.distributed_c10d._get_default_store(), hosts
         local_ranks = [hosts[:rank].count(hosts[rank]) for rank in range(launcher.world_size)]
         local_rank = launcher.local_rank if launcher.local_rank is not None else local_ranks[launcher.rank]
@@ -311,7 +312,7 @@ def open_runtime(
             dist.destroy_process_group()
             raise AgreedError(problems[0])
         if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, num_cpus() // hosts.count(host)))
+            torch.set_num_threads(threads_for(own_cpus(), [cpus for where, cpus in cpus_of if where == host]))
         if ezpz_version:
             real_ezpz.adopt(launcher.rank, launcher.world_size, torch_device, timeout_s)
         places = _gather(Place(launcher.rank, host, local_rank, str(torch_device)), launcher.world_size)
