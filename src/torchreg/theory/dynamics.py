@@ -280,9 +280,7 @@ class Dynamics:
     def _states(self, start: Matrix, factors: Sequence[float]) -> Iterator[Matrix]:
         if self.shuffled:
             z, multiples = self._augmented(start), [k * self.rate_unit for k in factors]
-            basis = symmetric_basis(len(z))
-            for whole in self.shuffled.states(np.outer(z, z), multiples):
-                yield basis @ self.shuffled.second_moment(whole).ravel()
+            yield from self.shuffled.moments(np.outer(z, z), multiples)
             return
         state = self._start(start)
         yield state

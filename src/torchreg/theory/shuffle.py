@@ -12,8 +12,9 @@ independent from batch to batch; that is the approximation (Mishchenko, Khaled a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 
 import numpy as np
 
@@ -83,12 +84,34 @@ class ShuffledEpochs:
             state = self.step(state, position, k)
         return self.second_moment(state)
 
-    def states(self, second_moment: Matrix, multiples: Sequence[float]) -> Iterator[Matrix]:
-        """The states before each step and after the last, with the rates times `multiples[t]` in step t."""
-        state = self.begin(second_moment)
+    def moments(self, second_moment: Matrix, multiples: Iterable[float]) -> Iterator[Matrix]:
+        """E[z zᵀ] before each step and after the last, the rates times `multiples[t]` in step t.
+
+        On the coordinates of symmetric matrices, (size,).
+        """
+        inner = symmetric_basis(len(self.mean_q))
+        of_states = self.second_moment(self._of_basis).reshape(-1, len(self.mean_q) ** 2)
+        told = inner @ of_states.T
+        return (told @ vector for vector in self._vectors(second_moment, multiples))
+
+    def _vectors(self, second_moment: Matrix, multiples: Iterable[float]) -> Iterator[Matrix]:
+        """The states on the coordinates of symmetric matrices, the rates times `multiples[t]` in step t.
+
+        Where rates stay, the step at each position of an epoch is a matrix, found once.
+        """
+        basis, moves, before = self._basis, dict[int, Matrix](), math.nan
+        state = basis @ self.begin(second_moment).ravel()
         yield state
         for step, k in enumerate(multiples):
-            state = self.step(state, step % self.num_steps, k)
+            position = step % self.num_steps
+            if k != before:
+                moves, before = {}, k
+                whole = (state @ basis).reshape(self._of_basis.shape[1:])
+                state = basis @ self.step(whole, position, k).ravel()
+            else:
+                if position not in moves:
+                    moves[position] = basis @ self.step(self._of_basis, position, k).reshape(len(basis), -1).T
+                state = moves[position] @ state
             yield state
 
     def steps_to(
@@ -96,28 +119,34 @@ class ShuffledEpochs:
     ) -> int | None:
         """Steps after which Σ weights · E[z zᵀ] is first at most `limit`; None if never, or not in `most_steps`.
 
-        Step by step while `multiples` last, then by matrices: the last of them stays for ever after.
+        The last of `multiples` stays for ever after.
         """
-        of_state = self.begin(weights)
-        state = np.zeros(())
-        for step, state in enumerate(self.states(second_moment, multiples)):
-            if np.sum(of_state * state) <= limit:
-                return step
-        basis, k = symmetric_basis(len(state)), multiples[-1]
-        of_basis = basis.reshape(-1, *state.shape)
-        moves = [basis @ self.step(of_basis, t, k).reshape(len(basis), -1).T for t in range(self.num_steps)]
-        vector, weight = basis @ state.ravel(), basis @ of_state.ravel()
-        before, worst = vector, 1e6 * (weight @ vector + limit)
-        for step in range(len(multiples), most_steps):
-            vector = moves[step % self.num_steps] @ vector
-            value = weight @ vector
+        given = len(multiples)
+        weight = self._basis @ self.begin(weights).ravel()
+        ever_after = repeat(multiples[-1], max(0, most_steps - given))
+        before, worst = weight, math.inf
+        for step, state in enumerate(self._vectors(second_moment, chain(multiples, ever_after))):
+            value = float(weight @ state)
             if value <= limit:
-                return step + 1
-            if (step + 1) % self.num_steps == 0:
-                if not value <= worst or np.abs(vector - before).max() <= 1e-13 * np.abs(vector).max():
+                return step
+            if step == given:
+                before, worst = state, 1e6 * (value + limit)
+            elif step > given and step % self.num_steps == 0:
+                if not value <= worst or np.abs(state - before).max() <= 1e-13 * np.abs(state).max():
                     return None
-                before = vector
+                before = state
         return None
+
+    @property
+    def _basis(self) -> Matrix:
+        """Of the symmetric matrices that states are, (size, (2p + 1)²)."""
+        return symmetric_basis(2 * len(self.mean_q) - 1)
+
+    @property
+    def _of_basis(self) -> Matrix:
+        """The basis as states, (size, 2p + 1, 2p + 1)."""
+        size = 2 * len(self.mean_q) - 1
+        return self._basis.reshape(-1, size, size)
 
     @property
     def _inner(self) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
