@@ -13,11 +13,11 @@ _METHOD = (
     "A launch is the unit of repetition: one start of all ranks at one world size, in which the settings are measured "
     "one after the other in random order. Launches are made in blocks, each of which holds every world size once, in "
     "random order, so that slow drifts of the machine meet all of them alike.",
-    "In a launch each setting is warmed up until its speed has settled, and then timed for at least {window} from a "
-    "barrier on, with the device synchronised. The loop is that of training: rows, rates, steps, and losses that are "
-    "added up over ranks every hundred steps; only its lines of metrics are left out. The time of a step is the "
-    "slowest rank's time for all steps, divided by their number. One launch gives one number: intervals are over "
-    "launches, never over the steps of one.",
+    "In a launch each setting is warmed up until its speed has settled, and then timed from a barrier on, with the "
+    "device synchronised, for at least {window} in two halves. The loop is that of training: rows, rates, steps, and "
+    "losses that are added up over ranks every hundred steps; only its lines of metrics are left out. The time of a "
+    "step is the slowest rank's time for all steps, divided by their number. One launch gives one number: intervals "
+    "are over launches, never over the steps of one.",
     "Every interval is a 95 % interval. Medians over launches have distribution-free intervals from order statistics, "
     "which need at least six launches; where there are fewer, no interval is told. Speed-ups and efficiencies are "
     "ratios, estimated as ratios, in pairs of the same block where blocks are shared: their value is the median of all "
@@ -31,7 +31,8 @@ _METHOD = (
     "is the slowest rank's time less the median rank's, and a part of the step, not an addition to it.",
     "Time to a target is statistical efficiency times hardware efficiency: the steps that theory predicts until the "
     "excess loss is expected to be below the target, times the measured time of a step. Beside it stands the time that "
-    "training itself took, on average where a quick one was repeated. Node-hours count a partly used node whole.",
+    "training itself took between the two halves of the window, on average where a quick run was repeated. Node-hours "
+    "count a partly used node whole.",
     "Launches are compared only where machine, device, backend, number format, versions and runtime are the same; a "
     "launch of one rank, which has no backend, belongs to each group that is equal in the rest. Series within a node "
     "and across nodes are kept apart.",

@@ -6,6 +6,7 @@ All ranks call `measure_launch`; what it returns is the same on all of them.
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -41,11 +42,11 @@ def measure_launch(campaign: Campaign, launch: Launch, runtime: Runtime, folder:
     points: list[dict[str, Any]] = []
     for place, number in enumerate(order):
         setting = chosen[number]
-        measured = _measure_point(setting, rows[setting.num_features], runtime, campaign.window_s)
-        target = None
+        run = None
         if setting.num_features <= MOST_TARGET_FEATURES:
-            target = run_to_target(campaign, launch, setting, runtime, folder)
-        points.append({**asdict(setting), "order": place, **measured, "target": target})
+            run = partial(run_to_target, campaign, launch, setting, runtime, folder)
+        measured = _measure_point(setting, rows[setting.num_features], runtime, campaign.window_s, run)
+        points.append({**asdict(setting), "order": place, **measured})
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "points": points,
@@ -69,10 +70,13 @@ def _refuse(campaign: Campaign, launch: Launch, runtime: Runtime, *, by_mpi: boo
         )
 
 
-def _measure_point(setting: Setting, rows: Rows, runtime: Runtime, window_s: float) -> dict[str, Any]:
-    """Warm up; steps without averaging, a window of steps with it, as many without again; then check the step itself.
+def _measure_point(
+    setting: Setting, rows: Rows, runtime: Runtime, window_s: float, run: Callable[[], dict[str, Any]] | None
+) -> dict[str, Any]:
+    """Warm up; steps without averaging, half a window with it; the `run` to the target; the same again, in reverse;
+    then check the step itself.
 
-    What drifts meanwhile is then the same for both. The step is that of `train`, its rows taken as there.
+    What drifts meanwhile is then the same for all three. The step is that of `train`, its rows taken as there.
     """
     loop = StepLoop.of(setting, rows.x, rows.y, rows.safe_rate, runtime)
     num_warmup_steps, step_time_s = warm_up(runtime, loop.take_steps, window_s)
@@ -86,10 +90,14 @@ def _measure_point(setting: Setting, rows: Rows, runtime: Runtime, window_s: flo
         half = steps_for(window_s / 8, local_step_time_s)
         local_times_s.append(elapsed_on_ranks(runtime, partial(alone.take_steps, half)))
     gc.collect()
-    num_steps, times_s = time_window(runtime, loop.take_steps, window_s, step_time_s)
+    halves = [time_window(runtime, loop.take_steps, window_s / 2, step_time_s)]
+    target = run() if run else None
+    halves.append(time_window(runtime, loop.take_steps, window_s / 2, step_time_s))
+    num_steps = sum(count for count, _ in halves)
+    times_s = [sum(both) for both in zip(*(times for _, times in halves), strict=True)]
     if alone:
         local_times_s.append(elapsed_on_ranks(runtime, partial(alone.take_steps, half)))
-    rows_steps = min(num_steps, 2_000)
+    rows_steps = min(num_steps, steps_for(window_s / 10, step_time_s))
     rows_time_s = max(elapsed_on_ranks(runtime, partial(loop.take_rows, rows_steps))) / rows_steps
     slowest = int(np.argmax(times_s))
     return {
@@ -110,6 +118,7 @@ def _measure_point(setting: Setting, rows: Rows, runtime: Runtime, window_s: flo
         "rows_time_s": rows_time_s,
         "throughput": setting.global_batch_size * num_steps / max(times_s),
         "check": check(loop, rows, runtime),
+        "target": target,
     }
 
 
