@@ -73,10 +73,10 @@ def _refuse(campaign: Campaign, launch: Launch, runtime: Runtime, *, by_mpi: boo
 def _measure_point(
     setting: Setting, rows: Rows, runtime: Runtime, window_s: float, run: Callable[[], dict[str, Any]] | None
 ) -> dict[str, Any]:
-    """Warm up; steps without averaging, half a window with it; the `run` to the target; the same again, in reverse;
-    then check the step itself.
+    """Time a setting's steps, with averaging and without, and its `run` to the target; then check the step itself.
 
-    What drifts meanwhile is then the same for all three. The step is that of `train`, its rows taken as there.
+    After the warm-up: steps without averaging, half a window with it, the run, the other half, steps without averaging.
+    What drifts meanwhile is then the same for all three.
     """
     loop = StepLoop.of(setting, rows.x, rows.y, rows.safe_rate, runtime)
     num_warmup_steps, step_time_s = warm_up(runtime, loop.take_steps, window_s)

@@ -69,8 +69,8 @@ def run_to_target(
     train(replace(config, max_steps=log_every, log_every=log_every), runtime)  # first uses cost more
     # Half as long again, so that a run that is late gets there too.
     config = replace(config, max_steps=math.ceil(1.5 * predicted) + 10, log_every=log_every)
-    steps, times_s = 0.0, [0.0]
-    while sum(times_s) < _LEAST_SHARE * campaign.window_s and len(times_s) <= _MOST_RUNS:
+    steps, total_s, num_runs = 0.0, 0.0, 0
+    while total_s < _LEAST_SHARE * campaign.window_s and num_runs < _MOST_RUNS:
         result = train(config, runtime)
         crossing: Callable[[], tuple[float, float] | None] = partial(
             _crossing, Path(result.run_dir), result.closed_form_loss, campaign.target_excess
@@ -79,8 +79,8 @@ def run_to_target(
         if reached is None:
             return answer
         steps, time_s = reached
-        times_s.append(time_s)
-    return {**answer, "measured_steps": steps, "measured_time_s": sum(times_s) / (len(times_s) - 1)}
+        total_s, num_runs = total_s + time_s, num_runs + 1
+    return {**answer, "measured_steps": steps, "measured_time_s": total_s / num_runs}
 
 
 def _crossing(run: Path, best_loss: float, target_excess: float) -> tuple[float, float] | None:
