@@ -77,7 +77,9 @@ class Metrics:
 
     def note(self, step: int, error: Tensor, step_rows: int) -> bool:
         """Take this rank's squared error of a step; True when training is to stop after it."""
-        self._waiting.take(error, step_rows)
+        waiting = self._waiting
+        waiting.errors.append(error)
+        waiting.step_rows.append(step_rows)
         return step >= self._flush_step and self._flush(step)
 
     def _plan_flush(self, first_step: int) -> None:

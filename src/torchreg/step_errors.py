@@ -23,8 +23,9 @@ def accumulable(values: Tensor) -> Tensor:
 class StepErrors:
     """This rank's squared errors of the steps since the last sum, and the steps' rows over all ranks.
 
-    Until `add_up` nothing synchronises or is reduced. `settled` are errors that were added up over ranks already and
-    come before `errors`; they are 0 on all but the main rank. Beside the errors `num_signals` numbers can be added up.
+    Every step appends to `errors` and to `step_rows`; until `add_up` nothing synchronises or is reduced. `settled` are
+    errors that were added up over ranks already and come before `errors`; they are 0 on all but the main rank. Beside
+    the errors `num_signals` numbers can be added up.
     """
 
     def __init__(self, runtime: Runtime, num_signals: int = 0) -> None:
@@ -33,11 +34,6 @@ class StepErrors:
         self.step_rows: list[int] = []
         self._sums = accumulable(torch.zeros(MOST_WAITING + num_signals, device=runtime.device))
         self._add_over_ranks = runtime.add_over_ranks(self._sums, runtime.quick_sync)
-
-    def take(self, error: Tensor, step_rows: int) -> None:
-        """Take the squared error of the next step, which has so many rows over all ranks."""
-        self.errors.append(error)
-        self.step_rows.append(step_rows)
 
     def add_up(self, signals: Sequence[float] = ()) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Over all ranks: the squared error of each step that waits, and the signals. All ranks call it together."""

@@ -29,8 +29,10 @@ class LossSums:
 
     def note(self, step: int, error: Tensor, step_rows: int) -> bool:
         """Take the squared error of a step; there is never a reason to stop."""
-        self._waiting.take(error, step_rows)
-        return len(self._waiting.step_rows) == MOST_WAITING and self._flush()
+        waiting = self._waiting
+        waiting.errors.append(error)
+        waiting.step_rows.append(step_rows)
+        return len(waiting.errors) == MOST_WAITING and self._flush()
 
     def _flush(self) -> bool:
         self._waiting.add_up()
