@@ -18,6 +18,7 @@ from markdown_it import MarkdownIt
 from tests.report.example import make_report
 from torchreg.figures import rendering
 from torchreg.report import pages
+from torchreg.report.cells import Cell, counted_estimate, table
 from torchreg.report.pages import write_pages
 from torchreg.report.sections import sections_of
 
@@ -372,3 +373,21 @@ def test_a_browser_shows_it_on_a_phone_and_on_a_desktop_without_sideways_scrolli
     assert phone["table"], "tables scroll by themselves"
     assert min(phone["pictures"]) > 250, "a panel fills the phone"
     assert min(desktop["pictures"]) > 250
+
+
+def test_columns_that_say_the_same_in_every_row_are_told_once_in_the_title():
+    columns = ("nodes", "ranks", "batch")
+
+    def told(*rows):
+        found = table("Times", columns, [tuple(map(Cell, row)) for row in rows], ("nodes", "batch"))
+        return found.title, found.columns, [[cell.text for cell in row] for row in found.rows]
+
+    assert told("116", "126") == ("Times: nodes 1, batch 6", ("ranks",), [["1"], ["2"]])
+    assert told("116", "226") == ("Times: batch 6", ("nodes", "ranks"), [["1", "1"], ["2", "2"]])
+    assert told("116") == ("Times", columns, [["1", "1", "6"]]), "a single row would lose all that it says"
+
+
+def test_steps_to_a_target_are_told_to_the_last_digit():
+    # Three digits would make 2,350 of what theory says is 2,347.
+    estimate = {"value": 2346.6, "low": 2345.0, "high": 2348.5, "num_launches": 6}
+    assert counted_estimate(estimate) == Cell("2,347", "2,345 – 2,348")

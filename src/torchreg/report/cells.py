@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,12 +57,29 @@ class Section:
     sections: tuple[Section, ...] = ()
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[tuple[Cell, ...]]) -> Table:
-    """A table with the footnotes that its cells need."""
+def table(
+    title: str, columns: Sequence[str], rows: Iterable[tuple[Cell, ...]], often_alike: Sequence[str] = ()
+) -> Table:
+    """A table with the footnotes that its cells need.
+
+    Of the columns that are `often_alike`, those in which all rows are, are told in the title: a table that is too wide
+    hides its last columns.
+    """
     kept = tuple(rows)
+    alike = [
+        place
+        for place, column in enumerate(columns)
+        if column in often_alike and len({row[place] for row in kept}) == 1 < len(kept) and not kept[0][place].note
+    ]
+    told = ", ".join(f"{columns[place]} {kept[0][place].text}" for place in alike)
+    kept = tuple(tuple(cell for place, cell in enumerate(row) if place not in alike) for row in kept)
     used = {cell.note for row in kept for cell in row if cell.note}
-    notes = tuple(note for note in (FEW, NONE, NEVER, NOT_REACHED, NOT_TOLD) if note[0] in used)
-    return Table(title, tuple(columns), kept, notes)
+    return Table(
+        f"{title}: {told}" if told else title,
+        tuple(column for place, column in enumerate(columns) if place not in alike),
+        kept,
+        tuple(note for note in (FEW, NONE, NEVER, NOT_REACHED, NOT_TOLD) if note[0] in used),
+    )
 
 
 def word(text: str | None) -> Cell:
@@ -87,13 +104,22 @@ def plain(value: float | None, unit: str, missing: tuple[str, str] = NONE) -> Ce
 
 def estimate_cell(estimate: Json | None, unit: str, missing: tuple[str, str] = NONE) -> Cell:
     """A cell of an estimate and its interval."""
+    return _estimated(estimate, lambda values: in_unit(values, unit), missing)
+
+
+def counted_estimate(estimate: Json | None, missing: tuple[str, str] = NONE) -> Cell:
+    """A cell of an estimated number of things and its interval, every digit of them."""
+    return _estimated(estimate, lambda values: " – ".join(count(round(value)) for value in values), missing)
+
+
+def _estimated(estimate: Json | None, tell: Callable[[Sequence[float]], str], missing: tuple[str, str]) -> Cell:
     if estimate is None:
         return Cell("–", note=missing[0])
-    text = in_unit([estimate["value"]], unit)
+    text = tell([estimate["value"]])
     if estimate["low"] is None:
         return Cell(text, "–", FEW[0])
     if estimate["high"] is None:  # so many launches missed the target that the interval has no upper end
-        return Cell(text, f"{in_unit([estimate['low']], unit)} or more")
+        return Cell(text, f"{tell([estimate['low']])} or more")
     if estimate["low"] == estimate["high"]:  # a baseline's ratio to itself
         return Cell(text)
-    return Cell(text, in_unit([estimate["low"], estimate["high"]], unit))
+    return Cell(text, tell([estimate["low"], estimate["high"]]))

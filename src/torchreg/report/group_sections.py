@@ -22,6 +22,7 @@ from torchreg.report.cells import (
     Table,
     bytes_cell,
     counted,
+    counted_estimate,
     estimate_cell,
     plain,
     table,
@@ -61,6 +62,8 @@ def _points(group: Json, anchor: str) -> Section:
         "slowest / median rank", "samples/s",
     )  # fmt: skip
 
+    often_alike = ("nodes", "launches")
+
     def row(point: Json) -> tuple[Cell, ...]:
         return (
             counted(point["world_size"]), counted(point["num_nodes"]), word(combination_of(point)),
@@ -71,8 +74,8 @@ def _points(group: Json, anchor: str) -> Section:
 
     points = sorted(group["points"], key=_order)
     tables = [
-        table("Within a node", columns, (row(point) for point in points if point["num_nodes"] == 1)),
-        table("Across nodes", columns, (row(point) for point in points if point["num_nodes"] > 1)),
+        table(name, columns, (row(point) for point in points if (point["num_nodes"] > 1) == across), often_alike)
+        for name, across in (("Within a node", False), ("Across nodes", True))
     ]
     return Section(
         f"{anchor}-points",
@@ -114,7 +117,7 @@ def _scaling(group: Json, index: int, kind: str) -> Section | None:
     return _by_scope(
         group, f"group-{index}-{kind}", f"{kind.capitalize()} scaling", words[kind],
         lambda scope: [draw_scaling(group, index, kind, scope)],
-        lambda scope: [table(f"{kind.capitalize()} scaling, {scope}", columns, rows(scope))],
+        lambda scope: [table(f"{kind.capitalize()} scaling, {scope}", columns, rows(scope), ("nodes", "p0"))],
     )  # fmt: skip
 
 
@@ -137,7 +140,7 @@ def _breakdown(group: Json, index: int) -> Section | None:
             )
             for point in sorted((point for point in group["points"] if point["id"] in named), key=_order)
         )  # fmt: skip
-        return table(f"Parts of a step, {scope}", columns, rows)
+        return table(f"Parts of a step, {scope}", columns, rows, ("nodes",))
 
     return _by_scope(
         group, f"group-{index}-breakdown", "Where a step's time goes", "",
@@ -205,10 +208,14 @@ def _targets(group: Json, index: int) -> Section | None:
     if not any(target["rows"] for target in group["targets"]):
         return None
     series = {one["id"]: one for one in group["series"]}
-    columns = (
-        "combination", "message", "batch", "ranks", "nodes", "global batch", "rates / limit", "predicted steps",
-        "measured steps", "step time", "predicted time", "measured time", "predicted / measured", "node-hours",
-    )  # fmt: skip
+    often_alike = ("message", "batch", "nodes", "global batch", "rates / limit")
+
+    def columns(kind: str) -> tuple[str, ...]:
+        return (
+            "combination", "message", *(("batch",) if kind == "weak" else ()), "ranks", "nodes", "global batch",
+            "rates / limit", "predicted steps", "measured steps", "step time", "predicted time", "measured time",
+            "predicted / measured", "node-hours",
+        )  # fmt: skip
 
     def rows(scope: str, kind: str) -> Iterable[tuple[Cell, ...]]:
         for target in group["targets"]:
@@ -219,11 +226,11 @@ def _targets(group: Json, index: int) -> Section | None:
                 never = row["predicted_steps"] is None
                 missing = NEVER if never else NOT_REACHED
                 yield (
-                    *_setting(one), counted(row["world_size"]), counted(row["num_nodes"]),
-                    counted(row["global_batch_size"]),
+                    *(_setting(one) if kind == "weak" else _setting(one)[:2]),
+                    counted(row["world_size"]), counted(row["num_nodes"]), counted(row["global_batch_size"]),
                     Cell(number(1 / row["stability_limit"]) + ("" if row["is_stable"] else ", diverges")),
                     Cell("–", note=NEVER[0]) if never else counted(row["predicted_steps"]),
-                    estimate_cell(row["measured_steps"], "", missing), estimate_cell(row["step_time_s"], "s"),
+                    counted_estimate(row["measured_steps"], missing), estimate_cell(row["step_time_s"], "s"),
                     estimate_cell(row["predicted_time_s"], "s", missing),
                     estimate_cell(row["measured_time_s"], "s", missing),
                     estimate_cell(row.get("predicted_over_measured"), "", missing),
@@ -244,7 +251,7 @@ def _targets(group: Json, index: int) -> Section | None:
         "come from theory alone; times step time they are the predicted time to it, times nodes the node-hours.",
         lambda scope: [draw_targets(group, index, scope)],
         lambda scope: [
-            table(f"Time to the target, {kind} scaling, {scope}", columns, rows(scope, kind))
+            table(f"Time to the target, {kind} scaling, {scope}", columns(kind), rows(scope, kind), often_alike)
             for kind in ("strong", "weak")
         ],
     )  # fmt: skip
