@@ -178,9 +178,9 @@ def test_in_markdown_too(markdown):
 def test_markdown_tables_keep_their_columns(markdown):
     tables = re.findall(r"(?:^\|.*\n)+", markdown, flags=re.MULTILINE)
     assert len(tables) > 10
-    for table in tables:
-        bars = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
-        assert len(bars) == 1, table
+    for written in tables:
+        bars = {len(re.findall(r"(?<!\\)\|", line)) for line in written.splitlines()}
+        assert len(bars) == 1, written
     assert len(re.findall("<table>", MARKDOWN.render(markdown))) == len(tables)
 
 
