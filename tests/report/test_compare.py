@@ -46,7 +46,7 @@ def test_a_step_that_takes_longer_beyond_noise_and_threshold_is_a_regression(fac
     found, told = outcomes("old", "new")
     assert len(found) == NUM_POINTS
     assert told is is_regression
-    assert set(found) <= {outcome, "not clear", "same"}
+    assert set(found) <= {outcome, "not clear", "not slower", "same"}
     assert outcome in found
     for row in compare(Path("old"), Path("new")).rows:
         assert row.ratio.low < factor < row.ratio.high
@@ -54,6 +54,33 @@ def test_a_step_that_takes_longer_beyond_noise_and_threshold_is_a_regression(fac
     out = capsys.readouterr().out
     assert out.count(outcome) >= 1
     assert ("no regression beyond 5 % is shown" in out) is not is_regression
+    assert ("slower for a whole campaign is not in the intervals" in out) is is_regression
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "outcome"),
+    [
+        (1.06, 1.2, "regression"),
+        (1.04, 1.06, "not clear"),
+        (0.90, 1.06, "not clear"),
+        (0.96, 1.04, "same"),
+        (0.90, 0.99, "not slower"),  # faster, and perhaps by less than anybody asked for
+        (0.90, 0.95, "faster"),  # 1 / 1.05 = 0.952
+    ],
+)
+def test_outcomes_go_by_both_ends_of_the_interval(low, high, outcome):
+    # From a report.json the ratio's ends are the quotients of the ends; an exact old side leaves the new one's.
+    path = as_report(OLD.write(Path("campaign")))
+    report = json.loads(path.read_text())
+
+    def with_step_times(name, value, low, high):
+        for point in report["groups"][0]["points"]:
+            point["step_time_s"] = {"value": value, "low": low, "high": high, "num_launches": 6}
+        Path(name).write_text(json.dumps(report))
+        return Path(name)
+
+    old, new = with_step_times("old.json", 1, 1, 1), with_step_times("new.json", (low + high) / 2, low, high)
+    assert {row.outcome for row in compare(old, new).rows} == {outcome}
 
 
 def test_the_threshold_is_the_users():

@@ -37,7 +37,8 @@ class ReportArguments:
 class CompareArguments:
     """Compare a new campaign with an old one: exit code 1 where a step became slower, or a result wrong.
 
-    Slower means that even the low end of the 95 % interval of new over old is beyond the threshold.
+    Slower means that even the low end of the 95 % interval of new over old is beyond the threshold; faster, the high
+    end likewise. Intervals hold what differs between launches, and not what differs between the hours of two campaigns.
     """
 
     old: Annotated[Path, tyro.conf.Positional]

@@ -17,10 +17,17 @@ from torchreg.report.points import points_of
 from torchreg.scaling.records import launches_table, points_table, read_records
 from torchreg.scaling.statistics import Estimate, ratio_interval
 
-Outcome = Literal["regression", "faster", "same", "not clear", "too few launches to tell", "no result any more"]
+Outcome = Literal[
+    "regression", "faster", "same", "not slower", "not clear", "too few launches to tell", "no result any more"
+]
 
 _PLACE = ("machine", "device_name", "backend", "dtype", "runtime")
 _POINT = ("num_nodes", "ranks_per_node", "optimizer", "sync", "num_features", "global_batch_size")
+
+_HOURS = (
+    "a machine that was slower for a whole campaign is not in the intervals: to tell it from the code, measure both "
+    "once more"
+)
 
 Key = tuple[Hashable, ...]
 """The fields of `_PLACE` and `_POINT`: versions may differ, for they are what a comparison is often about."""
@@ -106,6 +113,7 @@ class Comparison:
             f"verdict      {what}" + (f" ({told})" if told else ""),
             *(f"wrong        {line}" for line in self.wrong),
             *(f"note         {note}" for note in self.notes),
+            *([f"note         {_HOURS}"] if any(row.outcome == "regression" for row in self.rows) else []),
         ]
 
     def as_json(self) -> dict[str, Any]:
@@ -128,7 +136,8 @@ class Comparison:
 def compare(old: Path, new: Path, threshold: float = 0.05) -> Comparison:
     """Compare two campaign directories, or report.json files of campaigns.
 
-    A point has become slower where even the low end of the interval of new over old is above 1 + threshold. From a
+    A point has become slower where even the low end of the interval of new over old is above 1 + threshold. Intervals
+    hold what differs between a campaign's launches, and not what differs between the hours of two campaigns. From a
     report.json only intervals are known: the ratio's is then the widest that they allow. Raises `ValueError` where
     nothing can be compared.
     """
@@ -168,10 +177,12 @@ def _row(key: Key, old: _Measured, new: _Measured, threshold: float) -> Row:
         outcome = "too few launches to tell"
     elif ratio.low > 1 + threshold:
         outcome = "regression"
-    elif ratio.high < 1:
+    elif ratio.high < 1 / (1 + threshold):
         outcome = "faster"
+    elif ratio.high > 1 + threshold:
+        outcome = "not clear"
     else:
-        outcome = "same" if ratio.high <= 1 + threshold else "not clear"
+        outcome = "same" if ratio.low >= 1 / (1 + threshold) else "not slower"
     return Row(_point(key), old.step_time.value, new.step_time.value, ratio, outcome)
 
 
