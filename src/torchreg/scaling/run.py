@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -39,6 +40,7 @@ _END_WITHIN_S = 8.0  # a scheduler's kill follows its signal after ten
 _CLAIM_ROOM_S = 60.0
 _MAY_CHANGE = ("repeats", "nodes", "ranks_per_node", "launcher", "launcher_args", "timeout_s", "launch_timeout_s")
 _LONGEST_REASON = 300
+_OF_HYDRA = re.compile(r"\[(proxy:\S+|mpiexec)@")
 
 
 @dataclass(frozen=True)
@@ -295,10 +297,13 @@ def _read_measured(path: Path) -> dict[str, Any] | None:
 def _reason(place: Path) -> str:
     """The line of the logs that tells best why a launch ended: torchreg's own error, or the last one on stderr.
 
-    Where stderr is empty a rank was killed, and the launcher says so on stdout in a banner.
+    MPICH's launcher tells the cause first, and then who called whom. Where stderr is empty a rank was killed, and the
+    launcher says so on stdout in a banner.
     """
     err, out = (_lines(place / log) for log in ("stderr.log", "stdout.log"))
     own = [line for line in err if line.startswith("torchreg: error")]
+    if err and _OF_HYDRA.match(err[-1]):
+        own += [line for line in err if _OF_HYDRA.match(line)]
     banner = " ".join(line.strip("= ") for line in out if "RUNNING AT" in line or "EXIT CODE" in line)
     return (own[:1] or err[-1:] or [banner or "nothing on stderr"])[0][:_LONGEST_REASON]
 
