@@ -124,18 +124,11 @@ def test_a_killed_rank_is_told_by_its_launchers_banner(play, tmp_path):
 
 
 def test_a_launcher_that_cannot_start_tells_the_cause_and_not_who_called_whom(play, tmp_path):
-    trace = [
-        '[proxy:0@vm] get (topo.c:378): no directive "nowhere"',
-        "[mpiexec@vm] main (mpiexec.c:270): error waiting",
-    ]
-    assert (
-        play(
-            f"import sys; print({trace[0]!r}, {trace[1]!r}, sep='\\n', file=sys.stderr); raise SystemExit(255)"
-        ).num_failed
-        == 4
-    )
+    cause = '[proxy:0@vm] get (topo.c:378): no directive "nowhere"'
+    trace = f"{cause}\n[mpiexec@vm] main (mpiexec.c:270): error waiting"
+    assert play(f"import sys; print({trace!r}, file=sys.stderr); raise SystemExit(255)").num_failed == 4
     record = json.loads((tmp_path / "campaign/launches/block-00-nodes-1-ranks-1/launch.json").read_text())
-    assert record["reason"] == f"exit code 255: {trace[0]}"
+    assert record["reason"] == f"exit code 255: {cause}"
 
 
 def test_a_launch_that_measures_nothing_or_ends_badly_after_it_is_a_failure(play, tmp_path):
