@@ -12,10 +12,11 @@ of the learning rates.
 """
 
 from torchreg.theory.curve import LearningCurve
-from torchreg.theory.dynamics import Dynamics, Order
+from torchreg.theory.dynamics import Dynamics
 from torchreg.theory.moments import ClosedForm, Matrix, Moments
 from torchreg.theory.rows import MAX_FEATURES, RowGradients
 from torchreg.theory.scaling import CriticalBatch, critical_batch_size, largest_stable_world_size
+from torchreg.theory.steps import Order
 
 __all__ = [
     "MAX_FEATURES",

@@ -24,19 +24,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchreg.theory.curve import LearningCurve, Steps, band
-from torchreg.theory.maps import both_sides, on_symmetric, pairs, spectral_radius, symmetric_basis
+from torchreg.theory.maps import spectral_radius, symmetric_basis
 from torchreg.theory.moments import Matrix
 from torchreg.theory.rows import RowGradients
-from torchreg.theory.sequential import higher_maps, sampled_batches
 from torchreg.theory.shuffle import ShuffledEpochs
+from torchreg.theory.steps import Order, step_maps
 
-Order = Literal["simultaneous", "sequential"]
 Sampling = Literal["random", "shuffle", "full"]
 
 _MOST_SHUFFLED_FEATURES = 4
 _MOST_SHUFFLED_STEPS = 512
 _BLOCK_STEPS = 64
-_NARROWEST = 1e-50  # of the widest direction: its fourth power is still a number
 
 
 @dataclass(frozen=True)
@@ -91,56 +89,25 @@ class Dynamics:
         `seed` is that of the batches that the `sequential` order samples. Raises `ValueError` for rates so far apart
         that one of them vanishes beside the other.
         """
-        num_rows, q = rows.rows.shape
-        root_rates = np.sqrt(np.array([rates[0]] * (q - 2) + [rates[1]]))
-        lengths = np.append(rows.feature_unit, 1.0) * root_rates
-        unit = float(lengths.max())
-        if lengths.min() < _NARROWEST * unit:
-            raise ValueError(
-                f"base_learning_rate is {rates[0]:.4g} (weight) and {rates[1]:.4g} (bias), too far apart to be "
-                f"computed with, for features of size {rows.feature_unit.max():.3g}: bring them closer"
-            )
-        factor = np.append(lengths / unit, 1.0)  # what turns the rows' units into those of δ̃
-        scaling = 2 * np.outer(factor[:-1], factor)
-        mean_q = np.zeros((q, q))
-        mean_q[:-1] = scaling * rows.mean
-        squares = pairs(mean_q, mean_q)
-        if rows.covariance is not None:
-            phi = max(0.0, (num_rows - global_batch_size) / (global_batch_size * (num_rows - 1)))
-            of_rows = rows.covariance * scaling.ravel() * scaling.reshape(-1, 1)
-            covariance = phi * of_rows
-            squares[:-1, :-1] += covariance.reshape(q - 1, q, q - 1, q).transpose(0, 2, 1, 3)
-        mean_maps, square_maps = [-mean_q], [-on_symmetric(both_sides(mean_q)), on_symmetric(squares)]
-        groups: list[tuple[Matrix, ...]] = []
-        if order == "sequential":
-            # A = (I − kBQ)(I − kWQ), W and B keeping the weight's rows and the bias's: I − kQ + k² BQWQ.
-            twice = np.zeros((q, q))
-            twice[-2] = np.einsum("jjc->c", squares[-2, :-2, :-2])
-            mean_maps.append(twice)
-            square_maps[1] = square_maps[1] + on_symmetric(both_sides(twice))
-            if rows.covariance is not None:
-                exact = tuple(square_maps)
-                draws = sampled_batches(rows.rows, global_batch_size, seed)
-                moments = mean_q[:-1], covariance
-                groups = [(*exact, *higher_maps(batches, factor, *moments)) for batches in draws]
-                square_maps += [np.mean([group[j] for group in groups], axis=0) for j in (2, 3)]
-        remainder = num_rows % global_batch_size if sampling == "shuffle" and rows.covariance is not None else 0
+        num_rows, num_features = len(rows.rows), len(rows.feature_unit)
+        maps = step_maps(rows, rates, global_batch_size, order, seed)
+        remainder = num_rows % global_batch_size if sampling == "shuffle" and maps.covariance is not None else 0
         steps_per_epoch = math.ceil(num_rows / global_batch_size)
         shuffled = None
-        is_small = q - 2 <= _MOST_SHUFFLED_FEATURES and 1 < steps_per_epoch <= _MOST_SHUFFLED_STEPS
-        if sampling == "shuffle" and order == "simultaneous" and is_small:
-            shuffled = ShuffledEpochs(num_rows, global_batch_size, mean_q, of_rows.reshape(q - 1, q, q - 1, q))
+        is_small = num_features <= _MOST_SHUFFLED_FEATURES and 1 < steps_per_epoch <= _MOST_SHUFFLED_STEPS
+        if sampling == "shuffle" and order == "simultaneous" and is_small and maps.covariance is not None:
+            shuffled = ShuffledEpochs(num_rows, global_batch_size, maps.mean_q, maps.covariance)
             remainder = 0
         return cls(
-            criterion="mean" if rows.covariance is None else "mean square",
-            rate_unit=unit**2,
-            scale=unit / (root_rates * rows.error_unit),
+            criterion="mean" if maps.covariance is None else "mean square",
+            rate_unit=maps.rate_unit,
+            scale=maps.scale,
             error_unit=rows.error_unit,
-            gram=mean_q[:-1, :-1] / 2,
+            gram=maps.mean_q[:-1, :-1] / 2,
             order=order,
-            mean_maps=tuple(mean_maps),
-            square_maps=tuple(square_maps),
-            groups=tuple(groups) if len(groups) > 1 else (),
+            mean_maps=maps.mean_maps,
+            square_maps=maps.square_maps,
+            groups=maps.groups if len(maps.groups) > 1 else (),
             steps_per_epoch=steps_per_epoch,
             shuffled=shuffled,
             short=cls.of(rows, rates, remainder, order, seed=seed) if remainder else None,

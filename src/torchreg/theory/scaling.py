@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from torchreg.theory.dynamics import Dynamics, Order, Sampling
+from torchreg.theory.dynamics import Dynamics, Sampling
 from torchreg.theory.moments import Matrix
 from torchreg.theory.rows import RowGradients
+from torchreg.theory.steps import Order
 
 _TRIED_MULTIPLIERS = np.geomspace(0.95, 1 / 64, 25)  # of the stability limit
 
