@@ -23,11 +23,12 @@ def test_ranks_share_only_the_cpus_that_they_have_in_common(own, of_node, thread
     assert threads_for(own, of_node) == threads
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not bind processes")
-def test_a_bound_process_knows_its_cpus():
-    before = os.sched_getaffinity(0)
-    try:
-        os.sched_setaffinity(0, {min(before)})
-        assert own_cpus() == 1 << min(before)
-    finally:
-        os.sched_setaffinity(0, before)
+def test_a_bound_process_knows_its_cpus(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3}, raising=False)
+    assert own_cpus() == 0b1001
+
+
+def test_where_a_system_binds_nobody_all_cpus_are_everybodys(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on a Mac
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert own_cpus() == 0b111

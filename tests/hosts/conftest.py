@@ -9,6 +9,6 @@ from ..fault_matrix import matrix
 def nodes():
     made = matrix.Nodes()
     if reason := made.missing():
-        pytest.skip(reason)
+        pytest.skip(f"two nodes cannot be made of this machine: {reason}")
     with made.up(2):
         yield made

@@ -9,9 +9,11 @@ from torchreg import timing
 from torchreg.config import TrainConfig
 from torchreg.data import Standardizer, load_table
 from torchreg.runtime import open_runtime
+from torchreg.scaling import measure, target
 from torchreg.scaling.answer import make_rows
-from torchreg.scaling.campaign import Setting
+from torchreg.scaling.campaign import Campaign, Launch, Setting
 from torchreg.scaling.loop import StepLoop
+from torchreg.step_errors import StepErrors
 from torchreg.train import train
 
 
@@ -71,3 +73,49 @@ def test_the_steps_that_are_timed_are_those_of_training(optimizer, tmp_path):
     weight, bias = loop.parameters() * table.target.std()  # the loop's prices are in standard deviations
     weight_out, bias_out = Standardizer.of(table.features, standardize=True).parameters_out([weight], bias)
     assert [*result.weight, result.bias] == pytest.approx([*weight_out, bias_out], rel=1e-10)
+
+
+def test_the_losses_of_timed_steps_are_added_up_as_often_as_in_training(monkeypatch):
+    sums = []
+    add_up = StepErrors.add_up
+    monkeypatch.setattr(StepErrors, "add_up", lambda self: sums.append(len(self.errors)) or add_up(self))
+    with open_runtime(device="cpu") as runtime:
+        rows = make_rows(551, 1, runtime, torch.float64)
+        loop = StepLoop.of(Setting("hand", "none", 1, 64), rows.x, rows.y, rows.safe_rate, runtime)
+        for count in (30, 220):  # 250 steps: two sums of a hundred, and fifty that wait
+            loop.take_steps(count)
+        loop.take_rows(100)  # which have no losses
+    assert sums == [100, 100]
+
+
+def test_the_run_to_the_target_stands_between_two_halves_of_the_window(monkeypatch):
+    # Where one came after the other, times that wander gave one setting in 16 a prediction 16 % off.
+    order = []
+
+    def half(runtime, take_steps, window_s, step_time_s):
+        order.append(window_s)
+        take_steps(3)
+        return 3, [0.5]
+
+    monkeypatch.setattr(measure, "time_window", half)
+    with open_runtime(device="cpu") as runtime:
+        rows = make_rows(551, 1, runtime, torch.float64)
+
+        def run():
+            order.append("run")
+            return {"measured_steps": 7}
+
+        point = measure._measure_point(Setting("hand", "none", 1, 64), rows, runtime, 1.0, run)
+    assert order == [0.5, "run", 0.5]
+    assert (point["num_steps"], point["window_s"], point["target"]) == (6, 1.0, {"measured_steps": 7})
+
+
+def test_a_short_run_to_the_target_is_repeated_and_its_time_is_the_mean(monkeypatch, tmp_path):
+    # A tenth of a window of 1 s is asked for: 0.02 + 0.03 + 0.04 s are less, and 0.07 s more are enough.
+    times_s = iter([0.02, 0.03, 0.04, 0.07])
+    monkeypatch.setattr(target, "_crossing", lambda run, best_loss, target_excess: (10.5, next(times_s)))
+    campaign = Campaign(num_features=(1,), window_s=1.0, base_learning_rate=0.05)
+    with open_runtime(device="cpu") as runtime:
+        told = target.run_to_target(campaign, Launch(0, 1, 1, 3), Setting("hand", "none", 1, 64), runtime, tmp_path)
+    assert told["measured_steps"] == 10.5
+    assert told["measured_time_s"] == pytest.approx(0.16 / 4)

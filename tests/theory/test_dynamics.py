@@ -231,6 +231,10 @@ def test_what_one_batch_has_too_much_of_the_next_one_lacks():
     assert epochs.epoch(start, 0.25)[0, 0] == pytest.approx(1 / 16)
     halfway = epochs.second_moment(epochs.step(epochs.begin(start), 0, 0.25))
     assert halfway[0, 0] == pytest.approx(1 / 4)
+    # The next epoch's y′ is independent: (δ + y′)/2 with (1/16 + 1)/4 = 17/64, then (δ − y′)/4 with 17/256. At rate 1/2
+    # each step goes to its own target, δ² = 1; back at 1/4, (δ + y″)/2 has (1 + 1)/4. A change of rates is not missed.
+    told = [moments[0] for moments in epochs.moments(start, [0.25] * 4 + [0.5] * 4 + [0.25])]
+    assert told == pytest.approx([0, 1 / 4, 1 / 16, 17 / 64, 17 / 256, 1, 1, 1, 1, 1 / 2])
 
 
 def test_a_short_last_batch_raises_the_floor_and_lowers_the_limit():

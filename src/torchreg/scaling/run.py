@@ -301,11 +301,11 @@ def _reason(place: Path) -> str:
     launcher says so on stdout in a banner.
     """
     err, out = (_lines(place / log) for log in ("stderr.log", "stdout.log"))
-    own = [line for line in err if line.startswith("torchreg: error")]
+    causes = [line for line in err if line.startswith("torchreg: error")]
     if err and _OF_HYDRA.match(err[-1]):
-        own += [line for line in err if _OF_HYDRA.match(line)]
+        causes += [line for line in err if _OF_HYDRA.match(line)]
     banner = " ".join(line.strip("= ") for line in out if "RUNNING AT" in line or "EXIT CODE" in line)
-    return (own[:1] or err[-1:] or [banner or "nothing on stderr"])[0][:_LONGEST_REASON]
+    return (causes[:1] or err[-1:] or [banner or "nothing on stderr"])[0][:_LONGEST_REASON]
 
 
 def _lines(log: Path) -> list[str]:
