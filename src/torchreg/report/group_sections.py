@@ -8,7 +8,7 @@ from typing import Any
 
 from torchreg.figures.panels import best_model, combination_of
 from torchreg.figures.pictures import Picture, place_text, scopes_of, slug
-from torchreg.figures.quantities import count, in_unit, number
+from torchreg.figures.quantities import count, in_unit, number, ranks
 from torchreg.figures.scaling import draw_allreduce, draw_breakdown, draw_models, draw_scaling
 from torchreg.figures.targets import draw_steps, draw_targets
 from torchreg.report.cells import (
@@ -242,7 +242,7 @@ def _targets(group: Json, index: int) -> Section | None:
         for target in group["targets"]
         if not all(row["is_stable"] for row in target["rows"])
         for most in [target["stable_up_to_world_size"]]
-        for place in [f"{most} rank{'s' * (most != 1)}" if most else "no world size"]
+        for place in [ranks(most) if most else "no world size"]
     )
     steps = draw_steps(group, index)
     section = _by_scope(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any
 
-from torchreg.figures.quantities import ranks
+from torchreg.figures.quantities import in_unit, ranks
 
 GOOD = 0.8  # the efficiency that counts as scaling well
 
@@ -102,12 +102,4 @@ def what_bounds(series: Mapping[str, Any], points: Mapping[str, Mapping[str, Any
 
 
 def _of_lost(part: float, lost: float) -> str:
-    return f"{seconds(part)} of the {seconds(lost)} that a step takes beyond ideal scaling"
-
-
-def seconds(value: float) -> str:
-    """Three digits in a unit that fits."""
-    for factor, unit in ((1, "s"), (1e3, "ms")):
-        if abs(value) * factor >= 1:
-            return f"{value * factor:.3g} {unit}"
-    return f"{value * 1e6:.3g} µs"
+    return f"{in_unit([part], 's')} of the {in_unit([lost], 's')} that a step takes beyond ideal scaling"

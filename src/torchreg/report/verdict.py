@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from torchreg.figures.quantities import features, ranks
-from torchreg.report.limits import how_far, seconds, what_bounds
+from torchreg.figures.quantities import features, in_unit, ranks
+from torchreg.report.limits import how_far, what_bounds
 from torchreg.report.targets import soonest_and_cheapest
 
 _MOST_NAMED = 2  # settings in one sentence
@@ -177,12 +177,10 @@ def _choice(
 ) -> dict[str, Any]:
     one = series[row["series"]]
     how = f"{one['optimizer']}/{one['sync']}, global batch {row['global_batch_size']}"
-    price = seconds(row["time_s"]["value"]) if cost == "time_s" else f"{row['node_hours']:.2g} node-hours"
-    text = f"{which}, {goal} with {ranks(row['world_size'])} ({how}): {price}, {row['time_from']}"
+    text = f"{which}, {goal} with {ranks(row['world_size'])} ({how}): {_price(row, cost)}, {row['time_from']}"
     other = row["runner_up"]
     if other is not None:
-        amount = seconds(other["time_s"]["value"]) if cost == "time_s" else f"{other['node_hours']:.2g} node-hours"
-        text += f"; next {ranks(other['world_size'])} with {amount}"
+        text += f"; next {ranks(other['world_size'])} with {_price(other, cost)}"
         if _overlap(row, other, cost):
             text += ", which is no clear difference"
     fields = ("world_size", "num_nodes", "global_batch_size", "time_s", "time_from", "node_hours", "series")
@@ -195,6 +193,10 @@ def _choice(
         "sync": one["sync"],
         **{field: row[field] for field in fields},
     }
+
+
+def _price(row: Mapping[str, Any], cost: str) -> str:
+    return in_unit([row["time_s"]["value"]], "s") if cost == "time_s" else f"{row['node_hours']:.2g} node-hours"
 
 
 def _overlap(row: Mapping[str, Any], other: Mapping[str, Any], cost: str) -> bool:
