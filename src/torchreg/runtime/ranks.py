@@ -307,6 +307,7 @@ def open_runtime(
     runtime: Literal["auto", "ezpz", "torch"] = "auto",
     device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = "auto",
     sync: AnySync = "ddp",
+    dtype: Literal["auto", "float32", "float64"] = "auto",
     timeout_s: float = 300.0,
     run: Mapping[str, object] | None = None,
 ) -> Runtime:
@@ -323,7 +324,7 @@ def open_runtime(
         mpi.finalize_within(timeout_s)
     device_type, problem = "cpu", None
     try:
-        device_type = choose_device_type(device, sync, launcher.world_size)
+        device_type = choose_device_type(device, sync, launcher.world_size, dtype)
     except ValueError as error:
         if launcher.world_size == 1:
             raise
