@@ -191,7 +191,9 @@ def steps(device: str) -> Iterator[Row]:
             torch.cuda.set_sync_debug_mode("warn")
             loop.take_steps(200)
             torch.cuda.set_sync_debug_mode("default")
-        waits = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
+        waits = Counter(
+            f"{Path(w.filename).name}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)
+        )
         expected = "2, one for each 100 losses"
         yield Row(f"{name}: waits in 200 steps", str(dict(waits) or 0), expected, sum(waits.values()) <= 2)
         with torch.profiler.profile(activities=activities) as profile:
@@ -260,7 +262,8 @@ def two_ranks(device: str) -> Iterator[Row]:
     command = [*ranks, "-m", "torchreg", "train", "--device", device, "--runtime", "torch", "--max-steps", "5"]
     one_gpu = {**os.environ, "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(command, cwd=folder, env=one_gpu, capture_output=True, text=True, timeout=60, check=False)
+        command += ["--runs-dir", folder]
+        done = subprocess.run(command, env=one_gpu, capture_output=True, text=True, timeout=60, check=False)
     reasons = [line for line in done.stderr.splitlines() if line.startswith("torchreg: error")]
     refused = len(reasons) == 1 and "have one cuda device" in reasons[0]
     yield Row("torchreg train", " ".join(reasons) or done.stderr[-300:], "refused, once, with the device", refused)
