@@ -340,8 +340,9 @@ def open_runtime(
 
     failure = Failure(launcher.rank, host, mpi_comm)
     watchdog = Watchdog(timeout_s, failure.end)
+    address = f" at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}" if mpi_comm is None else ""
     with failure:
-        with watchdog.over("to come together"):
+        with watchdog.over(f"to come together{address}"):
             failure.store = store = meet(launcher, mpi_comm, timeout_s)
             agree = partial(ask_main_rank, store, launcher=launcher, timeout_s=timeout_s)
             facts = {"host": host, "cpus": own_cpus(), "device": device_type, "problem": problem, "job": own_job()}

@@ -232,7 +232,9 @@ def _serve(launcher: Launcher, address: str, port: int, timeout: timedelta) -> T
             (own if _is_loopback(address) else "", port), family=family, backlog=launcher.world_size
         )
     except OSError as error:
-        raise ValueError(f"MASTER_PORT is {port}, which is taken ({error.strerror}): choose another") from error
+        raise ValueError(
+            f"MASTER_PORT is {port}, which is taken ({os.strerror(error.errno or 0)}): choose another"
+        ) from error
     return TCPStore(
         own if family == socket.AF_INET else "::1",
         listener.getsockname()[1],
