@@ -10,8 +10,8 @@ from typing import Any
 from torchreg.batches import DEFAULT_LOCAL_BATCH_SIZE
 from torchreg.config import LRScaling, TrainConfig
 from torchreg.forecast import Curve, Forecast, percent
-from torchreg.prepare import Problem, base_rates, prepare, scale_at, stable_world_size
-from torchreg.theory import CriticalBatch, critical_batch_size
+from torchreg.prepare import SEQUENTIAL_LEFT_OUT, Problem, base_rates, prepare, scale_at, stable_world_size
+from torchreg.theory import MAX_SEQUENTIAL, CriticalBatch, critical_batch_size
 
 _POLARIS_NODE = 4  # ranks, one a GPU
 _RULES: tuple[LRScaling, ...] = ("linear", "sqrt", "none")
@@ -95,10 +95,10 @@ class Plan:
             if not row.forecast.is_stable:
                 rows.append([f"!{cells[0]}", *cells[1:], over, "diverges", "never", "", "", ""])
                 continue
-            steps = row.forecast.steps_to_target
+            steps, searched = row.forecast.steps_to_target, row.forecast.steps_searched
             rows.append([
                 *cells, over, "stable",
-                f"{steps:,}" if steps is not None else "never" if row.end else "",
+                f"{steps:,}" if steps is not None else f"> {searched:,}" if searched else "never" if row.end else "",
                 "" if row.samples_to_target is None else f"{row.samples_to_target:,}",
                 "left out" if math.isnan(row.forecast.noise_floor) else percent(row.forecast.noise_floor),
                 percent(row.end.excess[-1]) if row.end else "",
@@ -258,6 +258,8 @@ def _notes(config: TrainConfig, forecast: Forecast, problem: Problem) -> tuple[s
             else "shuffle sampling is approximated by independent batches, which puts the floor too high; --sampling "
             "random is predicted exactly"
         )
+    if config.update_order == "sequential" and problem.table.num_features > MAX_SEQUENTIAL:
+        notes.append(SEQUENTIAL_LEFT_OUT)
     if forecast.stability_limit_error:
         notes.append(
             "the sequential order is predicted from sampled batches: standard error of the limit "

@@ -227,10 +227,10 @@ def test_what_one_batch_has_too_much_of_the_next_one_lacks():
     epochs = ShuffledEpochs(
         2, 1, np.array([[2.0, 0.0], [0.0, 0.0]]), np.zeros((1, 2, 1, 2)) + np.diag([0.0, 4.0])[None, :, None, :]
     )
-    start = np.diag([0.0, 1.0])
-    assert epochs.epoch(start, 0.25)[0, 0] == pytest.approx(1 / 16)
-    halfway = epochs.second_moment(epochs.step(epochs.begin(start), 0, 0.25))
-    assert halfway[0, 0] == pytest.approx(1 / 4)
+    start = np.array([0.0, 0.0, 1.0])  # the coordinates of [[δ², δ], [δ, 1]]
+    halfway, end = epochs.epoch(0.25)
+    assert (halfway @ start)[0] == pytest.approx(1 / 4)
+    assert (end @ start)[0] == pytest.approx(1 / 16)
     # The next epoch's y′ is independent: (δ + y′)/2 with (1/16 + 1)/4 = 17/64, then (δ − y′)/4 with 17/256. At rate 1/2
     # each step goes to its own target, δ² = 1; back at 1/4, (δ + y″)/2 has (1 + 1)/4. A change of rates is not missed.
     told = [moments[0] for moments in epochs.moments(start, [0.25] * 4 + [0.5] * 4 + [0.25])]

@@ -10,6 +10,7 @@ from torchreg.theory.maps import on_symmetric
 from torchreg.theory.moments import Matrix
 
 _SAMPLED_BATCHES = 2_048
+_SAMPLED_ROWS = 2**22  # over all batches: the more rows a batch has, the less its moments scatter
 _SAMPLE_GROUPS = 8
 
 
@@ -19,37 +20,44 @@ def sampled_batches(rows: Matrix, global_batch_size: int, seed: int) -> Iterator
         yield rows[None]
         return
     generator = np.random.default_rng(seed)
+    num_batches = min(_SAMPLED_BATCHES, max(2 * _SAMPLE_GROUPS, _SAMPLED_ROWS // global_batch_size))
     for _ in range(_SAMPLE_GROUPS):
         draws = [
             generator.choice(len(rows), global_batch_size, replace=False, shuffle=False)
-            for _ in range(_SAMPLED_BATCHES // _SAMPLE_GROUPS)
+            for _ in range(num_batches // _SAMPLE_GROUPS)
         ]
         yield rows[np.array(draws)]
 
 
-def higher_maps(batches: Matrix, factor: Matrix, mean: Matrix, covariance: Matrix) -> tuple[Matrix, Matrix]:
+def higher_maps(batches: Matrix, factor: Matrix, mean: Matrix, root: Matrix) -> tuple[Matrix, Matrix]:
     """The k³ and k⁴ terms of E[A⊗A] in the sequential order, from batches (batches, rows, p + 1).
 
-    The sampled mean_B(Q) are adjusted to the exact `mean` (p, p + 1) and `covariance` (p(p + 1), p(p + 1)): with the
-    exact terms in k and k² the map is then that of one distribution, which keeps it positive, and little of the
-    sampling error is left.
+    The sampled mean_B(Q) are adjusted to the exact `mean` (p, p + 1) and covariance, whose root is `root`
+    (p(p + 1), p(p + 1)): with the exact terms in k and k² the map is then that of one distribution, which keeps it
+    positive, and little of the sampling error is left.
     """
     b = batches * factor
     q = b.shape[-1]
     sampled = (2 * b[:, :, :-1].swapaxes(1, 2) @ b / b.shape[1]).reshape(len(b), -1)
     deviations = sampled - sampled.mean(axis=0)
-    adjusted = deviations @ _root(deviations.T @ deviations / len(b), -0.5) @ _root(covariance, 0.5)
+    adjusted = deviations @ covariance_root(deviations.T @ deviations / len(b), -0.5) @ root
     gradients = np.zeros((len(b), q, q))
     gradients[:, :-1] = (mean.ravel() + adjusted).reshape(len(b), q - 1, q)
     twice = np.zeros_like(gradients)
     twice[:, -2] = np.einsum("nj,njc->nc", gradients[:, -2, :-2], gradients[:, :-2])
-    crossed = np.einsum("nib,njc->ijbc", gradients, twice) / len(b)
-    third = crossed + crossed.transpose(1, 0, 3, 2)
-    return -on_symmetric(third), on_symmetric(np.einsum("nib,njc->ijbc", twice, twice) / len(b))
+    crossed = _mean_pairs(gradients, twice)
+    return -on_symmetric(crossed + crossed.transpose(1, 0, 3, 2)), on_symmetric(_mean_pairs(twice, twice))
 
 
-def _root(covariance: Matrix, power: float) -> Matrix:
+def covariance_root(covariance: Matrix, power: float) -> Matrix:
     """A power of a positive semidefinite matrix on its range."""
     values, vectors = np.linalg.eigh(covariance)
     in_range = values > 1e-10 * max(values[-1], 0.0)
     return np.asarray((vectors[:, in_range] * values[in_range] ** power) @ vectors[:, in_range].T)
+
+
+def _mean_pairs(left: Matrix, right: Matrix) -> Matrix:
+    """The mean over n of left_n ⊗ right_n as an array [i, j, b, c], from (n, q, q)."""
+    num, q, _ = left.shape
+    product = left.reshape(num, -1).T @ right.reshape(num, -1) / num
+    return product.reshape(q, q, q, q).transpose(0, 2, 1, 3)
