@@ -10,7 +10,7 @@ import numpy as np
 from torchreg.theory.maps import both_sides, on_symmetric, pairs
 from torchreg.theory.moments import Matrix
 from torchreg.theory.rows import RowGradients
-from torchreg.theory.sequential import covariance_root, higher_maps, sampled_batches
+from torchreg.theory.sequential import covariance_root, higher_maps, sampled_deviations
 
 Order = Literal["simultaneous", "sequential"]
 
@@ -91,8 +91,8 @@ def step_maps(
         square_maps[1] = square_maps[1] + on_symmetric(both_sides(twice))
         exact = tuple(square_maps)
         root = covariance_root(of_batch, 0.5)
-        draws = sampled_batches(rows.rows, global_batch_size, seed)
-        groups = [(*exact, *higher_maps(batches, factor, mean_q[:-1], root)) for batches in draws]
+        sampled = sampled_deviations(rows.rows * factor, root, global_batch_size, seed)
+        groups = [(*exact, *higher_maps(deviations, mean_q[:-1], root)) for deviations in sampled]
         square_maps += [np.mean([group[j] for group in groups], axis=0) for j in (2, 3)]
     return replace(
         maps,
