@@ -95,7 +95,8 @@ class Standardizer:
 
     def parameters_out(self, weight: Matrix, bias: float) -> tuple[Matrix, float]:
         """The model's parameters in the data's units."""
-        return weight / self.scale, float(bias - (weight / self.scale) @ self.mean)
+        with np.errstate(over="ignore", invalid="ignore"):  # parameters of a run that diverged
+            return weight / self.scale, float(bias - (weight / self.scale) @ self.mean)
 
 
 def load_table(

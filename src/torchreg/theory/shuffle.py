@@ -49,7 +49,7 @@ class ShuffledEpochs:
         start = self._start
         total = np.zeros_like(start)
         for constant, linear, quadratic in self._changes:
-            total = total + (constant + k * linear + k**2 * quadratic) @ (start + total)
+            total = total + (constant + k * (linear + k * quadratic)) @ (start + total)
             yield start.T @ total
 
     def moments(self, second_moment: Matrix, multiples: Iterable[float]) -> Iterator[Matrix]:

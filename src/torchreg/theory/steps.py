@@ -57,7 +57,8 @@ def step_maps(
             f"{given}, too far apart to be computed with, for features of size {rows.feature_unit.max():.3g}: bring "
             "them closer"
         )
-    if not 1 / _EXTREME < unit**2 < _EXTREME:
+    rate_unit = unit * unit
+    if not 1 / _EXTREME < rate_unit < _EXTREME:
         small = unit < 1
         raise ValueError(
             f"{given}, too {'small' if small else 'large'} to be computed with, for features of size "
@@ -68,7 +69,7 @@ def step_maps(
     scaling = np.outer(factor[:-1], factor, out=mean_q[:-1])
     scaling *= 2
     scaling *= rows.mean
-    maps = StepMaps(unit**2, unit / (root_rates * rows.error_unit), mean_q)
+    maps = StepMaps(rate_unit, unit / (root_rates * rows.error_unit), mean_q)
     # A = (I − kBQ)(I − kWQ) in the sequential order, W and B keeping the weight's rows and the bias's:
     # I − kQ + k² BQWQ.
     twice = np.zeros((q, q) if order == "sequential" else (0, 0))
