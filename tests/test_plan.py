@@ -148,6 +148,19 @@ def test_a_perfect_line_is_planned_without_multiples_of_its_loss(capsys):
     assert "target_excess is 0.1, a fraction of the closed form's loss, which is 0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("offset", [0, 1e12])
+@pytest.mark.parametrize("options", [["--sampling", "random"], ["--recipe", "homework"]])
+def test_directions_that_float64_cannot_see_are_planned_for_all_the_same(offset, options, capsys):
+    # Raw features with a large offset, or nearly alike: the flattest direction is lost beside the steepest.
+    alike = [(100 + i % 7 + 1e-6 * (i % 5), 100 + i % 7, i % 11) for i in range(120)]
+    lines = [f"{offset + a + (i if offset else 0)!r},{b!r},{y}" for i, (a, b, y) in enumerate(alike)]
+    Path("alike.csv").write_text("\n".join(["a,b,y", *lines]))
+    columns = ["--data", "alike.csv", "--features", "a", "b", "--target", "y", "--no-standardize"]
+    rates = ["--base-learning-rate", "1e-30", "1e-10", "--world-sizes", "1"]
+    assert main(["plan", *options, *columns, *rates]) == 0
+    assert "stable" in capsys.readouterr().out
+
+
 @pytest.mark.timeout(60)  # W2: it took nine minutes
 def test_tiny_rates_are_planned_as_soon_as_others(capsys):
     options = ["--no-standardize", "--base-learning-rate", "1e-7", "1e-7", "--sampling", "random", "--json"]

@@ -69,12 +69,13 @@ class Plan:
     def heading(self) -> list[str]:
         """What is planned for, in lines."""
         features = f"{self.num_features} feature{'s' * (self.num_features > 1)}"
+        flattest, steepest = self.curvature
+        ratio = f"{steepest / flattest:.3g}" if flattest > 0 else "more than 1e+16"
         return [
             f"plan         {self.source}: {self.num_rows} rows, {features}; lr_scaling {self.lr_scaling}",
             f"closed form  mean squared error {self.best_loss:.6g}, R² {self.r_squared:.3g}; losses below are in "
             "percent above it",
-            f"curvature    {self.curvature[0]:.4g} to {self.curvature[1]:.4g}, the steepest direction "
-            f"{self.curvature[1] / self.curvature[0]:.3g} times the flattest",
+            f"curvature    {flattest:.4g} to {steepest:.4g}, the steepest direction {ratio} times the flattest",
         ]
 
     def table(self) -> tuple[list[str], list[list[str]]]:

@@ -303,29 +303,28 @@ class Dynamics:
                 state = state - k * self.rate_unit * rates * state
                 yield state
             return
-        change, before = lru_cache(maxsize=2)(self._change), math.nan
+        change, maps, before = (
+            lru_cache(maxsize=2)(self._change),
+            [self._maps(short) for short in (False, True)],
+            math.nan,
+        )
         for step, k in enumerate(factors):
             is_short = self.short is not None and (step + 1) % self.steps_per_epoch == 0
             if k == before:
                 state = state + change(k, is_short) @ state
             else:  # not worth a matrix
-                maps = self._maps(is_short)
-                state = state + np.float64(k * self.rate_unit) ** np.arange(1, len(maps) + 1) @ (maps @ state)
+                powers = np.float64(k * self.rate_unit) ** np.arange(1, len(maps[is_short]) + 1)
+                state = state + powers @ (maps[is_short] @ state)
             before = k
             yield state
 
     def _change(self, k: float, is_short: bool = False) -> Matrix:
-        """What one step adds to a state, as a matrix."""
+        """What one step, or the short one that ends an epoch, adds to a state, as a matrix."""
         return self._polynomial(self._maps(is_short), k)
 
     def _maps(self, is_short: bool) -> Matrix:
-        """`mean_maps` or `square_maps`, of the short step that ends an epoch or of the others."""
         source = self.short if is_short and self.short else self
-        return source._stacked
-
-    @cached_property
-    def _stacked(self) -> Matrix:
-        return np.array(self.mean_maps if self.criterion == "mean" else self.square_maps)
+        return np.array(source.mean_maps if self.criterion == "mean" else source.square_maps)
 
     def _epoch_change(self, k: float) -> Matrix:
         """What one step, or an epoch whose last batch is short, adds to a state: E[A⊗A] − I.

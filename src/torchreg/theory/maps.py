@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torchreg.theory.moments import Matrix
 
 _LOOKS = 64
+_STILL = 1e-12
 
 
 def pairs(left: Matrix, right: Matrix) -> Matrix:
@@ -58,13 +59,15 @@ def is_contraction(change: Matrix, interior: Matrix) -> bool:
 
     For a map that keeps positive matrices positive, the spectral radius is below 1 if and only if
     X = interior + map(X) has a positive definite solution, whatever the positive definite `interior` (Krasnosel'skii
-    1964, §2): a linear system in place of all eigenvalues.
+    1964, §2): a linear system in place of all eigenvalues. Growth of less than 1e-12 a move does not count: rounding
+    may feign it in a direction that stands still.
     """
     if not np.isfinite(change).all():
         return False
-    basis = symmetric_basis(len(interior))
+    size, basis = len(change), symmetric_basis(len(interior))
+    interior = interior + _STILL * np.trace(interior) * np.eye(len(interior))
     try:
-        solution = np.linalg.solve(-change, basis @ interior.ravel())
+        solution = np.linalg.solve(_STILL * np.eye(size) - (1 - _STILL) * change, basis @ interior.ravel())
     except np.linalg.LinAlgError:
         return False
     return bool(np.linalg.eigvalsh((solution @ basis).reshape(interior.shape))[0] > 0)

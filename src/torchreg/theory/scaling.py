@@ -33,7 +33,7 @@ def largest_stable_world_size(
 
     def is_stable(world_size: int) -> bool:
         batch_size = world_size * local_batch_size
-        return Dynamics.of(rows, base_rates, batch_size, order, sampling).is_stable(scale(batch_size))
+        return scale(batch_size) < Dynamics.of(rows, base_rates, batch_size, order, sampling).largest_multiplier()
 
     low, high = 0, max(1, rows.num_rows // local_batch_size)
     if is_stable(high):
