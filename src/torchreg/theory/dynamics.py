@@ -96,21 +96,8 @@ class Dynamics:
         """
         # The mean does not depend on the batches.
         key = (rates, order) if rows.covariance is None else (rates, order, global_batch_size, sampling, seed)
-        if key not in rows.known:
-            rows.known[key] = cls._of(rows, rates, global_batch_size, order, sampling, seed)
-        found: Dynamics = rows.known[key]
-        return found
-
-    @classmethod
-    def _of(
-        cls,
-        rows: RowGradients,
-        rates: tuple[float, float],
-        global_batch_size: int,
-        order: Order,
-        sampling: Sampling,
-        seed: int,
-    ) -> Dynamics:
+        if key in rows.known:
+            return rows.known[key]
         num_rows, num_features = rows.num_rows, len(rows.feature_unit)
         maps = step_maps(rows, rates, global_batch_size, order, seed)
         steps_per_epoch, remainder, shuffled = math.ceil(num_rows / global_batch_size), 0, None
@@ -120,7 +107,7 @@ class Dynamics:
             if order == "simultaneous" and is_small:
                 shuffled = ShuffledEpochs(num_rows, global_batch_size, maps.mean_q, maps.covariance)
                 remainder = 0
-        return cls(
+        rows.known[key] = cls(
             criterion="mean" if maps.covariance is None else "mean square",
             rate_unit=maps.rate_unit,
             scale=maps.scale,
@@ -135,6 +122,7 @@ class Dynamics:
             shuffled=shuffled,
             short=cls.of(rows, rates, remainder, order, seed=seed) if remainder else None,
         )
+        return rows.known[key]
 
     def times(self, multiple: float) -> Dynamics:
         """The dynamics of the rates times `multiple`."""

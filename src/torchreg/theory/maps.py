@@ -20,11 +20,6 @@ def pairs(left: Matrix, right: Matrix) -> Matrix:
     return np.einsum("ib,jc->ijbc", left, right)
 
 
-def both_sides(matrix: Matrix) -> Matrix:
-    """The map Z ↦ matrix Z + Z matrixᵀ."""
-    return both_ways(matrix, np.eye(len(matrix)))
-
-
 def both_ways(left: Matrix, right: Matrix) -> Matrix:
     """The map Z ↦ left Z rightᵀ + right Z leftᵀ."""
     return pairs(left, right) + pairs(right, left)

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from torchreg.theory.maps import both_sides, on_symmetric, pairs
+from torchreg.theory.maps import both_ways, on_symmetric, pairs
 from torchreg.theory.moments import Matrix
 from torchreg.theory.rows import RowGradients
 from torchreg.theory.sequential import covariance_root, higher_maps, sampled_deviations
@@ -84,12 +84,12 @@ def step_maps(
     of_batch = phi * of_rows
     squares = pairs(mean_q, mean_q)
     squares[:-1, :-1] += of_batch.reshape(q - 1, q, q - 1, q).transpose(0, 2, 1, 3)
-    mean_maps, square_maps = [-mean_q], [-on_symmetric(both_sides(mean_q)), on_symmetric(squares)]
+    mean_maps, square_maps = [-mean_q], [-on_symmetric(both_ways(mean_q, np.eye(q))), on_symmetric(squares)]
     groups: list[tuple[Matrix, ...]] = []
     if order == "sequential":
         twice[-2] = np.einsum("jjc->c", squares[-2, :-2, :-2])
         mean_maps.append(twice)
-        square_maps[1] = square_maps[1] + on_symmetric(both_sides(twice))
+        square_maps[1] = square_maps[1] + on_symmetric(both_ways(twice, np.eye(q)))
         exact = tuple(square_maps)
         root = covariance_root(of_batch, 0.5)
         sampled = sampled_deviations(rows.rows * factor, root, global_batch_size, seed)
