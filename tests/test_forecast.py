@@ -124,3 +124,33 @@ def test_train_tells_its_forecast_before_the_first_step_and_records_it(capsys):
     assert record["curve"]["steps"][-1] == 30
     assert record["noise_floor"] == expected.noise_floor
     assert expected.told() in lines[place]
+
+
+@pytest.mark.timeout(60)  # W2: it took 101 s
+def test_sixteen_features_in_the_sequential_order_are_predicted_soon():
+    told = forecast_of(with_recipe("homework", num_rows=1_000, num_features=16))
+    assert told.steps_to_target > 1_000_000
+    assert 0 < told.stability_limit_error < 0.01 * told.stability_limit
+
+
+@pytest.mark.parametrize("num_features", [100, 1_000])
+@pytest.mark.timeout(60)  # W1: 100 features took 47 s and 3 GB, 300 could not be trained at all
+def test_many_features_are_trained(num_features, capsys):
+    options = ["--num-features", str(num_features), "--num-rows", "1200", "--global-batch-size", "1200"]
+    assert main(["train", *options, "--max-steps", "3", "--json", "--name", "many"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    told = json.loads(Path("runs/many/record.json").read_text())["forecast"]
+    assert result["excess"] == pytest.approx(told["curve"]["excess"][-1], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("rate", "code"), [("5e-324", 2), ("1e-320", 2), ("1e-300", 0), ("1e30", 3), ("1e300", 3), ("1e308", 2)]
+)
+@pytest.mark.parametrize("options", [[], ["--num-features", "20"], ["--recipe", "homework"]])
+def test_extreme_rates_are_trained_with_or_refused_in_one_line(rate, code, options, capsys):  # W5
+    assert main(["train", *options, "--base-learning-rate", rate, rate, "--max-steps", "3"]) in {code, 2}
+    err = capsys.readouterr().err.splitlines()
+    if code == 2:
+        (line,) = err
+        assert line.startswith("torchreg: error: base_learning_rate is ")
+        assert "computed with" in line

@@ -148,6 +148,55 @@ def test_a_perfect_line_is_planned_without_multiples_of_its_loss(capsys):
     assert "target_excess is 0.1, a fraction of the closed form's loss, which is 0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("offset", [0, 1e12])
+@pytest.mark.parametrize("options", [["--sampling", "random"], ["--recipe", "homework"]])
+def test_directions_that_float64_cannot_see_are_planned_for_all_the_same(offset, options, capsys):
+    # Raw features with a large offset, or nearly alike: the flattest direction is lost beside the steepest.
+    alike = [(100 + i % 7 + 1e-6 * (i % 5), 100 + i % 7, i % 11) for i in range(120)]
+    lines = [f"{offset + a + (i if offset else 0)!r},{b!r},{y}" for i, (a, b, y) in enumerate(alike)]
+    Path("alike.csv").write_text("\n".join(["a,b,y", *lines]))
+    columns = ["--data", "alike.csv", "--features", "a", "b", "--target", "y", "--no-standardize"]
+    rates = ["--base-learning-rate", "1e-30", "1e-10", "--world-sizes", "1"]
+    assert main(["plan", *options, *columns, *rates]) == 0
+    assert "stable" in capsys.readouterr().out
+
+
+@pytest.mark.timeout(60)  # W2: it took nine minutes
+def test_tiny_rates_are_planned_as_soon_as_others(capsys):
+    options = ["--no-standardize", "--base-learning-rate", "1e-7", "1e-7", "--sampling", "random", "--json"]
+    assert main(["plan", *options]) == 0
+    first, *_, last = json.loads(capsys.readouterr().out)["rows"]
+    # The flattest direction has the curvature 0.2434: with rates of 1e-7 its error halves in 28 million steps.
+    assert 2e7 < first["forecast"]["steps_to_target"] < 1e8
+    assert last["forecast"]["steps_to_target"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        # A target above the floor is reached with constant rates, however small.
+        ({"base_learning_rate": (1e-12, 1e-12)}, "> 1,000,000,000"),
+        ({"target_excess": 1e-9}, "never"),  # below the floor
+        ({"decay": "cosine", "max_steps": 10**7, "target_excess": 1e-9}, "> 20,000"),
+        ({"decay": "cosine", "max_steps": 100, "target_excess": 1e-9}, "never"),
+        ({"warmup_steps": 10**6, "target_excess": 1e-9}, "> 20,000"),
+    ],
+)
+def test_steps_that_were_not_looked_at_are_not_called_never(options, told):
+    columns, (row,) = make_plan(TrainConfig(**options), [1]).table()
+    (place,) = [number for number, column in enumerate(columns) if column.startswith("steps to")]
+    assert row[place] == told
+
+
+def test_the_sequential_order_of_too_many_features_is_said_to_be_left_out(capsys):
+    options = ["--recipe", "homework", "--num-features", "130", "--num-rows", "200"]
+    told = "update_order is sequential, which is predicted up to 128 features"
+    assert main(["plan", *options, "--world-sizes", "1"]) == 0
+    assert f"note         {told}" in capsys.readouterr().out
+    assert main(["train", *options, "--max-steps", "2"]) == 0
+    assert f"warning: {told}" in "".join(capsys.readouterr())
+
+
 def test_a_recipes_batch_gives_way_to_the_batch_that_is_asked_for(capsys):
     assert main(["plan", "--recipe", "homework", "--local-batch-size", "32", "--world-sizes", "1,2", "--json"]) == 0
     assert [row["global_batch_size"] for row in json.loads(capsys.readouterr().out)["rows"]] == [32, 64]
@@ -166,6 +215,8 @@ BAD_OPTIONS = {
     "unknown recipe": (["--recipe", "lessons"], "the recipes are default, lesson, homework"),
     "target not above 0": (["--target-excess", "0"], "target_excess is 0.0: give a number above 0"),
     "rates too far apart": (["--base-learning-rate", "1e-7", "1e300"], "base_learning_rate is 1e-07"),
+    "rates too small": (["--base-learning-rate", "5e-324", "5e-324"], "base_learning_rate is 4.941e-324"),  # W5
+    "rates too large": (["--base-learning-rate", "1e308", "1e308"], "too large to be computed with"),  # W5
     "unwritable": (["--plot", "--runs-dir", "file"], "runs_dir is 'file'"),
 }
 

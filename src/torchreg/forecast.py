@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from torchreg.schedule import Schedule
-from torchreg.theory import Dynamics, Matrix
+from torchreg.theory import MOST_STEPS, Dynamics, Matrix
 
 DEFAULT_TARGET_EXCESS = 0.01
 
@@ -26,7 +26,7 @@ class Forecast:
     excess and 95 % of single runs after `steps` steps, at most the first 20,000 of them; None where the run is
     unstable or the closed form's loss is 0. `steps_to_target` are those until the expected excess is at most
     `target_excess`, with the run's own warm-up and decay, and going on beyond its end where the rates stay constant;
-    None if it never gets there.
+    None if it never gets there, or not in `steps_searched`, which is None where all are looked at.
     """
 
     criterion: str
@@ -36,6 +36,7 @@ class Forecast:
     noise_floor: float
     target_excess: float
     steps_to_target: int | None
+    steps_searched: int | None
     curve: Curve | None
 
     @property
@@ -92,7 +93,7 @@ def forecast(
     """
     limit = dynamics.largest_multiplier() / schedule.scale
     target = DEFAULT_TARGET_EXCESS if target_excess is None else target_excess
-    curve, steps_to_target, floor = None, None, math.nan if limit > 1 else math.inf
+    curve, steps_to_target, searched, floor = None, None, None, math.nan if limit > 1 else math.inf
     if limit > 1 and best_loss > 0:
         floor = dynamics.noise_floor(schedule.scale) / best_loss
         factors = [schedule.factor(step) for step in range(min(schedule.num_steps, _MOST_STEPS))]
@@ -103,8 +104,12 @@ def forecast(
             steps_to_target = dynamics.steps_to(
                 target * best_loss, start_error, warmup + [schedule.scale] * hold, hold=hold
             )
+            searched = MOST_STEPS if hold else _MOST_STEPS
+            if hold and floor >= target:
+                searched = None  # it stays above
         else:  # the run ends where its rates do
             steps_to_target = dynamics.steps_to(target * best_loss, start_error, factors, hold=False)
+            searched = _MOST_STEPS if schedule.num_steps > _MOST_STEPS else None
     return Forecast(
         criterion=dynamics.criterion,
         sampling=sampling,
@@ -113,6 +118,7 @@ def forecast(
         noise_floor=floor,
         target_excess=target,
         steps_to_target=steps_to_target,
+        steps_searched=searched if steps_to_target is None else None,
         curve=curve,
     )
 

@@ -10,8 +10,8 @@ from typing import Any
 from torchreg.batches import DEFAULT_LOCAL_BATCH_SIZE
 from torchreg.config import LRScaling, TrainConfig
 from torchreg.forecast import Curve, Forecast, percent
-from torchreg.prepare import Problem, base_rates, prepare, scale_at, stable_world_size
-from torchreg.theory import CriticalBatch, critical_batch_size
+from torchreg.prepare import SEQUENTIAL_LEFT_OUT, Problem, base_rates, prepare, scale_at, stable_world_size
+from torchreg.theory import MAX_SEQUENTIAL, CriticalBatch, critical_batch_size
 
 _POLARIS_NODE = 4  # ranks, one a GPU
 _RULES: tuple[LRScaling, ...] = ("linear", "sqrt", "none")
@@ -69,12 +69,13 @@ class Plan:
     def heading(self) -> list[str]:
         """What is planned for, in lines."""
         features = f"{self.num_features} feature{'s' * (self.num_features > 1)}"
+        flattest, steepest = self.curvature
+        ratio = f"{steepest / flattest:.3g}" if flattest > 0 else "more than 1e+16"
         return [
             f"plan         {self.source}: {self.num_rows} rows, {features}; lr_scaling {self.lr_scaling}",
             f"closed form  mean squared error {self.best_loss:.6g}, R² {self.r_squared:.3g}; losses below are in "
             "percent above it",
-            f"curvature    {self.curvature[0]:.4g} to {self.curvature[1]:.4g}, the steepest direction "
-            f"{self.curvature[1] / self.curvature[0]:.3g} times the flattest",
+            f"curvature    {flattest:.4g} to {steepest:.4g}, the steepest direction {ratio} times the flattest",
         ]
 
     def table(self) -> tuple[list[str], list[list[str]]]:
@@ -95,10 +96,10 @@ class Plan:
             if not row.forecast.is_stable:
                 rows.append([f"!{cells[0]}", *cells[1:], over, "diverges", "never", "", "", ""])
                 continue
-            steps = row.forecast.steps_to_target
+            steps, searched = row.forecast.steps_to_target, row.forecast.steps_searched
             rows.append([
                 *cells, over, "stable",
-                f"{steps:,}" if steps is not None else "never" if row.end else "",
+                f"{steps:,}" if steps is not None else f"> {searched:,}" if searched else "never" if row.end else "",
                 "" if row.samples_to_target is None else f"{row.samples_to_target:,}",
                 "left out" if math.isnan(row.forecast.noise_floor) else percent(row.forecast.noise_floor),
                 percent(row.end.excess[-1]) if row.end else "",
@@ -258,6 +259,8 @@ def _notes(config: TrainConfig, forecast: Forecast, problem: Problem) -> tuple[s
             else "shuffle sampling is approximated by independent batches, which puts the floor too high; --sampling "
             "random is predicted exactly"
         )
+    if config.update_order == "sequential" and problem.table.num_features > MAX_SEQUENTIAL:
+        notes.append(SEQUENTIAL_LEFT_OUT)
     if forecast.stability_limit_error:
         notes.append(
             "the sequential order is predicted from sampled batches: standard error of the limit "

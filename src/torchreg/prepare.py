@@ -16,9 +16,21 @@ from torchreg.config import DEFAULT_EPOCHS, TrainConfig
 from torchreg.data import Standardizer, Table, load_table
 from torchreg.forecast import Forecast, forecast
 from torchreg.schedule import Schedule, lr_scale
-from torchreg.theory import ClosedForm, Dynamics, Matrix, Moments, RowGradients, largest_stable_world_size
+from torchreg.theory import (
+    MAX_SEQUENTIAL,
+    ClosedForm,
+    Dynamics,
+    Matrix,
+    Moments,
+    RowGradients,
+    largest_stable_world_size,
+)
 
 DEFAULT_RATE = 0.05
+SEQUENTIAL_LEFT_OUT = (
+    f"update_order is sequential, which is predicted up to {MAX_SEQUENTIAL} features: the forecast is that of the "
+    "simultaneous order"
+)
 _SAFE_FRACTION = 0.5  # of the stability limit: the default's and the cap's distance from it
 _EXPLODING_FACTOR = 1_000.0  # times the loss at the start, and at the mean of the target
 _LOG_LINES = 40
@@ -208,25 +220,22 @@ def _rates(
 ) -> tuple[Schedule, Dynamics, tuple[str, ...]]:
     """The schedule, the dynamics of its base rates, and what to tell the user."""
 
-    def dynamics_of(rates: tuple[float, float]) -> Dynamics:
-        return Dynamics.of(problem.rows, rates, plan.global_batch_size, config.update_order, plan.sampling)
-
     scale = scale_at(config, plan.global_batch_size)
     base = base_rates(config, problem)
-    dynamics = dynamics_of(base)
+    dynamics = Dynamics.of(problem.rows, base, plan.global_batch_size, config.update_order, plan.sampling)
     limit = dynamics.largest_multiplier() / scale
 
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = () if dynamics.order == config.update_order else (SEQUENTIAL_LEFT_OUT,)
     lower = not config.base_learning_rate and limit * _SAFE_FRACTION < 1
     if config.base_learning_rate and limit < 1:
         told = _unstable(config, problem, plan, limit, dynamics.criterion)
         if config.on_unstable == "refuse":
             raise ValueError(f"{told}; lower base_learning_rate, or see it diverge with --on-unstable warn")
         lower = config.on_unstable == "cap"
-        warnings = (f"{told}; {'the rates are lowered to half the limit' if lower else 'expect divergence'}",)
+        warnings += (f"{told}; {'the rates are lowered to half the limit' if lower else 'expect divergence'}",)
     if lower:
         base = (base[0] * limit * _SAFE_FRACTION, base[1] * limit * _SAFE_FRACTION)
-        dynamics = dynamics_of(base)
+        dynamics = dynamics.times(limit * _SAFE_FRACTION)
     schedule = Schedule(
         base,
         scale,

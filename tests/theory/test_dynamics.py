@@ -185,6 +185,61 @@ def test_steps_to_a_target_are_where_the_curve_gets_there():
     assert dynamics.steps_to(target, start, [1.0] * (steps - 1), hold=False) is None
 
 
+@pytest.mark.parametrize(
+    ("rate", "batch_size", "order", "sampling"),
+    [
+        (1e-4, 64, "simultaneous", "random"),
+        (1e-3, 64, "sequential", "random"),
+        (1e-4, 64, "simultaneous", "shuffle"),  # followed through its epochs of 9 steps
+        (1e-3, 256, "sequential", "shuffle"),  # a short batch in every third step
+        (1e-4, 551, "simultaneous", "full"),
+    ],
+)
+def test_steps_to_a_far_target_are_found_without_taking_them_all(rate, batch_size, order, sampling):
+    # W2: what is found by doubling is where the curve, step by step, gets there first.
+    houses = Houses(standardize=True)
+    dynamics = Dynamics.of(houses.rows, (rate, rate), batch_size, order, sampling)
+    steps = dynamics.steps_to(0.01 * houses.best_loss, -houses.optimum, [1.0])
+    at = np.unique([*np.linspace(0, steps, 100, dtype=int), steps - 1, steps])
+    excess = dynamics.learning_curve(-houses.optimum, [1.0] * steps, at).excess / houses.best_loss
+    assert steps > 1_500
+    assert excess[-1] <= 0.01 < excess[:-1].min()
+
+
+@pytest.mark.parametrize("num_features", [1, 20])
+@pytest.mark.parametrize("rate", [1e-4, 1e-6, 1e-8])
+def test_hundreds_of_millions_of_steps_by_hand(rate, num_features):
+    # W2. Standardised, one feature or many at its optimum but for the bias: the excess shrinks by (1 − 2 rate)² a step.
+    houses = Houses(standardize=True, num_rows=200, num_features=num_features)
+    start = np.zeros(num_features + 1)
+    start[-1] = math.sqrt(1000 * houses.best_loss)
+    steps = Dynamics.of(houses.rows, (rate, rate), 200).steps_to(houses.best_loss, start, [1.0])
+    assert steps == pytest.approx(math.log(1000) / (-2 * math.log1p(-2 * rate)), rel=1e-6, abs=1)
+
+
+@pytest.mark.parametrize("order", ["simultaneous", "sequential"])
+@pytest.mark.parametrize(("batch_size", "sampling"), [(64, "random"), (100, "shuffle"), (551, "full")])
+@pytest.mark.parametrize("standardize", [True, False])
+def test_stable_is_where_the_spectral_radius_is_below_one(order, batch_size, sampling, standardize):
+    # The radius is found from all eigenvalues, stability from a linear system.
+    rates = (0.1, 0.1) if standardize else (1e-7, 1e-3)
+    dynamics = Dynamics.of(Houses(standardize=standardize).rows, rates, batch_size, order, sampling)
+    limit = dynamics.largest_multiplier()
+    for side in (1e-5, 0.1, 0.7, 0.999, 1.001, 1.3, 5):
+        assert dynamics.is_stable(side * limit) == (dynamics.radius(side * limit) < 1) == (side < 1), side
+
+
+def test_large_batches_of_the_sequential_order_end_where_simulated_ones_do():
+    # Beyond 512 rows the moments of a batch are those of a normal distribution; here k³ and k⁴ matter most.
+    houses = Houses(num_rows=1_000)
+    dynamics = Dynamics.of(houses.rows, LESSON_RATES, 600, "sequential")
+    ends = simulate(houses, houses.optimum, LESSON_RATES, 600, [5.0] * 300, 100, order="sequential")
+    runs = np.mean([houses.excess(theta) for theta in itertools.islice(ends, 100, None)], axis=0)
+    error = runs.std(ddof=1) / math.sqrt(len(runs))
+    assert dynamics.sampling_error(lambda d: d.noise_floor(5.0)) < error < 0.03 * runs.mean()
+    assert dynamics.noise_floor(5.0) == pytest.approx(runs.mean(), abs=3 * error)
+
+
 def test_a_target_below_the_floor_is_never_reached_and_the_answer_comes_soon():
     houses = Houses()
     start = np.array(LESSON_START) - houses.optimum
@@ -227,10 +282,10 @@ def test_what_one_batch_has_too_much_of_the_next_one_lacks():
     epochs = ShuffledEpochs(
         2, 1, np.array([[2.0, 0.0], [0.0, 0.0]]), np.zeros((1, 2, 1, 2)) + np.diag([0.0, 4.0])[None, :, None, :]
     )
-    start = np.diag([0.0, 1.0])
-    assert epochs.epoch(start, 0.25)[0, 0] == pytest.approx(1 / 16)
-    halfway = epochs.second_moment(epochs.step(epochs.begin(start), 0, 0.25))
-    assert halfway[0, 0] == pytest.approx(1 / 4)
+    start = np.array([0.0, 0.0, 1.0])  # the coordinates of [[δ², δ], [δ, 1]]
+    halfway, end = epochs.epoch(0.25)
+    assert (halfway @ start)[0] == pytest.approx(1 / 4)
+    assert (end @ start)[0] == pytest.approx(1 / 16)
     # The next epoch's y′ is independent: (δ + y′)/2 with (1/16 + 1)/4 = 17/64, then (δ − y′)/4 with 17/256. At rate 1/2
     # each step goes to its own target, δ² = 1; back at 1/4, (δ + y″)/2 has (1 + 1)/4. A change of rates is not missed.
     told = [moments[0] for moments in epochs.moments(start, [0.25] * 4 + [0.5] * 4 + [0.25])]
@@ -261,6 +316,9 @@ def test_tiny_rates_have_the_floor_that_theory_says_they_have():
 
 
 def test_rates_that_cannot_be_computed_with_are_refused_by_name():
+    for rate, size in ((5e-324, "small"), (1e308, "large")):
+        with pytest.raises(ValueError, match=rf"base_learning_rate is .*, too {size} to be computed with"):
+            Dynamics.of(Houses().rows, (rate, rate), 64)
     with pytest.raises(ValueError, match=r"base_learning_rate is 1e-07 \(weight\) and 1e\+300 \(bias\), too far apart"):
         Dynamics.of(Houses().rows, (1e-7, 1e300), 64)
 
@@ -280,6 +338,32 @@ def test_beyond_sixteen_features_the_mean_is_predicted_and_said_so():
     full = simulate(houses, 0 * houses.optimum, (0.01, 0.01), 400, [1.0] * 50, 1)
     np.testing.assert_allclose(curve.excess[1:], [houses.excess(t)[0] for t in full], rtol=1e-9)
     assert np.isnan(curve.low).all()
+
+
+@pytest.mark.parametrize("order", ["simultaneous", "sequential"])
+def test_hundreds_of_features_are_predicted_as_well(order):
+    # W1: beyond 512 parameters by Lanczos steps; the sequential order as the simultaneous one, and said so.
+    houses = Houses(standardize=True, num_rows=900, num_features=600)
+    dynamics = Dynamics.of(houses.rows, (0.002, 0.01), 32, order)
+    assert dynamics.order == "simultaneous"
+    curve = dynamics.learning_curve(-houses.optimum, [1.0] * 300)
+    full = simulate(houses, 0 * houses.optimum, (0.002, 0.01), 900, [1.0] * 300, 1)
+    np.testing.assert_allclose(curve.excess[1:], [houses.excess(t)[0] for t in full], rtol=1e-6)
+    root_rates = np.sqrt([0.002] * 600 + [0.01])
+    largest = np.linalg.eigvalsh(houses.a.T @ houses.a / 900 * np.outer(root_rates, root_rates))[-1]
+    assert dynamics.largest_multiplier() == pytest.approx(1 / largest, rel=1e-6)
+    steps = dynamics.steps_to(curve.excess[250], -houses.optimum, [1.0])
+    assert steps == 250
+
+
+def test_the_sequential_order_of_many_features_is_its_own_where_features_have_a_mean():
+    # Up to 128 features the mean map of the sequential order is used: with raw features it goes further.
+    houses = Houses(num_rows=300, num_features=20)
+    limits = [
+        Dynamics.of(houses.rows, LESSON_RATES, 300, order).largest_multiplier()
+        for order in ("simultaneous", "sequential")
+    ]
+    assert limits[1] > 1.5 * limits[0]
 
 
 @pytest.mark.parametrize("scale", [1e-100, 1e100])

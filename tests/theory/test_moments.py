@@ -76,6 +76,21 @@ def test_standard_errors_are_those_of_the_normal_equations():
     np.testing.assert_allclose([*best.weight_error, best.bias_error], np.sqrt(variance), rtol=1e-8)
 
 
+@pytest.mark.parametrize("num_features", [150, 350])
+def test_the_closed_form_of_many_features(num_features):
+    # W1: from 128 features on the triangle is inverted in blocks, and beyond 256 the condition number is estimated.
+    x, y = make_houses(1_000, num_features, 0)
+    best = Moments.of(x, y[:, None]).closed_form()
+    centred = x - x.mean(axis=0)
+    condition = np.linalg.cond(centred / np.linalg.norm(centred, axis=0))
+    assert 0.9 * condition < best.condition_number < (1 + 1e-9) * condition
+    a = np.hstack([x, np.ones((1_000, 1))])
+    variance = best.loss * 1_000 / (1_000 - num_features - 1) * np.diag(np.linalg.inv(a.T @ a))
+    np.testing.assert_allclose([*best.weight_error, best.bias_error], np.sqrt(variance), rtol=1e-8)
+    assert best.loss == pytest.approx(BEST_LOSS, rel=1e-9)  # which the built-in data has at any size
+    np.testing.assert_allclose(a @ [*best.weight, best.bias] - a @ np.linalg.lstsq(a, y)[0], 0, atol=1e-6)
+
+
 @given(cut=st.integers(1, 199), seed=st.integers(0, 20), features=st.integers(1, 5))
 @settings(max_examples=30)
 def test_moments_of_parts_merge_to_those_of_the_whole(cut, seed, features):

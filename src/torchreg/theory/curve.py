@@ -35,7 +35,11 @@ def band(second_moments: Matrix, gram: Matrix) -> tuple[Matrix, Matrix]:
 
     Quantiles of |y|² for y = G^½ δ, from the same draws at every step; infinite where a moment is.
     """
-    root = np.linalg.cholesky(gram).T
+    try:
+        root = np.linalg.cholesky(gram).T
+    except np.linalg.LinAlgError:  # a direction that float64 cannot see
+        curvature, directions = np.linalg.eigh(gram)
+        root = np.sqrt(np.maximum(curvature, 0))[:, None] * directions.T
     quantiles = np.full((2, len(second_moments)), np.inf)
     finite = np.isfinite(second_moments).all(axis=(1, 2))
     moments = second_moments[finite]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -14,38 +15,46 @@ MAX_FEATURES = 16
 _CHUNK_ROWS = 4_096
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RowGradients:
     """Mean and covariance over rows of a_i b_iᵀ, of which the gradient of every batch is made; b_i = (a_i, −e_i).
 
     Features, in the model's units, are divided by `feature_unit` (num_features,) and residuals by `error_unit`.
     `rows` (num_rows, p + 1) are the b_i so divided, p being num_features + 1; `mean` is (p, p + 1), and `covariance`
-    (p(p + 1), p(p + 1)), or None beyond `MAX_FEATURES`.
+    (p(p + 1), p(p + 1)). Beyond `MAX_FEATURES` `rows` and `covariance` are None.
     """
 
-    rows: Matrix
+    num_rows: int
+    rows: Matrix | None
     feature_unit: Matrix
     error_unit: float
     mean: Matrix
     covariance: Matrix | None
+    known: dict[Any, Any] = field(default_factory=dict, repr=False)
+    """What has been found from these rows: `Dynamics` by their arguments."""
 
     @classmethod
     def of(cls, features: Matrix, residual: Matrix) -> RowGradients:
         """From features (rows, num_features) as the model sees them and the optimum's residuals y − aᵀθ* (rows, 1)."""
-        largest = np.abs(features).max(axis=0)
-        feature_unit = largest * np.sqrt(np.mean((features / largest) ** 2, axis=0))
+        num_rows, num_features = features.shape
+        largest = np.maximum(features.max(axis=0), -features.min(axis=0))
+        feature_unit = largest * np.sqrt(np.mean(np.square(features / largest), axis=0))
         error_unit = float(np.sqrt(np.mean(residual**2))) or 1.0
-        rows = np.hstack([features / feature_unit, np.ones_like(residual), -residual / error_unit])
+        rows = np.ones((num_rows, num_features + 2))
+        np.divide(features, feature_unit, out=rows[:, :-2])
+        np.divide(-residual, error_unit, out=rows[:, -1:])
+        if num_features > MAX_FEATURES:
+            mean = (rows.T @ rows)[:-1]
+            mean /= num_rows
+            return cls(num_rows, None, feature_unit, error_unit, mean, None)
         a = rows[:, :-1]
-        mean = a.T @ rows / len(rows)
-        covariance = None
-        if features.shape[1] <= MAX_FEATURES:
-            covariance = np.zeros((mean.size, mean.size))
-            for i in range(0, len(rows), _CHUNK_ROWS):
-                products = a[i : i + _CHUNK_ROWS, :, None] * rows[i : i + _CHUNK_ROWS, None, :] - mean
-                flat = products.reshape(len(products), -1)
-                covariance += flat.T @ flat / len(rows)
-        return cls(rows, feature_unit, error_unit, mean, covariance)
+        mean = a.T @ rows / num_rows
+        covariance = np.zeros((mean.size, mean.size))
+        for i in range(0, num_rows, _CHUNK_ROWS):
+            products = a[i : i + _CHUNK_ROWS, :, None] * rows[i : i + _CHUNK_ROWS, None, :] - mean
+            flat = products.reshape(len(products), -1)
+            covariance += flat.T @ flat / num_rows
+        return cls(num_rows, rows, feature_unit, error_unit, mean, covariance)
 
     def curvature(self) -> Matrix:
         """The eigenvalues of 2G, the loss's second derivatives in the model's units, smallest first, (p,).

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from torchreg.theory.dynamics import Dynamics, Sampling
+from torchreg.theory.dynamics import MOST_STEPS, Dynamics, Sampling
 from torchreg.theory.moments import Matrix
 from torchreg.theory.rows import RowGradients
 from torchreg.theory.steps import Order
@@ -33,9 +33,9 @@ def largest_stable_world_size(
 
     def is_stable(world_size: int) -> bool:
         batch_size = world_size * local_batch_size
-        return Dynamics.of(rows, base_rates, batch_size, order, sampling).radius(scale(batch_size)) < 1
+        return scale(batch_size) < Dynamics.of(rows, base_rates, batch_size, order, sampling).largest_multiplier()
 
-    low, high = 0, max(1, len(rows.rows) // local_batch_size)
+    low, high = 0, max(1, rows.num_rows // local_batch_size)
     if is_stable(high):
         return high
     while high - low > 1:
@@ -74,7 +74,7 @@ def critical_batch_size(
     0.95 of the stability limit, of those whose noise floor is below the target. Valid for `random` sampling and up to
     `MAX_FEATURES` features.
     """
-    num_rows = len(rows.rows)
+    num_rows = rows.num_rows
     batch_sizes = [2**i for i in range(num_rows.bit_length()) if 2**i <= num_rows]
     best = [_fewest_steps(Dynamics.of(rows, rates, size, order), start, target_excess) for size in batch_sizes]
     steps = [found[0] for found in best]
@@ -90,7 +90,7 @@ def _fewest_steps(dynamics: Dynamics, start: Matrix, target_excess: float) -> tu
     fewest, best = None, math.nan
     for k in dynamics.largest_multiplier() * _TRIED_MULTIPLIERS:
         if dynamics.noise_floor(k) < target_excess:
-            most_steps = 10_000_000 if fewest is None else fewest
+            most_steps = MOST_STEPS if fewest is None else fewest
             steps = dynamics.steps_to(target_excess, start, [k], most_steps=most_steps)
             if steps is not None and (fewest is None or steps < fewest):
                 fewest, best = steps, float(k)

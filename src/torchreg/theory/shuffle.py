@@ -12,13 +12,13 @@ independent from batch to batch; that is the approximation (Mishchenko, Khaled a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, repeat
+from functools import cached_property
 
 import numpy as np
 
-from torchreg.theory.maps import symmetric_basis
+from torchreg.theory.maps import both_ways, on_symmetric, pairs, symmetric_basis
 from torchreg.theory.moments import Matrix
 
 
@@ -27,7 +27,8 @@ class ShuffledEpochs:
     """Epochs of a table of `num_rows` rows in batches of `batch_size`, the last one short.
 
     `mean_q` (p + 1, p + 1) is the mean over rows of Q_i, which steps δ ← δ − k(Q z)_δ with z = (δ, 1), and `covariance`
-    (p, p + 1, p, p + 1) that of its upper rows.
+    (p, p + 1, p, p + 1) that of its upper rows. States are E[(δ, w, 1)(δ, w, 1)ᵀ] on the coordinates of symmetric
+    matrices.
     """
 
     num_rows: int
@@ -40,116 +41,79 @@ class ShuffledEpochs:
         """Steps of an epoch."""
         return math.ceil(self.num_rows / self.global_batch_size)
 
-    def begin(self, second_moment: Matrix) -> Matrix:
-        """E[(δ, w, 1)(δ, w, 1)ᵀ] at the start of an epoch, from E[z zᵀ] (..., p + 1, p + 1): w is 0."""
-        inner = self._inner
-        size = inner[-1] + 1
-        state = np.zeros((*second_moment.shape[:-2], size, size))
-        state[..., inner[:, None], inner] = second_moment
-        return state
+    def epoch(self, k: float) -> Iterator[Matrix]:
+        """What the steps of an epoch up to each one add to E[z zᵀ], on the coordinates of symmetric matrices.
 
-    def second_moment(self, state: Matrix) -> Matrix:
-        """E[z zᵀ] (..., p + 1, p + 1) of a state."""
-        inner = self._inner
-        return state[..., inner[:, None], inner]
-
-    def step(self, state: Matrix, position: int, k: float) -> Matrix:
-        """The state (..., 2p + 1, 2p + 1) after the step at a position of the epoch, with the rates times k."""
-        p = len(self.mean_q) - 1
-        left = self.num_rows - position * self.global_batch_size
-        size = min(self.global_batch_size, left)
-        delta, w = slice(0, p), slice(p, 2 * p)
-        mean_map = np.eye(2 * p + 1)
-        mean_map[delta, delta] -= k * self.mean_q[:-1, :-1]
-        mean_map[delta, w] -= k / left * np.eye(p)
-        mean_map[w, w] -= size / left * np.eye(p)
-        fresh = self.num_rows * (left - size) / ((self.num_rows - 1) * size * left)
-        whole = (self.num_rows - size) / (size * (self.num_rows - 1))
-
-        z = self.second_moment(state)
-        curvature = np.einsum("ibjc,...bc->...ij", self.covariance[:, :-1, :, :-1], z[..., :-1, :-1])
-        noise = np.einsum("ibjc,...bc->...ij", self.covariance, z)  # of Q_i z; its last column is −g_i
-        crossed = np.einsum("ibj,...b->...ij", self.covariance[..., -1], z[..., -1])
-        state = mean_map @ state @ mean_map.T
-        state[..., delta, delta] += k**2 * (fresh * noise + (whole - fresh) * curvature)
-        state[..., delta, w] += k * size * fresh * crossed
-        state[..., w, delta] += k * size * fresh * crossed.swapaxes(-1, -2)
-        state[..., w, w] += size**2 * fresh * self.covariance[:, -1, :, -1] * z[..., -1:, -1:]
-        return state
-
-    def epoch(self, second_moment: Matrix, k: float) -> Matrix:
-        """E[z zᵀ] after an epoch, from that before it, (..., p + 1, p + 1)."""
-        state = self.begin(second_moment)
-        for position in range(self.num_steps):
-            state = self.step(state, position, k)
-        return self.second_moment(state)
+        Changes are composed, so that those of tiny rates do not vanish beside the identity.
+        """
+        start = self._start
+        total = np.zeros_like(start)
+        for constant, linear, quadratic in self._changes:
+            total = total + (constant + k * (linear + k * quadratic)) @ (start + total)
+            yield start.T @ total
 
     def moments(self, second_moment: Matrix, multiples: Iterable[float]) -> Iterator[Matrix]:
-        """E[z zᵀ] before each step and after the last, the rates times `multiples[t]` in step t.
+        """E[z zᵀ] before each step and after the last, from its coordinates; the rates times `multiples[t]` in step t.
 
-        On the coordinates of symmetric matrices, (size,).
+        On the coordinates of symmetric matrices too.
         """
-        inner = symmetric_basis(len(self.mean_q))
-        of_states = self.second_moment(self._of_basis).reshape(-1, len(self.mean_q) ** 2)
-        told = inner @ of_states.T
-        return (told @ vector for vector in self._vectors(second_moment, multiples))
-
-    def _vectors(self, second_moment: Matrix, multiples: Iterable[float]) -> Iterator[Matrix]:
-        """The states on the coordinates of symmetric matrices, the rates times `multiples[t]` in step t.
-
-        Where rates stay, the step at each position of an epoch is a matrix, found once.
-        """
-        basis, moves, before = self._basis, dict[int, Matrix](), math.nan
-        state = basis @ self.begin(second_moment).ravel()
-        yield state
+        start, changes = self._start, self._changes
+        state = start @ second_moment
+        yield second_moment
         for step, k in enumerate(multiples):
-            position = step % self.num_steps
-            if k != before:
-                moves, before = {}, k
-                whole = (state @ basis).reshape(self._of_basis.shape[1:])
-                state = basis @ self.step(whole, position, k).ravel()
-            else:
-                if position not in moves:
-                    moves[position] = basis @ self.step(self._of_basis, position, k).reshape(len(basis), -1).T
-                state = moves[position] @ state
-            yield state
+            constant, linear, quadratic = changes[step % self.num_steps] @ state
+            state = state + constant + k * (linear + k * quadratic)
+            yield start.T @ state
 
-    def steps_to(
-        self, weights: Matrix, limit: float, second_moment: Matrix, multiples: Sequence[float], most_steps: int
-    ) -> int | None:
-        """Steps after which Σ weights · E[z zᵀ] is first at most `limit`; None if never, or not in `most_steps`.
-
-        The last of `multiples` stays for ever after.
-        """
-        given = len(multiples)
-        weight = self._basis @ self.begin(weights).ravel()
-        ever_after = repeat(multiples[-1], max(0, most_steps - given))
-        before, worst = weight, math.inf
-        for step, state in enumerate(self._vectors(second_moment, chain(multiples, ever_after))):
-            value = float(weight @ state)
-            if value <= limit:
-                return step
-            if step == given:
-                before, worst = state, 1e6 * (value + limit)
-            elif step > given and step % self.num_steps == 0:
-                if not value <= worst or np.abs(state - before).max() <= 1e-13 * np.abs(state).max():
-                    return None
-                before = state
-        return None
-
-    @property
-    def _basis(self) -> Matrix:
-        """Of the symmetric matrices that states are, (size, (2p + 1)²)."""
-        return symmetric_basis(2 * len(self.mean_q) - 1)
-
-    @property
-    def _of_basis(self) -> Matrix:
-        """The basis as states, (size, 2p + 1, 2p + 1)."""
-        size = 2 * len(self.mean_q) - 1
-        return self._basis.reshape(-1, size, size)
-
-    @property
-    def _inner(self) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-        """Where δ and 1 are in (δ, w, 1)."""
+    @cached_property
+    def _start(self) -> Matrix:
+        """The states at the start of an epoch, where w is 0, from the coordinates of E[z zᵀ]."""
         p = len(self.mean_q) - 1
-        return np.append(np.arange(p), 2 * p)
+        places = np.append(np.arange(p), 2 * p)
+        basis = symmetric_basis(p + 1).reshape(-1, p + 1, p + 1)
+        states = np.zeros((len(basis), 2 * p + 1, 2 * p + 1))
+        states[:, places[:, None], places] = basis
+        return np.asarray(symmetric_basis(2 * p + 1) @ states.reshape(len(basis), -1).T)
+
+    @cached_property
+    def _changes(self) -> Matrix:
+        """What the step at each position adds to a state: coefficients of k⁰, k¹ and k², (num_steps, 3, size, size).
+
+        With the mean map I − sW − k(Q + D/left), where W keeps w, D moves w to δ and s = size/left.
+        """
+        p, covariance = len(self.mean_q) - 1, self.covariance
+        identity, keep, move, q = np.eye(2 * p + 1), *np.zeros((3, 2 * p + 1, 2 * p + 1))
+        keep[p:-1, p:-1] = move[:p, p:-1] = np.eye(p)
+        q[:p, :p] = self.mean_q[:-1, :-1]
+        curvature, noise, crossed, drift = np.zeros((4, *(2 * p + 1,) * 4))
+        delta, const = np.arange(p), np.array([2 * p])
+        inner = np.append(delta, const)
+        noise[np.ix_(delta, delta, inner, inner)] = covariance.transpose(0, 2, 1, 3)
+        curvature[:p, :p, :p, :p] = noise[:p, :p, :p, :p]
+        crossed[np.ix_(delta, p + delta, inner, const)] = covariance[..., -1:].transpose(0, 2, 1, 3)
+        drift[np.ix_(p + delta, p + delta, const, const)] = covariance[:, -1:, :, -1:].transpose(0, 2, 1, 3)
+
+        left = self.num_rows - self.global_batch_size * np.arange(self.num_steps)
+        size = np.minimum(self.global_batch_size, left)
+        fresh = self.num_rows * (left - size) / ((self.num_rows - 1) * size * left)
+        whole = (self.num_rows - size) / (size * (self.num_rows - 1))
+        s, one = size / left, np.ones(self.num_steps)
+        terms = [  # the power of k, what multiplies it at each position, the map
+            (0, -s, both_ways(identity, keep)),
+            (0, s**2, pairs(keep, keep)),
+            (0, size**2 * fresh, drift),
+            (1, -one, both_ways(identity, q)),
+            (1, -1 / left, both_ways(identity, move)),
+            (1, s, both_ways(keep, q)),
+            (1, s / left, both_ways(keep, move)),
+            (1, size * fresh, crossed + crossed.transpose(1, 0, 2, 3)),
+            (2, one, pairs(q, q)),
+            (2, 1 / left, both_ways(q, move)),
+            (2, 1 / left**2, pairs(move, move)),
+            (2, fresh, noise),
+            (2, whole - fresh, curvature),
+        ]
+        factors = np.zeros((self.num_steps, 3, len(terms)))
+        for place, (power, factor, _) in enumerate(terms):
+            factors[:, power, place] = factor
+        return np.tensordot(factors, np.array([on_symmetric(term) for *_, term in terms]), axes=1)
