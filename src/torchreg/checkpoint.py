@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from torchreg.files import write_atomically
+from torchreg.files import sync_folder, write_atomically
 
 SCHEMA_VERSION = 1
 
@@ -57,7 +56,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{checkpoint.step:010}.pt"
     write_atomically(path, first_line + body)
-    _sync_folder(folder)
+    sync_folder(folder)
     up_to_this = [found for found in _newest_first(folder) if found.name <= path.name]
     for found in folder.glob("step-*"):
         if found not in up_to_this[:keep]:
@@ -126,12 +125,3 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None
 
 def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.pt"), reverse=True) if folder.is_dir() else []
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

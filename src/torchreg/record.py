@@ -22,7 +22,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from torchreg.files import PARTIAL, write_atomically
+from torchreg.files import PARTIAL, sync, write_atomically
 
 SCHEMA_VERSION = 1
 
@@ -142,7 +142,7 @@ class RunDirectory:
         """Bring the metrics to disk; how many bytes they have, and their SHA-256."""
         assert self._metrics
         self._metrics.flush()
-        os.fsync(self._metrics.fileno())
+        sync(self._metrics.fileno())
         return self._metrics.tell(), self._digest.hexdigest()
 
     def finish(self, record: Mapping[str, Any]) -> None:
@@ -228,6 +228,11 @@ def provenance(started: str) -> dict[str, Any]:
             name: value for name, value in sorted(os.environ.items()) if _ALLOWED_VARIABLES.fullmatch(name)
         },
     }
+
+
+def machine_facts() -> dict[str, str | None]:
+    """What of the machine, beside its libraries, may decide a number."""
+    return {"kernel": platform.release()}
 
 
 def versions() -> dict[str, str]:

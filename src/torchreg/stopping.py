@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 _MOST_MARGIN_S = 60.0
 
 
 class StopRequest:
-    """Remembers a SIGTERM or SIGUSR1, and knows when the job's time is nearly over.
+    """Remembers a SIGTERM, SIGUSR1, SIGHUP or Ctrl-C, and knows when the job's time is nearly over.
 
     A context manager: inside, the signals only set a flag, so that training can end its step, save, and leave. Time is
     nearly over when less than a minute of it is left, or a tenth of it where that is less.
@@ -39,6 +39,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # nohup: the terminal may close
             self._signals_before[number] = signal.signal(number, self._remember)
         return self
 

@@ -1,7 +1,14 @@
 """If these fail, a scaling campaign measures a stack that trains wrongly, or its records lack what a report needs."""
 
+import contextlib
 import json
+import os
+import platform
+import re
+import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -62,6 +69,54 @@ def test_every_setting_is_measured_checked_and_timed(campaign):
         assert launch["wall_s"] > launch["start_up_s"] > 0
     assert {way["way"] for way in record(folder, 2)["allreduce"]} == {"gloo", "MPI"}
     assert record(folder, 1)["allreduce"] == []
+
+
+def test_a_record_has_what_decides_its_numbers_and_one_name_for_the_machine(campaign):
+    folder, _ = campaign
+    for ranks in (1, 2):
+        launch = record(folder, ranks)
+        assert launch["machine_facts"]["kernel"] == platform.release()
+        assert launch["campaign"]["machine"] == re.sub(r"\d", "", socket.gethostname().split(".")[0]).strip("-_")
+
+
+def test_under_mpiexec_it_is_refused_once(run, tmp_path):
+    # L9: both ranks made a campaign, on the same cores, and both were recorded as done.
+    done = run("mpiexec", "-n", "2", "torchreg", "scale", "run", "--dir", "out", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("scale run starts ranks itself, and MPICH mpiexec has started this process") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_ranks_end_when_scale_run_is_killed(tmp_path):
+    # W3: they went on for the rest of their window, beside those of the next `scale run`.
+    command = [sys.executable, "-m", "torchreg", "scale", "run", "--ranks-per-node", "2", "--window-s", "60"]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    mark = {"TORCHREG_TEST": str(tmp_path)}
+    process = subprocess.Popen([*command, "--dir", "out"], cwd=tmp_path, env={**os.environ, **mark, "PATH": path})
+    try:
+        wait_until(lambda: len(ranks_of(tmp_path)) == 2)
+    finally:
+        process.kill()
+        process.wait()
+    wait_until(lambda: not ranks_of(tmp_path), within_s=12)
+
+
+def ranks_of(folder):
+    """The ranks that were started below a process whose TORCHREG_TEST is this folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            variables, words = (process / "environ").read_bytes(), (process / "cmdline").read_bytes().split(b"\0")
+            if f"TORCHREG_TEST={folder}\0".encode() in variables and words[2:5] == [b"torchreg", b"scale", b"measure"]:
+                found.append(process.name)
+    return found
+
+
+def wait_until(condition, within_s=60.0):
+    end_s = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < end_s
+        time.sleep(0.1)
 
 
 def test_steps_to_the_target_are_those_that_theory_says(campaign):

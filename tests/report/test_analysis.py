@@ -17,6 +17,9 @@ from torchreg.scaling.records import merge, read_records
 
 from ..scaling.made import Machine, Made, without_noise, write_launch
 
+FACTS = ("driver", "cuda", "rocm", "oneccl", "libfabric", "kernel", "tf32")
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "CPU_BIND")
+
 # A step of B rows on p ranks: 100 µs, 2.5 µs for each row of a rank, 100 µs for each doubling of ranks.
 #   strong, 160 rows   p = 1: 100 + 400 = 500    p = 2: 100 + 200 + 100 = 400    p = 4: 100 + 100 + 200 = 400
 #   weak, 40 rows      p = 1: 100 + 100 = 200    p = 2: 100 + 100 + 100 = 300    p = 4: 100 + 100 + 200 = 400
@@ -168,6 +171,7 @@ def test_what_the_points_do_not_determine_has_no_curve():
         {"backend": "nccl"},
         {"dtype": "float32"},
         {"torch": "2.4.0"},
+        {"facts": {"driver": "580"}},
     ],
 )
 def test_what_is_not_comparable_is_never_mixed(change):
@@ -187,6 +191,40 @@ def test_what_is_not_comparable_is_never_mixed(change):
         line.startswith(tuple(f"{one}: " for group in report["groups"] for one in (group["machine"], group["title"])))
         for line in report["verdict"]["lines"][1:]
     )
+
+
+def test_all_that_decides_a_number_keeps_launches_apart():
+    machines = [
+        *(Machine(facts={fact: "other"}) for fact in FACTS),
+        *(Machine(environment={name: "3,2,1,0"}) for name in VISIBLE),
+    ]
+    small = replace(NOISY, num_blocks=1, ranks_per_node=(2,))
+    report = report_of(small, *(replace(small, machine=machine, campaign=str(machine)) for machine in machines))
+    assert [group["num_launches"] for group in report["groups"]] == [1] * (1 + len(machines))
+
+
+def test_launches_on_several_kinds_of_device_or_with_other_variables_are_a_group_of_their_own():
+    def change(record):
+        block = record["launch"]["block"]
+        if block == 0:
+            record["runtime"]["places"][-1]["device_name"] = "another device"
+        if block in (1, 2):
+            record["campaign"]["without"] = ["NCCL_NET", "NCCL_CROSS_NIC"][:block]
+        return record
+
+    report = report_of(NOISY, change=change)
+    assert [group["num_launches"] for group in report["groups"]] == [15, 3, 3, 3]
+    assert report["groups"][1]["versions"]["without"] in ("NCCL_NET", "NCCL_CROSS_NIC NCCL_NET")
+    assert "another device" in {group["device_name"] for group in report["groups"]}
+
+
+def test_records_of_before_and_facts_that_are_not_known_are_read():
+    # A site without libfabric, and a torchreg that did not look.
+    empty, few = (replace(NOISY, machine=Machine(facts=facts), campaign="new") for facts in ({}, {"libfabric": None}))
+    assert len(report_of(NOISY, empty, few)["groups"]) == 1
+    differs = report_of(NOISY, replace(NOISY, machine=Machine(facts={"driver": "580"})))["provenance"]["differs"]
+    values = [{"value": "580", "launches": 24}, {"value": None, "launches": 24}]
+    assert {"field": "machine_facts.driver", "values": values} in differs
 
 
 def test_one_rank_belongs_to_every_backend_that_it_could_have_had():

@@ -156,6 +156,13 @@ def test_versions_may_differ_and_are_told_but_machines_may_not(capsys):
     comparison = compare(Path("old"), Path("upgraded"))
     assert len(comparison.rows) == NUM_POINTS
     assert "torch was 2.13.0 and is 2.14.0" in comparison.notes
+    changed = {"driver": "580", "kernel": "6.4", "libfabric": None}
+    for name, facts in (("driver", changed | {"driver": "550"}), ("upgraded", changed)):
+        replace(OLD, machine=Machine(facts=facts)).write(Path(name))
+    for one, other in (("driver", "upgraded"), (as_report(Path("driver")), as_report(Path("upgraded")))):
+        comparison = compare(Path(one), Path(other))
+        assert len(comparison.rows) == NUM_POINTS
+        assert "driver was 550 and is 580" in comparison.notes
     for number, change in enumerate(({"name": "x"}, {"device_name": "x"}, {"dtype": "float32"})):
         replace(OLD, machine=Machine(**change)).write(Path(f"other-{number}"))
         assert main(["report", "compare", "old", f"other-{number}"]) == 2
@@ -168,6 +175,14 @@ def test_versions_may_differ_and_are_told_but_machines_may_not(capsys):
         1,
         1,
     ]
+
+
+def test_a_report_of_before_the_facts_were_kept_can_be_compared():
+    report = json.loads(as_report(OLD.write(Path("old"))).read_text())
+    for group in report["groups"]:
+        group["versions"] = {"torch": group["versions"]["torch"]}
+    Path("before.json").write_text(json.dumps(report))
+    assert len(compare(Path("before.json"), Path("old")).rows) == NUM_POINTS
 
 
 def test_points_of_several_versions_in_one_campaign_are_left_out_not_mixed():

@@ -40,6 +40,7 @@ class Machine:
     launch_noise: float = 0.02
     time_noise: float = 0.01
     environment: dict[str, str] = field(default_factory=lambda: {"OMP_NUM_THREADS": "1"})
+    facts: dict[str, str | None] | None = None  # records of before had none
 
     def transfer_s(self, world_size: int, num_bytes: int) -> float:
         """An all-reduce, without noise."""
@@ -137,6 +138,7 @@ class Made:
                 "job_id": None,
                 "environment": machine.environment,
             },
+            **({} if machine.facts is None else {"machine_facts": machine.facts}),
             "dtype": machine.dtype,
             "points": points,
             "allreduce": allreduce,

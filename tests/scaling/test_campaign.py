@@ -1,6 +1,9 @@
 """If these fail, a campaign measures something else than it says, or a slip in its file costs node-hours."""
 
+import json
 import math
+import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 from torchreg.cli import main
 from torchreg.scaling.campaign import Campaign, Setting, launches, node_hours, read_campaign, settings, to_yaml
 
+CAMPAIGNS = Path(__file__).parents[2] / "jobs/campaigns"
 NUMBERS = st.lists(st.integers(1, 8), min_size=1, max_size=4, unique=True).map(tuple)
 
 
@@ -100,6 +104,29 @@ def test_a_campaign_survives_its_file(tmp_path):
         ("- just\n- a list", "no `key: value` lines"),
         ("a: [", "which is no YAML"),
         ("", "no `key: value` lines"),
+        # W5: what would be written outside of runs/, or is none of a file's names.
+        *(
+            (f"name: {name}", "name ")
+            for name in ("../../escape", "..", ".", "a/b", '"a\\0b"', '"a\\nb"', '"\\e[2J"', "''")
+        ),
+        (f"name: {'n' * 256}", "name has 256 bytes"),
+        ("machine_name: a/b", "machine_name is 'a/b'"),
+        # W5: eight lists of eight lists of ... are 10⁸ words, and hang whoever makes a text of them.
+        (
+            "\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 8)}]" for n in range(1, 9))]),
+            "a1 holds",
+        ),
+        ("nodes: &nodes [1, *nodes]", "nodes holds more than a value or a list of values"),
+        ("base: &base {repeats: 2}\n<<: *base", "base holds more than"),
+        ("<<: {repeats: 2}", "line 1 has no plain key"),
+        ("? [1]\n: 2", "line 1 has no plain key"),
+        ("nodes: " + "[" * 30_000, "nested too deeply"),
+        ("nodes: " + "{a: " * 10_000, "nested too deeply"),
+        ("#" * 70_000, "more than 65,536 bytes"),
+        ("repeats: 1\nrepeats: 2", "repeats is there twice"),
+        (f"repeats: {'9' * 5_000}", "which is no YAML of a campaign"),
+        ("name: 2026-99-99", "which is no YAML of a campaign: month must be in 1..12"),
+        ("name: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
     ],
 )
 def test_a_slip_in_the_file_is_told_in_one_line(content, told, tmp_path, capsys):
@@ -111,6 +138,49 @@ def test_a_slip_in_the_file_is_told_in_one_line(content, told, tmp_path, capsys)
     assert told in err
     assert str(path) in err
     assert err.count("\n") == 1
+
+
+def test_a_pipe_is_no_campaign_file(tmp_path, capsys):
+    # W5: reading one would wait for ever.
+    os.mkfifo(tmp_path / "pipe")
+    assert main(["scale", "plan", str(tmp_path / "pipe")]) == 2
+    assert "which is no regular file" in capsys.readouterr().err
+
+
+def test_a_file_may_name_a_value_and_use_it_again(tmp_path):
+    (tmp_path / "c.yaml").write_text(
+        "repeats: &few 2\nnodes: [*few, 4]\nranks_per_node: &all [1, 2]\nlocal_batch_sizes: *all"
+    )
+    assert read_campaign(tmp_path / "c.yaml") == {
+        "repeats": 2,
+        "nodes": [2, 4],
+        "ranks_per_node": [1, 2],
+        "local_batch_sizes": [1, 2],
+    }
+
+
+@pytest.mark.parametrize("path", sorted(CAMPAIGNS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_campaigns_for_machines_with_devices_name_the_device(path):
+    # A node whose torch sees no GPU would be measured on its CPU, and recorded as a result of the machine.
+    values = read_campaign(path)
+    assert (values["machine"] == "generic") == (values.get("device", "auto") == "auto")
+
+
+def test_a_campaign_can_leave_out_variables_of_its_machine(tmp_path, capsys):
+    path = tmp_path / "c.yaml"
+    path.write_text("machine: polaris\nranks_per_node: [1]\nlauncher: pals\nwithout: [NCCL_CROSS_NIC]")
+    others = ["TMPDIR", "NCCL_NET_GDR_LEVEL"]
+    for options, names in (([], ["NCCL_CROSS_NIC"]), (["--without", *others], others)):
+        assert main(["scale", "plan", str(path), "--json", *options]) == 0
+        plan = json.loads(capsys.readouterr().out)
+        command = " ".join(plan["launches"][0]["command"])
+        assert plan["campaign"]["without"] == names
+        assert not [name for name in names if f"{name}=" in command]
+        assert "NCCL_COLLNET_ENABLE=1" in command
+    assert main(["scale", "run", str(path), "--without", "NCCL"]) == 2
+    assert "without names NCCL, which machine polaris does not set" in capsys.readouterr().err
+    one, other = (Campaign(machine="polaris", without=names) for names in ((), ("NCCL_CROSS_NIC",)))
+    assert one.fingerprint != other.fingerprint, "its numbers are those of another setting"
 
 
 def test_a_file_that_is_not_there_is_told(tmp_path, capsys):

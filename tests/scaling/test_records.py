@@ -93,6 +93,12 @@ REFUSED = {
         "runtime.num_nodes is 1, and 2 were asked for",
     ),
     "ranks missing": (changed("runtime", "places", to=[]), "partial: runtime.places has 0 of 2 ranks"),
+    # A node whose torch sees no GPU: its CPUs would stand for the machine.
+    "on another device": (
+        changed("campaign", to={**TWO_RANKS["campaign"], "device": "cuda"}),
+        "runtime.places has cpu, and cuda was asked for (campaign.device)",
+    ),
+    "facts no object": (changed("machine_facts", to=["6.4"]), "machine_facts is ['6.4'], where names with a text"),
     "no product": (changed("launch", "ranks_per_node", to=3), "launch.world_size is 2, not num_nodes 1"),
     "same setting twice": (changed("points", 1, to=TWO_RANKS["points"][0]), "points[1] is measured twice"),
     "wrong throughput": (changed("points", 0, "throughput", to=5.0), "points[0].throughput is 5, not"),

@@ -3,17 +3,22 @@
 Launches are small programs here; tests/mpi/test_scale.py runs real ones.
 """
 
+import errno
+import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from multiprocessing import Process
 from pathlib import Path
 
 import pytest
 
+from torchreg.cli import main
 from torchreg.scaling import claims
 from torchreg.scaling import run as running
 from torchreg.scaling.campaign import Campaign, launches
@@ -36,8 +41,11 @@ world_size = int(sys.argv[2].rsplit("-", 1)[1])
 place = pathlib.Path(sys.argv[1]) / "launches" / sys.argv[2]
 with open(pathlib.Path(sys.argv[1]) / "log", "a") as log:
     print(sys.argv[2], file=log)
-(place / "measured.json").write_text(json.dumps({MEASURED!r}[world_size]))
+(place / f"measured-{{sys.argv[-1]}}.json").write_text(json.dumps({MEASURED!r}[world_size]))
 """
+
+DUE = StopRequest(1e-9, {})
+"""Stops before the first launch."""
 
 
 @pytest.fixture
@@ -76,7 +84,8 @@ def test_a_second_run_measures_nothing_twice_and_what_is_missing_once(play, tmp_
     assert record["campaign"]["fingerprint"] == CAMPAIGN.fingerprint
     assert record["launch"]["world_size"] == 2
     assert not list(folder.glob("launches/*/claim.json"))
-    assert not list(folder.glob("launches/*/measured.json"))
+    assert not list(folder.glob("launches/*/measured*"))
+    assert not list(folder.glob("launches/.*"))
 
 
 def test_a_record_that_no_report_would_take_is_a_failure_and_no_result(play, tmp_path):
@@ -197,36 +206,271 @@ def test_two_jobs_share_a_campaign_and_run_each_launch_once(play, tmp_path):
     assert ran(folder) == sorted(launch.id for launch in launches(campaign))
 
 
-def test_a_claim_is_void_when_its_process_is_gone_or_its_time_is_over(tmp_path):
-    place = tmp_path / "launch"
-    assert claims.claim(place, 60)
-    assert not claims.claim(place, 60)
-    assert f"process {os.getpid()}" in claims.claimed_by(place)
-    claims.release(place)
-    assert claims.claimed_by(place) is None
-
-    gone = subprocess.Popen([sys.executable, "-c", f"from torchreg.scaling.claims import claim; claim(__import__('pathlib').Path({str(place)!r}), 60)"])  # fmt: skip  # noqa: E501
-    assert gone.wait() == 0
-    assert claims.claim(place, -1), "its process is gone"
-    assert claims.claim(place, 60), "its time is over"
-    assert sorted(path.name for path in place.iterdir()) == ["claim.json"]
-
-
-def test_a_claim_of_another_host_holds_until_its_time_is_over(tmp_path):
-    place = tmp_path / "launch"
-    place.mkdir()
-    content = {"host": "elsewhere", "pid": 1, "job_id": "7.pbs", "until": time.time() + 60}
-    (place / "claim.json").write_text(json.dumps(content))
-    assert not claims.claim(place, 60)
-    assert claims.claimed_by(place) == "process 1 on elsewhere, job 7.pbs"
-    (place / "claim.json").write_text(json.dumps(content | {"until": time.time() - 1}))
-    assert claims.claim(place, 60)
+def test_on_one_host_a_second_scale_run_measures_nothing_beside_the_first(play, tmp_path):
+    # W3: steps that share cores with another campaign's are slower, and look like a result.
+    folder, campaign = tmp_path / "campaign", Campaign(ranks_per_node=(1,), repeats=4)
+    timed = f"import time; start_s = time.time(); time.sleep(0.3)\n{MEASURE}"
+    timed += "open(sys.argv[1] + '/times', 'a').write(f'{start_s} {time.time()}\\n')"
+    jobs = [Process(target=play, args=(timed, None, campaign, folder)) for _ in range(2)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(60)
+    times = sorted([float(part) for part in line.split()] for line in (folder / "times").read_text().splitlines())
+    assert len(times) == 4
+    assert all(end_s <= start_s for (_, end_s), (start_s, _) in pairwise(times)), times
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"until": "soon"}'])
-def test_a_damaged_claim_is_void(damage, tmp_path):
-    (tmp_path / "claim.json").write_bytes(damage)
-    assert claims.claim(tmp_path, 60)
+OTHER = {"host": "elsewhere", "boot": "1", "pid": 1, "job_id": "7.pbs"}
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+HERE = {"host": socket.gethostname(), "boot": BOOT_ID.read_text().strip() if BOOT_ID.exists() else None}
+FIRST = "block-00-nodes-1-ranks-1"
+
+
+@pytest.fixture
+def claimed(tmp_path):
+    """Leave the claim of another process on a launch."""
+
+    def claim(age_s=0.0, **changes):
+        path = tmp_path / "campaign/launches" / FIRST / "claim.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(OTHER | {"until": time.time() + 60} | changes))
+        os.utime(path, (time.time() - age_s,) * 2)
+        return path
+
+    return claim
+
+
+def test_launches_that_another_job_runs_are_left_and_the_exit_code_says_so(play, claimed, monkeypatch, capsys):
+    # L10: a job script that sees 0 makes its report of half a campaign, and submits no job for the rest.
+    path = claimed()
+    command = ["scale", "run", "--ranks-per-node", "1", "2", "--repeats", "2", "--dir", "campaign"]
+    play(stop=DUE)  # leaves its stand-in for the ranks
+    assert main(command) == 75
+    out = capsys.readouterr().out
+    assert f"elsewhere    {FIRST}: process 1 on elsewhere, job 7.pbs" in out
+    assert "3 of 4 done, 0 failed, 1 running elsewhere" in out
+    path.unlink()
+    assert main(command) == 0
+
+
+@pytest.mark.parametrize(
+    "stale",
+    [
+        {"until": time.time() - 1},  # its host is gone, or its job: it renews nothing
+        {"job_id": "9.pbs"},  # this job, which was started again on other nodes
+        {"job_id": "9.pbs", "host": socket.gethostname()},  # and on the same one, which was started again itself
+        HERE,  # no process holds that one's lock
+        {
+            "host": socket.gethostname(),
+            "boot": claims._identity()["boot"],
+            "pid": os.getpid(),
+        },  # nor if its pid is used
+        {"until": "soon", "age_s": 1e4},
+        {"until": 1e99, "age_s": 1e4},
+    ],
+)
+def test_a_stale_claim_is_void(stale, play, claimed, monkeypatch):
+    # L10: nobody runs the launch, and nobody would for as long as the claim held.
+    monkeypatch.setenv("PBS_JOBID", "9.pbs")
+    monkeypatch.setenv("PBS_NODEFILE", __file__)
+    monkeypatch.setattr(running, "allocated_hosts", tuple)
+    claimed(**stale)
+    assert play().num_done == 4
+
+
+def test_a_claim_of_another_host_holds_until_it_is_not_renewed(play, claimed, tmp_path):
+    path = claimed()
+    assert (play().num_done, play().num_elsewhere) == (3, 1)
+    assert state_of(path.parent) == "running"
+    for damage in (b"", b"{", b"[]", b"[" * 10_000):  # it may just be being written
+        path.write_bytes(damage)
+        assert state_of(path.parent) == "running"
+        assert play().num_done == 3
+    os.utime(path, (time.time() - 1e4,) * 2)
+    assert play().num_done == 4
+
+
+def test_a_claim_is_renewed_while_the_launch_runs(play, tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "_LIFETIME_S", 0.5)
+    monkeypatch.setattr(claims, "_RENEW_EVERY_S", 0.1)
+    program = (
+        MEASURE
+        + """
+import time
+until = [json.loads((place / "claim.json").read_text())["until"] for _ in range(3) if time.sleep(0.4) is None]
+assert len(set(until)) == 3, until
+"""
+    )
+    assert play(program).num_done == 4
+
+
+def test_a_launch_that_another_job_took_over_is_not_recorded(play, tmp_path):
+    # A laptop's lid was closed for an hour, or a process stopped: the claim ran out, and another job measures.
+    program = MEASURE + f"(place / 'claim.json').write_text({json.dumps(OTHER | {'until': time.time() + 60})!r})"
+    outcome = play(program)
+    assert (outcome.num_done, outcome.num_failed, outcome.num_elsewhere) == (0, 0, 4)
+    assert not list((tmp_path / "campaign").glob("launches/*/launch.json"))
+    assert len(list((tmp_path / "campaign").glob("launches/*/claim.json"))) == 4, "those of the other job stay"
+
+
+def test_ranks_of_an_earlier_try_cannot_write_this_ones_result(play):
+    program = MEASURE.replace("sys.argv[-1]", "'1795799211.050'")
+    assert play(program).num_failed == 4
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_links_is_good_enough(number, play, monkeypatch):
+    # F2: FAT, some FUSE and network file systems.
+    def no_link(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", no_link)
+    assert play().num_done == 4
+
+
+def test_a_file_system_without_locks_is_good_enough(play, monkeypatch):
+    def no_lock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    assert play().num_done == 4
+
+
+@pytest.mark.parametrize("hosts", [("x1000c0s0b0n0", "x1001c3s2b1n1"), ("gpu-01", "cpu-17.cluster.org")])
+def test_a_campaign_has_one_machine_whatever_its_hosts_are_called(hosts, play, tmp_path, monkeypatch):
+    # F3: otherwise a report has as many machines as there were nodes, and finds nothing to compare.
+    for repeats, host in enumerate(hosts, 1):
+        monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
+        play(campaign=Campaign(ranks_per_node=(1, 2), repeats=repeats))
+    records = [json.loads(path.read_text()) for path in (tmp_path / "campaign").glob("launches/*/launch.json")]
+    assert len(records) == 4
+    assert len({record["campaign"]["machine"] for record in records}) == 1
+
+
+def test_two_campaigns_on_hosts_of_one_machine_can_be_compared(play, tmp_path, monkeypatch):
+    # F3
+    folders = [tmp_path / name for name in ("old", "new", "named")]
+    for host, folder in zip(("x1000c0s0b0n0", "x1001c3s2b1n1", "gpu-01"), folders, strict=True):
+        monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
+        name = "xcsbn" if folder.name == "named" else None
+        play(campaign=Campaign(ranks_per_node=(1, 2), repeats=1, machine_name=name), folder=folder)
+    assert main(["report", "compare", "old", "new"]) == 0
+    assert main(["report", "compare", "old", "named"]) == 0
+    with pytest.raises(ValueError, match=r"machine_name is other, and .* has xcsbn"):
+        play(campaign=Campaign(ranks_per_node=(1, 2), repeats=1, machine_name="other"), folder=folders[0])
+
+
+LAUNCHER = """#!/bin/sh
+# Stands for mpiexec: its ranks are in sessions of their own, and take a while to end.
+case $1 in --version) echo HYDRA; exit ;; esac
+test -e ranks && for rank in $(cat ranks); do kill -0 $rank 2>/dev/null && echo $rank >>beside; done
+for rank in 1 2; do setsid sh -c 'trap "kill \\$!; sleep 1; exit" TERM; echo $$ >>ranks; sleep 99 & wait' & done
+trap 'kill -TERM $(cat ranks); wait; wait; exit 143' TERM
+wait
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start `torchreg scale run` with a stand-in for mpiexec, and wait until its ranks are there."""
+    (tmp_path / "mpiexec").write_text(LAUNCHER)
+    (tmp_path / "mpiexec").chmod(0o755)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    processes, ranks = [], tmp_path / "ranks"
+
+    def start_run():
+        command = [sys.executable, "-m", "torchreg", "scale", "run", "--ranks-per-node", "2", "--launcher", "mpich"]
+        before = ranks.read_text() if ranks.exists() else ""
+        processes.append(subprocess.Popen([*command, "--dir", "out"], cwd=tmp_path, env={**os.environ, "PATH": path}))
+        end_s = time.monotonic() + 60
+        while not ranks.exists() or ranks.read_text().count("\n") < before.count("\n") + 2:
+            assert processes[-1].poll() is None, "it has started no ranks"
+            assert time.monotonic() < end_s
+            time.sleep(0.05)
+        return processes[-1], [int(pid) for pid in ranks.read_text().split()[-2:]]
+
+    yield start_run
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+
+
+def gone_within(pids, seconds):
+    end_s = time.monotonic() + seconds
+    while any(alive(pid) for pid in pids):
+        if time.monotonic() > end_s:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_ranks_end_when_scale_run_is_killed_and_the_next_one_waits_for_that(start, tmp_path):
+    # W3: the old ranks went on for minutes, beside the new ones, and both were recorded as valid.
+    process, ranks = start()
+    process.kill()
+    process.wait()
+    _, new_ranks = start()
+    assert gone_within(ranks, 0.5)
+    assert all(alive(pid) for pid in new_ranks)
+    assert not (tmp_path / "beside").exists(), "a rank of the killed campaign was still there"
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_ranks_and_leaves_nothing_half_recorded(number, start, tmp_path):
+    # W3: a closed terminal, Ctrl-C, and a scheduler.
+    process, ranks = start()
+    process.send_signal(number)
+    assert process.wait(15) == 75
+    assert gone_within(ranks, 0.5)
+    (place,) = (tmp_path / "out/launches").iterdir()
+    assert sorted(path.name for path in place.iterdir()) == ["stderr.log", "stdout.log"]
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"},
+        {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"},
+        {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"},
+        {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "x"},
+        {"RANK": "0", "WORLD_SIZE": "2"},
+        {"PMIX_RANK": "0"},
+    ],
+)
+def test_under_a_launcher_it_is_refused_for_it_starts_ranks_itself(variables, monkeypatch, capsys):
+    # L9: two campaigns would measure on the same cores. One rank's variables would reach the ranks that it starts.
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(["scale", "run"]) == 2
+    err = capsys.readouterr().err
+    assert "scale run starts ranks itself" in err
+    assert err.count("\n") == 1
+    for name in variables.keys() & {"PMI_RANK", "RANK"} if "2" in variables.values() else ():
+        monkeypatch.setenv(name, "1")
+        assert main(["scale", "run"]) == 2
+        assert capsys.readouterr().err == "", "it is told once"
+    assert not list(Path().iterdir())
+
+
+def test_in_the_shell_of_a_batch_job_it_runs(play, monkeypatch):
+    # L9: sbatch's own shell has SLURM_PROCID too, and is in no step.
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    play(stop=DUE)
+    assert main(["scale", "run", "--ranks-per-node", "1", "2", "--repeats", "2", "--dir", "campaign"]) == 0
+
+
+def test_what_is_for_one_process_is_done_by_the_main_rank_alone(play, monkeypatch, capsys):
+    # L9: two processes that write one folder or one page.
+    play()
+    monkeypatch.setenv("PMI_RANK", "1")
+    monkeypatch.setenv("PMI_SIZE", "2")
+    monkeypatch.setenv("MPI_LOCALRANKID", "1")
+    for command in ("scale merge all campaign", "report campaign", "scale status campaign", "data show", "scale plan"):
+        assert main(command.split()) == 0
+    assert capsys.readouterr() == ("", "")
+    assert sorted(path.name for path in Path().iterdir()) == ["campaign"]
 
 
 def test_nodes_come_from_the_nodefile_each_once_and_too_few_are_told(play, tmp_path, monkeypatch):

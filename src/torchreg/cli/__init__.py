@@ -21,6 +21,7 @@ COMMANDS = {
     "report": "turn a campaign's records into one report",
     "data": "show, fetch or make the data",
 }
+_ON_ALL_RANKS = ("train", "sweep", "verify", "scale measure", "scale run")  # the last refuses to run on ranks
 _USAGE = """\
 usage: torchreg [-h] [--version] {commands} ...
 
@@ -80,16 +81,22 @@ def _dispatch(arguments: list[str]) -> int:
     command, *options = arguments
     if command not in COMMANDS:
         raise ValueError(f"{command!r} is no command: the commands are {', '.join(COMMANDS)}")
+    if not any(" ".join(arguments[:2]).startswith(begin) for begin in _ON_ALL_RANKS) and not _is_main_rank():
+        return 0  # the main rank does it: each file is written once
     code: int = import_module(f"torchreg.cli.{command}").run(options)
     return code
 
 
 def _tell(message: str) -> None:
     """One line on stderr, from the main rank only."""
+    if _is_main_rank():
+        print(f"torchreg: error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _is_main_rank() -> bool:
     with contextlib.suppress(ValueError):
-        if detect_launcher(os.environ).rank > 0:
-            return
-    print(f"torchreg: error: {' '.join(message.split())}", file=sys.stderr)
+        return detect_launcher(os.environ).rank == 0
+    return True
 
 
 if __name__ == "__main__":

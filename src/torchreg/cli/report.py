@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +9,6 @@ from typing import Annotated
 import tyro
 
 from torchreg.cli.options import EXIT_FAILED, parse
-from torchreg.launcher import detect_launcher
 
 _FOLDER = "report"
 
@@ -63,8 +61,6 @@ def run(argv: list[str]) -> int:
         raise ValueError("report got no directory: give a campaign's, as in `torchreg report DIR`")
     if arguments.out is None and len(arguments.dirs) > 1:
         raise ValueError(f"report got {len(arguments.dirs)} directories: say with --out where their report belongs")
-    if detect_launcher(os.environ).rank > 0:
-        return 0  # the main rank writes it
 
     from torchreg.report.write import require_report_libraries
 
@@ -96,8 +92,6 @@ def run(argv: list[str]) -> int:
 
 def _compare(argv: list[str]) -> int:
     arguments = parse(CompareArguments, "torchreg report compare", argv)
-    if detect_launcher(os.environ).rank > 0:
-        return 0  # the main rank tells it
 
     from torchreg.report.write import require_report_libraries
 

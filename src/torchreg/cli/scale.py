@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ import tyro
 
 from torchreg.cli.options import EXIT_FAILED, EXIT_STOPPED, parse
 from torchreg.config import TrainConfig
+from torchreg.launcher import detect_launcher, sign_of_mpi
 from torchreg.scaling.campaign import Campaign, launches, node_hours, read_campaign, settings
 
 _USAGE = """\
@@ -47,7 +49,8 @@ class RunArguments:
     """Run every launch of a campaign that has no result yet, in random blocks.
 
     A campaign file may come first: torchreg scale run jobs/campaigns/local.yaml --dir runs/local. Flags override its
-    values. Exit code 0: all is done. 1: a launch failed, on record. 75: stopped in time; run it again to go on.
+    values. Exit code 0: all is done. 1: a launch failed, on record. 75: launches are left, because it was stopped in
+    time or another job runs them; run it again to go on.
     """
 
     campaign: Annotated[Campaign, tyro.conf.arg(name="")]
@@ -164,6 +167,13 @@ def _plan(argv: list[str]) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    launcher, sign = detect_launcher(os.environ), sign_of_mpi(os.environ)
+    if not launcher.is_none or sign:  # one rank too: its variables would reach what it starts
+        who = f"a launcher ({sign} is set)" if launcher.is_none else launcher.name
+        raise ValueError(
+            f"scale run starts ranks itself, and {who} has started this process as rank {launcher.rank} of "
+            f"{launcher.world_size}: run it once, in the job's own shell, without a launcher"
+        )
     campaign, flags = _campaign("torchreg scale run", argv)
     arguments = parse(RunArguments, "torchreg scale run", flags, RunArguments(campaign))
     campaign = arguments.campaign
@@ -183,7 +193,7 @@ def _run(argv: list[str]) -> int:
     with StopRequest(arguments.time_limit_s) as stop:
         outcome = run_campaign(campaign, folder, stop, say, retry_failed=arguments.retry_failed)
     print(*outcome_lines(outcome, folder), sep="\n")
-    if outcome.stopped:
+    if outcome.num_left:
         return EXIT_STOPPED
     return EXIT_FAILED if outcome.num_failed else 0
 
@@ -225,7 +235,7 @@ def _measure(argv: list[str]) -> int:
     from torchreg.cli.bring_up import on_all_ranks, open_ranks
     from torchreg.record import write_json
     from torchreg.scaling.measure import measure_launch
-    from torchreg.scaling.run import MEASURED_FILE, campaign_of
+    from torchreg.scaling.run import campaign_of, measured_file
     from torchreg.scaling.sources import LAUNCHES_FOLDER
 
     folder = Path(arguments.dir)
@@ -237,10 +247,16 @@ def _measure(argv: list[str]) -> int:
         )
     launch, place = by_id[arguments.launch], folder / LAUNCHES_FOLDER / arguments.launch
     runtime = open_ranks(
-        TrainConfig(optimizer="hand", device=campaign.device, runtime=campaign.runtime, timeout_s=campaign.timeout_s)
+        TrainConfig(
+            optimizer="hand",
+            device=campaign.device,
+            dtype=campaign.dtype,
+            runtime=campaign.runtime,
+            timeout_s=campaign.timeout_s,
+        )
     )
     start_up_s = time.time() - arguments.launched_at
     measured = on_all_ranks(runtime, lambda: measure_launch(campaign, launch, runtime, place))
     if runtime.is_main:
-        write_json(place / MEASURED_FILE, {"start_up_s": start_up_s, **measured})
+        write_json(place / measured_file(f"{arguments.launched_at:.3f}"), {"start_up_s": start_up_s, **measured})
     return 0

@@ -155,7 +155,8 @@ def compare(old: Path, new: Path, threshold: float = 0.05) -> Comparison:
     if not rows and not after.wrong:
         raise ValueError(
             f"nothing in {old} and {new} can be compared: no setting was measured in both on the same machine, device, "
-            "backend and number format, at the same nodes and ranks"
+            "backend and number format, at the same nodes and ranks (machine_name "
+            "in a campaign's file names a machine whose hosts have several names)"
         )
     return Comparison(threshold, tuple(rows), after.wrong, tuple(_notes(before, after, mixed)))
 
@@ -298,5 +299,5 @@ def _side(
         frozenset(mixed),
         tuple(f"{one['what']}: {one['reason']}" for one in excluded if one["is_wrong_result"]),
         frozenset((one["machine"], one["num_nodes"], one["ranks_per_node"]) for one in failed if not one["is_retried"]),
-        {name: tuple(sorted({str(one[name]) for one in versions if one[name] is not None})) for name in VERSIONS},
+        {name: tuple(sorted({str(value) for one in versions if (value := one.get(name))})) for name in VERSIONS},
     )

@@ -108,6 +108,8 @@ def _fields(launch: Launch) -> Iterator[tuple[str, str]]:
         for name, value in origin["environment"].items()
         if not _OF_ONE_LAUNCH.fullmatch(name)
     }
+    fields |= {f"machine_facts.{key}": value for key, value in (content.get("machine_facts") or {}).items()}
+    fields["campaign.without"] = " ".join(content["campaign"].get("without") or []) or None
     fields["dtype"] = content["dtype"]
     fields["devices"] = ", ".join(sorted({place["device"].split(":")[0] for place in runtime["places"]}))
     alone = content["launch"]["world_size"] == 1

@@ -1,4 +1,4 @@
-"""Which launches may be compared: same machine, device, backend, precision, versions and runtime."""
+"""Which launches may be compared: same machine, devices, backend, precision, runtime and provenance."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from typing import Any
 
 import pandas as pd
 
-VERSIONS = ("torch", "numpy", "mpi_library", "nccl_version")
+from torchreg.scaling.records import FACTS
+
+VERSIONS = ("torch", "numpy", "mpi_library", "nccl_version", *FACTS, "placement", "without")
+"""What decides a number beside the place where it was measured: versions, settings, devices that are visible."""
+
 KEY = ("machine", "device_name", "backend", "dtype", "effective", *VERSIONS)
 
-_OF_SEVERAL_RANKS = ("backend", "effective", "mpi_library", "nccl_version")
+_OF_SEVERAL_RANKS = ("backend", "effective", "mpi_library", "nccl_version", "oneccl", "libfabric")
 """What one process has no need of: its launch does not say which backend it would have had."""
 
 _NAMES = {"device_name": "device", "mpi_library": "MPI", "nccl_version": "NCCL", "effective": "runtime"}

@@ -33,7 +33,8 @@ _METHOD = (
     "excess loss is expected to be below the target, times the measured time of a step. Beside it stands the time that "
     "training itself took between the two halves of the window, on average where a quick run was repeated. Node-hours "
     "count a partly used node whole.",
-    "Launches are compared only where machine, device, backend, number format, versions and runtime are the same; a "
+    "Launches are compared only where machine, devices, backend, number format, runtime, versions (kernel, driver and "
+    "network libraries too), and the devices and CPUs that are visible to ranks are the same; a "
     "launch of one rank, which has no backend, belongs to each group that is equal in the rest. Series within a node "
     "and across nodes are kept apart.",
     "Each run is checked against the known answer. A run whose check failed is in no statistics, however fast it was. "

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from torchreg.builtin import REAL_NUM_ROWS
+from torchreg.files import check_name
 from torchreg.scaling.launch import LauncherName, MachineName, words
 
 CAMPAIGN_FILE = "campaign.yaml"
@@ -27,9 +28,10 @@ _START_UP_S = 15.0  # of a launch: imports, bring-up; an estimate
 _BESIDE_WINDOW_S = 0.5  # of a point: warm-up, check, run to the target; an estimate
 _ALL_REDUCE_S = 3.0
 _LARGEST = 10**9
+_LONGEST_FILE = 65_536  # bytes; one of a hundred numbers a key has two thousand
 _MEASURED_WITH = (  # what the numbers of a launch depend on: one campaign folder has one choice of these
     "global_batch_sizes", "local_batch_sizes", "num_features", "combinations", "window_s", "num_rows",
-    "base_learning_rate", "target_excess", "dtype", "device", "runtime", "machine", "seed",
+    "base_learning_rate", "target_excess", "dtype", "device", "runtime", "machine", "without", "seed",
 )  # fmt: skip
 
 
@@ -45,6 +47,13 @@ class Campaign:
 
     machine: MachineName = "generic"
     """Whose launcher options, CPU binding and network settings to use."""
+
+    machine_name: str | None = None
+    """What the machine is called in records and reports: numbers are compared only within one machine. It is settled
+    when the campaign begins. Default: the known machine, or the host's name without its numbers."""
+
+    without: tuple[str, ...] = ()
+    """Names of the machine's variables to leave out, as where NCCL hangs with them."""
 
     nodes: tuple[int, ...] = (1,)
     """Numbers of nodes."""
@@ -85,7 +94,7 @@ class Campaign:
     """Precision. `auto` is float64 on the CPU and float32 elsewhere."""
 
     device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = "auto"
-    """Where to train."""
+    """Where to train. A launch whose ranks have another device is a failure, and no result."""
 
     runtime: Literal["auto", "ezpz", "torch"] = "auto"
     """Who sets up several ranks."""
@@ -106,6 +115,9 @@ class Campaign:
     """After how many seconds a launch is ended and counts as failed."""
 
     def __post_init__(self) -> None:
+        check_name("name", self.name)
+        if self.machine_name is not None:
+            check_name("machine_name", self.machine_name)
         for field in ("nodes", "ranks_per_node", "global_batch_sizes", "local_batch_sizes", "num_features"):
             values = getattr(self, field)
             if not values and field not in ("global_batch_sizes", "local_batch_sizes"):
@@ -243,19 +255,40 @@ def read_campaign(path: Path) -> dict[str, Any]:
     import yaml
 
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
+        what = "is no regular file" if path.exists() else "does not exist"
         raise ValueError(f"campaign is {path}, which {what}: give a YAML file, such as jobs/campaigns/local.yaml")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"campaign is {path}, which is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"campaign is {path}, which has no `key: value` lines: see jobs/campaigns/local.yaml")
+        with path.open("rb") as file:
+            text = file.read(_LONGEST_FILE + 1)
+        if len(text) > _LONGEST_FILE:
+            raise ValueError(f"more than {_LONGEST_FILE:,} bytes")
+        _refuse_nesting(yaml.compose(text, Loader=yaml.SafeLoader), yaml)
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
+        why = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise ValueError(f"campaign is {path}, which is no YAML of a campaign: {why}") from error
     known = [field.name for field in fields(Campaign)]
     for key in content:
         if key not in known:
             raise ValueError(f"campaign is {path}, which has {key!r}: its keys are {', '.join(known)}")
     return content
+
+
+def _refuse_nesting(root: Any, yaml: Any) -> None:
+    """Raise `ValueError` for what is deeper than lists of values: an alias within an alias has a size without bounds,
+    which is why nodes are looked at before anything is made of them."""
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError("it has no `key: value` lines, see jobs/campaigns/local.yaml")
+    seen = set()
+    for key, value in root.value:
+        if not isinstance(key, yaml.ScalarNode) or key.tag.endswith(":merge"):
+            raise ValueError(f"line {key.start_mark.line + 1} has no plain key")
+        items = value.value if isinstance(value, yaml.SequenceNode) else [value]
+        if not all(isinstance(item, yaml.ScalarNode) for item in items):
+            raise ValueError(f"{key.value} holds more than a value or a list of values")
+        if key.value in seen:
+            raise ValueError(f"{key.value} is there twice")
+        seen.add(key.value)
 
 
 def to_yaml(campaign: Campaign) -> str:

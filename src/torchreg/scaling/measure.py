@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from torchreg.record import machine_facts
 from torchreg.rows import torch_dtype
 from torchreg.runtime import AnySync, Runtime
 from torchreg.scaling.answer import Rows, check, make_rows
@@ -52,7 +53,15 @@ def measure_launch(campaign: Campaign, launch: Launch, runtime: Runtime, folder:
         "points": points,
         "allreduce": _all_reduce(runtime, dtype, launch.seed, by_mpi=by_mpi),
         "runtime": runtime.evidence(campaign.runtime),
+        "machine_facts": _facts(runtime),
     }
+
+
+def _facts(runtime: Runtime) -> dict[str, str | None]:
+    """What the hosts of all ranks have; where they differ, all that there is."""
+    of_ranks = runtime.gather(machine_facts())
+    found = {name: sorted({value for facts in of_ranks if (value := facts[name])}) for name in of_ranks[0]}
+    return {name: ", ".join(values) or None for name, values in found.items()}
 
 
 def _refuse(campaign: Campaign, launch: Launch, runtime: Runtime, *, by_mpi: bool) -> None:
@@ -62,6 +71,9 @@ def _refuse(campaign: Campaign, launch: Launch, runtime: Runtime, *, by_mpi: boo
             f"launch is {launch.id}, and what the launcher started are {found[1]} ranks on {found[0]} nodes: see "
             "launcher and launcher_args"
         )
+    devices = sorted({place.device.split(":")[0] for place in runtime.places})
+    if campaign.device not in ("auto", *devices) or len(devices) > 1:
+        raise ValueError(f"device is {campaign.device}, and the ranks have {', '.join(devices)}: nothing is measured")
     wanted = [combination for combination in campaign.combinations if combination.endswith("/mpi")]
     if wanted and not by_mpi and runtime.world_size > 1:
         raise ValueError(

@@ -7,6 +7,7 @@ as one, or merged into one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,12 +145,19 @@ def launches_table(records: Records) -> pd.DataFrame:
     return table.drop(columns="suffix")
 
 
+FACTS = ("driver", "cuda", "rocm", "oneccl", "libfabric", "kernel", "tf32")
+"""What `torchreg.record.machine_facts` has, and decides a number; a record that lacks one has None."""
+
+_PLACEMENT = re.compile(
+    r"\w*(VISIBLE_DEVICES|DEVICE_(ORDER|ORDINAL|SELECTOR|HIERARCHY)|AFFINITY|NUMA|(CPU|GPU|MEM|PROC)_BIND|PLACES)\w*"
+)
+
 _LAUNCH_COLUMNS = [
     "launch", "status", "campaign", "machine", "fingerprint", "suffix", "block", "recorded_block", "world_size",
     "num_nodes", "ranks_per_node", "seed", "exit_code", "reason", "started_utc", "finished_utc", "wall_s", "start_up_s",
     "num_points", "num_failed_checks", "launcher", "requested", "effective", "ezpz_version", "backend", "mpi_library",
-    "nccl_version", "device_name", "num_cpus", "dtype", "torch", "numpy", "python", "platform", "commit", "dirty",
-    "job_id", "source", "file",
+    "nccl_version", "device_name", "num_cpus", "dtype", "torch", "numpy", *FACTS, "placement", "without", "python",
+    "platform", "commit", "dirty", "job_id", "source", "file",
 ]  # fmt: skip
 
 
@@ -170,9 +178,15 @@ def _launch_row(one: Launch | Failure) -> dict[str, Any]:
     if isinstance(one, Failure):
         return row
     provenance, runtime = content["provenance"], content["runtime"]
-    run_fields = "launcher requested effective ezpz_version backend mpi_library nccl_version device_name"
+    run_fields = "launcher requested effective ezpz_version backend mpi_library nccl_version"
+    facts, environment = content.get("machine_facts") or {}, sorted(provenance["environment"].items())
+    devices = {place["device_name"] for place in runtime["places"] if place.get("device_name")}
     return row | {
         **{key: runtime[key] for key in run_fields.split()},
+        "device_name": ", ".join(sorted(devices)) or runtime["device_name"],
+        **{key: facts.get(key) for key in FACTS},
+        "placement": " ".join(f"{name}={value}" for name, value in environment if _PLACEMENT.fullmatch(name)) or None,
+        "without": " ".join(sorted(content["campaign"].get("without") or [])) or None,
         # Of a node whose ranks compute on them.
         "num_cpus": runtime.get("num_cpus") if runtime["places"][0]["device"] == "cpu" else None,
         **{key: provenance[key] for key in ("python", "platform", "job_id", "finished_utc")},

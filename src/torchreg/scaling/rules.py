@@ -97,6 +97,18 @@ def texts(value: Any) -> str | None:
     return None if right else "names with a text each"
 
 
+def list_of_texts(value: Any) -> str | None:
+    """A list of texts."""
+    right = isinstance(value, list) and all(text()(item) is None for item in value)
+    return None if right else "a list of texts"
+
+
+def texts_or_null(value: Any) -> str | None:
+    """A mapping of names to texts or null, as of what a machine has to its version."""
+    right = isinstance(value, dict) and texts({key: item for key, item in value.items() if item is not None}) is None
+    return None if right else "names with a text or null each"
+
+
 def or_null(rule: Rule) -> Rule:
     """What a rule wants, or null."""
     return lambda value: None if value is None else rule(value)

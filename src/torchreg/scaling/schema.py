@@ -16,6 +16,7 @@ from torchreg.scaling.rules import (
     any_whole_number,
     flag,
     iso_time,
+    list_of_texts,
     number,
     one_of,
     or_null,
@@ -23,6 +24,7 @@ from torchreg.scaling.rules import (
     shown,
     text,
     texts,
+    texts_or_null,
     whole_number,
     zero,
 )
@@ -122,7 +124,13 @@ _LAUNCH = {
     "ranks_per_node": whole_number(),
     "seed": any_whole_number,
 }
-_CAMPAIGN = {"name": text(), "machine": text(), "fingerprint": text()}
+_CAMPAIGN = {
+    "name": text(),
+    "machine": text(),
+    "fingerprint": text(),
+    "device": Optional(text()),
+    "without": Optional(list_of_texts),
+}
 _FAILED = {
     "status": one_of("ok", "failed"),
     "campaign": _CAMPAIGN,
@@ -192,8 +200,17 @@ _OK = {
         "device_name": or_null(text()),
         "num_cpus": Optional(or_null(whole_number())),
         "cpus_per_rank": Optional(or_null(whole_number())),
-        "places": Each({"rank": whole_number(0), "host": text(), "local_rank": whole_number(0), "device": text()}),
+        "places": Each(
+            {
+                "rank": whole_number(0),
+                "host": text(),
+                "local_rank": whole_number(0),
+                "device": text(),
+                "device_name": Optional(text()),
+            }
+        ),
     },
+    "machine_facts": Optional(texts_or_null),
     "provenance": {
         "finished_utc": iso_time,
         "source": {"commit": or_null(text()), "dirty": or_null(flag)},
@@ -217,6 +234,10 @@ _OK = {
 }
 
 
+def _kind_of(place: Mapping[str, Any]) -> str:
+    return str(place["device"].split(":")[0])
+
+
 def _contradictions(record: Mapping[str, Any], is_failed: bool) -> Iterator[str]:
     """Fields that are right by themselves and cannot be true together."""
     launch = record["launch"]
@@ -233,6 +254,9 @@ def _contradictions(record: Mapping[str, Any], is_failed: bool) -> Iterator[str]
             yield f"runtime.{field} is {record['runtime'][field]}, and {launch[field]} were asked for (launch.{field})"
     if len(record["runtime"]["places"]) != world_size:
         yield f"partial: runtime.places has {len(record['runtime']['places'])} of {world_size} ranks"
+    wanted, devices = record["campaign"].get("device"), sorted({_kind_of(one) for one in record["runtime"]["places"]})
+    if wanted not in (None, "auto") and devices != [wanted]:
+        yield f"runtime.places has {', '.join(devices)}, and {wanted} was asked for (campaign.device)"
     if not record["points"] and not record["allreduce"]:
         yield "partial: points and allreduce are empty"
     seen = set()
