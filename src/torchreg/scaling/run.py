@@ -199,7 +199,7 @@ def _run_launch(
         except OSError as error:
             raise ValueError(
                 f"launcher is {campaign.launcher}, and {command[0]} cannot be started ({error.strerror}): pip install "
-                "'torchreg[mpi]', or choose another --launcher"
+                "mpich, or choose another --launcher"
             ) from error
         ended = _wait(process, campaign.launch_timeout_s, stop)
     if ended == "stopped":
