@@ -1,5 +1,7 @@
 """If a launcher is misread, N ranks train N copies of a one-rank run and nobody notices."""
 
+import os
+
 import pytest
 
 from torchreg.launcher import NO_LAUNCHER, Launcher, detect_launcher
@@ -40,14 +42,87 @@ ENVIRONMENTS = {
         "PMI_RANK": "3",
         "PMI_SIZE": "4",
     },
+    "srun --mpi=cray_shasta": {
+        "SLURM_PROCID": "3",
+        "SLURM_NTASKS": "4",
+        "SLURM_LOCALID": "1",
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_ID": "0",
+        "PALS_RANKID": "3",
+        "PALS_LOCAL_RANKID": "1",
+    },
+    "MVAPICH mpirun": {
+        "MV2_COMM_WORLD_RANK": "3",
+        "MV2_COMM_WORLD_SIZE": "4",
+        "MV2_COMM_WORLD_LOCAL_RANK": "1",
+        "MV2_COMM_WORLD_LOCAL_SIZE": "2",
+    },
+    "jsrun": {
+        "JSM_NAMESPACE_RANK": "3",
+        "JSM_NAMESPACE_SIZE": "4",
+        "JSM_NAMESPACE_LOCAL_RANK": "1",
+        "JSM_NAMESPACE_LOCAL_SIZE": "2",
+    },
+    "flux": {
+        "FLUX_TASK_RANK": "3",
+        "FLUX_JOB_SIZE": "4",
+        "FLUX_TASK_LOCAL_ID": "1",
+        "FLUX_JOB_NNODES": "2",
+        "PMI_RANK": "3",
+        "PMI_SIZE": "4",
+    },
+    "RANK and WORLD_SIZE": {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
 }
 
 
+@pytest.fixture(autouse=True)
+def started_by_nobody(monkeypatch):
+    for environment in ENVIRONMENTS.values():
+        for name in environment:
+            monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def detected(monkeypatch):
+    """The launcher of a process with these variables: os.environ refuses what a dict takes (case L2)."""
+
+    def detect(environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return detect_launcher(os.environ)
+
+    return detect
+
+
 @pytest.mark.parametrize("name", ENVIRONMENTS)
-def test_each_launcher_gives_its_rank_local_rank_and_world_size(name):
-    found = detect_launcher({"PATH": "/bin", **ENVIRONMENTS[name]})
-    local_world_size = None if name == "srun" else 2
-    assert found == Launcher(name, 3, 4, 1, local_world_size, uses_mpi="mpiexec" in name)
+def test_each_launcher_gives_its_rank_local_rank_and_world_size(name, detected):
+    found = detected(ENVIRONMENTS[name])
+    local_world_size = None if name.startswith(("srun", "flux")) else 2
+    uses_mpi = name.endswith(("mpiexec", "mpirun", "jsrun"))
+    assert found == Launcher(name.split(" --")[0], 3, 4, 1, local_world_size, uses_mpi=uses_mpi)
+
+
+def test_the_four_numbers_that_torch_asks_for_are_enough(detected):
+    # Case L4: Kubernetes operators and hand-written loops set no LOCAL_RANK; these were N silent copies of one rank.
+    assert detected({"RANK": "1", "WORLD_SIZE": "2"}) == Launcher("RANK and WORLD_SIZE", 1, 2, None, None, False)
+
+
+@pytest.mark.parametrize(
+    ("environment", "missing"),
+    [
+        ({"RANK": "1"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "2"}, "RANK"),
+        ({"OMPI_COMM_WORLD_RANK": "1"}, "OMPI_COMM_WORLD_SIZE"),
+        ({"MV2_COMM_WORLD_RANK": "1"}, "MV2_COMM_WORLD_SIZE"),
+        ({"JSM_NAMESPACE_RANK": "1"}, "JSM_NAMESPACE_SIZE"),
+        ({"FLUX_TASK_RANK": "1"}, "FLUX_JOB_SIZE"),
+        ({"HOROVOD_RANK": "1"}, "HOROVOD_SIZE"),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7"}, "SLURM_NTASKS"),
+    ],
+)
+def test_a_rank_without_a_world_size_is_refused_by_the_name_of_what_is_missing(environment, missing, detected):
+    with pytest.raises(ValueError, match=rf"{missing} is not set"):
+        detected(environment)
 
 
 def test_without_a_launcher_there_is_one_rank():
@@ -58,6 +133,17 @@ def test_the_shell_of_a_slurm_batch_job_is_no_rank():
     # sbatch -n 4: the script itself sees these, and runs once.
     environment = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}
     assert detect_launcher(environment).is_none
+
+
+def test_the_shell_of_salloc_is_no_rank(detected):
+    # Case L3: salloc starts its shell as a step of a kind of its own, with the numbers of the whole job.
+    shell = {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
+    assert detected({**shell, "SLURM_JOB_ID": "7"}).is_none
+
+
+def test_a_step_has_as_many_ranks_as_it_says_not_as_its_job(detected):
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "4", "SLURM_PROCID": "1", "SLURM_STEP_ID": "0"}
+    assert detected({**step, "SLURM_JOB_ID": "7"}).world_size == 2
 
 
 def test_mpiexec_of_mpich_inside_a_slurm_step_is_mpich():

@@ -1,19 +1,20 @@
 """Who started this process, read from the environment that each launcher leaves: a pure function.
 
-What the launchers set (and what they do not) is in the table of `tests/test_launcher.py`, one row for each.
+`LAUNCHERS` has one row for each launcher; what each sets, and what it does not, is in `tests/test_launcher.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
 class Launcher:
     """What the launcher says about this process.
 
-    `local_rank` and `local_world_size` are None where it does not say: the runtime then counts hosts.
+    `local_rank` and `local_world_size` are None where it does not say: the ranks of a host are then counted.
     """
 
     name: str
@@ -31,32 +32,65 @@ class Launcher:
 
 NO_LAUNCHER = Launcher("none", 0, 1, 0, 1, uses_mpi=False)
 
-# Name, then the variables of rank, world size, local rank, local world size.
-_TORCHRUN = ("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-_PALS = ("PALS mpiexec", "PALS_RANKID", "PMI_SIZE", "PALS_LOCAL_RANKID", "PMI_LOCAL_SIZE")
-_OPEN_MPI = (
-    "Open MPI mpiexec",
-    "OMPI_COMM_WORLD_RANK",
-    "OMPI_COMM_WORLD_SIZE",
-    "OMPI_COMM_WORLD_LOCAL_RANK",
-    "OMPI_COMM_WORLD_LOCAL_SIZE",
+
+class Variables(NamedTuple):
+    """The environment variables of a launcher. Where there are several for one number, the first that is set counts."""
+
+    name: str
+    rank: str
+    world_size: tuple[str, ...]
+    local_rank: tuple[str, ...] = ()
+    local_world_size: tuple[str, ...] = ()
+    uses_mpi: bool = False
+    step: str | None = None
+    """A variable without which the others are not this launcher's."""
+
+
+# Name, and what its variables begin with.
+_OF_ONE_FORM = (
+    ("Open MPI mpiexec", "OMPI_COMM_WORLD_", True),
+    ("MVAPICH mpirun", "MV2_COMM_WORLD_", True),
+    ("MVAPICH mpirun", "MVP_COMM_WORLD_", True),  # since 3.0
+    ("jsrun", "JSM_NAMESPACE_", True),
+    ("horovodrun", "HOROVOD_", False),
 )
-_MPICH = ("MPICH mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
-_SLURM = ("srun", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", None)  # no plain number of local tasks
+_EXPORTED = Variables("RANK and WORLD_SIZE", "RANK", ("WORLD_SIZE",), ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE",))
+_SRUN = "srun"
+
+# An inner launcher comes before the outer one that it may have been started by.
+LAUNCHERS = (
+    _EXPORTED._replace(name="torchrun", step="TORCHELASTIC_RUN_ID"),
+    Variables("PALS mpiexec", "PALS_RANKID", ("PMI_SIZE",), ("PALS_LOCAL_RANKID",), ("PMI_LOCAL_SIZE",), True),
+    *(
+        Variables(name, f"{start}RANK", (f"{start}SIZE",), (f"{start}LOCAL_RANK",), (f"{start}LOCAL_SIZE",), uses_mpi)
+        for name, start, uses_mpi in _OF_ONE_FORM
+    ),
+    # Flux and Slurm set PMI_RANK and PMI_SIZE too; MPI_LOCALRANKID is hydra's own.
+    Variables(
+        "MPICH mpiexec", "PMI_RANK", ("PMI_SIZE",), ("MPI_LOCALRANKID",), ("MPI_LOCALNRANKS",), True, "MPI_LOCALRANKID"
+    ),
+    Variables("flux", "FLUX_TASK_RANK", ("FLUX_JOB_SIZE",), ("FLUX_TASK_LOCAL_ID",)),
+    # srun sets no plain number of the ranks of a host.
+    Variables(_SRUN, "SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), ("SLURM_LOCALID",)),
+    Variables("PMI launcher", "PMI_RANK", ("PMI_SIZE",), uses_mpi=True),
+)
+
+_FIRST_SPECIAL_SLURM_STEP = 0xFFFFFFF0  # the batch script, salloc's shell and others: not started by srun
+_SIGNS_OF_MPI = "PALS_RANKID", "PMI_RANK", "PMI_FD", "PMIX_RANK", "ALPS_APP_PE", "MPI_RANKID"
 
 
 def detect_launcher(environ: Mapping[str, str]) -> Launcher:
     """The launcher of the process whose environment this is.
 
-    Raises `ValueError` when a number is malformed, or when two launchers disagree about the rank or the
-    world size (for example RANK and WORLD_SIZE left over from an earlier run).
+    Raises `ValueError` when a number is malformed or missing, and when RANK and WORLD_SIZE, left over from an earlier
+    run, name another rank than the launcher does.
     """
-    if "TORCHELASTIC_RUN_ID" in environ:
-        return _read(environ, *_TORCHRUN, uses_mpi=False)
-    found = _mpi_or_slurm(environ)
-    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= environ.keys():
+    found = next((_read(environ, row) for row in LAUNCHERS if _is_there(environ, row)), NO_LAUNCHER)
+    if found.name == "torchrun" or "RANK" not in environ:
+        if found.is_none and environ.get("WORLD_SIZE", "1") != "1":
+            raise ValueError(f"WORLD_SIZE is {environ['WORLD_SIZE']!r} and RANK is not set: set both, or unset it")
         return found
-    exported = _read(environ, *_TORCHRUN, uses_mpi=False)
+    exported = _read(environ, _EXPORTED)
     if not found.is_none and (exported.rank, exported.world_size) != (found.rank, found.world_size):
         raise ValueError(
             f"{found.name} says rank {found.rank} of {found.world_size}, but RANK and WORLD_SIZE say "
@@ -65,45 +99,46 @@ def detect_launcher(environ: Mapping[str, str]) -> Launcher:
     return exported if found.is_none else found
 
 
-def _mpi_or_slurm(environ: Mapping[str, str]) -> Launcher:
-    # sbatch's own shell sees SLURM_PROCID too, but it is in no step.
-    in_step = {"SLURM_PROCID", "SLURM_NTASKS"} <= environ.keys() and (
-        "SLURM_STEP_ID" in environ or "SLURM_JOB_ID" not in environ
-    )
-    for variables in (_PALS, _OPEN_MPI, _MPICH):
-        if variables is _MPICH and in_step and "MPI_LOCALRANKID" not in environ:
-            continue  # these PMI_* are srun's
-        if variables[1] in environ and variables[2] in environ:
-            return _read(environ, *variables, uses_mpi=True)
-    return _read(environ, *_SLURM, uses_mpi=False) if in_step else NO_LAUNCHER
+def sign_of_mpi(environ: Mapping[str, str]) -> str | None:
+    """A variable that an MPI launcher without a row in `LAUNCHERS` sets for each rank, if this process has one."""
+    if not _is_slurm_step(environ) and "SLURM_STEP_ID" in environ:
+        return None  # salloc's shell
+    return next((name for name in _SIGNS_OF_MPI if name in environ), None)
 
 
-def _read(
-    environ: Mapping[str, str],
-    name: str,
-    rank: str,
-    world_size: str,
-    local_rank: str,
-    local_world_size: str | None,
-    *,
-    uses_mpi: bool,
-) -> Launcher:
-    def number(variable: str) -> int:
-        text = environ.get(variable, "")
-        if not text.isdigit():
-            raise ValueError(f"{name} started this process, but {variable} is {text!r}: it must be a number")
-        return int(text)
+def _is_slurm_step(environ: Mapping[str, str]) -> bool:
+    """Whether srun started this process. The shells of sbatch and salloc have SLURM_PROCID too."""
+    step = environ.get("SLURM_STEP_ID", "")
+    return int(step) < _FIRST_SPECIAL_SLURM_STEP if step.isdecimal() else "SLURM_JOB_ID" not in environ
 
-    def number_if_set(variable: str | None) -> int | None:
-        return number(variable) if variable in environ else None  # type: ignore[arg-type]
 
-    if number(rank) >= number(world_size):
-        raise ValueError(f"{name} says rank {number(rank)} of {number(world_size)}: unset {rank} and {world_size}")
-    return Launcher(
-        name=name,
-        rank=number(rank),
-        world_size=number(world_size),
-        local_rank=number_if_set(local_rank),
-        local_world_size=number_if_set(local_world_size),
-        uses_mpi=uses_mpi,
-    )
+def _is_there(environ: Mapping[str, str], row: Variables) -> bool:
+    if row.rank not in environ or (row.step is not None and row.step not in environ):
+        return False
+    if row.name == _SRUN:
+        return _is_slurm_step(environ)
+    # srun --mpi=cray_shasta sets PALS_RANKID, and some launchers PMI_RANK, without a size: another row has the size.
+    return row.rank not in ("PALS_RANKID", "PMI_RANK") or row.world_size[0] in environ
+
+
+def _read(environ: Mapping[str, str], row: Variables) -> Launcher:
+    def number(variables: tuple[str, ...]) -> int | None:
+        variable = next((name for name in variables if name in environ), None)
+        if variable is None:
+            return None
+        if not environ[variable].isdecimal():
+            raise ValueError(
+                f"{row.name} started this process, but {variable} is {environ[variable]!r}: it must be a number"
+            )
+        return int(environ[variable])
+
+    rank, world_size = number((row.rank,)), number(row.world_size)
+    size_variable = row.world_size[-1]
+    if rank is None or world_size is None:
+        raise ValueError(
+            f"{row.rank} is {environ[row.rank]} and {size_variable} is not set, so that the number of ranks is not "
+            f"known: set {size_variable}, or unset {row.rank}"
+        )
+    if rank >= world_size:
+        raise ValueError(f"{row.name} says rank {rank} of {world_size}: unset {row.rank} and {size_variable}")
+    return Launcher(row.name, rank, world_size, number(row.local_rank), number(row.local_world_size), row.uses_mpi)

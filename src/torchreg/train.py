@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
@@ -244,6 +245,7 @@ def train(
             device=config.device,
             sync=config.effective_sync,
             timeout_s=config.timeout_s,
+            run=asdict(config),
         ) as runtime:
             return train(config, runtime, reporter, stop)
     if reporter is None or not runtime.is_main:

@@ -6,6 +6,9 @@ import sys
 import time
 
 import pytest
+import torch.distributed as dist
+
+from torchreg.runtime.failure import is_expected, is_lost_contact, one_line
 
 from ..fault_matrix import GRACE_S, TIMEOUT_S, matrix
 
@@ -100,3 +103,60 @@ def test_ranks_do_not_wait_for_ever_for_one_that_is_stopped_outside_of_training(
         assert re.findall(r"torchreg: error on rank \d \(.+\): (.+)", done.stderr) == [
             f"waited {TIMEOUT_S:g} s for the other ranks to come together"
         ]
+
+
+NCCL = (
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:93, {}, NCCL version 2.28.9\n{}\nLast error:\n{}"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "lost"),
+    [
+        (
+            # As seen on an H100 with two ranks.
+            dist.DistBackendError(
+                NCCL.format(
+                    "invalid usage (run with NCCL_DEBUG=WARN for details)",
+                    "ncclInvalidUsage: This usually reflects invalid usage of NCCL library.",
+                    "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 60",
+                )
+            ),
+            "NCCL: Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 60",
+            False,
+        ),
+        (
+            dist.DistBackendError(
+                NCCL.format(
+                    "unhandled system error", "ncclSystemError: System call failed.", "network Libfabric not found"
+                )
+            ),
+            "NCCL: network Libfabric not found",
+            False,
+        ),
+        (
+            dist.DistBackendError(
+                NCCL.format("remote process exited", "ncclRemoteError: A call failed.", "Connection closed by n2")
+            ),
+            "lost the other ranks: NCCL: Connection closed by n2",
+            True,
+        ),
+        (
+            RuntimeError(
+                "CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be …\nFor debugging …"
+            ),
+            "CUDA error: uncorrectable ECC error encountered",
+            False,
+        ),
+    ],
+    ids=["two ranks on a GPU", "no network", "a rank is gone", "ECC"],
+)
+def test_errors_of_nccl_and_cuda_keep_their_cause_in_one_line(error, line, lost):
+    # "lost the other ranks" would send the user to look for a dead node.
+    assert is_lost_contact(error) == lost
+    assert is_expected(error), "a traceback is for defects"
+    assert one_line(error) == line
+
+
+def test_a_fault_of_the_program_on_the_device_keeps_its_traceback():
+    assert not is_expected(RuntimeError("CUDA error: an illegal memory access was encountered"))

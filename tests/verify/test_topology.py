@@ -27,7 +27,8 @@ class Ranks:
     @property
     def places(self):
         pairs = zip(self.hosts, self.local_ranks, strict=True)
-        return tuple(Place(rank, host, local, "cpu") for rank, (host, local) in enumerate(pairs))
+        ids = self.identities or ("",) * self.world_size
+        return tuple(Place(rank, host, local, "cpu", "CPU", ids[rank]) for rank, (host, local) in enumerate(pairs))
 
     @property
     def world_size(self):
@@ -44,14 +45,9 @@ class Ranks:
     def world_sizes(self):
         return self.sizes
 
-    def device_identity(self):
-        return self.identities[self.rank]
-
     def gather(self, item):
         if isinstance(item, tuple):
             return list(self.masks)
-        if self.identities and item == self.identities[self.rank]:
-            return list(self.identities)
         return [item if rank == self.rank else None for rank in range(self.world_size)]
 
 

@@ -8,12 +8,14 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import TypeVar
 
 from torchreg.cli.options import EXIT_BAD_INPUT, EXIT_FAILED
 from torchreg.config import TrainConfig
 from torchreg.launcher import detect_launcher
 from torchreg.runtime import AgreedError, Runtime, open_runtime
+from torchreg.runtime.devices import why_not_a_gpu
 from torchreg.runtime.failure import FORWARDED_WITHIN_S, one_line
 
 T = TypeVar("T")
@@ -24,12 +26,16 @@ _ECHO_DELAY_S = 2.0
 def open_ranks(config: TrainConfig) -> Runtime:
     """Bring up the ranks. What goes wrong here may be seen by all ranks or by one: it is told once, and ends all."""
     try:
-        return open_runtime(
+        runtime = open_runtime(
             runtime=config.runtime,
             device=config.device,
             sync=config.effective_sync,
             timeout_s=config.timeout_s,
+            run=asdict(config),
         )
+        if runtime.is_main and (warning := why_not_a_gpu(config.device, os.environ)) and runtime.device.type == "cpu":
+            print(f"torchreg: warning: {warning}", file=sys.stderr)
+        return runtime
     except AgreedError:
         raise
     except (ValueError, RuntimeError, OSError, MemoryError) as error:

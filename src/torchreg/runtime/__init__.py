@@ -9,7 +9,8 @@
 """
 
 from torchreg.runtime.ordered import OrderedGradients, OrderedSum
-from torchreg.runtime.ranks import AddOverRanks, AgreedError, AnySync, Place, Runtime, open_runtime
+from torchreg.runtime.ranks import AddOverRanks, AnySync, Place, Runtime, open_runtime
+from torchreg.runtime.rendezvous import AgreedError
 
 __all__ = [
     "AddOverRanks",

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+
+_XPU = ("ZE_AFFINITY_MASK",)
+_VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", *_XPU)
+_DRIVERS = "/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/kfd"  # NVIDIA's, in a container too; AMD's
 
 
 def choose_device_type(device: str, sync: str, world_size: int) -> str:
@@ -35,26 +39,42 @@ def choose_device_type(device: str, sync: str, world_size: int) -> str:
     return device
 
 
-def device_of(device_type: str, local_rank: int) -> tuple[torch.device, str | None]:
-    """The device of a local rank, and what is wrong with it, if anything."""
-    if device_type == "cpu":
-        return torch.device("cpu"), None
+def why_not_a_gpu(device: str, environ: Mapping[str, str]) -> str | None:
+    """Why `auto` is the CPU on a machine that has the driver of a GPU; None where it has none, or the GPU is hidden."""
+    hidden = any(environ.get(name) in ("", "-1") for name in _VISIBLE_DEVICES)
+    driver = next((path for path in _DRIVERS if os.path.exists(path)), None)
+    if device != "auto" or hidden or driver is None:
+        return None
+    return (
+        f"device is auto, which is the CPU here: this machine has a GPU driver ({driver}), and torch "
+        f"{torch.__version__} sees no GPU; --device cuda makes this an error, --device cpu is silent"
+    )
+
+
+def take_device(device_type: str, local_rank: int) -> tuple[torch.device, str]:
+    """Make a device of this host the current one of this process: the device, and its identity.
+
+    The identity is the same for two ranks that compute on one device, whatever each of them sees of the host.
+    """
+    if device_type in ("cpu", "mps"):
+        return torch.device(device_type), ""
     module = torch.get_device_module(device_type)
-    count = module.device_count()
-    index = 0 if count == 1 and _sees_its_own_device() else local_rank
-    device = torch.device(device_type, index)
-    if index >= count:
-        return device, (
-            f"local rank {local_rank} has no {device_type} device of its own: {count} are visible; start at most "
-            f"{count} ranks a node, or --device cpu"
-        )
+    index = local_rank % module.device_count()  # launchers may leave a rank its own device alone, which is number 0
     module.set_device(index)
-    return device, None
+    return torch.device(device_type, index), device_identity(torch.device(device_type, index), os.environ)
 
 
-def _sees_its_own_device() -> bool:
-    """An affinity script left this rank one device, which is then number 0 for every rank."""
-    return any(name in os.environ for name in ("CUDA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"))
+def device_identity(device: torch.device, environ: Mapping[str, str]) -> str:
+    """What tells an accelerator from all others of its host, whatever number this process has for it."""
+    names = "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"
+    visible = next((environ[name] for name in (names if device.type == "cuda" else _XPU) if environ.get(name)), "")
+    listed = visible.split(",")
+    number = listed[device.index].strip() if device.index < len(listed) and visible else str(device.index)
+    # Tiles of one XPU, and the parts of a GPU in MIG mode, may have one UUID.
+    if device.type == "cuda" and not number.startswith("MIG"):
+        properties = torch.cuda.get_device_properties(device)
+        return str(getattr(properties, "uuid", number))
+    return number
 
 
 def own_cpus() -> int:

@@ -36,6 +36,9 @@ _TOLD_WITHIN_S = 3.0  # more than the two above
 _TURN_S = 1.0  # a launcher ends the other ranks within this time after one has left
 
 _GLOO_SOURCE = re.compile(r"^\[\S*/gloo/\S+] ")  # what gloo's errors begin with; what happened and advice follow
+_NCCL_ERROR = "NCCL error in: "
+_NCCL_CAUSE = re.compile(r"Last error:\s+(?P<cause>\S.*)|(?P<kind>nccl\w+: .*)")
+_DEVICE_ERROR = re.compile(r"(CUDA|HIP) error: (?!.*(illegal|misaligned|assert))")  # these are a program's own
 _STDERR = 2  # the descriptor
 _COUNT, _TOLD = "torchreg/failed/count", "torchreg/failed/told"
 
@@ -141,6 +144,8 @@ class Failure:
 
 def is_lost_contact(error: BaseException) -> bool:
     """Whether a rank failed because it does not hear from another: the cause is elsewhere."""
+    if str(error).startswith(_NCCL_ERROR):
+        return "ncclRemoteError" in str(error)  # other errors of NCCL have a cause of their own
     if isinstance(error, TimeoutError | dist.DistError):
         return True
     if not isinstance(error, RuntimeError):
@@ -153,13 +158,22 @@ def is_expected(error: BaseException) -> bool:
     """Whether one line says it all: the machine or the user is at fault, not the program."""
     if isinstance(error, KeyboardInterrupt | OSError | ValueError | MemoryError | torch.cuda.OutOfMemoryError):
         return True
-    return is_lost_contact(error) or "can't allocate memory" in str(error)  # torch's RuntimeError on the CPU
+    text = str(error)
+    if text.startswith(_NCCL_ERROR) or _DEVICE_ERROR.match(text):
+        return True
+    return is_lost_contact(error) or "can't allocate memory" in text  # torch's RuntimeError on the CPU
 
 
 def one_line(error: BaseException) -> str:
     """The error in one line; its class is named where the text alone may not say what is wrong."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
+    if str(error).startswith(_NCCL_ERROR):
+        causes = [match["cause"] or match["kind"] for match in _NCCL_CAUSE.finditer(str(error))]
+        lost = "lost the other ranks: " if is_lost_contact(error) else ""
+        return f"{lost}NCCL: {causes[-1] if causes else str(error).splitlines()[0]}"
+    if _DEVICE_ERROR.match(str(error)):
+        return str(error).splitlines()[0]  # advice on debugging follows
     text = " ".join(str(error).split())
     if not text:
         return type(error).__name__

@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations`: DistributedDataParallel reads the hook's annotations as types.
 import atexit
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,9 @@ from torchreg.runtime.watchdog import Watchdog, exit_after
 
 def import_mpi(reason: str) -> Any:
     """`mpi4py.MPI`. Raises `ValueError`, with the reason that it is needed for, where it cannot be imported."""
+    # A Cray MPICH with GPU support ends the process in MPI_Init where torch was imported first. No tensor on a GPU is
+    # ever handed to MPI.
+    os.environ["MPICH_GPU_SUPPORT_ENABLED"] = "0"
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # mpi4py's wheel raises RuntimeError when it finds no libmpi

@@ -6,9 +6,11 @@ import gc
 import itertools
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, TypeVar, cast
 
@@ -20,31 +22,37 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torchreg.launcher import Launcher, detect_launcher
 from torchreg.runtime import mpi, real_ezpz
-from torchreg.runtime.devices import choose_device_type, device_name, device_of, own_cpus, threads_for
+from torchreg.runtime.devices import choose_device_type, device_name, own_cpus, take_device, threads_for
 from torchreg.runtime.failure import Failure, one_line
 from torchreg.runtime.ordered import DDP_BUCKET_BYTES, OrderedGradients, sum_in_order
-from torchreg.runtime.rendezvous import agree_with_mpi, init_process_group
-from torchreg.runtime.watchdog import Watchdog, exit_after
+from torchreg.runtime.rendezvous import (
+    AgreedError,
+    agree_with_mpi,
+    ask_main_rank,
+    init_process_group,
+    meet,
+    own_job,
+)
+from torchreg.runtime.watchdog import Watchdog, beating, exit_after
 
 T = TypeVar("T")
 AddOverRanks = Callable[[], None]
 AnySync = Literal["ddp", "allreduce", "mpi"]
 
 _deals = itertools.count()  # so that every `deal` of a process counts by itself
-
-
-class AgreedError(ValueError):
-    """An error that every rank raises together, so that each can leave in good order; the main rank tells it."""
+_works = itertools.count()  # and every wait for the main rank
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank runs."""
+    """Where a rank runs. `device_id` tells an accelerator from all others of its host; it is empty for a CPU."""
 
     rank: int
     host: str
     local_rank: int
     device: str
+    device_name: str
+    device_id: str
 
 
 @dataclass(frozen=True)
@@ -118,16 +126,46 @@ class Runtime:
         What the user can mend (`ValueError`, `OSError`) becomes the same `AgreedError` on every rank.
         """
         answer: list[Any] = [None, None]
-        if self.is_main:
-            try:
-                answer[0] = work()
-            except (ValueError, OSError) as error:
-                answer[1] = one_line(error)
+        with self._while_main_works():
+            if self.is_main:
+                try:
+                    answer[0] = work()
+                except (ValueError, OSError) as error:
+                    answer[1] = one_line(error)
         if self.world_size > 1:
             dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
         if answer[1] is not None:
             raise AgreedError(answer[1])
         return cast(T, answer[0])
+
+    @contextmanager
+    def _while_main_works(self) -> Iterator[None]:
+        """On the main rank, the body; others wait for its end, however long, as long as the main rank is alive.
+
+        A collective operation would wait for `timeout_s` at most.
+        """
+        if self.failure is None or self.watchdog is None or self.failure.store is None:
+            yield
+            return
+        store = PrefixStore(f"torchreg/main/{next(_works)}", self.failure.store)
+        if self.is_main:
+            with beating(lambda: store.add("beat", 1)):
+                yield
+            store.set("done", "")
+            return
+        yield
+        beat, heard_s, pause_s = -1, time.monotonic(), 0.001
+        while True:
+            with self.watchdog.over("to prepare the run"):
+                if store.check(["done"]):
+                    return
+                last, beat = beat, store.add("beat", 0)
+            now_s = time.monotonic()
+            heard_s = heard_s if beat == last else now_s
+            if now_s - heard_s > self.watchdog.timeout_s:
+                raise TimeoutError(f"waited {self.watchdog.timeout_s:g} s for rank 0 to prepare the run")
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.1)
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """The main rank's values in every rank's tensor, in place."""
@@ -152,12 +190,6 @@ class Runtime:
         """Wait until the device has done what it was given."""
         if self.device.type != "cpu":
             torch.get_device_module(self.device).synchronize()
-
-    def device_identity(self) -> str:
-        """Which device this rank computes on, by an identity that no numbering of visible devices changes."""
-        if self.device.type == "cuda":
-            return str(torch.cuda.get_device_properties(self.device).uuid)
-        return f"{self.places[self.rank].host} {self.device}"
 
     def world_sizes(self) -> dict[str, int]:
         """The world size as each part of the stack has it, by the part's name."""
@@ -276,46 +308,55 @@ def open_runtime(
     device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = "auto",
     sync: AnySync = "ddp",
     timeout_s: float = 300.0,
+    run: Mapping[str, object] | None = None,
 ) -> Runtime:
-    """Bring up this process among its ranks: find the launcher, make the process group, choose the device.
+    """Bring up this process among its ranks: find the launcher, choose the device, make the process group.
 
-    Raises `ValueError` for what the user can mend: launchers that disagree, a missing package or device.
+    `run` has what must be equal on all ranks, by name. Raises `ValueError` for what the user can fix: launchers that
+    disagree, a missing package or device; and as an `AgreedError` where all ranks have met, with the hosts of those
+    that differ.
     """
     launcher = detect_launcher(os.environ)
     with exit_after(timeout_s, launcher.rank) if launcher.world_size > 1 else nullcontext():
         launcher, mpi_comm = agree_with_mpi(launcher, sync, os.environ)
     if mpi_comm is not None and launcher.world_size > 1:
         mpi.finalize_within(timeout_s)
-    device_type = choose_device_type(device, sync, launcher.world_size)
+    device_type, problem = "cpu", None
+    try:
+        device_type = choose_device_type(device, sync, launcher.world_size)
+    except ValueError as error:
+        if launcher.world_size == 1:
+            raise
+        problem = str(error)
     ezpz_version = None
     if launcher.world_size > 1 or runtime == "ezpz":
         ezpz_version = real_ezpz.find_ezpz(runtime)
     host = socket.gethostname()
     if launcher.world_size == 1:
-        torch_device = torch.device(device_type) if device_type in ("cpu", "mps") else torch.device(device_type, 0)
-        place = Place(0, host, 0, str(torch_device))
+        torch_device, device_id = take_device(device_type, 0)
+        place = Place(0, host, 0, str(torch_device), device_name(torch_device), device_id)
         return Runtime(launcher, 0, 1, 0, torch_device, "single", None, "none", (place,), mpi_comm)
 
     failure = Failure(launcher.rank, host, mpi_comm)
     watchdog = Watchdog(timeout_s, failure.end)
     with failure:
         with watchdog.over("to come together"):
-            init_process_group(launcher, mpi_comm, timeout_s)
-            cpus_of = _gather((host, own_cpus()), launcher.world_size)
-            hosts = [where for where, _ in cpus_of]
-        failure.store, failure.hosts = dist.distributed_c10d._get_default_store(), hosts
-        local_ranks = [hosts[:rank].count(hosts[rank]) for rank in range(launcher.world_size)]
-        local_rank = launcher.local_rank if launcher.local_rank is not None else local_ranks[launcher.rank]
-        torch_device, problem = device_of(device_type, local_rank)
-        problems = [text for text in _gather(problem, launcher.world_size) if text]
-        if problems:
-            dist.destroy_process_group()
-            raise AgreedError(problems[0])
+            failure.store = store = meet(launcher, mpi_comm, timeout_s)
+            agree = partial(ask_main_rank, store, launcher=launcher, timeout_s=timeout_s)
+            facts = {"host": host, "cpus": own_cpus(), "device": device_type, "problem": problem, "job": own_job()}
+            options = {name: str(value) for name, value in (run or {}).items()}
+            shared = agree("torchreg/join", item=facts | {"options": options}, answer=_join)
+            local_rank = shared["local_rank"] if launcher.local_rank is None else launcher.local_rank
+            torch_device, device_id = take_device(device_type, local_rank)
+            agree("torchreg/device", item=[host, device_type, device_id], answer=_each_its_own)
+            init_process_group(launcher, store, device_type, timeout_s)
+            place = Place(launcher.rank, host, local_rank, str(torch_device), device_name(torch_device), device_id)
+            places = _gather(place, launcher.world_size)
+        failure.hosts = [each.host for each in places]
         if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(threads_for(own_cpus(), [cpus for where, cpus in cpus_of if where == host]))
+            torch.set_num_threads(shared["num_threads"])
         if ezpz_version:
             real_ezpz.adopt(launcher.rank, launcher.world_size, torch_device, timeout_s)
-        places = _gather(Place(launcher.rank, host, local_rank, str(torch_device)), launcher.world_size)
     return Runtime(
         launcher=launcher,
         rank=launcher.rank,
@@ -330,6 +371,54 @@ def open_runtime(
         failure=failure,
         watchdog=watchdog,
     )
+
+
+def _join(ranks: list[Any]) -> list[dict[str, int]]:
+    """The local rank and the number of threads of each rank. Raises `ValueError` where ranks cannot work together."""
+    hosts = [each["host"] for each in ranks]
+    another_port = "two jobs have one MASTER_ADDR and MASTER_PORT; choose another MASTER_PORT"
+    _require_equal("job", {rank: each["job"] for rank, each in enumerate(ranks) if each["job"]}, hosts, another_port)
+    for name in sorted(set().union(*(each["options"] for each in ranks))):
+        values = {rank: each["options"].get(name, "unknown") for rank, each in enumerate(ranks)}
+        _require_equal(name, values, hosts, "start all ranks with the same options")
+    for rank, each in enumerate(ranks):
+        if each["problem"]:
+            raise ValueError(f"rank {rank} ({each['host']}): {each['problem']}")
+    devices = {rank: each["device"] for rank, each in enumerate(ranks)}
+    _require_equal("device", devices, hosts, "name one with --device, or leave out the host")
+    cpus_of: dict[str, list[int]] = {}
+    for each in ranks:
+        cpus_of.setdefault(each["host"], []).append(each["cpus"])
+    return [
+        {
+            "local_rank": hosts[:rank].count(each["host"]),
+            "num_threads": threads_for(each["cpus"], cpus_of[each["host"]]),
+        }
+        for rank, each in enumerate(ranks)
+    ]
+
+
+def _require_equal(name: str, values: Mapping[int, object], hosts: Sequence[str], remedy: str) -> None:
+    """Raises `ValueError`, naming two ranks that differ. `values` are those of some ranks, by rank."""
+    first = next(iter(values), 0)
+    for rank, value in values.items():
+        if value != values[first]:
+            here, there = f"rank {first} ({hosts[first]})", f"rank {rank} ({hosts[rank]})"
+            raise ValueError(f"{name} is {values[first]} on {here} and {value} on {there}: {remedy}")
+
+
+def _each_its_own(devices: list[Any]) -> list[None]:
+    """Raises `ValueError` where two ranks of a host compute on one accelerator."""
+    first: dict[tuple[str, ...], int] = {}
+    for rank, (host, device_type, identity) in enumerate(devices):
+        other = first.setdefault((host, identity), rank)
+        if identity and other != rank:
+            num_here = len({i for h, _, i in devices if h == host})
+            raise ValueError(
+                f"rank {other} and rank {rank} ({host}) have one {device_type} device ({identity}): start {num_here} "
+                f"rank{'s' * (num_here > 1)} on this host, or choose --device cpu"
+            )
+    return [None] * len(devices)
 
 
 def _gather(item: T, world_size: int) -> list[T]:

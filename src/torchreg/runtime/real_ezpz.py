@@ -62,6 +62,8 @@ def adopt(rank: int, world_size: int, device: torch.device, timeout_s: float) ->
         LOCAL_RANK=str(device.index or 0),
         TORCH_DEVICE=device.type,
     )
+    if not {"PBS_JOBID", "SLURM_JOB_ID"} & os.environ.keys():
+        os.environ.setdefault("EZPZ_SCHEDULER", "UNKNOWN")  # it takes any sbatch on the PATH for a job of Slurm
     with _quiet(), tempfile.NamedTemporaryFile("w", suffix=".hostfile") as hostfile:
         os.environ.setdefault("HOSTFILE", hostfile.name)  # else ezpz writes ./hostfile
         _ezpz().setup_torch(timeout=int(timeout_s))

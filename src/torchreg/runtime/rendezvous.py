@@ -1,24 +1,39 @@
-"""How ranks find each other and become a process group."""
+"""How ranks find each other, agree, and become a process group."""
 
 from __future__ import annotations
 
+import ipaddress
+import json
+import math
 import os
 import re
+import shutil
 import socket
+import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store, TCPStore
+from torch.distributed.rendezvous import rendezvous
 
-from torchreg.launcher import Launcher
+from torchreg.launcher import Launcher, sign_of_mpi
 from torchreg.runtime.mpi import import_mpi, mpi_library
 
-_LOOPBACK = "127.0.0.1"
 _ALCF_NODE = re.compile(r"x\d+c\d+s\d+b\d+n\d+")
-_PMI_HINTS = ("PMI_RANK", "PMI_FD", "PMIX_RANK")
+_BACKENDS = {"cpu": "cpu:gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
+_NOT_STARTED_BY_MPI = "torchrun", "RANK and WORLD_SIZE", "horovodrun"
+_JOB_IDS = "PBS_JOBID", "SLURM_JOB_ID", "FLUX_JOB_ID", "LSB_JOBID", "TORCHELASTIC_RUN_ID"
+_SCONTROL_WITHIN_S = 10.0
+_LONGEST_PAUSE_S = 0.1  # between two looks at the store
+_READ_WITHIN_S = 2.0
+
+
+class AgreedError(ValueError):
+    """An error that every rank raises together, so that each can leave in good order; the main rank reports it."""
 
 
 def agree_with_mpi(launcher: Launcher, sync: str, environ: Mapping[str, str]) -> tuple[Launcher, Any]:
@@ -27,40 +42,46 @@ def agree_with_mpi(launcher: Launcher, sync: str, environ: Mapping[str, str]) ->
     Raises `ValueError` when the launcher and MPI name different ranks or world sizes: the launcher's MPI is
     then not the one that mpi4py was built for, and each rank would train alone.
     """
-    hinted = launcher.is_none and any(name in environ for name in _PMI_HINTS)
+    sign = sign_of_mpi(environ) if launcher.is_none else None
     has_address = "MASTER_ADDR" in environ and "MASTER_PORT" in environ
     if sync == "mpi":
         mpi = import_mpi("sync is mpi")
-    elif hinted or (launcher.uses_mpi and launcher.world_size > 1 and not has_address):
-        mpi = import_mpi(f"an MPI launcher started {launcher.world_size if not hinted else 'this'} rank(s)")
-    elif launcher.name == "torchrun" or launcher.world_size == 1 or (has_address and not launcher.uses_mpi):
+    elif sign:
+        mpi = import_mpi(f"{sign} is set, so an MPI launcher started this process")
+    elif launcher.uses_mpi and launcher.world_size > 1 and not has_address:
+        mpi = import_mpi(f"{launcher.name} started {launcher.world_size} ranks")
+    elif launcher.world_size == 1 or launcher.name in _NOT_STARTED_BY_MPI:
         return launcher, None
-    else:  # MPI launchers with an address and srun: MPI is asked where it is there
+    else:  # MPI launchers with an address, srun and Flux: MPI is asked where it is there
         try:
             mpi = import_mpi("")
         except ValueError:
             return launcher, None
     comm = mpi.COMM_WORLD
     rank, size = comm.Get_rank(), comm.Get_size()
-    if launcher.is_none and hinted and size > 1:
+    if sign and environ[sign].isdecimal() and sign != "PMI_FD" and int(environ[sign]) != rank:
+        raise ValueError(
+            f"{sign} says rank {environ[sign]}, but MPI ({mpi_library()}) says rank {rank} of {size}: use the launcher "
+            "of the MPI that mpi4py was built for"
+        )
+    if sign and size > 1:
         return Launcher("MPI", rank, size, None, None, uses_mpi=True), comm
     if (rank, size) != (launcher.rank, launcher.world_size):
         who = "no launcher is seen, so this is rank 0 of 1" if launcher.is_none else (
             f"{launcher.name} says rank {launcher.rank} of {launcher.world_size}"
         )  # fmt: skip
         remedy = {
-            "torchrun": "start with mpiexec, or choose --sync ddp or allreduce",
+            **dict.fromkeys(_NOT_STARTED_BY_MPI, "start with mpiexec, or choose --sync ddp or allreduce"),
             "srun": "use `srun --mpi=...` with the plug-in of mpi4py's MPI, or set MASTER_ADDR and MASTER_PORT",
         }.get(launcher.name, "use the mpiexec of the MPI that mpi4py was built for")
         raise ValueError(f"{who}, but MPI ({mpi_library()}) says rank {rank} of {size}: {remedy}")
     return launcher, comm
 
 
-def init_process_group(launcher: Launcher, comm: Any, timeout_s: float) -> None:
-    """Make the default process group: gloo for CPU tensors, NCCL or XCCL for those of an accelerator.
+def meet(launcher: Launcher, comm: Any, timeout_s: float) -> Store:
+    """The key-value store that all ranks reach. On one node every socket of it, and of gloo, is on loopback.
 
-    On one node every socket is on the loopback interface. Raises `ValueError` where ranks have no way to
-    exchange an address.
+    Raises `ValueError` where ranks have no way to exchange an address.
     """
     timeout = timedelta(seconds=timeout_s)
     one_node = _is_one_node(launcher, comm)
@@ -68,13 +89,84 @@ def init_process_group(launcher: Launcher, comm: Any, timeout_s: float) -> None:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     elif "GLOO_SOCKET_IFNAME" not in os.environ and any(name == "hsn0" for _, name in socket.if_nameindex()):
         os.environ["GLOO_SOCKET_IFNAME"] = "hsn0"
-    backend = "cpu:gloo" + "".join(
-        f",{device}:{name}" for device, name in (("cuda", "nccl"), ("xpu", "xccl")) if dist.is_backend_available(name)
+    if launcher.name == "torchrun":  # its agent has a store already
+        store: Store = next(rendezvous("env://", launcher.rank, launcher.world_size, timeout=timeout))[0]
+        return store
+    return _make_store(launcher, comm, timeout, one_node)
+
+
+def init_process_group(launcher: Launcher, store: Store, device_type: str, timeout_s: float) -> None:
+    """Make the default process group: gloo for CPU tensors, and NCCL or XCCL for those of the device, if it has one.
+
+    torch builds that were compiled with NCCL refuse it on machines without a GPU.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(
+        _BACKENDS[device_type], store=store, rank=launcher.rank, world_size=launcher.world_size, timeout=timeout
     )
-    store: Store | None = None
-    if launcher.name != "torchrun" or "TORCHELASTIC_RUN_ID" not in os.environ:
-        store = _make_store(launcher, comm, timeout, one_node)
-    dist.init_process_group(backend, store=store, rank=launcher.rank, world_size=launcher.world_size, timeout=timeout)
+
+
+def own_job() -> str | None:
+    """The scheduler's job that this process belongs to, where the environment names one."""
+    return next((f"{name}={os.environ[name]}" for name in _JOB_IDS if name in os.environ), None)
+
+
+def ask_main_rank(
+    store: Store,
+    topic: str,
+    launcher: Launcher,
+    timeout_s: float,
+    item: Any,
+    answer: Callable[[list[Any]], Sequence[Any]],
+) -> Any:
+    """Bring every rank's item to the main rank, whose `answer` has one for each rank; items and answers are JSON.
+
+    Each rank makes a few requests to the store, however many ranks there are. A `ValueError` of `answer` becomes an
+    `AgreedError` on every rank. Raises `TimeoutError` on the main rank, naming the ranks that did not come.
+    """
+    rank, world_size = launcher.rank, launcher.world_size
+    mine = json.dumps([os.urandom(8).hex(), socket.gethostname(), item])
+    first = store.compare_set(f"{topic}/{rank}", "", mine).decode()
+    if first != mine:
+        raise ValueError(
+            f"this is a second rank {rank} of {world_size}, and the first is on {json.loads(first)[1]}: two runs have "
+            "one MASTER_ADDR and MASTER_PORT; choose another MASTER_PORT"
+        )
+    if rank == 0:
+        deadline_s = time.monotonic() + timeout_s
+        keys = [f"{topic}/{other}" for other in range(world_size)]
+        if not all(_wait_for(store, key, deadline_s) for key in keys):
+            missing = ", ".join(str(other) for other, key in enumerate(keys) if not store.check([key]))
+            raise TimeoutError(f"waited {timeout_s:g} s for rank {missing} of {world_size} to come")
+        try:
+            answers = [[None, each] for each in answer([json.loads(store.get(key))[2] for key in keys])]
+        except ValueError as error:
+            answers = [[str(error), None]] * world_size
+        for key, each in zip(keys, answers, strict=True):
+            store.set(f"{key}/answer", json.dumps(each))
+    _wait_for(store, f"{topic}/{rank}/answer", math.inf)  # the watchdog ends this wait
+    problem, answered = json.loads(store.get(f"{topic}/{rank}/answer"))
+    if problem:
+        store.add(f"{topic}/read", 1)
+        deadline_s = time.monotonic() + _READ_WITHIN_S
+        while rank == 0 and store.add(f"{topic}/read", 0) < world_size and time.monotonic() < deadline_s:
+            time.sleep(0.01)  # the store ends with this process
+        raise AgreedError(problem)
+    return answered
+
+
+def _wait_for(store: Store, key: str, deadline_s: float) -> bool:
+    """Whether a key is there by the deadline, on the monotonic clock.
+
+    It looks again and again: a blocking wait would keep the store from the thread that reports a failure.
+    """
+    pause_s = 0.001
+    while not store.check([key]):
+        if time.monotonic() > deadline_s:
+            return False
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+    return True
 
 
 def _is_one_node(launcher: Launcher, comm: Any) -> bool:
@@ -82,33 +174,62 @@ def _is_one_node(launcher: Launcher, comm: Any) -> bool:
         return len(set(comm.allgather(socket.gethostname()))) == 1
     if launcher.local_world_size is not None:
         return launcher.local_world_size == launcher.world_size
-    return os.environ.get("SLURM_STEP_NUM_NODES", os.environ.get("SLURM_NNODES")) == "1"
+    if launcher.name == "srun":
+        return os.environ.get("SLURM_STEP_NUM_NODES", os.environ.get("SLURM_NNODES")) == "1"
+    return _is_loopback(os.environ.get("MASTER_ADDR", ""))
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return address == "localhost" or ipaddress.ip_address(address).is_loopback
+    except ValueError:  # a name
+        return False
+
+
+def _loopback() -> str:
+    """The loopback address of this host, which may have IPv6 alone."""
+    return "127.0.0.1" if _is_own("127.0.0.1") else "::1"
+
+
+def _is_own(address: str) -> bool:
+    """Whether an address or a name is one of this host's own."""
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.bind(where)
+    except OSError:
+        return False
+    return True
 
 
 def _make_store(launcher: Launcher, comm: Any, timeout: timedelta, one_node: bool) -> Store:
     is_main = launcher.rank == 0
     if comm is not None:
         store = _serve(launcher, 0, timeout, one_node) if is_main else None
-        address = _LOOPBACK if one_node else os.environ.get("MASTER_ADDR") or _reachable_name()
-        address, port = comm.bcast((address, store.port) if store else None)
+        address, port = comm.bcast((_loopback() if one_node else _reachable_name(), store.port) if store else None)
         return store or TCPStore(address, port, launcher.world_size, is_master=False, timeout=timeout)
     address, port = _address_without_mpi(launcher, os.environ)
     if is_main:
         return _serve(launcher, port, timeout, one_node)
-    return TCPStore(_LOOPBACK if one_node else address, port, launcher.world_size, is_master=False, timeout=timeout)
+    return TCPStore(_loopback() if one_node else address, port, launcher.world_size, is_master=False, timeout=timeout)
 
 
 def _serve(launcher: Launcher, port: int, timeout: timedelta, one_node: bool) -> TCPStore:
     """The main rank's store. TCPStore itself would listen on every interface; on one node it gets a loopback socket."""
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    own = _loopback()  # this host's own name may not resolve
+    everywhere = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    family = (socket.AF_INET6 if ":" in own else socket.AF_INET) if one_node else everywhere
     try:
-        listener.bind((_LOOPBACK if one_node else "", port))
+        listener = socket.create_server(
+            (own if one_node else "", port),
+            family=family,
+            backlog=launcher.world_size,
+            dualstack_ipv6=not one_node and family == socket.AF_INET6,
+        )
     except OSError as error:
         raise ValueError(f"MASTER_PORT is {port}, which is taken ({error.strerror}): choose another") from error
-    listener.listen(launcher.world_size)
     return TCPStore(
-        _LOOPBACK if one_node else socket.gethostname(),
+        own,
         listener.getsockname()[1],
         launcher.world_size,
         is_master=True,
@@ -121,9 +242,10 @@ def _serve(launcher: Launcher, port: int, timeout: timedelta, one_node: bool) ->
 
 def _address_without_mpi(launcher: Launcher, environ: Mapping[str, str]) -> tuple[str, int]:
     if "MASTER_ADDR" in environ and "MASTER_PORT" in environ:
-        if not environ["MASTER_PORT"].isdigit():
-            raise ValueError(f"MASTER_PORT is {environ['MASTER_PORT']!r}: it must be a number")
-        return environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+        port = environ["MASTER_PORT"]
+        if not port.isdecimal() or not 0 < int(port) < 1 << 16:
+            raise ValueError(f"MASTER_PORT is {port!r}: it must be a number from 1 to 65535")
+        return environ["MASTER_ADDR"], int(port)
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
     if launcher.name == "srun" and nodes and "SLURM_JOB_ID" in environ:
         step = int(environ.get("SLURM_STEP_ID", "0"))
@@ -135,7 +257,17 @@ def _address_without_mpi(launcher: Launcher, environ: Mapping[str, str]) -> tupl
 
 
 def first_slurm_node(nodes: str) -> str:
-    """The first host of a Slurm node list: nid001 of "nid[001-004,007],login1"."""
+    """The first host of a Slurm node list: nid001 of "nid[001-004,007],login1". Slurm itself is asked first."""
+    if scontrol := shutil.which("scontrol"):
+        asked = subprocess.run(
+            [scontrol, "show", "hostnames", nodes],
+            capture_output=True,
+            text=True,
+            timeout=_SCONTROL_WITHIN_S,
+            check=False,
+        )
+        if asked.returncode == 0 and asked.stdout.split():
+            return asked.stdout.split()[0]
     match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)
     if not match:
         raise ValueError(f"SLURM_JOB_NODELIST is {nodes!r}: it must be a Slurm node list")
@@ -143,14 +275,10 @@ def first_slurm_node(nodes: str) -> str:
 
 
 def _reachable_name() -> str:
-    """This host's name on the fast network: ALCF's nodes have their own names there."""
+    """This host's name on the fast network. MASTER_ADDR counts where it is this host: it may be left over."""
     host = socket.gethostname()
+    names = [os.environ.get("MASTER_ADDR", "")]
     if _ALCF_NODE.fullmatch(host):
-        for machine in ("polaris", "aurora"):
-            name = f"{host}.hsn.cm.{machine}.alcf.anl.gov"
-            try:
-                socket.getaddrinfo(name, None)
-            except OSError:
-                continue
-            return name
-    return host
+        names += [f"{host}.hsn.cm.{machine}.alcf.anl.gov" for machine in ("polaris", "aurora")]
+    names.append(re.sub(r"(\.|$)", r"i\1", host, count=1))  # JSC's machines
+    return next((name for name in names if name and not _is_loopback(name) and _is_own(name)), host)

@@ -10,9 +10,10 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 _ALL_REDUCE = "in an all-reduce"
+_BEAT_S = 1.0
 _STDERR = 2  # the descriptor: sys.stderr may be anything
 
 
@@ -22,13 +23,13 @@ class Watchdog:
     Time counts while this process runs only: a job that is suspended as a whole goes on when it is resumed.
     """
 
-    __slots__ = ("_expired", "_poll_s", "_timeout_s", "_what", "call")
+    __slots__ = ("_expired", "_poll_s", "_what", "call", "timeout_s")
 
     def __init__(self, timeout_s: float, expired: Callable[[TimeoutError], object]) -> None:
         self.call: object | None = None
         """A fresh object for each call, None between calls. The hot path sets it itself: `over` takes a microsecond."""
         self._what = _ALL_REDUCE
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._poll_s = min(0.25, timeout_s / 10)
         self._expired = expired
         threading.Thread(target=self._watch, name="torchreg watchdog", daemon=True).start()
@@ -45,12 +46,31 @@ class Watchdog:
     def _watch(self) -> None:
         seen: object | None = None  # held, so that no later call can be the same object
         num_polls = 0
-        while num_polls * self._poll_s < self._timeout_s:
+        while num_polls * self._poll_s < self.timeout_s:
             time.sleep(self._poll_s)
             call = self.call
             num_polls = num_polls + 1 if call is not None and call is seen else 0
             seen = call
-        self._expired(TimeoutError(f"waited {self._timeout_s:g} s for the other ranks {self._what}"))
+        self._expired(TimeoutError(f"waited {self.timeout_s:g} s for the other ranks {self._what}"))
+
+
+@contextmanager
+def beating(beat: Callable[[], object]) -> Iterator[None]:
+    """Call `beat` about every second while the body runs, from a thread: this process is alive."""
+    done = threading.Event()
+
+    def run() -> None:
+        with suppress(RuntimeError):  # the store is gone: this process is about to end
+            while not done.wait(_BEAT_S):
+                beat()
+
+    thread = threading.Thread(target=run, name="torchreg heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 @contextmanager

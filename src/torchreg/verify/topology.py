@@ -48,8 +48,8 @@ def _devices(runtime: Runtime) -> Check:
     name = "devices"
     if runtime.device.type == "cpu":
         return skipped(_AREA, name, "the ranks compute on CPUs")
-    # A rank with one visible device calls it 0, so the device's own identity is asked for.
-    identities = runtime.gather(runtime.device_identity())
+    # A rank with one visible device calls it 0, so the device's own identity counts.
+    identities = [(place.host, place.device_id) for place in runtime.places]
     mine = identities[runtime.rank]
     others = [rank for rank, identity in enumerate(identities) if identity == mine and rank != runtime.rank]
     problem = f"shares its {runtime.device.type} device with rank {others[0]}" if others else None
