@@ -8,6 +8,7 @@
 # For Linux, macOS (its bash 3.2 too) and WSL. It may be interrupted at any moment: .venv carries torchreg.unfinished
 # while it is changed, and the next start makes such a one anew. A .venv that it did not make is left alone.
 set -euo pipefail
+newline=$'\n' # bash 3.2 has no $'' within other quotes
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 fail() { # EXIT_CODE MESSAGE...
@@ -54,7 +55,7 @@ choose_python() { # sets `python`
     fi
     python=$base
     reason=$("$python" -c 'import ensurepip, venv' 2>&1) ||
-        fail 2 "$python cannot make virtual environments (${reason##*$'\n'}): Debian and Ubuntu have what it lacks in" \
+        fail 2 "$python cannot make virtual environments (${reason##*"$newline"}): Debian and Ubuntu have what it lacks in" \
             "the package python$minor-venv"
 }
 
@@ -87,11 +88,16 @@ leave() { # a new .venv is finished, or gone
     rmdir .venv 2>/dev/null || true
 }
 
+locked() { # the packages of scripts/requirements.lock that $extras need, with their hashes
+    awk -v wanted=",base$(with_included "$extras")" '
+        /^# for / { take = 0; for (i = 3; i <= NF; i++) if (index(wanted, "," $i ",")) take = 1 }
+        take' scripts/requirements.lock
+}
+
 pip_install() { # ARGUMENTS...: on a terminal with pip's progress, elsewhere quietly
     local messages quiet=--quiet
     [[ ! -t 2 ]] || quiet=--progress-bar=on
-    if ! messages=$(.venv/bin/python -m pip install "$quiet" --disable-pip-version-check \
-        --constraint scripts/constraints.txt "$@" 3>&1 1>&2 2>&3); then
+    if ! messages=$(.venv/bin/python -m pip install "$quiet" --disable-pip-version-check "$@" 3>&1 1>&2 2>&3); then
         # pip ended by itself, and a package is either installed or not: an earlier .venv is as good as before.
         [[ -n $is_new ]] || rm -f .venv/torchreg.unfinished
         if [[ $messages == *Retrying* ]]; then
@@ -103,10 +109,10 @@ pip_install() { # ARGUMENTS...: on a terminal with pip's progress, elsewhere qui
 }
 
 extras=${1:-mpi,plot,scale}
-origin="$PWD $(cat pyproject.toml scripts/constraints.txt | cksum)"
+origin="$PWD $(cat pyproject.toml scripts/constraints.txt scripts/requirements.lock | cksum)"
 known=$(sed -n '/^\[project.optional-dependencies\]/,/^\[/s/^\([a-z]*\) = .*/\1/p' pyproject.toml)
 for extra in ${extras//,/ }; do
-    [[ $'\n'$known$'\n' == *$'\n'"$extra"$'\n'* ]] || fail 2 "there is no extra '$extra'; there are ${known//$'\n'/, }"
+    [[ $newline$known$newline == *"$newline$extra$newline"* ]] || fail 2 "there is no extra '$extra'; there are ${known//$newline/, }"
 done
 if [[ -n ${PYTHON:-} && -x .venv/bin/python ]] && python_version "$PYTHON" && [[ ! -x .venv/bin/python$minor ]]; then
     fail 2 ".venv has another Python than PYTHON=$PYTHON: remove .venv first"
@@ -134,16 +140,17 @@ else
     mkdir -p .venv
     touch .venv/torchreg.unfinished
     empty_venv
-    reason=$("$python" -m venv .venv 2>&1) || fail 1 "$python could not make .venv: ${reason##*$'\n'}"
+    reason=$("$python" -m venv .venv 2>&1) || fail 1 "$python could not make .venv: ${reason##*"$newline"}"
 fi
 echo "installing torchreg[$extras] into .venv; the first time takes a few minutes" >&2
 if [[ -n ${TORCH_INDEX:-} ]]; then
-    pip_install --no-deps --index-url "$TORCH_INDEX" torch
+    pip_install --no-deps --index-url "$TORCH_INDEX" --constraint scripts/constraints.txt torch
 elif [[ $(uname) == Linux && -n $is_new ]]; then
     echo "PyPI's torch for Linux brings CUDA: about 3 GB to download, 5 GB on the disk. Its CPU build is small:" \
         "TORCH_INDEX=https://download.pytorch.org/whl/cpu takes torch from there" >&2
 fi
-pip_install --editable ".[$extras]"
+pip_install --no-deps --require-hashes --requirement <(locked)
+pip_install --no-build-isolation --constraint scripts/constraints.txt --editable ".[$extras]" # torch is missing yet
 printf '%s\n' "$origin" "$extras" >.venv/torchreg.stamp.new
 mv .venv/torchreg.stamp.new .venv/torchreg.stamp
 rm .venv/torchreg.unfinished

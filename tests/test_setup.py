@@ -4,15 +4,19 @@ The cases are row T6's. The project that is installed here is a stand-in with no
 are the real ones.
 """
 
+import hashlib
 import os
+import re
 import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import requires
 
 import pytest
+from packaging.requirements import Requirement
 
 from .conftest import ROOT
 
@@ -91,6 +95,8 @@ class Checkout:
         write_wheel = runpy.run_path(str(self.folder / "wheel_of.py"))["write_wheel"]
         wheel = write_wheel(index, "torch", "2.13.0+cpu")
         (index / "index.html").write_text(f'<a href="{wheel}">{wheel}</a>')
+        self.pinned = folder / write_wheel(folder, "pinned", "1")
+        self.lock(hashlib.sha256(self.pinned.read_bytes()).hexdigest())
         self.variables = {
             **{name: value for name, value in os.environ.items() if not name.startswith("PIP_")},
             "PYTHON": sys.executable,
@@ -99,6 +105,12 @@ class Checkout:
             "PIP_INDEX_URL": "http://127.0.0.1:9/simple",  # where nobody answers
             "PIP_RETRIES": "1",
         }
+
+    def lock(self, sha256):
+        (self.folder / "scripts/requirements.lock").write_text(
+            f"# Made.\n# for base\npinned @ {self.pinned.as_uri()} \\\n    --hash=sha256:{sha256}\n"
+            "# for rare\nof-which-there-is-none==1 \\\n    --hash=sha256:0\n"
+        )
 
     def start(self, extras, **variables):
         return subprocess.Popen(
@@ -215,6 +227,37 @@ def test_no_network_is_one_line_and_leaves_nothing(checkout):
     assert err.splitlines()[-1].startswith("setup.sh: error: pip reaches no package index")
     assert "WARNING" not in err
     assert not (checkout.folder / ".venv").exists()
+
+
+def test_a_file_of_another_hash_is_not_installed(checkout):
+    """Else what was tested is not what runs, whoever changed it on its way."""
+    checkout.lock("0" * 64)
+    code, err = checkout.set_up("mpi")
+    assert code == 1
+    assert "DO NOT MATCH THE HASHES" in err
+    assert not (checkout.folder / ".venv").exists()
+
+
+def test_the_lock_is_what_pyproject_and_the_constraints_ask_for():
+    """Else an extra is installed without the check, or in other versions than the tested ones."""
+    constraints = (ROOT / "scripts/constraints.txt").read_text()
+    pinned = set(re.findall(r"^\w\S*==\S+", constraints, re.MULTILINE))
+    stanzas = (ROOT / "scripts/requirements.lock").read_text().split("# for ")[1:]
+    locked = {}
+    for stanza in stanzas:
+        extras, package, *hashes = stanza.strip().splitlines()
+        assert hashes
+        assert all(re.fullmatch(r" +--hash=sha256:[0-9a-f]{64}( \\)?", line) for line in hashes), package
+        locked.setdefault(package.split()[0], set()).update(extras.split())
+    assert set(locked) == pinned - {"torch==2.13.0"}, "run scripts/lock.py"
+
+    needed_by = {}
+    for pin, extras in locked.items():
+        needed_by.setdefault(pin.split("==")[0], set()).update(extras)
+    for need in map(Requirement, requires("torchreg-hpc")):
+        extra = re.search(r"extra == ['\"](\w+)", str(need.marker))
+        if need.name not in ("torch", "ezpz", "torchreg-hpc"):
+            assert {"base", extra[1] if extra else "base"} & needed_by[need.name.lower()], need
 
 
 def python_that(checkout, program):
