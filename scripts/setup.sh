@@ -36,7 +36,7 @@ is_ready() { # whether .venv was finished here, from these versions, with all of
     done
 }
 
-python_version() { # COMMAND: sets `minor` of its version 3.minor, and `base`, the interpreter behind a virtual environment
+python_version() { # COMMAND: sets `minor`, 3.x, and `base`, the interpreter behind a virtual environment
     minor='' base=''
     read -r minor base < <("$1" -c 'import sys
 print("%d.%d" % sys.version_info[:2], getattr(sys, "_base_executable", sys.executable))' 2>/dev/null) || true
@@ -55,13 +55,14 @@ choose_python() { # sets `python`
     fi
     python=$base
     reason=$("$python" -c 'import ensurepip, venv' 2>&1) ||
-        fail 2 "$python cannot make virtual environments (${reason##*"$newline"}): Debian and Ubuntu have what it lacks in" \
-            "the package python$minor-venv"
+        fail 2 "$python cannot make virtual environments (${reason##*"$newline"}): Debian and Ubuntu have what it" \
+            "lacks in the package python$minor-venv"
 }
 
 lock() { # until this process and its children end; flock(1) is not on macOS, and flock(2) is
     exec 9>.venv.lock
-    "$python" -c 'import fcntl, sys
+    "$python" -c 'import fcntl, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 try:
     fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
 except BlockingIOError:
@@ -97,12 +98,15 @@ locked() { # the packages of scripts/requirements.lock that $extras need, with t
 pip_install() { # ARGUMENTS...: on a terminal with pip's progress, elsewhere quietly
     local messages quiet=--quiet
     [[ ! -t 2 ]] || quiet=--progress-bar=on
-    if ! messages=$(.venv/bin/python -m pip install "$quiet" --disable-pip-version-check "$@" 3>&1 1>&2 2>&3); then
+    export PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1
+    if ! messages=$(.venv/bin/python -m pip install "$quiet" "$@" 3>&1 1>&2 2>&3); then
         # pip ended by itself, and a package is either installed or not: an earlier .venv is as good as before.
         [[ -n $is_new ]] || rm -f .venv/torchreg.unfinished
         if [[ $messages == *Retrying* ]]; then
             fail 1 "pip reaches no package index: is there a network, or a proxy that it must be given (HTTPS_PROXY)?"
         fi
+        messages=$(printf '%s\n' "$messages" | grep -v '^WARNING') || messages='no reason given'
+        [[ $messages == *"$newline"* ]] || fail 1 "pip could not install torchreg[$extras]: ${messages#ERROR: }"
         echo "$messages" >&2
         fail 1 "pip could not install torchreg[$extras]; what it said is above"
     fi
@@ -112,13 +116,19 @@ extras=${1:-mpi,plot,scale}
 origin="$PWD $(cat pyproject.toml scripts/constraints.txt scripts/requirements.lock | cksum)"
 known=$(sed -n '/^\[project.optional-dependencies\]/,/^\[/s/^\([a-z]*\) = .*/\1/p' pyproject.toml)
 for extra in ${extras//,/ }; do
-    [[ $newline$known$newline == *"$newline$extra$newline"* ]] || fail 2 "there is no extra '$extra'; there are ${known//$newline/, }"
+    [[ $newline$known$newline == *"$newline$extra$newline"* ]] ||
+        fail 2 "there is no extra '$extra'; there are ${known//$newline/, }"
 done
 if [[ -n ${PYTHON:-} && -x .venv/bin/python ]] && python_version "$PYTHON" && [[ ! -x .venv/bin/python$minor ]]; then
     fail 2 ".venv has another Python than PYTHON=$PYTHON: remove .venv first"
 fi
 ! is_ready || exit 0
 
+is_new=''
+trap 'stopped 130' INT
+trap 'stopped 143' TERM
+trap 'stopped 129' HUP
+trap leave EXIT
 choose_python
 lock
 ! is_ready || exit 0 # another set-up made it meanwhile
@@ -126,15 +136,11 @@ if [[ -n $(ls -A .venv 2>/dev/null) && -z $(compgen -G '.venv/torchreg*') ]]; th
     fail 2 ".venv was not made by this script: move it away"
 fi
 
-is_new=''
-trap 'stopped 130' INT
-trap 'stopped 143' TERM
-trap 'stopped 129' HUP
-trap leave EXIT
 [[ ! -e .venv/torchreg.unfinished ]] || echo "the last set-up of .venv was interrupted: making it anew" >&2
-if [[ -x .venv/bin/python && ! -e .venv/torchreg.unfinished && "$(cat .venv/torchreg.stamp 2>/dev/null)" == "$PWD "* ]]; then
+stamp=$(cat .venv/torchreg.stamp 2>/dev/null) || stamp=''
+if [[ -x .venv/bin/python && ! -e .venv/torchreg.unfinished && $stamp == "$PWD "* ]]; then
     touch .venv/torchreg.unfinished
-    extras=$(tail -n 1 .venv/torchreg.stamp | cat - <(echo "$extras") | tr , '\n' | sort -u | paste -sd , -) # none is lost
+    extras=$(printf '%s\n' "${stamp##*"$newline"}" "$extras" | tr , '\n' | sort -u | paste -sd , -) # none is lost
 else
     is_new=yes
     mkdir -p .venv
