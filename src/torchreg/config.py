@@ -272,6 +272,7 @@ RECIPES: dict[str, TrainConfig] = {
         initial_weight=5.0,
         initial_bias=1000.0,
         epochs=30,
+        dtype="float64",
     ),
 }
 RECIPES["homework"] = replace(RECIPES["lesson"], sampling="random", global_batch_size=64)

@@ -58,7 +58,10 @@ def rows_of_steps(
         for step, step_rows in enumerate(block.step_rows, start=block.first_step):
             yield step, pieces, step_rows
         return
-    rows = torch.from_numpy(block.rows).to(x.device)
+    rows = torch.from_numpy(block.rows)
+    if x.is_cuda:
+        rows = rows.pin_memory().to(x.device, non_blocking=True)  # from pageable memory the copy waits for the device
+    rows = rows.to(x.device)
     flat_sizes = [size for sizes in block.micro_batch_sizes for size in sizes]
     pairs = zip(cut(x.index_select(0, rows), flat_sizes), cut(y.index_select(0, rows), flat_sizes), strict=True)
     steps = zip(block.micro_batch_sizes, block.step_rows, strict=True)

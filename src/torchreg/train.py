@@ -244,6 +244,7 @@ def train(
             runtime=config.runtime,
             device=config.device,
             sync=config.effective_sync,
+            dtype=config.dtype,
             timeout_s=config.timeout_s,
             run=asdict(config),
         ) as runtime:
@@ -317,10 +318,11 @@ def _train(
     session["first_step"] = saved.step if saved else 0
     sessions = [*(saved.progress["sessions"] if saved else []), session]
     saver = Saver(config, prepared.contract, directory, model, sgd, metrics, sessions)
-    metrics.start(saved.step if saved else 0, saved.progress if saved else None)
     by_hand = config.optimizer == "hand"
     rows = hand_rows(x, y) if by_hand else (x, y)
-    steps = range(metrics.num_steps, prepared.num_steps)
+    steps = range(saved.step if saved else 0, prepared.num_steps)
+    _start_device(prepared.plan, *rows, take_step, runtime)
+    metrics.start(saved.step if saved else 0, saved.progress if saved else None)
     with _threads(1 if prepared.plan.ordered else None):
         with torch.inference_mode() if by_hand else nullcontext():
             run_steps(prepared.plan, prepared.schedule, steps, runtime.rank, *rows, take_step, metrics, saver)
@@ -337,6 +339,14 @@ def _train(
         directory.finish(make_record(config, prepared, runtime, result, str(dtype), sessions))
     runtime.barrier()
     return result
+
+
+def _start_device(plan: BatchPlan, x: Tensor, y: Tensor, take_step: TakeStep, runtime: Runtime) -> None:
+    """Take two steps at a learning rate of 0: NCCL, cuBLAS and DDP start when first used, which is not training."""
+    if runtime.device.type != "cpu":
+        for block in plan.blocks(runtime.rank, 0, 2):
+            for _, micro_batches, step_rows in rows_of_steps(block, x, y, copied=plan.ordered):
+                take_step((0.0, 0.0), micro_batches, step_rows)
 
 
 @contextmanager

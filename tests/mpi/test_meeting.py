@@ -103,6 +103,15 @@ def test_a_second_rank_of_one_number_is_refused_and_the_first_goes_on(start_rank
     assert "this is a second rank 1 of 2" in ends[codes.index(2)].stderr
 
 
+def test_a_rank_that_does_not_come_is_named_in_one_line(start_ranks):
+    # "waited for the other ranks" of a job of a thousand does not say where to look.
+    ends = start_ranks([*TRAIN, "--timeout-s", "15"], [{}, {"RANK": "2"}], WORLD_SIZE="3")
+    assert [end.returncode for end in ends] == [1, 1], ends
+    lines = [line for end in ends for line in end.stderr.splitlines()]
+    assert len(lines) == 1, lines
+    assert "waited 15 s for rank 1 of 3 to come" in lines[0]
+
+
 @pytest.mark.parametrize("port", ["99999", "0", "x"])
 def test_a_port_that_is_none_is_refused(port, start_ranks):
     # Case W5.

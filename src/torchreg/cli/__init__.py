@@ -38,6 +38,7 @@ def command() -> int:
 
     Looking through a thousand modules for garbage takes half a second of a core at the end, on each rank.
     """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else a lost connection is pages of C++ frames
     code = main()
     gc.freeze()
     return code

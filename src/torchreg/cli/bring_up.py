@@ -30,6 +30,7 @@ def open_ranks(config: TrainConfig) -> Runtime:
             runtime=config.runtime,
             device=config.device,
             sync=config.effective_sync,
+            dtype=config.dtype,
             timeout_s=config.timeout_s,
             run=asdict(config),
         )

@@ -14,8 +14,8 @@ _VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE
 _DRIVERS = "/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/kfd"  # NVIDIA's, in a container too; AMD's
 
 
-def choose_device_type(device: str, sync: str, world_size: int) -> str:
-    """The kind of device for the user's choice: what is there, where it is `auto`.
+def choose_device_type(device: str, sync: str, world_size: int, dtype: str = "auto") -> str:
+    """The kind of device for the user's choice. `auto` is the first that is there and does what is asked of it.
 
     Raises `ValueError` for one that is not there, or that cannot do what is asked of it.
     """
@@ -26,7 +26,8 @@ def choose_device_type(device: str, sync: str, world_size: int) -> str:
         "cpu": True,
     }
     if device == "auto":
-        device = next(name for name in present if present[name] and not (name == "mps" and world_size > 1))
+        unable = {"cuda", "xpu", "mps"} if sync == "mpi" else {"mps"} if world_size > 1 or dtype == "float64" else set()
+        device = next(name for name in present if present[name] and name not in unable)
     if not present[device]:
         raise ValueError(f"device is {device}, and torch {torch.__version__} sees none here: choose --device cpu")
     if device == "mps" and world_size > 1:

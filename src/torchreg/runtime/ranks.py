@@ -307,6 +307,7 @@ def open_runtime(
     runtime: Literal["auto", "ezpz", "torch"] = "auto",
     device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = "auto",
     sync: AnySync = "ddp",
+    dtype: Literal["auto", "float32", "float64"] = "auto",
     timeout_s: float = 300.0,
     run: Mapping[str, object] | None = None,
 ) -> Runtime:
@@ -323,7 +324,7 @@ def open_runtime(
         mpi.finalize_within(timeout_s)
     device_type, problem = "cpu", None
     try:
-        device_type = choose_device_type(device, sync, launcher.world_size)
+        device_type = choose_device_type(device, sync, launcher.world_size, dtype)
     except ValueError as error:
         if launcher.world_size == 1:
             raise
@@ -339,8 +340,9 @@ def open_runtime(
 
     failure = Failure(launcher.rank, host, mpi_comm)
     watchdog = Watchdog(timeout_s, failure.end)
+    address = f" at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}" if mpi_comm is None else ""
     with failure:
-        with watchdog.over("to come together"):
+        with watchdog.over(f"to come together{address}"):
             failure.store = store = meet(launcher, mpi_comm, timeout_s)
             agree = partial(ask_main_rank, store, launcher=launcher, timeout_s=timeout_s)
             facts = {"host": host, "cpus": own_cpus(), "device": device_type, "problem": problem, "job": own_job()}

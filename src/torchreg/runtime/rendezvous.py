@@ -203,33 +203,40 @@ def _is_own(address: str) -> bool:
 
 
 def _make_store(launcher: Launcher, comm: Any, timeout: timedelta, one_node: bool) -> Store:
-    is_main = launcher.rank == 0
+    is_main, own = launcher.rank == 0, _loopback()
     if comm is not None:
-        store = _serve(launcher, 0, timeout, one_node) if is_main else None
-        address, port = comm.bcast((_loopback() if one_node else _reachable_name(), store.port) if store else None)
+        own_name = own if one_node else _reachable_name()
+        store = _serve(launcher, own_name, 0, timeout) if is_main else None
+        address, port = comm.bcast((own_name, store.port) if store else None)
         return store or TCPStore(address, port, launcher.world_size, is_master=False, timeout=timeout)
     address, port = _address_without_mpi(launcher, os.environ)
+    address = own if one_node else address
     if is_main:
-        return _serve(launcher, port, timeout, one_node)
-    return TCPStore(_loopback() if one_node else address, port, launcher.world_size, is_master=False, timeout=timeout)
+        return _serve(launcher, address, port, timeout)
+    return TCPStore(address, port, launcher.world_size, is_master=False, timeout=timeout)
 
 
-def _serve(launcher: Launcher, port: int, timeout: timedelta, one_node: bool) -> TCPStore:
-    """The main rank's store. TCPStore itself would listen on every interface; on one node it gets a loopback socket."""
-    own = _loopback()  # this host's own name may not resolve
-    everywhere = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    family = (socket.AF_INET6 if ":" in own else socket.AF_INET) if one_node else everywhere
+def _serve(launcher: Launcher, address: str, port: int, timeout: timedelta) -> TCPStore:
+    """The main rank's store, for ranks that come to `address`.
+
+    TCPStore itself would listen on every interface: on one node it gets a loopback socket. Beyond that all of this
+    host's addresses will do, since the name that others use may not be known here.
+    """
+    own = _loopback()
+    try:
+        family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
+    except OSError:
+        family = socket.AF_INET
     try:
         listener = socket.create_server(
-            (own if one_node else "", port),
-            family=family,
-            backlog=launcher.world_size,
-            dualstack_ipv6=not one_node and family == socket.AF_INET6,
+            (own if _is_loopback(address) else "", port), family=family, backlog=launcher.world_size
         )
     except OSError as error:
-        raise ValueError(f"MASTER_PORT is {port}, which is taken ({error.strerror}): choose another") from error
+        raise ValueError(
+            f"MASTER_PORT is {port}, which is taken ({os.strerror(error.errno or 0)}): choose another"
+        ) from error
     return TCPStore(
-        own,
+        own if family == socket.AF_INET else "::1",
         listener.getsockname()[1],
         launcher.world_size,
         is_master=True,
