@@ -80,7 +80,7 @@ def checkout_around_us():
     """The torchreg checkout that this notebook lies in, or None."""
     for folder in (Path.cwd().parent, Path.cwd()):
         project = folder / "pyproject.toml"
-        if project.is_file() and 'name = "torchreg"' in project.read_text(encoding="utf-8"):
+        if project.is_file() and 'name = "torchreg-hpc"' in project.read_text(encoding="utf-8"):
             return folder
     return None
 
@@ -97,7 +97,7 @@ elif checkout_around_us() is not None:
 elif TORCHREG_SOURCE:
     print(f"installing torchreg from {TORCHREG_SOURCE}")
     remove_the_other_torchreg()
-    pip_install(f"torchreg[lesson] @ {TORCHREG_SOURCE}")
+    pip_install(f"torchreg-hpc[lesson] @ {TORCHREG_SOURCE}")
 else:
     raise SystemExit("torchreg is not installed: set TORCHREG_SOURCE at the top of this cell to its git address")
 
@@ -1461,7 +1461,7 @@ print("diverged in square feet, converged when standardised")
 #     -l walltime=0:30:00 -l filesystems=home:eagle
 #
 # cd <checkout>; module use /soft/modulefiles; module load conda; conda activate base; source .venv/bin/activate
-# mpiexec -n 8 --ppn 4 --depth=8 --cpu-bind depth torchreg train
+# mpiexec -n 8 --ppn 4 --cpu-bind list:24-31,56-63:16-23,48-55:8-15,40-47:0-7,32-39 torchreg train
 # ```
 #
 # It is the training of section 11; only the launcher is another one. Each process finds its **rank** among all eight,

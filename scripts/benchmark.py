@@ -383,7 +383,7 @@ def launch(world_size: int, options: Options) -> dict[str, Any]:
         own = Path(sys.executable).with_name("mpiexec")
         mpiexec = str(own) if own.is_file() else shutil.which("mpiexec")
         if world_size > 1 and mpiexec is None:
-            raise ValueError(f"ranks has {world_size}, and there is no mpiexec: pip install 'torchreg[mpi]'")
+            raise ValueError(f"ranks has {world_size}, and there is no mpiexec: pip install mpich")
         command = [
             *([str(mpiexec), "-n", str(world_size)] if world_size > 1 else []),
             *(sys.executable, __file__, "--dtypes", *options.dtypes),
@@ -435,6 +435,8 @@ def show(world_size: int, dtype: str, seconds: dict[str, list[float]]) -> list[d
 
 def main() -> int:
     """Measure, print, write; returns the exit code."""
+    from torchreg.record import versions
+
     options = tyro.cli(Options, description=__doc__)
     if ANSWER_VARIABLE in os.environ:
         work(options, Path(os.environ[ANSWER_VARIABLE]))
@@ -451,9 +453,8 @@ def main() -> int:
                 {"world_size": world_size, "dtype": dtype, "seconds_a_step": seconds, "targets": targets}
                 | {"left_out": answer["left_out"], "mpi": answer["mpi"]}
             )
-    libraries = {name: importlib.metadata.version(name) for name in ("torchreg", "torch", "numpy", "pandas", "mpi4py")}
     machine = {"cpus": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()}
-    report = {"schema_version": 1, "machine": machine, "libraries": libraries, "measured": measured}
+    report = {"schema_version": 1, "machine": machine, "libraries": versions(), "measured": measured}
     options.output.write_text(json.dumps(report, indent=1) + "\n")
     print(f"measurements  {options.output}")
     return 0

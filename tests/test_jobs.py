@@ -335,7 +335,7 @@ def test_the_sites_torch_is_never_replaced(job):
     assert all("+" not in line for line in pinned), "pip takes no local version in a constraint for one without"
 
     needs = [
-        need for need in requires("torchreg") or [] if "extra" not in need or "scale" in need.partition("extra")[2]
+        need for need in requires("torchreg-hpc") or [] if "extra" not in need or "scale" in need.partition("extra")[2]
     ]
     names = {re.split(r"[>=<;\[ ]", need)[0] for need in needs}
     assert set(second.split()[7:]) == names - {"torch", "numpy"}

@@ -245,7 +245,7 @@ def _with_pyarrow(path: Path, work: Any) -> Any:
     try:
         import pyarrow
     except ImportError:
-        raise ValueError(f"{path} is Parquet, and pyarrow is not installed: pip install 'torchreg[parquet]'") from None
+        raise ValueError(f"{path} is Parquet, and pyarrow is not installed: pip install pyarrow") from None
     try:
         return work()
     except (OSError, ValueError, pyarrow.ArrowException) as error:

@@ -41,7 +41,9 @@ _OWN_FILES = (
     *(f"{TRAINING_FIGURE}.{kind}" for kind in ("png", "svg")),
 )
 _METRICS_JSON = json.JSONEncoder(allow_nan=False)  # made once: a line is written from inside the loop
-_LIBRARIES = ("torchreg", "torch", "numpy", "pandas", "ezpz", "mpi4py", "matplotlib")
+_LIBRARIES = {"torchreg": "torchreg-hpc"} | {
+    name: name for name in ("torch", "numpy", "pandas", "ezpz", "mpi4py", "matplotlib")
+}
 _ALLOWED_VARIABLES = re.compile(
     r"(OMP|MKL)_NUM_THREADS|CUDA_VISIBLE_DEVICES|CUDA_DEVICE_ORDER|ZE_AFFINITY_MASK|CPU_BIND|"
     r"(NCCL|FI|MPICH|CCL|GLOO)_[A-Z0-9_]+|MASTER_(ADDR|PORT)|(LOCAL_)?(RANK|WORLD_SIZE)|"
@@ -237,7 +239,7 @@ def machine_facts() -> dict[str, str | None]:
 
 def versions() -> dict[str, str]:
     """The versions of the libraries that numbers may depend on."""
-    return {name: version for name in _LIBRARIES if (version := _version(name))}
+    return {name: version for name, package in _LIBRARIES.items() if (version := _version(package))}
 
 
 def _version(library: str) -> str | None:

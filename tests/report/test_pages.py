@@ -327,7 +327,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
 @pytest.mark.parametrize("library", ["jinja2", "matplotlib"])
 def test_a_missing_library_is_named_with_its_remedy(library, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(ValueError, match=rf"{library}, which is not installed: pip install 'torchreg\[scale\]'"):
+    with pytest.raises(ValueError, match=rf"{library}, which is not installed: pip install {library}"):
         write_pages({}, tmp_path)
 
 

@@ -22,7 +22,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ValueError("plot needs matplotlib, which is not installed: pip install 'torchreg[plot]'") from error
+        raise ValueError("plot needs matplotlib, which is not installed: pip install matplotlib") from error
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -21,7 +21,7 @@ def require_report_libraries() -> None:
     """Raise `ValueError`, before any work, where a report cannot be made."""
     for library in ("jinja2", "matplotlib", "pyarrow", "scipy"):
         if find_spec(library) is None:
-            raise ValueError(f"report needs {library}, which is not installed: pip install 'torchreg[scale]'")
+            raise ValueError(f"report needs {library}, which is not installed: pip install {library}")
 
 
 def write_data(report: Mapping[str, Any], records: Records, folder: Path) -> list[Path]:

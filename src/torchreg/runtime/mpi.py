@@ -23,7 +23,7 @@ def import_mpi(reason: str) -> Any:
     except (ImportError, RuntimeError) as error:  # mpi4py's wheel raises RuntimeError when it finds no libmpi
         cause = str(error).splitlines()[0]
         raise ValueError(
-            f"{reason}, and mpi4py cannot be imported ({cause}): pip install 'torchreg[mpi]', or on an HPC system use "
+            f"{reason}, and mpi4py cannot be imported ({cause}): pip install mpi4py mpich, or on an HPC system use "
             "the site's mpi4py"
         ) from error
     return MPI

@@ -34,7 +34,9 @@ def find_ezpz(choice: Literal["auto", "ezpz", "torch"]) -> str | None:
     if spec is None or spec.origin is None:  # no origin: only a folder of that name
         if choice == "auto":
             return None
-        raise ValueError("runtime is ezpz, which is not installed: pip install 'torchreg[ezpz]', or --runtime torch")
+        raise ValueError(
+            "runtime is ezpz, which is not installed: in torchreg's checkout pip install '.[ezpz]', or --runtime torch"
+        )
     try:
         version = importlib.metadata.version("ezpz")
     except importlib.metadata.PackageNotFoundError:
@@ -46,7 +48,8 @@ def find_ezpz(choice: Literal["auto", "ezpz", "torch"]) -> str | None:
     if not is_real:
         raise ValueError(
             f"the installed package ezpz {version} has no setup_torch: it is another package of that name (PyPI's "
-            "ezpz crops images). pip uninstall ezpz, then pip install 'torchreg[ezpz]'; or --runtime torch"
+            "ezpz crops images). pip uninstall ezpz, and pip install '.[ezpz]' in torchreg's checkout; or --runtime "
+            "torch"
         )
     return version
 
