@@ -67,8 +67,7 @@ def run(argv: list[str]) -> int:
     )
     table = load_table(config.data, **config.data_options())
     if arguments.action == "make":
-        if arguments.output.exists() and not arguments.overwrite:
-            raise ValueError(f"output is {arguments.output}, which exists already: choose another, or --overwrite")
+        _refuse_output(arguments.output, overwrite=arguments.overwrite)
         write_table(table, arguments.output)
         print(arguments.output)
         return 0
@@ -80,3 +79,11 @@ def run(argv: list[str]) -> int:
     print(*describe(table), sep="\n")
     print(f"closed form  {table.target_name} = {terms} + {best.bias:.6f}, mean squared error {best.loss:.6f}")
     return 0
+
+
+def _refuse_output(output: Path, *, overwrite: bool) -> None:
+    if output.is_dir() or not output.parent.is_dir():
+        what = "is a folder" if output.is_dir() else "lies in no folder that exists"
+        raise ValueError(f"output is {output}, which {what}: give the path of a file")
+    if output.exists() and not overwrite:
+        raise ValueError(f"output is {output}, which exists already: choose another, or --overwrite")
