@@ -193,27 +193,6 @@ def read_table(path: Path, features: Sequence[str], target: str | None, *, drop_
     return Table(columns[:, :-1], columns[:, -1:], tuple(features), target, source, num_dropped=len(missing))
 
 
-def describe(table: Table) -> list[str]:
-    """The table for a person: where it is from, its columns, and for one feature the six sums that decide all."""
-    x, y = table.features, table.target
-    columns = [*zip(table.feature_names, x.T, strict=True), (table.target_name, y[:, 0])]
-    lines = [
-        f"source       {table.source}: {table.num_rows} rows"
-        + (f", {table.num_dropped} with missing values left out" if table.num_dropped else ""),
-        f"fingerprint  {table.fingerprint()}",
-        *(
-            f"{name:12} min {v.min():,.6g}  mean {v.mean():,.8g}  max {v.max():,.6g}  standard deviation {v.std():,.6g}"
-            for name, v in columns
-        ),
-    ]
-    if table.num_features == 1:
-        lines.append(
-            f"sums         n {table.num_rows}  Σx {x.sum():.15g}  Σy {y.sum():.15g}  Σxy {(x * y).sum():.15g}  "
-            f"Σx² {(x * x).sum():.15g}  Σy² {(y * y).sum():.15g}"
-        )
-    return lines
-
-
 def write_table(table: Table, path: Path) -> None:
     """Write the table as CSV or Parquet, by the file's ending; every number survives to the last bit.
 

@@ -38,6 +38,10 @@ def command() -> int:
 
     Looking through a thousand modules for garbage takes half a second of a core at the end, on each rank.
     """
+    from torchreg.terminal import accept_all_text
+
+    accept_all_text()
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's kernel leaves its own here, which may be none of ours
     code = main()
     gc.freeze()
     return code
@@ -88,7 +92,9 @@ def _tell(message: str) -> None:
     with contextlib.suppress(ValueError):
         if detect_launcher(os.environ).rank > 0:
             return
-    print(f"torchreg: error: {' '.join(message.split())}", file=sys.stderr)
+    from torchreg.terminal import printable
+
+    print(f"torchreg: error: {printable(' '.join(message.split()))}", file=sys.stderr)
 
 
 if __name__ == "__main__":
