@@ -70,25 +70,24 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     On a terminal its cells are wrapped between words to the terminal's width, and where that is too narrow each row
     becomes a list. Elsewhere it is as wide as it needs to be.
     """
-    console = _console(sys.stdout)
+    console, room = _console(sys.stdout), _room(sys.stdout)
+    styles = ["red" if row[0].startswith("!") else None for row in rows]
     cells = [[printable(cell.removeprefix("!")) for cell in row] for row in rows]
-    gap, widths = _layout(columns, cells, _room(sys.stdout))
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, int(gap > 1), 0, int(gap > 2)))
-    if not widths:
-        table = Table.grid("", "", padding=(0, 2, 0, 0))
-    for column, width in zip(columns, widths, strict=bool(widths)):
-        table.add_column(column, justify="right", width=width)
-    for row, marked in zip(cells, rows, strict=True):
-        style = "red" if marked[0].startswith("!") else None
-        if widths:
+    gap, widths = _layout(columns, cells, room)
+    if widths:
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, int(gap > 1), 0, int(gap > 2)))
+        for column, width in zip(columns, widths, strict=True):
+            table.add_column(column, justify="right", width=width)
+        for row, style in zip(cells, styles, strict=True):
             table.add_row(*row, style=style)
-        else:
-            table.add_row()
-            for pair in zip(columns, row, strict=True):
-                table.add_row(*pair, style=style)
-    if not widths:
-        table.add_row()
-    console.print(table, crop=False)
+        console.print(table, crop=False)
+        return
+    indent = max(map(len, columns)) + 2
+    for row, style in zip(cells, styles, strict=True):
+        console.print()
+        for column, cell in zip(columns, row, strict=True):
+            console.print(_wrapped(f"{column:{indent}}{cell}", room, indent), style=style, soft_wrap=True)
+    console.print()
 
 
 def _layout(columns: Sequence[str], rows: Sequence[Sequence[str]], room: float) -> tuple[int, list[int]]:
@@ -127,12 +126,12 @@ def _console(stream: TextIO) -> Console:
     )  # fmt: skip
 
 
-def _wrapped(line: str, room: float) -> str:
+def _wrapped(line: str, room: float, indent: int = _INDENT) -> str:
     line = printable(line)
-    if len(line) <= room or " " not in line[_INDENT:] or line.startswith("command "):
+    if len(line) <= room or " " not in line[indent:] or line.startswith("command "):
         return line
     return textwrap.fill(
-        line, int(room), subsequent_indent=" " * _INDENT, break_long_words=False, break_on_hyphens=False
+        line, int(room), subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
     )
 
 
