@@ -30,7 +30,7 @@ def accept_all_text() -> None:
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - to the end of the process
-        elif stream.errors == "strict":
+        elif stream.errors == "strict" or (stream.errors == "surrogateescape" and stream.encoding != "utf-8"):
             stream.reconfigure(errors="replace")
 
 

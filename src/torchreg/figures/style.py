@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len, set_cell_size
+
 from torchreg.files import PARTIAL
 from torchreg.terminal import printable
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 SKY, ORANGE, BLACK, BLUE, GREEN = "#56B4E9", "#D55E00", "#000000", "#0072B2", "#009E73"
 GREY = "#8A8A8A"
 
-_LONGEST_NAME = 32  # letters that have room beside an axis
+_LONGEST_NAME = 32  # cells (a wide letter takes two) that have room beside an axis
 _UNITS = {"GrLivArea": "living area (square feet)", "SalePrice": "sale price (US dollars)"}
 
 
@@ -64,7 +66,7 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
 def plain(name: str) -> str:
     """A name from elsewhere as text for a figure: no formula between dollars, nothing that a font cannot draw."""
     text = printable(name).replace("$", r"\$")
-    return text if len(text) <= _LONGEST_NAME else text[: _LONGEST_NAME - 1] + "…"
+    return text if cell_len(text) <= _LONGEST_NAME else set_cell_size(text, _LONGEST_NAME - 1) + "…"
 
 
 def label(column: str) -> str:
