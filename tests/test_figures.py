@@ -181,7 +181,7 @@ def test_the_ladder_figure_marks_the_predicted_limits_and_puts_diverged_runs_in_
         assert len(limits) >= 1
         part = cells[(cells["standardize"] == standardize) & (cells["update_order"] == "simultaneous")]
         near = part.iloc[(part["of_limit"] - 1).abs().argmin()]
-        assert f"limit\n× {near['multiplier'] / near['of_limit']:.2f}" in limits
+        assert f"limit\n× {near['multiplier'] / near['of_limit']:.3g}" in limits
         (measured,) = [line for line in axes.lines if line.get_label() == "simultaneous, measured"]
         heights = dict(zip(measured.get_xdata(), measured.get_ydata(), strict=True))
         cold = part[part["warmup_steps"] == 0].set_index("multiplier")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -12,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol, TextIO
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -93,10 +95,15 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def _layout(columns: Sequence[str], rows: Sequence[Sequence[str]], room: float) -> tuple[int, list[int]]:
     """The gap between the columns of a table, 3 if that fits, and their widths; none where no gap is small enough."""
     by_column = list(zip(columns, *rows, strict=True))
-    widths = [max(map(len, cells)) for cells in by_column]
+    widths = [max(map(cell_len, cells)) for cells in by_column]
     for short, gap in itertools.product(_SHORT, (3, 2, 1)):
         least = [
-            max(map(len, itertools.chain([""], name.split(), *([c] if len(c) <= short else c.split() for c in cells))))
+            max(
+                map(
+                    cell_len,
+                    ["", *name.split(), *(part for c in cells for part in ([c] if len(c) <= short else c.split()))],
+                )
+            )
             for name, *cells in by_column
         ]
         left = room - 2 - gap * (len(columns) - 1)
@@ -110,7 +117,9 @@ def _layout(columns: Sequence[str], rows: Sequence[Sequence[str]], room: float) 
 
 def _is_watched(stream: TextIO) -> bool:
     """Whether a person sees it as it appears. A launcher's ranks may have a terminal that is none (Open MPI 5)."""
-    return stream.isatty() and detect_launcher(os.environ).is_none
+    with contextlib.suppress(ValueError):
+        return stream.isatty() and detect_launcher(os.environ).is_none
+    return False
 
 
 def _room(stream: TextIO) -> float:

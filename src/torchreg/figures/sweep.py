@@ -159,7 +159,7 @@ def _draw_rungs(
     limit = nearest["multiplier"] / nearest["of_limit"]
     axes.axvline(limit, color=colour, linestyle=dashes, linewidth=2)
     axes.annotate(
-        f"limit\n× {limit:.2f}",
+        f"limit\n× {limit:.3g}",
         (limit, label_at),
         xycoords=axes.get_xaxis_transform(),
         xytext=(-4, 0),
