@@ -65,7 +65,7 @@ def test_divergence_has_its_own_exit_code(capsys):
 BAD_INPUT = {
     "no file": (["--data", "nowhere.csv"], "nowhere.csv, which does not exist"),
     "empty file": (["--data", "empty.csv"], "empty"),
-    "no such column": (["--data", "houses.csv", "--features", "GrLivAera"], "nearest names are GrLivArea"),
+    "no such column": (["--data", "houses.csv", "--features", "GrLivAera"], "nearest names are 'GrLivArea'"),
     "text": (["--data", "text.csv"], "'large' in row 2"),
     "NaN": (["--data", "nan.csv"], "--drop-missing"),
     "infinity": (["--data", "inf.csv"], "infinite in row 1"),

@@ -2,12 +2,16 @@
 
 import importlib
 import itertools
+import re
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
+from matplotlib.cbook import is_math_text
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from matplotlib.text import Text
@@ -177,7 +181,7 @@ def test_the_ladder_figure_marks_the_predicted_limits_and_puts_diverged_runs_in_
         assert len(limits) >= 1
         part = cells[(cells["standardize"] == standardize) & (cells["update_order"] == "simultaneous")]
         near = part.iloc[(part["of_limit"] - 1).abs().argmin()]
-        assert f"limit\n× {near['multiplier'] / near['of_limit']:.2f}" in limits
+        assert f"limit\n× {near['multiplier'] / near['of_limit']:.3g}" in limits
         (measured,) = [line for line in axes.lines if line.get_label() == "simultaneous, measured"]
         heights = dict(zip(measured.get_xdata(), measured.get_ydata(), strict=True))
         cold = part[part["warmup_steps"] == 0].set_index("multiplier")
@@ -223,3 +227,125 @@ def test_pictures_without_matplotlib_are_refused_before_the_run(monkeypatch, cap
         assert main(command) == 2
         assert "plot needs matplotlib" in capsys.readouterr().err
     assert not Path("runs").exists()
+
+
+@pytest.fixture
+def drawn_training(monkeypatch):
+    """The figure of a training run on a made table, after it was saved."""
+
+    def draw(features, target, **names):
+        saved = []
+        module = importlib.import_module("torchreg.figures.training")
+        really = module.save
+        monkeypatch.setattr(module, "save", lambda figure, *where: (saved.append(figure), really(figure, *where))[1])
+        name_x, name_y = names.get("x", "x"), names.get("y", "y")
+        pd.DataFrame({name_x: features, name_y: target}).to_csv("drawn.csv", index=False)
+        options = ["--data", "drawn.csv", "--features", name_x, "--target", name_y, "--sampling", "full"]
+        assert main(["train", *options, "--max-steps", "20", "--plot"]) == 0
+        (figure,) = saved
+        return figure
+
+    return draw
+
+
+def value_of(label, offset):
+    """The number that a tick says, with the power of ten and the sum that stand aside."""
+    formula = re.fullmatch(r"\$\\mathdefault\{(?:(.*)\\times)?10\^\{(.*)\}\}\$", label)
+    if formula:
+        return float(formula[1] or 1) * 10.0 ** float(formula[2])
+    power, _, added = offset.partition("+")
+    return float(label.replace(",", "")) * float(power or 1) + float(added or 0)
+
+
+@pytest.mark.parametrize(
+    ("scale", "shift"),
+    [(1e-140, 0), (1e-15, 0), (1e-10, 0), (1e-4, 0.1), (-1, 0), (1e4, 0), (1e12, 0), (1e-5, 1e9), (1e140, 0)],
+)
+def test_the_ticks_of_any_magnitude_say_where_they_are(scale, shift, drawn_training):
+    """D6: prices of 0.1 to 0.4 had an axis with seven ticks, all of them 0."""
+    x = np.linspace(500, 3000, 40)
+    figure = drawn_training(scale * x, scale * (x + 100 * np.sin(x)) + shift)
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = axis.get_view_interval()
+            ticks = [tick for tick in axis.get_major_ticks() + axis.get_minor_ticks() if tick.label1.get_text()]
+            inside = [tick for tick in ticks if low <= tick.get_loc() <= high]
+            offset = axis.get_offset_text().get_text().replace("−", "-")
+            labels = [tick.label1.get_text().replace("−", "-") for tick in inside]
+            assert len(labels) >= 2
+            for tick, label in zip(inside, labels, strict=True):
+                assert value_of(label, offset) == pytest.approx(tick.get_loc(), rel=1e-3, abs=1e-3 * (high - low))
+                assert len(label.replace("mathdefault", "")) <= 30
+
+
+def test_names_are_no_formulas_and_fit_the_figure(drawn_training):
+    """W4: a `$` ended a finished run with a ParseSyntaxException."""
+    x = np.arange(9.0)
+    figure = drawn_training(x, x + np.sin(x), x="cost ($, \x1b[31m_a_)\n", y="$\\frac{$" + 300 * "y")
+    left, right = figure.axes
+    for text in (left.xaxis.label, left.yaxis.label, right.yaxis.label):
+        assert "\\$" in text.get_text()
+        assert not is_math_text(text.get_text())
+        box, whole = text.get_window_extent(), figure.bbox
+        assert box.x0 >= whole.x0 - 5  # pixels
+        assert box.x1 <= whole.x1 + 5
+        assert box.height <= whole.height
+    assert left.get_xlabel() == "cost (\\$, \\x1b[31m_a_)"  # blanks around a name do not count
+
+
+def test_a_perfect_line_is_drawn_too(drawn_training):
+    """D6: its loss has no smallest power of ten."""
+    x = np.arange(9.0)
+    assert len(drawn_training(x, 2 * x).axes) == 2
+
+
+def test_neither_backend_nor_settings_of_the_user_reach_a_figure(run, tmp_path):
+    """T2: with a notebook kernel's MPLBACKEND `--plot` failed after the run."""
+    code = (
+        "import sys\nfrom torchreg.cli import command\n"
+        "for words in (['train', '--max-steps', '3'], ['plan']):\n"
+        "    sys.argv = ['torchreg', *words, '--plot', '--name', words[0]]\n    assert command() == 0"
+    )
+    pictures = []
+    for kind, backend in (("clean", ""), ("users", "nowhere")):
+        folder = tmp_path / kind
+        folder.mkdir()
+        if kind != "clean":
+            (folder / "matplotlibrc").write_text(
+                "backend: qtagg\ntext.usetex: True\nfigure.facecolor: black\nsavefig.dpi: 9\nfont.size: 40\n"
+            )
+        done = run(sys.executable, "-c", code, cwd=folder, MPLBACKEND=backend)
+        assert done.returncode == 0, done.stderr
+        pictures.append([(folder / f"runs/{name}.png").read_bytes() for name in ("train/training", "plan/plan")])
+    assert pictures[0] == pictures[1]
+
+
+def test_drawing_leaves_the_users_matplotlib_as_it_was():
+    """T2: in a notebook."""
+    with matplotlib.rc_context({"font.size": 31.0, "axes.facecolor": "black"}):
+        before = dict(matplotlib.rcParams)
+        assert main(["plan", "--plot", "--world-sizes", "1"]) == 0
+        assert dict(matplotlib.rcParams) == before
+
+
+def test_a_sweep_over_many_powers_of_ten_shows_where_it_ends():
+    """D6: the end of a batch sweep, and the other panel of a ladder, lay outside their axes."""
+    x = np.arange(200.0)
+    noise = np.random.default_rng(0).normal(0, 1e-6, 200)
+    pd.DataFrame({"x": x, "y": x + noise}).to_csv("close.csv", index=False)
+    data = ["--data", "close.csv", "--features", "x", "--target", "y", "--num-seeds", "1", "--overwrite"]
+    module = importlib.import_module("torchreg.figures.sweep")
+    figures = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "save", lambda figure, *_: figures.append(figure) or [])
+        options = ["--batch-sizes", "32", "--epochs", "20", "--standardize", "--base-learning-rate", "0.3", "0.3"]
+        assert main(["sweep", "batch", *data, *options]) == 0
+        assert main(["sweep", "ladder", *data, "--multipliers", "1,8", "--max-steps", "60"]) == 0
+    for figure in figures:
+        for axes in figure.axes:
+            low, high = axes.get_ylim()
+            for line in axes.lines:
+                if line.get_label().startswith(("mean", "si", "se")):
+                    heights = np.asarray(line.get_ydata(), dtype=float)
+                    assert (heights[heights > 0] >= low).all()
+                    assert (heights <= high).all()

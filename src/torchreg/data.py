@@ -5,9 +5,15 @@ pandas, pooch and pyarrow are imported by the functions that need them.
 
 from __future__ import annotations
 
+import csv
 import difflib
 import hashlib
-from collections.abc import Sequence
+import io
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchreg.builtin import REAL_NUM_ROWS, make_houses
+from torchreg.files import write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +36,9 @@ AMES_URL = (
     "slimmed_realestate_data.csv"
 )
 AMES_SHA256 = "5e7578a8e9bc0f1e2eac9711621f4d0d129e9fe36e3f4e655947a0652b3b05cc"
+
+_SEPARATORS = ",;\t|"
+_ENCODING = "utf-8-sig"  # with or without a byte order mark
 
 Matrix = NDArray[np.float64]
 
@@ -151,20 +161,21 @@ def fetch_ames() -> Path:
 
 
 def read_table(path: Path, features: Sequence[str], target: str | None, *, drop_missing: bool, source: str) -> Table:
-    """A file's columns as a `Table`; see `load_table`."""
-    frame = _read_file(path)
-    target = target or DEFAULT_TARGET
-    features = tuple(features) or (DEFAULT_FEATURE,)
-    for field, column in [*(("features", name) for name in features), ("target", target)]:
-        if column not in frame.columns:
-            raise ValueError(f"{field} is {column!r}: {path} has no such column; {_nearest(column, frame)}")
+    """A file's columns as a `Table`; see `load_table`. Blanks around the names of columns do not count."""
+    target = (target or DEFAULT_TARGET).strip()
+    features = tuple(name.strip() for name in features) or (DEFAULT_FEATURE,)
     if target in features:
         raise ValueError(f"target is {target!r}, which is also a feature: leave it out of --features")
     if len(set(features)) < len(features):
-        raise ValueError(f"features are {', '.join(features)}: name each column once")
+        raise ValueError(f"features are {_quoted(features)}: name each column once")
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
+        raise ValueError(f"data is {path}, which {what}: give builtin, ames, or a CSV or Parquet file")
+    if path.stat().st_size == 0:
+        raise ValueError(f"data is {path}, which is empty: give a table with a header and rows")
 
     names = [*features, target]
-    columns = np.column_stack([_numbers(frame[name], path) for name in names])
+    columns = _read_parquet(path, names) if _is_parquet(path) else _read_csv(path, names)
     infinite = np.argwhere(np.isinf(columns))
     if len(infinite):
         row, column = infinite[0]
@@ -188,90 +199,203 @@ def read_table(path: Path, features: Sequence[str], target: str | None, *, drop_
     return Table(columns[:, :-1], columns[:, -1:], tuple(features), target, source, num_dropped=len(missing))
 
 
-def describe(table: Table) -> list[str]:
-    """The table for a person: where it is from, its columns, and for one feature the six sums that decide all."""
-    x, y = table.features, table.target
-    columns = [*zip(table.feature_names, x.T, strict=True), (table.target_name, y[:, 0])]
-    lines = [
-        f"source       {table.source}: {table.num_rows} rows"
-        + (f", {table.num_dropped} with missing values left out" if table.num_dropped else ""),
-        f"fingerprint  {table.fingerprint()}",
-        *(
-            f"{name:12} min {v.min():,.6g}  mean {v.mean():,.8g}  max {v.max():,.6g}  standard deviation {v.std():,.6g}"
-            for name, v in columns
-        ),
-    ]
-    if table.num_features == 1:
-        lines.append(
-            f"sums         n {table.num_rows}  Σx {x.sum():.15g}  Σy {y.sum():.15g}  Σxy {(x * y).sum():.15g}  "
-            f"Σx² {(x * x).sum():.15g}  Σy² {(y * y).sum():.15g}"
-        )
-    return lines
-
-
 def write_table(table: Table, path: Path) -> None:
-    """Write the table as CSV or Parquet, by the file's ending; every number survives to the last bit."""
+    """Write the table as CSV or Parquet, by the file's ending; every number survives to the last bit.
+
+    The file appears whole or not at all.
+    """
     import pandas as pd
+    from pandas.io.common import infer_compression
 
     frame = pd.DataFrame(table.features, columns=list(table.feature_names))
     frame.insert(0, table.target_name, table.target[:, 0])
-    if path.suffix == ".parquet":
-        _with_pyarrow(path, lambda: frame.to_parquet(path, index=False))
+    content = io.BytesIO()
+    if _is_parquet(path):
+        with _parquet_errors(path):
+            frame.to_parquet(content, index=False)
     else:
-        frame.to_csv(path, index=False)
+        frame.to_csv(content, index=False, compression=infer_compression(path, "infer"))
+    write_atomically(path, content.getvalue())
 
 
-def _read_file(path: Path) -> pd.DataFrame:
-    import pandas as pd
-
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise ValueError(f"data is {path}, which {what}: give builtin, ames, or a CSV or Parquet file")
-    if path.stat().st_size == 0:
-        raise ValueError(f"data is {path}, which is empty: give a table with a header and rows")
-    if path.suffix in (".parquet", ".pq"):
-        frame: pd.DataFrame = _with_pyarrow(path, lambda: pd.read_parquet(path))
-        return frame
-    # From pandas 3.1 on every number is read to the last bit, and asking for it is deprecated.
-    is_older = tuple(map(int, pd.__version__.split(".")[:2])) < (3, 1)
-    exactly: dict[str, Any] = {"float_precision": "round_trip"} if is_older else {}
-    try:
-        return pd.read_csv(path, **exactly)
-    except (ValueError, OSError) as error:  # pandas' parser errors and Unicode errors are ValueErrors
-        raise ValueError(f"data is {path}, which cannot be read as CSV: {_first_line(error)}") from error
+def _is_parquet(path: Path) -> bool:
+    return path.suffix.lower() in (".parquet", ".pq")
 
 
-def _with_pyarrow(path: Path, work: Any) -> Any:
+def _read_parquet(path: Path, wanted: Sequence[str]) -> Matrix:
+    """The wanted columns, (num_rows, num_columns), of which a missing value is NaN; no other column is read."""
+    with _parquet_errors(path):
+        import pyarrow as pa
+        from pyarrow.parquet import ParquetFile
+
+        file = ParquetFile(path)
+        names = [name.strip() for name in file.schema_arrow.names]
+        fields = [file.schema_arrow.field(position) for position in _positions(names, wanted, path)]
+        for field in fields:
+            kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+            if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+                    or pa.types.is_null(kind)):  # fmt: skip
+                raise ValueError(
+                    f"{path}: column {field.name.strip()!r} has the type {kind}, which is not a number: choose other "
+                    "columns with --features and --target, or convert it"
+                )
+        read = file.read(columns=[field.name for field in fields])
+        return np.column_stack([read[field.name].cast(pa.float64(), safe=False).to_numpy() for field in fields])
+
+
+@contextmanager
+def _parquet_errors(path: Path) -> Iterator[None]:
     try:
         import pyarrow
     except ImportError:
         raise ValueError(f"{path} is Parquet, and pyarrow is not installed: pip install pyarrow") from None
     try:
-        return work()
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        yield
+    except (OSError, pyarrow.ArrowException) as error:
         raise ValueError(f"{path} cannot be read or written as Parquet: {_first_line(error)}") from error
 
 
-def _numbers(column: pd.Series[Any], path: Path) -> Matrix:
+def _read_csv(path: Path, wanted: Sequence[str]) -> Matrix:
+    """The wanted columns, (num_rows, num_columns), of which a missing value is NaN."""
     import pandas as pd
 
-    numbers = pd.to_numeric(column, errors="coerce")
-    text = np.flatnonzero(numbers.isna().to_numpy() & column.notna().to_numpy())
+    header, num_names, separator = _csv_layout(path)
+    positions = [num_names + position for position in _positions(header, wanted, path, separator)]
+    # From pandas 3.1 on every number is read to the last bit, and asking for it is deprecated.
+    is_older = tuple(map(int, pd.__version__.split(".")[:2])) < (3, 1)
+    exactly: dict[str, Any] = {"float_precision": "round_trip"} if is_older else {}
+    with _csv_errors(path):
+        frame = pd.read_csv(
+            path, header=0, names=list(range(num_names + len(header))), usecols=positions, index_col=False,
+            low_memory=False, encoding=_ENCODING, **_dialect(separator), **exactly,
+        )  # fmt: skip
+    return np.column_stack([_numbers(frame[at], name, path) for at, name in zip(positions, wanted, strict=True)])
+
+
+def _csv_layout(path: Path) -> tuple[list[str], int, str]:
+    """The names in the header, how many columns of row names stand before the first of them, and the separator.
+
+    pandas shifts or fills up rows that have not as many fields as the header; here they are refused.
+    """
+    if path.suffix.lower() == ".zst":
+        with _csv_errors(path):
+            _refuse_part_of_zstd(path)
+    # What splits the header into the most names; a comma where several do.
+    separator = max(_SEPARATORS, key=lambda letter: len(next(_csv_rows(path, letter), (0, []))[1]))
+    rows = _csv_rows(path, separator)
+    header = [name.strip() for name in next(rows, (0, []))[1]]
+    if not header:
+        raise ValueError(f"data is {path}, which is empty: give a table with a header and rows")
+    widths = {len(row) for _, row in rows}
+    if widths <= {len(header)}:
+        return header, 0, separator
+    rows = itertools.islice(_csv_rows(path, separator), 1, None)
+    if widths == {len(header) + 1} and _have_names([row for _, row in rows]):
+        return header, 1, separator
+    rows = itertools.islice(_csv_rows(path, separator), 1, None)
+    line, width = next((line, len(row)) for line, row in rows if len(row) != len(header))
+    raise ValueError(
+        f"{path}: line {line} has {width} field{'s' * (width != 1)}, and the header has {len(header)}, separated by "
+        f"{separator!r}: give each line as many as the header (no thousands separators, and a name for each column)"
+    )
+
+
+def _csv_rows(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """Line number and fields of the header and of each row, without blank lines, which pandas leaves out too."""
+    from pandas.io.common import get_handle
+
+    with _csv_errors(path), get_handle(path, "r", encoding=_ENCODING, compression="infer") as file:
+        reader = csv.reader(file.handle, **_dialect(separator))
+        for row in reader:
+            if len(row) > 1 or any(field.strip() for field in row):
+                yield reader.line_num, row
+
+
+def _dialect(separator: str) -> dict[str, Any]:
+    return {"delimiter": separator, "skipinitialspace": separator != "\t"}
+
+
+def _have_names(rows: Sequence[Sequence[str]]) -> bool:
+    """Whether rows of one field more than the header begin with their names, as R writes them.
+
+    Numbers that a thousands separator cuts in two, and a separator at the end of each line, look much the same.
+    """
+    names = {row[0].strip() for row in rows}
+    is_cut = any(
+        all(
+            re.fullmatch(r"\W*\d{1,3}", left) and re.match(r"\d{3}(?!\d)", right)
+            for left, right in zip(*pair, strict=True)
+        )
+        for pair in itertools.pairwise(zip(*rows, strict=True))
+    )
+    has_last = any(row[-1].strip() for row in rows)
+    return len(names) == len(rows) and all(name[:1].isalpha() for name in names) and has_last and not is_cut
+
+
+@contextmanager
+def _csv_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError:
+        raise
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"data is {path}, which is not text in UTF-8 ({_first_line(error)}): save it as such"
+        ) from error
+    except Exception as error:  # each kind of compression has errors of its own
+        raise ValueError(f"data is {path}, which cannot be read as CSV: {_first_line(error)}") from error
+
+
+def _refuse_part_of_zstd(path: Path) -> None:
+    """Raise `EOFError` for a cut file, and for one of several frames: zstandard ends silently where the first does."""
+    import zstandard
+
+    frame = zstandard.ZstdDecompressor().decompressobj()
+    with path.open("rb") as file:
+        while not frame.eof and (block := file.read(1 << 20)):
+            frame.decompress(block)
+        if not frame.eof or frame.unused_data or file.read(1):
+            raise EOFError("it is not one whole zstd frame; give the CSV itself or another compression")
+
+
+def _positions(names: Sequence[str], wanted: Sequence[str], path: Path, separator: str = "") -> list[int]:
+    """Where the wanted columns, of which the last is the target, stand among the names of a file."""
+    counts, places = Counter(names), {name: place for place, name in enumerate(names)}
+    for index, name in enumerate(wanted):
+        field = "target" if index == len(wanted) - 1 else "features"
+        if counts[name] > 1:
+            raise ValueError(f"{field} is {name!r}: {path} has {counts[name]} columns of this name: rename them")
+        if name not in places:
+            raise ValueError(f"{field} is {name!r}: {path} has no such column; {_nearest(name, names, separator)}")
+    return [places[name] for name in wanted]
+
+
+def _numbers(column: pd.Series[Any], name: str, path: Path) -> Matrix:
+    import pandas as pd
+
+    if column.dtype.kind in "iuf":
+        return column.to_numpy(dtype=np.float64)
+    numbers = pd.to_numeric(column.astype(str), errors="coerce")  # as text: True is no number
+    text = np.flatnonzero(numbers.isna() & column.notna())
     if len(text):
         raise ValueError(
-            f"{path}: column {str(column.name)!r} is {column.iloc[text[0]]!r} in row {text[0] + 1}, which is not a "
-            "number: correct the file or choose other columns with --features and --target"
+            f"{path}: column {name!r} is {str(column.iloc[text[0]])!r} in row {text[0] + 1}, which is not a "
+            "number: correct the file (a decimal point, no thousands separators), or choose other columns with "
+            "--features and --target"
         )
     return numbers.to_numpy(dtype=np.float64, na_value=np.nan)
 
 
-def _nearest(name: str, frame: pd.DataFrame) -> str:
-    columns = [str(column) for column in frame.columns]
-    by_folded = {column.casefold(): column for column in columns}
+def _nearest(name: str, names: Sequence[str], separator: str) -> str:
+    by_folded = {column.casefold(): column for column in names}
     close = [by_folded[match] for match in difflib.get_close_matches(name.casefold(), by_folded)]
-    if close:
-        return f"the nearest names are {', '.join(close)}"
-    return f"its columns are {', '.join(columns[:12])}{', …' if len(columns) > 12 else ''}"
+    more = "" if close or len(names) <= 12 else ", …"
+    separated = f", separated by {separator!r}" if separator else ""
+    return f"{'the nearest names' if close else 'its columns'} are {_quoted(close or names[:12])}{more}{separated}"
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
 def _first_line(error: BaseException) -> str:

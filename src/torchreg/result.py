@@ -12,6 +12,7 @@ from torchreg.metrics import Metrics
 from torchreg.prepare import Prepared
 from torchreg.record import SCHEMA_VERSION, provenance
 from torchreg.runtime import Runtime
+from torchreg.terminal import digits, equation
 from torchreg.theory import Matrix
 
 
@@ -59,20 +60,15 @@ class Result:
             ]
         excess = "" if self.excess is None else f" ({100 * self.excess:.3g} % above the best possible)"
         reached = " (target reached)" if self.stopped_by == "target" else ""
+        names = (self.target_name, self.feature_names)
         return [
-            f"fit          {self._equation(self.weight, self.bias)}",
-            f"closed form  {self._equation(self.closed_form_weight, self.closed_form_bias)}",
-            f"loss         {self.loss:.6f}{excess}",
-            f"best loss    {self.closed_form_loss:.6f}",
+            f"fit          {equation(*names, self.weight, self.bias)}",
+            f"closed form  {equation(*names, self.closed_form_weight, self.closed_form_bias)}",
+            f"loss         {digits(self.loss)}{excess}",
+            f"best loss    {digits(self.closed_form_loss)}",
             f"{self.num_steps} steps{reached}, {self.num_samples} samples in {self.train_time_s:.3g} s "
             f"({self.throughput:,.0f} samples/s)",
         ]
-
-    def _equation(self, weight: tuple[float, ...], bias: float) -> str:
-        terms = " ".join(
-            f"{'+' if w >= 0 else '-'} {abs(w):.6f} {name}" for w, name in zip(weight, self.feature_names, strict=True)
-        )
-        return f"{self.target_name} = {terms.removeprefix('+ ')} {'+' if bias >= 0 else '-'} {abs(bias):.6f}"
 
 
 def result_of_record(record: Mapping[str, Any]) -> Result:

@@ -39,6 +39,10 @@ def command() -> int:
 
     Looking through a thousand modules for garbage takes half a second of a core at the end, on each rank.
     """
+    from torchreg.terminal import accept_all_text
+
+    accept_all_text()
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's kernel leaves its own here, which may be none of ours
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else a lost connection is pages of C++ frames
     code = main()
     gc.freeze()
@@ -90,7 +94,9 @@ def _dispatch(arguments: list[str]) -> int:
 def _tell(message: str) -> None:
     """One line on stderr, from the main rank only."""
     if _is_main_rank():
-        print(f"torchreg: error: {' '.join(message.split())}", file=sys.stderr)
+        from torchreg.terminal import printable
+
+        print(f"torchreg: error: {printable(' '.join(message.split()))}", file=sys.stderr)
 
 
 def _is_main_rank() -> bool:

@@ -61,9 +61,9 @@ def run(argv: list[str]) -> int:
     if arguments.json:
         print(to_json(plan.as_json()))
         return 0
-    from torchreg.terminal import show_table
+    from torchreg.terminal import show_lines, show_table
 
-    print(*plan.heading(), sep="\n")
+    show_lines(plan.heading())
     show_table(*plan.table())
-    print(*plan.conclusion(), *(f"picture      {picture}" for picture in pictures), sep="\n")
+    show_lines([*plan.conclusion(), *(f"picture      {picture}" for picture in pictures)])
     return 0

@@ -70,6 +70,7 @@ def run(argv: list[str]) -> int:
     from torchreg.report.analysis import analyse
     from torchreg.report.write import write_data
     from torchreg.scaling.records import read_records
+    from torchreg.terminal import show_lines
 
     records = read_records(arguments.dirs)
     report = analyse(records)
@@ -86,7 +87,7 @@ def run(argv: list[str]) -> int:
     lines += [f"failed       {one['file']}: {one['reason']}" for one in report["failed"]]
     lines += [f"left out     {one['file']}: {one['reason']}" for one in report["excluded"]]
     lines += [f"report       {path}" for path in written if path.suffix in (".html", ".md", ".json")]
-    print(*lines, sep="\n")
+    show_lines(lines)
     return 0
 
 
@@ -99,7 +100,7 @@ def _compare(argv: list[str]) -> int:
 
     from torchreg.record import to_json
     from torchreg.report.compare import compare
-    from torchreg.terminal import show_table
+    from torchreg.terminal import show_lines, show_table
 
     comparison = compare(arguments.old, arguments.new, arguments.threshold)
     if arguments.json:
@@ -107,5 +108,5 @@ def _compare(argv: list[str]) -> int:
     else:
         if comparison.rows:
             show_table(*comparison.table())
-        print(*comparison.conclusion(), sep="\n")
+        show_lines(comparison.conclusion())
     return EXIT_FAILED if comparison.is_regression else 0

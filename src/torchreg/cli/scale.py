@@ -140,7 +140,7 @@ def _plan(argv: list[str]) -> int:
     from torchreg.record import to_json
     from torchreg.scaling.run import command_of, launcher_of
     from torchreg.scaling.tell import plan_lines, plan_table
-    from torchreg.terminal import show_table
+    from torchreg.terminal import show_lines, show_table
 
     todo, launcher = launches(campaign), launcher_of(campaign)
     commands = {launch.id: command_of(campaign, launch, Path("DIR"), launcher) for launch in todo}
@@ -162,7 +162,7 @@ def _plan(argv: list[str]) -> int:
         print(to_json(content))
         return 0
     show_table(*plan_table(campaign))
-    print(*plan_lines(campaign, commands), sep="\n")
+    show_lines(plan_lines(campaign, commands))
     return 0
 
 
@@ -183,6 +183,7 @@ def _run(argv: list[str]) -> int:
     from torchreg.scaling.run import run_campaign
     from torchreg.scaling.tell import outcome_lines
     from torchreg.stopping import StopRequest
+    from torchreg.terminal import show_lines
 
     folder = Path(arguments.dir or f"runs/{campaign.name}")
 
@@ -192,7 +193,7 @@ def _run(argv: list[str]) -> int:
     say(f"campaign     {folder}")
     with StopRequest(arguments.time_limit_s) as stop:
         outcome = run_campaign(campaign, folder, stop, say, retry_failed=arguments.retry_failed)
-    print(*outcome_lines(outcome, folder), sep="\n")
+    show_lines(outcome_lines(outcome, folder))
     if outcome.num_left:
         return EXIT_STOPPED
     return EXIT_FAILED if outcome.num_failed else 0
@@ -203,14 +204,14 @@ def _status(argv: list[str]) -> int:
 
     from torchreg.record import to_json
     from torchreg.scaling.tell import status, status_lines, status_table
-    from torchreg.terminal import show_table
+    from torchreg.terminal import show_lines, show_table
 
     found = status(Path(arguments.dir))
     if arguments.json:
         print(to_json([asdict(each) for each in found]))
         return 0
     show_table(*status_table(found))
-    print(*status_lines(found, Path(arguments.dir)), sep="\n")
+    show_lines(status_lines(found, Path(arguments.dir)))
     return 0
 
 
@@ -218,8 +219,9 @@ def _merge(argv: list[str]) -> int:
     arguments = parse(MergeArguments, "torchreg scale merge", argv)
 
     from torchreg.scaling.records import merge
+    from torchreg.terminal import show_lines
 
-    print(*merge(Path(arguments.out), [Path(folder) for folder in arguments.dirs]), sep="\n")
+    show_lines(merge(Path(arguments.out), [Path(folder) for folder in arguments.dirs]))
     return 0
 
 

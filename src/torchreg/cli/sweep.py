@@ -90,7 +90,8 @@ def _run(kind: Literal["batch", "ladder"], arguments: _SweepArguments, cells: Ca
 
     from torchreg import sweep
     from torchreg.cli.bring_up import on_all_ranks, open_ranks
-    from torchreg.terminal import Silent, Terminal, show_table
+    from torchreg.record import to_json
+    from torchreg.terminal import Silent, Terminal, show_lines, show_table
 
     runtime = open_ranks(config)
     reporter = Terminal(stderr=arguments.json, counts="run") if runtime.is_main else Silent()
@@ -104,10 +105,10 @@ def _run(kind: Literal["batch", "ladder"], arguments: _SweepArguments, cells: Ca
     summary = sweep.summary(sweep.cells_table(folder))
     pictures = _pictures(folder)
     if arguments.json:
-        print(summary.to_json(orient="records"))
+        print(to_json(summary.to_dict("records")))
         return 0
     show_table(*(sweep.summary_lines if kind == "batch" else sweep.ladder_lines)(summary))
-    print(f"records      {folder}", *(f"picture      {picture}" for picture in pictures), sep="\n")
+    show_lines([f"records      {folder}", *(f"picture      {picture}" for picture in pictures)])
     return 0
 
 

@@ -68,10 +68,10 @@ def run(argv: list[str]) -> int:
 
 def _print_result(result: Result, pictures: list[Path], *, json: bool) -> None:
     from torchreg.record import to_json
+    from torchreg.terminal import show_lines
 
     if json:
         print(to_json(asdict(result)))
         return
-    print(*result.lines(), f"records      {result.run_dir}", sep="\n")
-    for picture in pictures:
-        print(f"picture      {picture}")
+    lines = [*result.lines(), f"records      {result.run_dir}", *(f"picture      {picture}" for picture in pictures)]
+    show_lines(lines)

@@ -45,7 +45,7 @@ def run(argv: list[str]) -> int:
 
     from torchreg.cli.bring_up import on_all_ranks, open_ranks
     from torchreg.record import to_json
-    from torchreg.terminal import show_table
+    from torchreg.terminal import show_lines, show_table
     from torchreg.verify import lines, table, verify
 
     runtime = open_ranks(config)
@@ -59,7 +59,7 @@ def run(argv: list[str]) -> int:
     if runtime.is_main and arguments.json:
         print(to_json({"passed": not failed, "checks": [asdict(check) for check in checks]}))
     elif runtime.is_main:
-        print(runtime.describe())
+        show_lines([runtime.describe()])
         show_table(*table(checks))
-        print(*lines(checks), sep="\n")
+        show_lines(lines(checks))
     return EXIT_FAILED if failed else 0

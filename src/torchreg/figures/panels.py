@@ -11,6 +11,7 @@ import numpy as np
 
 from torchreg.figures.quantities import bytes_text, in_unit
 from torchreg.figures.style import GREY
+from torchreg.terminal import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,11 +50,6 @@ def best_model(series: Json) -> Json | None:
     """The identifiable model with the smallest held-out error, which is the one that is drawn."""
     fits = [fit for fit in series["models"] if fit["identifiable"] and fit["curve"]]
     return min(fits, key=lambda fit: math.inf if fit["held_out_error"] is None else fit["held_out_error"], default=None)
-
-
-def drawable(text: str) -> str:
-    """Text without what XML or a font cannot hold."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def padded(values: Sequence[float]) -> tuple[float, float]:
@@ -217,7 +213,7 @@ def draw_bars(bars: Sequence[Bar], axes: Axes) -> None:
             axes.barh(height, -share, left=left, height=0.74, facecolor="none", hatch=look.hatch, linewidth=0)
         time = in_unit([bar.step_time_s], "s")
         axes.text(1.015, height, time, transform=axes.get_yaxis_transform(), va="center", fontsize=7.5)
-    axes.set_yticks(range(len(bars)), [drawable(bar.name) for bar in bars], fontsize=7.5)
+    axes.set_yticks(range(len(bars)), [printable(bar.name) for bar in bars], fontsize=7.5)
     axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.set_xlim(0, max(1.0, *(sum(share for _, share in bar.shares) for bar in bars)))
     axes.xaxis.set_major_formatter(percent)

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torchreg.figures.panels import Json, Look, combination_of, drawable
+from torchreg.figures.panels import Json, Look, combination_of
 from torchreg.figures.quantities import count, ranks
 from torchreg.figures.style import BLACK, BLUE, GREEN, GREY, ORANGE, SKY
+from torchreg.terminal import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,6 +85,6 @@ def combination_looks(group: Json) -> dict[str, Look]:
     """One look for each combination of a group."""
     more = iter(MORE_LOOKS)
     return {
-        name: Look(drawable(name), *(_LOOKS.get(name) or next(more, MORE_LOOKS[-1])))
+        name: Look(printable(name), *(_LOOKS.get(name) or next(more, MORE_LOOKS[-1])))
         for name in combinations(group["series"])
     }

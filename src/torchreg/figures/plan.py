@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchreg.figures.style import BLACK, BLUE, GREEN, GREY, ORANGE, new_figure, save
+from torchreg.figures.style import BLACK, BLUE, GREEN, GREY, ORANGE, new_figure, own_style, save
 from torchreg.forecast import percent
 from torchreg.record import PLAN_FILE
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _RULES = {"linear": (ORANGE, "-", "o"), "sqrt": (BLUE, "--", "s"), "none": (GREEN, ":", "^")}
 
 
+@own_style()
 def draw_plan(folder: Path) -> list[Path]:
     """Draw the `plan.json` of a folder, as PNG and SVG beside it."""
     plan = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
@@ -40,7 +41,7 @@ def _draw_limit(axes: Axes, plan: dict[str, Any]) -> None:
     axes.text(0.03, 1.07, "diverges", transform=axes.get_yaxis_transform(), va="bottom")
     axes.set_ylim(bottom, top)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:.4g}")
     axes.set(xlabel="ranks", ylabel="rates over the stability limit", title="is it stable?")
     axes.legend(fontsize=9)
 

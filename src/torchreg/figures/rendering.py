@@ -9,7 +9,8 @@ import xml.etree.ElementTree as ET
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from torchreg.figures.style import BLUE, GREEN, GREY, ORANGE, SKY, new_figure
+from torchreg.figures.style import BLUE, GREEN, GREY, ORANGE, SKY, new_figure, own_style
+from torchreg.terminal import printable
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -44,9 +45,7 @@ _REFERENCE = re.compile(r"url\(#([^)]+)\)")
 
 def picture_files(picture: Picture) -> dict[str, bytes]:
     """PNG and SVG of all panels with the legend above them, by the file's name."""
-    from matplotlib import rc_context
-
-    with rc_context(_STYLE):
+    with own_style(**_STYLE):
         figure = _whole_figure(picture)
         files = {}
         for kind in ("png", "svg"):
@@ -59,10 +58,8 @@ def picture_files(picture: Picture) -> dict[str, bytes]:
 
 def inline_panels(picture: Picture) -> list[str]:
     """Each panel as an `<svg>` element with a title for those who cannot see it; ids are unique in a page."""
-    from matplotlib import rc_context
-
     elements = []
-    with rc_context(_STYLE):
+    with own_style(**_STYLE):
         for index, panel in enumerate(picture.panels):
             figure = new_figure(_PANEL_WIDTH, panel.height + _TOP + _BOTTOM)
             figure.set_layout_engine("none")
@@ -81,9 +78,7 @@ def inline_legend(picture: Picture) -> list[tuple[str, str]]:
 
 @lru_cache(maxsize=64)
 def _swatch(look: Look) -> str:
-    from matplotlib import rc_context
-
-    with rc_context(_STYLE):
+    with own_style(**_STYLE):
         figure = new_figure(0.42, 0.15)
         figure.set_layout_engine("none")
         figure.add_artist(_handle(look, [0.02, 0.98], 0.5))
@@ -174,7 +169,7 @@ def _as_element(figure: Figure, name: str, says: str | None) -> str:
     else:
         root.attrib |= {"role": "img", "aria-labelledby": f"{name}-title"}
         title = ET.Element("title", {"id": f"{name}-title"})
-        title.text = "".join(letter if letter.isprintable() else "?" for letter in says)
+        title.text = printable(says)
         root.insert(0, title)
     return re.sub(r">\s+<", "><", ET.tostring(root, encoding="unicode"))
 

@@ -20,7 +20,6 @@ from torchreg.figures.panels import (
     draw_fits,
     draw_measure,
     draw_times,
-    drawable,
     padded,
     shared_limits,
 )
@@ -37,6 +36,7 @@ from torchreg.figures.pictures import (
 )
 from torchreg.figures.quantities import bytes_text, features, in_unit
 from torchreg.figures.style import BLACK, BLUE, GREEN, GREY, ORANGE, SKY
+from torchreg.terminal import printable
 
 _WAYS = {"gloo": (ORANGE, "^", "-."), "nccl": (BLUE, "o", "-"), "xccl": (BLUE, "o", "-"), "MPI": (GREEN, "s", "--")}
 
@@ -181,7 +181,7 @@ def draw_allreduce(group: Json, number: int) -> Picture | None:
     more = iter(MORE_LOOKS)
     looks = {}
     for way in dict.fromkeys(one["way"] for one in measured):
-        looks[way] = Look(drawable(way), *(_WAYS.get(way) or next(more, MORE_LOOKS[-1])))
+        looks[way] = Look(printable(way), *(_WAYS.get(way) or next(more, MORE_LOOKS[-1])))
     panels: dict[str, list[Json]] = {}
     for one in sorted(measured, key=lambda one: (one["num_nodes"] > 1, one["num_nodes"], one["world_size"])):
         panels.setdefault(place_text(one), []).append(one)

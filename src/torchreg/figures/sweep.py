@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from torchreg.figures.style import BLACK, BLUE, GREY, ORANGE, SKY, new_figure, save
+from torchreg.figures.style import BLACK, BLUE, GREY, ORANGE, SKY, new_figure, own_style, save
 from torchreg.record import RECORD_FILE
 from torchreg.sweep import CELLS_FOLDER, GROUP, cells_table, curves_table, read_sweep, summary
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _ORDERS = {"simultaneous": (ORANGE, "o", "--", 0.78), "sequential": (BLUE, "s", ":", 0.64)}
 
 
+@own_style()
 def draw_sweep(folder: Path) -> list[Path]:
     """Draw a finished sweep, as PNG and SVG in its folder; nothing where the best loss is 0 and so has no multiples."""
     if not (cells_table(folder)["closed_form_loss"] > 0).all():
@@ -72,9 +73,12 @@ def _draw_curves(axes: Axes, folder: Path, group: pd.DataFrame, curves: pd.DataF
 
 
 def _share_limits(panels: Any) -> None:
+    """One scale for all panels; the band of single runs may leave it, which may reach down to nothing."""
     bottoms, tops = zip(*(axes.get_ylim() for axes in panels), strict=True)
+    means = [line.get_ydata() for axes in panels for line in axes.lines if line.get_label().startswith("mean")]
+    smallest = min((y for values in means for y in values if y > 0), default=0)
     for axes in panels:
-        axes.set_ylim(max(min(bottoms), 1e-4), max(tops))
+        axes.set_ylim(max(min(bottoms), smallest / 10), max(tops))
 
 
 def _draw_ends(axes: Axes, table: pd.DataFrame) -> None:
@@ -114,11 +118,11 @@ def _draw_ladder(folder: Path) -> list[Path]:
             _draw_rungs(axes, part[part["update_order"] == order], top, order, *style)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.set_ylim(top=50 * top)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("rates and batch × (1 is the reference batch)")
         axes.set_title("standardised features" if standardize else "raw units", fontsize=10)
         axes.text(0.02, 4 * top, "diverged", transform=axes.get_yaxis_transform())
+    panels[0].set_ylim(top=50 * top)  # once all is drawn that decides the other end
     panels[0].set_ylabel("end of training, above the best loss (%)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=9)
@@ -155,7 +159,7 @@ def _draw_rungs(
     limit = nearest["multiplier"] / nearest["of_limit"]
     axes.axvline(limit, color=colour, linestyle=dashes, linewidth=2)
     axes.annotate(
-        f"limit\n× {limit:.2f}",
+        f"limit\n× {limit:.3g}",
         (limit, label_at),
         xycoords=axes.get_xaxis_transform(),
         xytext=(-4, 0),

@@ -10,7 +10,19 @@ import numpy as np
 
 from torchreg.config import from_json
 from torchreg.data import Table
-from torchreg.figures.style import BLACK, GREY, ORANGE, SKY, label, loss_unit, new_figure, save
+from torchreg.figures.style import (
+    BLACK,
+    GREY,
+    ORANGE,
+    SKY,
+    label,
+    loss_label,
+    new_figure,
+    number_axes,
+    own_style,
+    plain,
+    save,
+)
 from torchreg.prepare import read
 from torchreg.record import RECORD_FILE, TRAINING_FIGURE, read_metrics
 
@@ -18,6 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+@own_style()
 def draw_training(run_dir: Path) -> list[Path]:
     """Draw a finished run, as PNG and SVG in its folder: data and fit, loss and forecast."""
     record = json.loads((run_dir / RECORD_FILE).read_text(encoding="utf-8"))
@@ -31,7 +44,9 @@ def draw_training(run_dir: Path) -> list[Path]:
         _draw_predictions(left, table, result)
     _draw_loss(right, read_metrics(run_dir), record)
     ranks = f"{result['world_size']} rank{'s' * (result['world_size'] > 1)}"
-    figure.suptitle(f"{run_dir.name}: {result['num_steps']} steps of {result['global_batch_size']} rows on {ranks}")
+    figure.suptitle(
+        f"{plain(run_dir.name)}: {result['num_steps']} steps of {result['global_batch_size']} rows on {ranks}"
+    )
     return save(figure, run_dir, TRAINING_FIGURE)
 
 
@@ -43,7 +58,7 @@ def _draw_line(axes: Axes, table: Table, result: dict[str, Any]) -> None:
     best = result["closed_form_weight"][0] * ends + result["closed_form_bias"]
     axes.plot(ends, best, color=BLACK, linestyle=":", linewidth=2, label="closed form")
     axes.set(xlabel=label(table.feature_names[0]), ylabel=label(table.target_name), title="data and fit")
-    axes.yaxis.set_major_formatter("{x:,.0f}")
+    number_axes(axes)
     axes.legend(fontsize=8)
 
 
@@ -55,8 +70,7 @@ def _draw_predictions(axes: Axes, table: Table, result: dict[str, Any]) -> None:
     axes.plot(ends, ends, color=BLACK, linestyle=":", linewidth=2, label="a perfect prediction")
     unit = label(table.target_name)
     axes.set(xlabel=f"predicted {unit}", ylabel=unit, title=f"prediction from {table.num_features} features")
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.yaxis.set_major_formatter("{x:,.0f}")
+    number_axes(axes)
     axes.tick_params(axis="x", rotation=20)
     axes.legend(fontsize=8)
 
@@ -78,6 +92,5 @@ def _draw_loss(axes: Axes, metrics: list[dict[str, Any]], record: dict[str, Any]
         axes.plot(curve["steps"], expected, color=BLACK, linestyle="--", linewidth=1.5, label="predicted mean")
     if best > 0:
         axes.axhline(best, color=BLACK, linestyle=":", linewidth=2, label="closed form, all rows")
-    unit = loss_unit(result["target_name"])
-    axes.set(yscale="log", xlabel="step (optimizer updates)", ylabel=f"mean squared error ({unit})", title="loss")
+    axes.set(yscale="log", xlabel="step (optimizer updates)", ylabel=loss_label(result["target_name"]), title="loss")
     axes.legend(fontsize=8)

@@ -97,11 +97,11 @@ def summary_lines(summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     lines = []
     for row in summary.to_dict("records"):
         line = {"batch": f"{row['global_batch_size']}", "rates": f"× {row['multiplier']:.4g}"}
-        line |= {"steps": f"{row['num_steps']}", "of limit": f"{row['of_limit']:.2f}"}
+        line |= {"steps": f"{row['num_steps']}", "of limit": f"{row['of_limit']:.3g}"}
         stable, converged = row["of_limit"] < 1, row["num_diverged"] == 0
         if len(weights) == 1:
-            line["weight"] = f"{row[weights[0]]:.3f}" if converged else ""
-            line["bias"] = f"{row['bias']:.0f}" if converged else ""
+            line["weight"] = f"{row[weights[0]]:.5g}" if converged else ""
+            line["bias"] = f"{row['bias']:.5g}" if converged else ""
         line["loss"] = f"{row['loss']:.5g}" if converged else ""
         line["above best, %"] = _outcome(row)
         line["predicted"] = _in_percent(row["predicted_excess"]) if stable else "diverges"
@@ -124,7 +124,7 @@ def ladder_lines(summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
                     str(order),
                     f"× {multiplier:.4g}",
                     f"{batch}",
-                    f"{cold['of_limit']:.2f}",
+                    f"{cold['of_limit']:.3g}",
                     _in_percent(cold["predicted_excess"]) if cold["of_limit"] < 1 else "diverges",
                     _outcome(cold),
                     _outcome(warm),
