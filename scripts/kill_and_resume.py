@@ -48,7 +48,14 @@ COMBINATIONS = (
     ["--optimizer", "hand", "--sync", "allreduce", "--update-order", "sequential"],
     ["--optimizer", "sgd", "--sync", "mpi", "--log-full-loss"],
 )
-WAYS = ("SIGKILL to one rank", "SIGKILL to all ranks", "SIGKILL to all and mpiexec", "SIGTERM to all ranks")
+WAYS = (
+    "SIGKILL to one rank",
+    "SIGKILL to all ranks",
+    "SIGKILL to all and mpiexec",
+    "SIGTERM to all ranks",
+    "SIGHUP to one rank",
+    "SIGINT to all and mpiexec",
+)
 DEADLINE_S = 120.0
 
 
@@ -112,7 +119,7 @@ class Launch:
             ranks = self.processes()
         for pid in ranks:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM if "SIGTERM" in way else signal.SIGKILL)
+                os.kill(pid, signal.Signals[way.split()[0]])
 
     def end(self) -> int:
         """Wait until nothing of it is alive; its exit code."""

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from torchreg import checkpoint
 from torchreg.config import TrainConfig
 from torchreg.metrics import Metrics
 from torchreg.record import METRICS_FILE, read_metrics
@@ -81,10 +82,14 @@ def killed(after):
 class Stop:
     """A request to stop that comes when it is asked for the `at`-th time."""
 
-    reason = "a test"
+    reason = "SIGTERM"
+    nothing_to_save = True
 
     def __init__(self, at=None):
         self.left = at
+
+    def agree(self, reason):
+        assert reason == self.reason
 
     def is_due(self):
         if self.left is not None:
@@ -189,7 +194,7 @@ def test_it_says_where_it_goes_on_and_the_record_tells_of_both_processes():
     assert not (run / "record.json").exists()
     _, said = resumed(replace(SAVING, keep_checkpoints=1, plot=True))
     assert "resumed      after 30 steps" in said
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-0000000040.pt"]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-0000000045.pt"]
     record = json.loads((run / "record.json").read_text())
     assert [session["first_step"] for session in record["sessions"]] == [0, 30]
     assert {session["world_size"] for session in record["sessions"]} == {1}
@@ -213,9 +218,9 @@ def test_without_a_checkpoint_it_begins_anew(uninterrupted):
         ({"micro_batch_size": 3}, "micro_batch_size was 2 and is 3"),
         ({"optimizer": "hand"}, "optimizer was sgd and is hand"),
         ({"reduction": "fast"}, "reduction was ordered and is fast"),
-        ({"base_learning_rate": (0.03, 0.05)}, "base was [0.03, 0.04] and is [0.03, 0.05]"),
-        ({"max_steps": 46}, "num_steps was 45 and is 46"),
-        ({"log_every": 6}, "log_every was 5 and is 6"),
+        ({"base_learning_rate": (0.03, 0.05)}, "base_learning_rate was [0.03, 0.04] and is [0.03, 0.05]"),
+        ({"warmup_steps": 3}, "warmup_steps was 0 and is 3"),
+        ({"decay": "linear"}, "decay was constant and is linear"),
         ({"dtype": "float32"}, "dtype was float64 and is float32"),
         ({"data_seed": 1}, "data_fingerprint was sha256:"),
         ({"num_rows": 61}, "data_fingerprint was sha256:"),
@@ -238,6 +243,130 @@ def test_what_changes_no_number_may_change(uninterrupted):
     result, said = resumed(replace(BASE, **RUNS["warm-up and decay"] | changes))
     assert "resumed      after 24 steps" in said
     assert ends(result) == uninterrupted["warm-up and decay"]
+
+
+LONGER = {
+    "constant rates": {},
+    "a warm-up": {"warmup_steps": 9, "optimizer": "hand"},
+    "steps down of a given length": {"decay": "step", "decay_every": 11},
+    "another cadence": {"log_every": None, "reduction": "fast"},
+}
+
+
+@pytest.mark.parametrize("key", LONGER)
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_run_may_be_given_more_steps_and_ends_as_if_it_had_them_from_the_start(key, is_finished):
+    # T4: nobody set the number of steps of a rate that does not depend on it, nor what follows from that number.
+    config = replace(BASE, log_every=5) if key != "another cadence" else BASE
+    whole = replace(config, **LONGER[key], name="whole", max_steps=None, epochs=30.0)  # 120 steps
+    short = replace(whole, name="run", checkpoint_every=None if is_finished else 10, epochs=None, max_steps=45)
+    if is_finished:
+        train(replace(short, plot=True))
+        (Path("runs/run") / "training.png").touch()  # the picture of the shorter run
+    else:
+        killed_after(34, short)
+    result, said = resumed(replace(whole, name="run"))
+    assert f"resumed      after {45 if is_finished else 30} steps" in said
+    longer, from_scratch = ends(result), ends(train(whole))
+    if key == "another cadence":  # a line every second step before, every third step after; the numbers are the same
+        assert longer.pop("metrics")[-1] == from_scratch.pop("metrics")[-1]
+    assert longer == from_scratch
+    assert not (Path("runs/run") / "training.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"decay": "cosine"}, "num_steps was 45 and is 50, because max_steps is 50, and cosine decay depends on it"),
+        ({"decay": "linear"}, "num_steps was 45 and is 50, because max_steps is 50, and linear decay depends on it"),
+        ({"decay": "step"}, "decay_every was 15 and is 17, because max_steps is 50, .* give --decay-every 15"),
+    ],
+)
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_more_steps_are_refused_where_earlier_rates_depend_on_them(changes, told, is_finished):
+    config = replace(SAVING, **changes)
+    run = Path(train(config).run_dir) if is_finished else killed_after(34, config)
+    before = contents(run)
+    with pytest.raises(AgreedError, match=told):
+        resumed(replace(config, max_steps=50))
+    assert contents(run) == before
+    if changes == {"decay": "step"}:
+        assert resumed(replace(config, max_steps=50, decay_every=15))[0].num_steps == 50
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+@pytest.mark.parametrize(
+    ("length", "told"),
+    [
+        ({"max_steps": 20}, "max_steps is 20, and"),
+        ({"max_steps": None, "epochs": 5.0}, "epochs is 5, which is 20 steps"),
+    ],
+)
+def test_fewer_steps_than_were_taken_are_refused(is_finished, length, told):
+    run = Path(train(SAVING).run_dir) if is_finished else killed_after(34)
+    before = contents(run)
+    with pytest.raises(AgreedError, match=f"{told}.* has taken {45 if is_finished else 30} already"):
+        resumed(replace(SAVING, **length))
+    assert contents(run) == before
+
+
+def test_a_run_that_reached_its_target_needs_no_more_steps():
+    config = replace(SAVING, target_excess=6.0)
+    result = train(config)
+    assert result.stopped_by == "target"
+    assert resumed(replace(config, max_steps=60))[0] == result
+
+
+def test_a_longer_run_without_a_checkpoint_to_go_on_from_is_refused():
+    run = Path(train(SAVING).run_dir)
+    shutil.rmtree(run / "checkpoints")
+    before = contents(run)
+    with pytest.raises(AgreedError, match=r"no checkpoint of runs/run can be gone on from: choose another --name"):
+        resumed(replace(SAVING, max_steps=50))
+    assert contents(run) == before
+
+
+def test_a_run_whose_end_cannot_be_saved_has_its_result(uninterrupted):
+    config = replace(BASE, **RUNS["steps down"] | {"checkpoint_every": None})
+    Path("runs/run").mkdir(parents=True)
+    Path("runs/run/checkpoints").touch()
+    assert ends(train(replace(config, overwrite=True))) == uninterrupted["steps down"]
+
+
+def test_a_checkpoint_of_a_gpu_goes_on_on_the_cpu_in_its_precision():
+    # `auto` is float32 there and float64 here: the run keeps what it has, whatever `auto` would be.
+    config = replace(SAVING, dtype="float32")
+    whole = ends(train(replace(config, name="whole")))
+    run = killed_after(34, config)
+    newest = run / "checkpoints/step-0000000030.pt"
+    saved = checkpoint.load(newest)
+    saved.progress["sessions"][-1]["device"] = "cuda"
+    checkpoint.save(newest.parent, saved, keep=3)
+    result, said = resumed(replace(config, dtype="auto"))
+    assert (
+        "resumed      after 30 steps; the checkpoint was written on cuda, and this run is on cpu, in float32 as before"
+        in said
+    )
+    assert ends(result) == whole
+    assert json.loads((run / "record.json").read_text())["derived"]["dtype"] == "float32"
+    assert resumed(replace(config, dtype="auto"))[0] == result
+
+
+def unreadable(path, how):
+    path.unlink(missing_ok=True)
+    {"FIFO": os.mkfifo, "folder": Path.mkdir, "device": lambda path: path.symlink_to("/dev/zero")}[how](path)
+
+
+@pytest.mark.parametrize("how", ["FIFO", "folder", "device"])
+def test_a_record_or_metrics_that_are_no_file_are_refused_and_nothing_waits_for_them(how):
+    # W5: opening a FIFO waits for a writer for ever, and a device may have no end.
+    run = killed_after(34)
+    unreadable(run / "metrics.jsonl.part", how)
+    with pytest.raises(AgreedError, match=r"its metrics cannot be read \(it is not a regular file\)"):
+        resumed()
+    unreadable(run / "record.json", how)
+    with pytest.raises(AgreedError, match=r"record\.json cannot be read: move the folder away"):
+        resumed()
 
 
 def test_a_finished_run_is_left_alone():
@@ -320,8 +449,8 @@ def test_a_record_that_cannot_be_read_is_refused(garbage):
 def test_overwriting_removes_the_checkpoints_of_the_earlier_run():
     run = killed_after(34)
     train(replace(SAVING, overwrite=True, seed=1, checkpoint_every=None))
-    assert [*(run / "checkpoints").iterdir()] == []
-    assert resumed(replace(SAVING, seed=1))[0].num_steps == 45
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-0000000045.pt"]
+    assert resumed(replace(SAVING, seed=1, max_steps=50))[0].num_steps == 50
 
 
 HOLDING = """

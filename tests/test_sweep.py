@@ -1,8 +1,10 @@
 """If these fail, hours of runs are lost or run twice, or a table sets runs beside predictions that are not theirs."""
 
+import itertools
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 
 from torchreg.cli import main
 from torchreg.config import SWEEP_DEFAULTS, from_json
+from torchreg.metrics import Metrics
 from torchreg.prepare import Problem, prepare, scale_at
 from torchreg.sweep import cells_table, curves_table, ladder_cells, ladder_limit, summary
 from torchreg.theory import Dynamics
@@ -116,9 +119,37 @@ def test_a_lost_or_cut_off_record_is_run_again_and_no_other(file, damage, swept,
     assert "4 runs, 3 of them finished before" in capsys.readouterr().out
     after = snapshot(swept)
     assert after.keys() == before.keys()
-    changed = {Path(path).parent.name for path in before if after[path] != before[path]}
+    changed = {Path(path).relative_to("runs/swept/cells").parts[0] for path in before if after[path] != before[path]}
     assert changed == {"batch-64-seed-1"}
     assert (swept / "cells.csv").read_text() == table, "the same seed gives the same run"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_sweep_that_is_stopped_keeps_what_is_finished_and_runs_the_rest_the_next_time(
+    number, finished, capsys, monkeypatch
+):
+    # T3 for sweeps: a signal in the last step of the third run.
+    before = {each: signal.getsignal(each) for each in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    note, num_runs = Metrics.note, itertools.count(1)
+
+    def note_and_signal(self, step, *rest):
+        if step == 3 and next(num_runs) == 3:
+            signal.raise_signal(number)
+            signal.raise_signal(signal.SIGTERM)
+        return note(self, step, *rest)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Metrics, "note", note_and_signal)
+            assert main(BATCH) == 75
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    out = capsys.readouterr().out
+    assert f"stopped by {number.name}; finished runs are kept: run the same sweep again" in out
+    assert main(BATCH) == 0
+    assert "4 runs, 2 of them finished before" in capsys.readouterr().out
+    assert Path("runs/swept/cells.csv").read_text() == (finished / "cells.csv").read_text()
 
 
 def test_more_seeds_and_batch_sizes_are_added_to_what_is_there(swept, capsys):

@@ -2,14 +2,17 @@
 
 import itertools
 import json
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from torchreg.config import RECIPES, TrainConfig, from_json, with_recipe
-from torchreg.record import read_metrics
+from torchreg.record import provenance, read_metrics
 from torchreg.runtime import AgreedError
 from torchreg.theory import Moments
 from torchreg.train import train
@@ -155,7 +158,7 @@ def test_the_default_recipe_is_stable_at_any_world_size_that_the_data_allows(wor
 def test_a_run_leaves_whole_records():
     result = train(TrainConfig(name="first", max_steps=9))
     run = Path("runs/first")
-    assert sorted(path.name for path in run.iterdir()) == ["config.json", "metrics.jsonl", "record.json"]
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.json", "metrics.jsonl", "record.json"]
     record = json.loads((run / "record.json").read_text())
     assert record["schema_version"] == 1
     assert record["result"]["weight"] == list(result.weight)
@@ -200,6 +203,73 @@ def test_secrets_of_the_environment_stay_out_of_the_record(monkeypatch):
     text = (Path(result.run_dir) / "record.json").read_text()
     assert "secret-of-the-user" not in text
     assert json.loads(text)["provenance"]["environment"]["OMP_NUM_THREADS"] == "1"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ZE_AFFINITY_MASK",
+        "ZE_FLAT_DEVICE_HIERARCHY", "ZEX_NUMBER_OF_CCS", "OMP_PLACES", "KMP_AFFINITY", "SLURM_CPU_BIND",
+        "NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "PYTORCH_CUDA_ALLOC_CONF", "UCX_TLS", "HSA_XNACK",
+    ],
+)  # fmt: skip
+def test_variables_that_decide_a_number_are_in_the_provenance(name, monkeypatch):
+    monkeypatch.setenv(name, "its value")
+    assert provenance("now")["environment"][name] == "its value"
+
+
+def test_the_record_has_what_decides_numbers_below_python(monkeypatch):
+    # Provenance: two records that differ in one of these are not of one stack.
+    read_text = Path.read_text
+
+    def drivers(path, *args, **options):
+        if path.parts[:3] == ("/", "sys", "module"):
+            if path.parts[3] == "nvidia":
+                return "580.159.04\n"
+            raise FileNotFoundError(path)
+        return read_text(path, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", drivers)
+    result = train(TrainConfig(max_steps=1))
+    facts = json.loads((Path(result.run_dir) / "record.json").read_text())["machine_facts"]
+    assert facts.keys() == {"driver", "cuda", "rocm", "oneccl", "libfabric", "kernel", "tf32"}
+    assert facts["driver"] == "nvidia 580.159.04"
+    assert (facts["cuda"], facts["rocm"]) == (torch.version.cuda, torch.version.hip)
+    assert (facts["kernel"], facts["tf32"]) == (os.uname().release, "ieee")
+
+
+@pytest.mark.parametrize("is_new", [False, True], ids=["allow_tf32", "fp32_precision"])
+def test_tf32_is_told_however_it_was_switched_on(is_new, run, tmp_path):
+    # In a process of its own: torch refuses to read its older settings once the newer ones were used.
+    if is_new and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("torch.backends.cuda.matmul.fp32_precision came with torch 2.9")
+    switch = "fp32_precision = 'tf32'" if is_new else "allow_tf32 = True"
+    code = f"import torch, torchreg.record as r; torch.backends.cuda.matmul.{switch}; print(r.machine_facts()['tf32'])"
+    done = run(sys.executable, "-W", "error", "-c", code, cwd=tmp_path)
+    assert done.stdout == "tf32\n", done.stderr
+
+
+FORTY = """
+import os
+from torchreg.record import claim_folder
+start, go = os.pipe()
+runs = []
+for _ in range(40):
+    runs.append(os.fork())
+    if not runs[-1]:
+        os.close(go)
+        os.read(start, 1)  # until the last one is there
+        os._exit(0 if claim_folder("runs", None, "train") else 1)
+os.close(go)
+print([os.waitstatus_to_exitcode(os.waitpid(run, 0)[1]) for run in runs] == 40 * [0])
+"""
+
+
+def test_forty_runs_without_a_name_that_start_in_one_second_have_forty_names(run, tmp_path):
+    # W6: an array of jobs begins at once.
+    done = run(sys.executable, "-c", FORTY, cwd=tmp_path)
+    assert done.stdout == "True\n", done.stderr
+    assert len(list((tmp_path / "runs").iterdir())) == 40
 
 
 def test_results_are_in_the_datas_own_units_whatever_the_model_sees():

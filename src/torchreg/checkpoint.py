@@ -1,11 +1,12 @@
 """Checkpoints: they appear whole or not at all, are checked before they are believed, and run no code when read.
 
-A file is a line `torchreg checkpoint 1 <SHA-256 of what follows>`, a line of JSON, and the tensors as `torch.save`
+A file is a line `torchreg checkpoint 2 <SHA-256 of what follows>`, a line of JSON, and the tensors as `torch.save`
 writes them, which are read with `weights_only`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -17,9 +18,9 @@ from typing import Any
 
 import torch
 
-from torchreg.files import sync_folder, write_atomically
+from torchreg.files import read_regular, sync_folder, write_atomically
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _MAGIC = "torchreg checkpoint"
 _FIRST_LINE = re.compile(rf"{_MAGIC} (\d{{1,9}}) ([0-9a-f]{{64}})")
@@ -60,14 +61,15 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     up_to_this = [found for found in _newest_first(folder) if found.name <= path.name]
     for found in folder.glob("step-*"):
         if found not in up_to_this[:keep]:
-            found.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what is in the way of nothing need not end the run
+                found.unlink()
     return path
 
 
 def load(path: Path) -> Checkpoint:
     """Read and check a checkpoint. Raises `ValueError` with the reason why it cannot be used."""
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
     except OSError as error:
         raise ValueError(f"it cannot be read ({error.strerror})") from error
     first_line, _, body = content.partition(b"\n")
@@ -91,13 +93,8 @@ def load(path: Path) -> Checkpoint:
     return loaded
 
 
-def newest(
-    folder: Path, contract: Mapping[str, Any], fits: Callable[[Checkpoint], str | None] = lambda _: None
-) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that can be gone on from, and why each newer one cannot.
-
-    `fits` may find a further reason against one.
-    """
+def newest(folder: Path, reason_against: Callable[[Checkpoint], str | None]) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that can be gone on from, and why each newer one cannot."""
     refused = []
     for path in _newest_first(folder):
         try:
@@ -105,7 +102,7 @@ def newest(
         except ValueError as error:
             refused.append(f"{path}: {error}")
             continue
-        reason = differences(checkpoint.contract, contract) or fits(checkpoint)
+        reason = reason_against(checkpoint)
         if reason is None:
             return checkpoint, refused
         refused.append(f"{path}: {reason}")

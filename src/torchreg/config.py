@@ -12,6 +12,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from torchreg.files import check_name
+
 Optimizer = Literal["sgd", "hand"]
 Sync = Literal["auto", "ddp", "allreduce", "mpi"]
 Sampling = Literal["shuffle", "random", "full"]
@@ -244,8 +246,8 @@ class TrainConfig:
             raise ValueError("resume is auto and name is None: say which run to go on with, by --name")
         if self.resume == "auto" and self.overwrite:
             raise ValueError("resume is auto and overwrite is on: choose one of the two")
-        if self.name is not None and (not self.name or self.name in (".", "..") or "/" in self.name):
-            raise ValueError(f"name is {self.name!r}: give a plain folder name; --runs-dir chooses where it goes")
+        if self.name is not None:
+            check_name("name", self.name)
 
     def data_options(self) -> dict[str, Any]:
         """What `load_table` needs besides the source."""

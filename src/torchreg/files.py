@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import uuid
 from pathlib import Path
 
@@ -95,3 +96,18 @@ def _write(path: Path, content: bytes, mode: str) -> None:
         file.write(content)
         file.flush()
         sync(file.fileno())
+
+
+def read_regular(path: Path, num_bytes: int = -1) -> bytes:
+    """The content of a regular file, or its first `num_bytes`.
+
+    Raises `OSError` where it cannot be read, and for a FIFO or a device, which might never end.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(num_bytes)
+    finally:
+        os.close(descriptor)

@@ -17,7 +17,7 @@ from torchreg.prepare import Prepared
 from torchreg.record import RunDirectory
 from torchreg.runtime import Runtime
 from torchreg.step_errors import MOST_WAITING, StepErrors
-from torchreg.stopping import StopRequest
+from torchreg.stopping import REASONS, StopRequest
 from torchreg.terminal import Reporter
 
 
@@ -47,8 +47,8 @@ class Metrics:
         self._log_full_loss = config.log_full_loss or config.target_excess is not None
         self._save_every_s = config.checkpoint_every_s
         self._loss_on_all_rows = loss_on_all_rows
-        # Two signals: how many ranks were asked to stop, and whether the main rank's clock says to save.
-        self._waiting = StepErrors(runtime, num_signals=2)
+        # Signals: whether the main rank's clock says to save, and how many ranks stop for each of the reasons.
+        self._waiting = StepErrors(runtime, num_signals=1 + len(REASONS))
         self._log_every, self._last_step = prepared.log_every, prepared.num_steps - 1
         self._flush_step = 0
         self._not_timed_s = 0.0
@@ -70,6 +70,8 @@ class Metrics:
             self._waiting.step_rows = list(progress["pending_rows"])
             self.num_samples = progress["num_samples"]
         self._plan_flush(num_steps)
+        if self._stop:
+            self._stop.nothing_to_save = False
         self._runtime.synchronize()
         self._runtime.barrier()
         self._saved_s = time.perf_counter()
@@ -124,13 +126,15 @@ class Metrics:
 
     def _add_up(self) -> NDArray[np.float64]:
         """Squared errors over all ranks of the steps since the last flush."""
-        is_stop_due = bool(self._stop and self._stop.is_due())
+        reason = self._stop.reason if self._stop and self._stop.is_due() else None
         is_save_due = bool(
             self._save_every_s and self._runtime.is_main and time.perf_counter() - self._saved_s >= self._save_every_s
         )
-        errors, (num_asked_to_stop, save_is_due) = self._waiting.add_up((is_stop_due, is_save_due))
-        if num_asked_to_stop and self.stopped_by == "steps":
+        errors, (save_is_due, *asked) = self._waiting.add_up((is_save_due, *(reason == each for each in REASONS)))
+        if any(asked) and self.stopped_by == "steps":
             self.stopped_by = "request"
+            if self._stop:
+                self._stop.agree(next(each for each, num_ranks in zip(REASONS, asked, strict=True) if num_ranks))
         self.save_is_due = bool(save_is_due)
         return errors
 

@@ -6,7 +6,7 @@ No torch: `torchreg plan` decides all of it for many world sizes and trains noth
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -154,7 +154,7 @@ def prepare(config: TrainConfig, world_size: int, problem: Problem | None = None
 
 
 def _contract(config: TrainConfig, prepared: Prepared) -> dict[str, Any]:
-    plan, schedule = prepared.plan, asdict(prepared.schedule)
+    plan = prepared.plan
     same = (
         "standardize", "optimizer", "update_order", "reduction", "sampling", "seed", "initial_weight", "initial_bias",
         "target_excess", "log_full_loss", "dtype",
@@ -163,9 +163,8 @@ def _contract(config: TrainConfig, prepared: Prepared) -> dict[str, Any]:
         "data_fingerprint": prepared.fingerprint,
         "global_batch_size": plan.global_batch_size,
         "micro_batch_size": plan.micro_batch_size if plan.ordered else None,  # else it changes the rounding alone
-        "log_every": prepared.log_every,
         **{name: getattr(config, name) for name in same},
-        **{name: list(value) if isinstance(value, tuple) else value for name, value in schedule.items()},
+        **prepared.schedule.signature(),
     }
 
 

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import fcntl
 import hashlib
 import importlib.metadata
@@ -22,7 +24,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from torchreg.files import PARTIAL, sync, write_atomically
+from torchreg.files import PARTIAL, read_regular, sync, write_atomically
 
 SCHEMA_VERSION = 1
 
@@ -33,21 +35,20 @@ PLAN_FILE = "plan.json"
 CHECKPOINTS_FOLDER = "checkpoints"
 TRAINING_FIGURE = "training"
 
-_OWN_FILES = (
-    CONFIG_FILE,
-    RECORD_FILE,
-    METRICS_FILE,
-    METRICS_FILE + PARTIAL,
-    *(f"{TRAINING_FIGURE}.{kind}" for kind in ("png", "svg")),
-)
+_ENDING_FILES = (RECORD_FILE, *(f"{TRAINING_FIGURE}.{kind}" for kind in ("png", "svg")))
+_OWN_FILES = (CONFIG_FILE, METRICS_FILE, METRICS_FILE + PARTIAL, *_ENDING_FILES)
 _METRICS_JSON = json.JSONEncoder(allow_nan=False)  # made once: a line is written from inside the loop
 _LIBRARIES = {"torchreg": "torchreg-hpc"} | {
     name: name for name in ("torch", "numpy", "pandas", "ezpz", "mpi4py", "matplotlib")
 }
 _ALLOWED_VARIABLES = re.compile(
-    r"(OMP|MKL)_NUM_THREADS|CUDA_VISIBLE_DEVICES|CUDA_DEVICE_ORDER|ZE_AFFINITY_MASK|CPU_BIND|"
-    r"(NCCL|FI|MPICH|CCL|GLOO)_[A-Z0-9_]+|MASTER_(ADDR|PORT)|(LOCAL_)?(RANK|WORLD_SIZE)|"
-    r"PBS_(JOBNAME|QUEUE)|SLURM_(JOB_NUM_NODES|NTASKS|JOB_PARTITION)|TORCHELASTIC_RUN_ID"
+    r"(OMP|KMP|GOMP|MKL|OPENBLAS|BLIS)_[A-Z0-9_]+|(CUDA|ROCR|HIP)_VISIBLE_DEVICES|CUDA_DEVICE_(ORDER|MAX_CONNECTIONS)|"
+    r"GPU_DEVICE_ORDINAL|ZE_(AFFINITY_MASK|FLAT_DEVICE_HIERARCHY)|ZEX_NUMBER_OF_CCS|ONEAPI_DEVICE_SELECTOR|CPU_BIND|"
+    r"NVIDIA_TF32_OVERRIDE|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE|CUBLAS_WORKSPACE_CONFIG|PYTORCH_[A-Z]*_?ALLOC_CONF|"
+    r"(NCCL|RCCL|FI|MPICH|CCL|GLOO|UCX|HSA|TORCH_(NCCL|GLOO))_[A-Z0-9_]+|"
+    r"MASTER_(ADDR|PORT)|(LOCAL_)?(RANK|WORLD_SIZE)|PBS_(JOBNAME|QUEUE)|"
+    r"SLURM_(JOB_NUM_NODES|NTASKS|JOB_PARTITION|(CPU|GPU|MEM)_BIND[A-Z_]*|CPUS_PER_TASK|DISTRIBUTION)|"
+    r"TORCHELASTIC_RUN_ID"
 )
 
 
@@ -61,28 +62,27 @@ def claim_folder(runs_dir: str | Path, name: str | None, kind: str, *, overwrite
 
     Raises `ValueError` when it exists already and `overwrite` is not given, or cannot be written.
     """
-    path = Path(runs_dir) / (name or _free_name(Path(runs_dir), kind))
-    try:
-        path.mkdir(parents=True, exist_ok=overwrite)
-        probe = path / PARTIAL
-        probe.touch()
-        probe.unlink()
-    except FileExistsError:
-        raise ValueError(
-            f"name is {name!r}, and {path} exists already: choose another --name, or replace it with --overwrite"
-        ) from None
-    except OSError as error:
-        raise ValueError(
-            f"runs_dir is {str(runs_dir)!r}, where {path} cannot be written ({error.strerror}): choose another "
-            "--runs-dir"
-        ) from error
+    first = name or datetime.now(timezone.utc).strftime(f"{kind}-%Y%m%d-%H%M%S")
+    for number in itertools.count(1):
+        path = Path(runs_dir) / (first if number == 1 else f"{first}-{number}")
+        try:
+            path.mkdir(parents=True, exist_ok=overwrite and name is not None)
+            probe = path / PARTIAL
+            probe.touch()
+            probe.unlink(missing_ok=True)  # another run may have the same
+        except FileExistsError:
+            if name is None:  # another run was started in the same second
+                continue
+            raise ValueError(
+                f"name is {name!r}, and {path} exists already: choose another --name, or replace it with --overwrite"
+            ) from None
+        except OSError as error:
+            raise ValueError(
+                f"runs_dir is {str(runs_dir)!r}, where {path} cannot be written ({error.strerror}): choose another "
+                "--runs-dir"
+            ) from error
+        break
     return path
-
-
-def _free_name(runs_dir: Path, kind: str) -> str:
-    name = datetime.now(timezone.utc).strftime(f"{kind}-%Y%m%d-%H%M%S")
-    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    return next(name for name in names if not (runs_dir / name).exists())
 
 
 class RunDirectory:
@@ -113,7 +113,9 @@ class RunDirectory:
         return hashlib.sha256(self._first_metrics(num_bytes)).hexdigest() == sha256
 
     def go_on(self, num_bytes: int) -> None:
-        """Go on with a record whose metrics were so many bytes long."""
+        """Go on with a record whose metrics were so many bytes long; what says that the run is finished goes."""
+        for file in _ENDING_FILES:
+            (self.path / file).unlink(missing_ok=True)
         self._digest = hashlib.sha256(self._first_metrics(num_bytes))
         if not self._partial_metrics.exists():
             (self.path / METRICS_FILE).replace(self._partial_metrics)
@@ -124,9 +126,8 @@ class RunDirectory:
     def _first_metrics(self, num_bytes: int) -> bytes:
         """They have their last name already where a run ended while it wrote its record."""
         for path in (self._partial_metrics, self.path / METRICS_FILE):
-            if path.is_file():
-                with path.open("rb") as file:
-                    return file.read(num_bytes)
+            if path.exists():
+                return read_regular(path, num_bytes)
         return b""
 
     def write_json(self, file: str, content: Mapping[str, Any]) -> None:
@@ -208,8 +209,7 @@ def _finite(content: Any) -> Any:
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The metrics of a finished run, one dictionary a logged step."""
-    lines = (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in read_regular(run / METRICS_FILE).splitlines()]
 
 
 def provenance(started: str) -> dict[str, Any]:
@@ -232,14 +232,54 @@ def provenance(started: str) -> dict[str, Any]:
     }
 
 
-def machine_facts() -> dict[str, str | None]:
-    """What of the machine, beside its libraries, may decide a number."""
-    return {"kernel": platform.release()}
-
-
 def versions() -> dict[str, str]:
     """The versions of the libraries that numbers may depend on."""
     return {name: version for name, package in _LIBRARIES.items() if (version := _version(package))}
+
+
+def machine_facts() -> dict[str, str | None]:
+    """What decides numbers or their speed below the Python libraries; None for what is not there or cannot be known.
+
+    What only torch knows is None in a process that has not imported it.
+    """
+    torch: Any = sys.modules.get("torch")
+    return {
+        "driver": _driver(torch),
+        "cuda": torch and torch.version.cuda,
+        "rocm": torch and torch.version.hip,
+        "oneccl": _version("oneccl") or _version("oneccl-bind-pt"),
+        "libfabric": _libfabric(),
+        "kernel": platform.release(),
+        "tf32": torch and _tf32(torch),
+    }
+
+
+def _driver(torch: Any) -> str | None:
+    """The drivers of accelerators that this machine has loaded, such as `nvidia 580.159.04`."""
+    found = []
+    for name in ("nvidia", "amdgpu", "i915", "xe"):
+        with contextlib.suppress(OSError):  # a driver that comes with the kernel has the kernel's version
+            found.append(f"{name} {Path('/sys/module', name, 'version').read_text().strip()}")
+    if torch and hasattr(torch, "xpu") and torch.xpu.is_initialized():
+        found.append(f"level-zero {torch.xpu.get_device_properties().driver_version}")
+    return ", ".join(found) or None
+
+
+def _libfabric() -> str | None:
+    """The version of the libfabric that this process has loaded, or would."""
+    try:
+        version = ctypes.CDLL("libfabric.so.1").fi_version()
+    except (OSError, AttributeError):
+        return None
+    return f"{version >> 16}.{version & 0xFFFF}"
+
+
+def _tf32(torch: Any) -> str:
+    """Whether float32 matrix products on a GPU are rounded to TF32: `tf32` or `ieee`."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # since torch 2.9, where reading the older settings may raise
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if matmul.allow_tf32 else "ieee"
 
 
 def _version(library: str) -> str | None:

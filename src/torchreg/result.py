@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torchreg.config import TrainConfig
 from torchreg.metrics import Metrics
 from torchreg.prepare import Prepared
-from torchreg.record import SCHEMA_VERSION, provenance
+from torchreg.record import SCHEMA_VERSION, machine_facts, provenance
 from torchreg.runtime import Runtime
 from torchreg.terminal import digits, equation
 from torchreg.theory import Matrix
@@ -142,5 +142,6 @@ def make_record(
         "contract": prepared.contract,
         "runtime": runtime.evidence(config.runtime),
         "sessions": list(sessions),
+        "machine_facts": machine_facts(),
         "provenance": provenance(str(sessions[-1]["started_utc"])),
     }

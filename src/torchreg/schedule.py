@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 def lr_scale(rule: Literal["linear", "sqrt", "none"], global_batch_size: int, reference_batch_size: int) -> float:
@@ -56,6 +56,26 @@ class Schedule:
         if self.decay == "cosine":
             return self.scale * (self.decay_floor + (1 - self.decay_floor) * (1 + math.cos(math.pi * done)) / 2)
         if self.decay == "step":
-            every = self.decay_every or max(1, math.ceil(self.num_steps / 3))
-            return float(self.scale * self.decay_factor ** ((step - self.warmup_steps) // every))
+            return float(self.scale * self.decay_factor ** ((step - self.warmup_steps) // self._decay_every))
         return self.scale
+
+    @property
+    def _decay_every(self) -> int:
+        return self.decay_every or max(1, math.ceil(self.num_steps / 3))
+
+    def signature(self) -> dict[str, Any]:
+        """What decides the rates of a step, as plain JSON: two schedules that agree on it agree on every step of both.
+
+        The number of steps is in it only where the decay depends on it.
+        """
+        decided: dict[str, Any] = {
+            "base_learning_rate": list(self.base),
+            "learning_rate_scale": self.scale,
+            "warmup_steps": self.warmup_steps,
+            "decay": self.decay,
+        }
+        if self.decay in ("linear", "cosine"):
+            decided |= {"decay_floor": self.decay_floor, "num_steps": self.num_steps}
+        if self.decay == "step":
+            decided |= {"decay_factor": self.decay_factor, "decay_every": self._decay_every}
+        return decided

@@ -251,14 +251,19 @@ def train(
             return train(config, runtime, reporter, stop)
     if reporter is None or not runtime.is_main:
         reporter = Silent()
-    session = {"started_utc": utc_now(), "world_size": runtime.world_size, "launcher": runtime.launcher.name}
+    session = {
+        "started_utc": utc_now(),
+        "world_size": runtime.world_size,
+        "launcher": runtime.launcher.name,
+        "device": runtime.device.type,
+    }
     reporter.say(runtime.describe())
     dtype = torch_dtype(config.dtype, runtime.device)
 
     kept: list[Opened] = []  # what only the main rank has
 
     def begin() -> Beginning:
-        kept.append(open_run(config, runtime.world_size, str(dtype).removeprefix("torch.")))
+        kept.append(open_run(config, runtime.world_size, runtime.device.type, str(dtype).removeprefix("torch.")))
         return kept[0].beginning
 
     try:
@@ -268,7 +273,7 @@ def train(
         if beginning.finished:
             return beginning.finished
         table, directory = (kept[0].table, kept[0].directory) if kept else (None, None)
-        return _train(config, runtime, dtype, reporter, stop, beginning, table, directory, session)
+        return _train(config, runtime, reporter, stop, beginning, table, directory, session)
     finally:
         if kept:
             kept[0].directory.close()
@@ -277,7 +282,6 @@ def train(
 def _train(
     config: TrainConfig,
     runtime: Runtime,
-    dtype: torch.dtype,
     reporter: Reporter,
     stop: StopRequest | None,
     beginning: Beginning,
@@ -292,6 +296,7 @@ def _train(
         reporter.warn(warning)
 
     sync = config.effective_sync
+    dtype = torch_dtype(prepared.contract["dtype"], runtime.device)
     x, y, model = place(table, prepared, runtime, dtype)
     sgd = make_sgd(model, prepared.schedule(0)) if config.optimizer == "sgd" else None
     if saved:
@@ -335,7 +340,12 @@ def _train(
     result = make_result(prepared, weight, bias, metrics, beginning.run_dir)
     if result.stopped_by == "request":
         saver.save(result.num_steps)
-    elif directory:
+    elif result.stopped_by == "steps":
+        try:
+            saver.save(result.num_steps)
+        except OSError as error:
+            reporter.warn(f"the run cannot be given more steps: its end cannot be saved ({error.strerror})")
+    if result.stopped_by != "request" and directory:
         directory.finish(make_record(config, prepared, runtime, result, str(dtype), sessions))
     runtime.barrier()
     return result

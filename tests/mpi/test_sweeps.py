@@ -54,6 +54,19 @@ def test_two_ranks_run_each_cell_once_and_find_what_one_process_finds(mode, one_
     assert {path: path.stat().st_mtime_ns for path in others} == others
 
 
+@pytest.mark.parametrize(("mode", "hit"), [([], "1"), (["--farm"], "0,1")], ids=["all ranks", "farm"])
+def test_a_signal_ends_a_sweep_on_all_ranks_and_the_next_one_goes_on(mode, hit, one_process, run, tmp_path):
+    # T3 for sweeps: the signal comes in the fourth step of the first run that a rank is in.
+    accident = [str(Path(__file__).parent / "accident.py"), "SIGTERM", hit, "3"]
+    done = run(*mpiexec(2), *accident, *SWEEP, *mode, "--runtime", "torch", cwd=tmp_path)
+    assert done.returncode == 75, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.count("stopped by SIGTERM; finished runs are kept: run the same sweep again") == 1
+    assert main(SWEEP) == 0
+    table = pd.read_csv(tmp_path / "runs/swept/cells.csv")
+    pd.testing.assert_frame_equal(table, one_process, check_exact=False, rtol=1e-9)
+
+
 def test_what_is_refused_is_told_once_and_loses_nothing(run, tmp_path, capsys):
     assert main([*SWEEP, "--runs-dir", str(tmp_path / "runs")]) == 0
     before = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}

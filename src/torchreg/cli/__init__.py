@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
+import io
 import os
+import signal
 import sys
+import time
 from collections.abc import Sequence
 from importlib import import_module
+from types import FrameType
+from typing import Any
 
-from torchreg.cli.options import EXIT_BAD_INPUT, EXIT_FAILED
+from torchreg.cli.options import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED
 from torchreg.launcher import detect_launcher
+from torchreg.stopping import ignore_signals
 
 COMMANDS = {
     "train": "train the model, on one process or many ranks",
@@ -22,6 +29,7 @@ COMMANDS = {
     "data": "show, fetch or make the data",
 }
 _ON_ALL_RANKS = ("train", "sweep", "verify", "scale measure", "scale run")  # the last refuses to run on ranks
+_FORWARDED_WITHIN_S = 0.3  # a launcher drops what it has not yet passed on when the first rank ends the others
 _USAGE = """\
 usage: torchreg [-h] [--version] {commands} ...
 
@@ -34,26 +42,81 @@ commands:
 """
 
 
-def command() -> int:
-    """`main` as a process, which ends after it: nothing is worth collecting any more.
+class _Stream(io.FileIO):
+    """A standard stream that drops what cannot be written, and keeps the error unless only the reader is gone."""
 
-    Looking through a thousand modules for garbage takes half a second of a core at the end, on each rank.
-    """
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO, errno.EBADF):  # a closed pipe, terminal, descriptor
+                self.error = error
+            return len(data)
+
+
+def command() -> int:
+    """`main` as a process, which ends after it; a reader of its output who leaves loses the output, not the run."""
     from torchreg.terminal import accept_all_text
 
+    stdout, _ = _keep_output_from_failing()
     accept_all_text()
     os.environ["MPLBACKEND"] = "agg"  # a notebook's kernel leaves its own here, which may be none of ours
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else a lost connection is pages of C++ frames
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     code = main()
+    sys.stdout.flush()
+    if stdout.error and code == 0:
+        _tell(f"stdout cannot be written ({stdout.error.strerror}): what is missing there is lost")
+        code = EXIT_FAILED
+    ignore_signals()
+    # Nothing is worth collecting any more: looking through a thousand modules takes half a second, on each rank.
     gc.freeze()
     return code
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C: a `KeyboardInterrupt`, or the end at once within an import, which may swallow it and go on half done."""
+    while frame and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    if frame is None:
+        raise KeyboardInterrupt
+    _tell("interrupted")
+    sys.stderr.flush()
+    time.sleep(_FORWARDED_WITHIN_S)
+    os._exit(EXIT_INTERRUPTED)
+
+
+def _keep_output_from_failing() -> list[_Stream]:
+    """Replace stdout and stderr by streams that never raise; the raw ones."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed by `>&-`: the next file, a checkpoint say, would take its number
+            os.open(os.devnull, os.O_RDWR)
+    raw = []
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        before = getattr(sys, name) or open(descriptor, "w", closefd=False)  # noqa: SIM115
+        raw.append(_Stream(descriptor, "w", closefd=False))
+        stream = io.TextIOWrapper(
+            io.BufferedWriter(raw[-1]),
+            encoding=before.encoding,
+            errors=before.errors,
+            line_buffering=before.line_buffering,
+            write_through=before.write_through,
+        )
+        setattr(sys, name, stream)
+    return raw
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The `torchreg` command; returns its exit code.
 
     0: done. 1: a failure. 2: bad input, told in one line on stderr. 3: training diverged; its record is written.
-    75: stopped by a signal or the time limit, and saved: start it again with --resume auto.
+    75: stopped by a signal or the time limit, and saved: start it again with --resume auto. 130: interrupted by Ctrl-C
+    before there was anything to save.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -61,10 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         _tell(str(error))
     except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader of stdout went away, for example `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILED
+        _tell("interrupted")
+        return EXIT_INTERRUPTED
     except (OSError, MemoryError) as error:  # a full disk, a missing permission: the machine's fault, not the program's
         _tell(f"{type(error).__name__}: {error}")
         return EXIT_FAILED
@@ -106,4 +167,4 @@ def _is_main_rank() -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

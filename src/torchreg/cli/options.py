@@ -16,6 +16,7 @@ EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved in time, start it again
+EXIT_INTERRUPTED = 130  # Ctrl-C before there was anything to save; 128 + SIGINT, as a shell has it
 
 Recipe = Literal["default", "lesson", "homework"]
 T = TypeVar("T")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from torchreg.cli.options import parse, whole_numbers
+from torchreg.cli.options import EXIT_STOPPED, parse, whole_numbers
 from torchreg.config import SWEEP_DEFAULTS, TrainConfig
 
 
@@ -91,15 +91,21 @@ def _run(kind: Literal["batch", "ladder"], arguments: _SweepArguments, cells: Ca
     from torchreg import sweep
     from torchreg.cli.bring_up import on_all_ranks, open_ranks
     from torchreg.record import to_json
+    from torchreg.stopping import StopRequest
     from torchreg.terminal import Silent, Terminal, show_lines, show_table
 
     runtime = open_ranks(config)
     reporter = Terminal(stderr=arguments.json, counts="run") if runtime.is_main else Silent()
 
-    def work() -> Path:
-        return sweep.run_sweep(kind, config, lambda: cells(sweep), runtime, reporter, farm=arguments.farm)
+    with StopRequest(config.time_limit_s, nothing_to_save=True) as stop:
 
-    folder = on_all_ranks(runtime, work)
+        def work() -> Path | None:
+            return sweep.run_sweep(kind, config, lambda: cells(sweep), runtime, reporter, stop, farm=arguments.farm)
+
+        folder = on_all_ranks(runtime, work)
+    if folder is None:
+        reporter.say(f"stopped by {stop.reason or 'another rank'}; finished runs are kept: run the same sweep again")
+        return EXIT_STOPPED
     if not runtime.is_main:
         return 0
     summary = sweep.summary(sweep.cells_table(folder))

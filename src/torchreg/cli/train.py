@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -50,7 +51,7 @@ def run(argv: list[str]) -> int:
 
     runtime = open_ranks(config)
     terminal = Terminal(stderr=arguments.json) if runtime.is_main else None
-    with StopRequest(config.time_limit_s) as stop:
+    with StopRequest(config.time_limit_s, nothing_to_save=True) as stop:
         result = on_all_ranks(runtime, lambda: train(config, runtime, terminal, stop))
     if runtime.is_main:
         pictures: list[Path] = []
@@ -59,8 +60,8 @@ def run(argv: list[str]) -> int:
 
             pictures = draw_training(Path(result.run_dir))
         _print_result(result, pictures, json=arguments.json)
-        if result.stopped_by == "request" and not arguments.json:
-            print(f"reason       {stop.reason or 'another rank was asked to stop'}")
+        if result.stopped_by == "request":
+            print(f"reason       {stop.reason}", file=sys.stderr if arguments.json else sys.stdout)
     if result.stopped_by == "request":
         return EXIT_STOPPED
     return EXIT_DIVERGED if result.diverged else 0

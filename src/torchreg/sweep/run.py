@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Literal
 
 from torchreg.config import TrainConfig
+from torchreg.files import read_regular
 from torchreg.prepare import prepare
 from torchreg.record import (
     RECORD_FILE,
     SCHEMA_VERSION,
     claim_folder,
+    machine_facts,
     provenance,
     read_metrics,
     utc_now,
     write_json,
 )
 from torchreg.runtime import AgreedError, Runtime
+from torchreg.stopping import StopRequest
 from torchreg.sweep.cells import Cell
 from torchreg.sweep.tables import (
     CELLS_FILE,
@@ -45,13 +48,15 @@ def run_sweep(
     make_cells: Callable[[], list[Cell]],
     runtime: Runtime,
     reporter: Reporter,
+    stop: StopRequest | None = None,
     *,
     farm: bool = False,
-) -> Path:
+) -> Path | None:
     """Run what is not finished yet, one cell after the other on all ranks, or with `farm` one cell on each rank.
 
-    Leaves the tables and returns the sweep's folder. Raises `ValueError`, on every rank, for what cannot work, and
-    where the folder holds cells of another configuration or other data.
+    Leaves the tables and returns the sweep's folder; None where `stop` was due before all cells were run. Raises
+    `ValueError`, on every rank, for what cannot work, and where the folder holds cells of another configuration or
+    other data.
     """
     started = utc_now()
     workers = runtime.alone() if farm else runtime
@@ -69,6 +74,7 @@ def run_sweep(
             "kind": kind,
             "config": asdict(config),
             "cells": [{"name": cell.name, "multiplier": cell.multiplier} for cell in cells],
+            "machine_facts": machine_facts(),
             "provenance": provenance(started),
         }
         write_json(folder / SWEEP_FILE, content)
@@ -76,16 +82,22 @@ def run_sweep(
 
     num_cells, pending = runtime.from_main(begin)
     reporter.say(f"sweep        {num_cells} runs, {num_cells - len(pending)} of them finished before")
+    is_stopped = False
     for done, cell in enumerate(runtime.deal(pending) if farm else pending, start=1):
         try:
-            result = train(replace(cell.config, runs_dir=str(folder / CELLS_FOLDER)), workers)
+            result = train(replace(cell.config, runs_dir=str(folder / CELLS_FOLDER)), workers, stop=stop)
         except AgreedError as error:
             if farm and runtime.world_size > 1:  # the other ranks know nothing of it, so it has to end them
                 raise ValueError(str(error)) from error
             raise
+        is_stopped = result.stopped_by == "request"
+        if is_stopped:
+            break
         reporter.progress(done, len(pending), result.loss)
-    runtime.barrier()
+    is_stopped = any(runtime.gather(is_stopped))
     reporter.close()
+    if is_stopped:
+        return None
     if runtime.is_main:
         cells_table(folder).to_csv(folder / CELLS_FILE, index=False)
         curves_table(folder).to_csv(folder / CURVES_FILE, index=False)
@@ -109,7 +121,7 @@ def _is_finished(folder: Path, cell: Cell, fingerprint: str, *, overwrite: bool)
     """Whether the cell's record and metrics are there; unreadable ones are as good as none."""
     path = folder / CELLS_FOLDER / cell.name / RECORD_FILE
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(read_regular(path))
         before, data = record["config"], record["derived"]["data_fingerprint"]
         read_metrics(path.parent)
     except (OSError, ValueError, KeyError, TypeError):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from torchreg.files import read_regular
 from torchreg.record import RECORD_FILE, read_metrics
 
 SWEEP_FILE = "sweep.json"
@@ -23,7 +24,7 @@ GROUP = ["standardize", "update_order", "global_batch_size", "multiplier", "warm
 
 def read_sweep(folder: Path) -> dict[str, Any]:
     """What a sweep is: its kind, configuration, cells and provenance."""
-    content: dict[str, Any] = json.loads((folder / SWEEP_FILE).read_text(encoding="utf-8"))
+    content: dict[str, Any] = json.loads(read_regular(folder / SWEEP_FILE))
     return content
 
 
@@ -31,7 +32,7 @@ def cells_table(folder: Path) -> pd.DataFrame:
     """One row a run: what it was, where it ended, and what was predicted; excess losses are fractions of the best."""
     rows = []
     for cell in read_sweep(folder)["cells"]:
-        record = json.loads((folder / CELLS_FOLDER / cell["name"] / RECORD_FILE).read_text(encoding="utf-8"))
+        record = json.loads(read_regular(folder / CELLS_FOLDER / cell["name"] / RECORD_FILE))
         config, result, forecast = record["config"], record["result"], record["forecast"]
         curve = forecast["curve"] or {}
         rows.append(
