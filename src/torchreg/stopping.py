@@ -46,7 +46,8 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._signals_before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._remember:  # else the process is leaving, and ignores them
+                signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.reason = signal.Signals(number).name
