@@ -224,6 +224,7 @@ def _measure(argv: list[str]) -> int:
 
     from torchreg.cli.bring_up import on_all_ranks, open_ranks
     from torchreg.record import write_json
+    from torchreg.scaling.launch import MACHINES
     from torchreg.scaling.measure import measure_launch
     from torchreg.scaling.run import MEASURED_FILE, campaign_of
     from torchreg.scaling.sources import LAUNCHES_FOLDER
@@ -236,8 +237,9 @@ def _measure(argv: list[str]) -> int:
             f"launch is {arguments.launch!r}, which {folder} has not: see `torchreg scale status {folder}`"
         )
     launch, place = by_id[arguments.launch], folder / LAUNCHES_FOLDER / arguments.launch
+    device = MACHINES[campaign.machine].device if campaign.device == "auto" else campaign.device
     runtime = open_ranks(
-        TrainConfig(optimizer="hand", device=campaign.device, runtime=campaign.runtime, timeout_s=campaign.timeout_s)
+        TrainConfig(optimizer="hand", device=device, runtime=campaign.runtime, timeout_s=campaign.timeout_s)
     )
     start_up_s = time.time() - arguments.launched_at
     measured = on_all_ranks(runtime, lambda: measure_launch(campaign, launch, runtime, place))
