@@ -9,13 +9,66 @@ RESERVE_S=${RESERVE_S:-120}      # of the walltime, for the start of the ranks a
 REQUEUE=${REQUEUE:-0}            # how many more jobs may follow by themselves
 LAUNCHER=${LAUNCHER:-auto}       # see torchreg scale command
 WITHOUT=${WITHOUT:-}             # names of the machine's variables to leave out
+CONTAINER=${CONTAINER:-}         # what runs a program in a container, as in "singularity run FILE"
+VENV=${VENV-$PWD/.venv-$MACHINE} # made by jobs/setup.sh, or your own with torchreg in it; VENV= takes the python as it is
+[[ -z $VENV || $VENV == /* ]] || VENV=$PWD/$VENV
 
 fail() { # MESSAGE: one line, and the end
     echo "job: error: $*" >&2
     exit 2
 }
 
-job_says() { # ATTRIBUTE: what PBS knows of this job, nothing where it does not tell
+# What `module load` gets for the site's python with torch, and the device that a node has: ranks that do not see it end
+# the job, which would else train, or prove the stack, on CPUs.
+case $MACHINE in
+polaris) site_modules="conda" site_device=cuda ;;
+aurora) site_modules="frameworks" site_device=xpu ;;
+perlmutter) site_modules="pytorch" site_device=cuda ;;
+frontier) site_modules="PrgEnv-gnu miniforge3 rocm rccl-net-plugin craype-accel-amd-gfx90a" site_device=cuda ;;
+lumi) site_modules="" site_device=cuda ;;
+generic) site_modules="" site_device=auto ;;
+*) fail "the machine is '$MACHINE': give generic, polaris, aurora, perlmutter, frontier or lumi" ;;
+esac
+MODULES=${MODULES-$site_modules} # MODULES= loads none
+DEVICE=${DEVICE:-$site_device}
+
+load_modules() { # MODULES; the python on the PATH is then the one that torchreg's venv lies over
+    local name
+    [[ -z $MODULES ]] || command -v module >/dev/null ||
+        fail "there is no command module here, to load $MODULES: choose MACHINE=generic, or set MODULES= (to nothing)"
+    [[ $MACHINE != polaris ]] || module use /soft/modulefiles
+    for name in $MODULES; do
+        module load "$name" || fail "module load $name failed: name the site's modules in MODULES"
+        [[ $name != conda* ]] || conda activate base || fail "conda activate base failed after module load $name"
+    done
+    command -v python3 >/dev/null || fail "there is no python3 on the PATH: name a module that brings one in MODULES"
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        fail "$(command -v python3) is $(python3 -V 2>&1), and torchreg needs 3.10 or newer: name its module in MODULES"
+}
+
+use_python() { # a job installs nothing: its nodes would wait for it, and many have no network
+    local over
+    if [[ -n $CONTAINER ]]; then
+        read -ra torchreg <<<"$CONTAINER"
+        torchreg+=("$VENV/bin/torchreg")
+        return
+    fi
+    load_modules
+    if [[ -n $VENV ]]; then
+        [[ -x $VENV/bin/python3 ]] ||
+            fail "VENV is $VENV, where there is no python: run 'bash jobs/setup.sh $MACHINE' on a login node first"
+        over=$(cat "$VENV/torchreg.stamp" 2>/dev/null) || over=$(command -v python3)
+        [[ $over == "$(command -v python3)" ]] ||
+            fail "$VENV lies over '$over', not $(command -v python3): run 'bash jobs/setup.sh $MACHINE' again"
+        export PATH="$VENV/bin:$PATH"
+    fi
+    command -v torchreg >/dev/null ||
+        fail "there is no torchreg in ${VENV:-the python on the PATH}: run 'bash jobs/setup.sh $MACHINE' on a login node"
+    python3 -c 'import sys, importlib.util as u; s = u.find_spec("ezpz"); sys.exit(not (s and s.origin))' ||
+        echo "ezpz is not installed here, so that torch alone sets up the ranks: jobs/setup.sh installs it"
+}
+
+pbs_value() { # ATTRIBUTE: what PBS knows of this job, nothing where it does not answer
     qstat -f -w "$PBS_JOBID" 2>/dev/null | sed -n "s/^ *$1 = //p"
 }
 
@@ -26,9 +79,13 @@ seconds_of() { # HH:MM:SS
     echo $((10#$hours * 3600 + 10#$minutes * 60 + 10#$seconds))
 }
 
-time_left_s() { # of this job. OpenPBS tells a job nothing of its end, so it is reckoned from the walltime.
-    if [[ -n ${SLURM_JOB_END_TIME:-} ]]; then
-        echo $((SLURM_JOB_END_TIME - $(date +%s)))
+time_left_s() { # of this job. OpenPBS gives a job no time of its end, so it follows from the walltime.
+    local end=${SLURM_JOB_END_TIME:-}
+    if [[ -z $end && -n ${SLURM_JOB_ID:-} ]]; then # Slurm before 23 has to be asked
+        end=$(SLURM_TIME_FORMAT='%s' scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/.* EndTime=\([0-9]*\) .*/\1/p')
+    fi
+    if [[ -n $end ]]; then
+        echo $((end - $(date +%s)))
     else
         echo $(($(seconds_of "$WALLTIME") - SECONDS))
     fi
@@ -36,7 +93,7 @@ time_left_s() { # of this job. OpenPBS tells a job nothing of its end, so it is 
 
 set_limits() { # TIME_LIMIT_S: when torchreg saves and stops; TIMEOUT_S: when a launcher that hangs is ended
     local asked=
-    [[ -z ${PBS_JOBID:-} ]] || asked=$(job_says Resource_List.walltime)
+    [[ -z ${PBS_JOBID:-} ]] || asked=$(pbs_value Resource_List.walltime)
     WALLTIME=${asked:-$WALLTIME}
     local left
     left=$(time_left_s) || exit
@@ -46,40 +103,15 @@ set_limits() { # TIME_LIMIT_S: when torchreg saves and stops; TIMEOUT_S: when a 
         fail "the job ends in $left s, of which $RESERVE_S s are for its start and end: ask for more walltime"
 }
 
-site_python() { # the python on the PATH is the site's: a venv over it adds what it lacks, and never another torch
-    VENV=${VENV-$PWD/.venv-$MACHINE} # VENV= takes the python as it is
-    [[ -n $VENV ]] || return
-    local wanted
-    wanted="$(command -v python) $(cksum <pyproject.toml)"
-    # One job at a time: the others find it made.
-    (
-        flock 9
-        [[ $(cat "$VENV/torchreg.stamp" 2>/dev/null) == "$wanted" ]] || make_venv "$wanted"
-    ) 9>"$VENV.lock" || exit
-    # shellcheck disable=SC1091
-    source "$VENV/bin/activate" || exit
-}
+torchreg=(torchreg)
+launcher_program=
 
-make_venv() { # STAMP: the packages are those of pyproject.toml that may be missing, and hold nothing of the site's
-    echo "making $VENV over $(command -v python)"
-    python -m venv --clear --system-site-packages "$VENV" || exit
-    # shellcheck disable=SC1091
-    source "$VENV/bin/activate" || exit
-    python - >"$VENV/site.txt" <<'PYTHON' || exit
-from importlib.metadata import PackageNotFoundError, version
-
-for name in ("torch", "numpy", "pandas", "scipy", "mpi4py"):
-    try:
-        print(f"{name}=={version(name).split('+')[0]}")
-    except PackageNotFoundError:
-        pass
-PYTHON
-    python -m pip install --quiet --no-deps --editable . || exit
-    python -m pip install --quiet --constraint "$VENV/site.txt" \
-        jinja2 matplotlib pandas pooch pyarrow pyyaml rich scipy tyro || exit
-    python -c 'import sys, torch; sys.exit(torch.__file__.startswith(sys.prefix + "/"))' ||
-        fail "torch in $VENV is not the site's: remove $VENV, and see which package brought it"
-    echo "$1" >"$VENV/torchreg.stamp"
+end_child() { # srun kills ranks when it gets SIGTERM: so Slurm signals them, and srun waits for them
+    if [[ $launcher_program == srun ]]; then
+        scancel --signal=TERM "$SLURM_JOB_ID"
+    else
+        kill -TERM "$child"
+    fi 2>/dev/null
 }
 
 run_to_end() { # COMMAND...: sets `code`; passes SIGTERM on (and Ctrl-C, as SIGTERM), and waits on
@@ -87,7 +119,7 @@ run_to_end() { # COMMAND...: sets `code`; passes SIGTERM on (and Ctrl-C, as SIGT
     num_terms=0
     "$@" &
     child=$!
-    trap 'num_terms=$((num_terms + 1)); kill -TERM "$child" 2>/dev/null' TERM INT
+    trap 'num_terms=$((num_terms + 1)); end_child' TERM INT
     while :; do
         before=$num_terms
         code=0
@@ -97,15 +129,18 @@ run_to_end() { # COMMAND...: sets `code`; passes SIGTERM on (and Ctrl-C, as SIGT
     trap - TERM INT
 }
 
-on_all_ranks() { # ARGUMENTS...: torchreg with them, under the launcher; sets `code`
-    local tokens launch=() without=()
+on_all_ranks() { # COMMAND ARGUMENTS...: that command of torchreg, under the launcher; sets `code`
+    local tokens launch=() without=() command=$1
+    shift
     read -ra without <<<"$WITHOUT"
     ((${#without[@]} == 0)) || unset -v "${without[@]}"
-    tokens=$(torchreg scale command --launcher "$LAUNCHER" --machine "$MACHINE" --ranks-per-node "$RANKS_PER_NODE" \
+    tokens=$("${torchreg[@]}" scale command --launcher "$LAUNCHER" --machine "$MACHINE" --ranks-per-node "$RANKS_PER_NODE" \
         ${without[@]:+--without "${without[@]}"}) || exit
     mapfile -t launch <<<"$tokens"
-    echo "+ ${launch[*]} torchreg $*"
-    run_to_end timeout --kill-after="$KILL_AFTER_S" "$TIMEOUT_S" "${launch[@]}" torchreg "$@"
+    launcher_program=${launch[0]}
+    set -- "${launch[@]}" "${torchreg[@]}" "$command" --device "$DEVICE" "$@"
+    echo "+ $*"
+    run_to_end timeout --kill-after="$KILL_AFTER_S" "$TIMEOUT_S" "$@"
 }
 
 end_job() { # SCRIPT SETTINGS...: says what is next, submits SCRIPT again with SETTINGS if asked, and exits with `code`
@@ -115,13 +150,13 @@ end_job() { # SCRIPT SETTINGS...: says what is next, submits SCRIPT again with S
     0) ;;
     75)
         # A signal long before the end of the job is a qdel or scancel, or a preemption after which the scheduler starts
-        # the job again by itself. (scancel signals the ranks and not the script.)
+        # the job again by itself.
         local time_is_over=$(($(time_left_s) < RESERVE_S + 120))
         [[ $num_terms -gt 0 || -n ${SLURM_JOB_ID:-} ]] || time_is_over=1 # it was torchreg that saw the end coming
         if ((REQUEUE > 0 && time_is_over)); then
             submit_again "$script" "$@"
         else
-            echo "saved, and not finished: submit $script again with the same settings to go on"
+            echo "saved, and not finished: submit $script again with the same settings to resume"
         fi
         ;;
     124 | 137)
@@ -138,28 +173,30 @@ submit_again() { # SCRIPT SETTINGS...: once more, with this job's account, size,
     local script=$1
     shift
     if [[ -n ${SLURM_JOB_ID:-} ]]; then
-        if ((${SLURM_RESTART_COUNT:-0} < REQUEUE)) && scontrol requeue "$SLURM_JOB_ID"; then
-            echo "saved, and not finished: job $SLURM_JOB_ID is queued again"
-        else
-            echo "saved, and not finished, and not queued again: submit $script to go on"
+        if ((${SLURM_RESTART_COUNT:-0} >= REQUEUE)); then
+            echo "saved, and not finished, and queued again $REQUEUE times already: submit $script to resume"
+            return
         fi
+        echo "saved, and not finished: job $SLURM_JOB_ID is queued again" # before Slurm ends this script for it
+        scontrol requeue "$SLURM_JOB_ID" || echo "it could not be queued again: submit $script to resume"
         return
     fi
     local options=(-q "$PBS_O_QUEUE") names='' name value
-    value=$(job_says Account_Name)
+    value=$(pbs_value Account_Name)
     [[ -z $value ]] || options+=(-A "$value")
     for name in select filesystems; do
-        value=$(job_says "Resource_List.$name")
+        value=$(pbs_value "Resource_List.$name")
         [[ -z $value ]] || options+=(-l "$name=$value")
     done
     REQUEUE=$((REQUEUE - 1))
-    for name in REQUEUE WALLTIME MACHINE LAUNCHER RANKS_PER_NODE VENV WITHOUT RESERVE_S KILL_AFTER_S "$@"; do
+    for name in REQUEUE WALLTIME MACHINE MODULES CONTAINER DEVICE LAUNCHER RANKS_PER_NODE VENV WITHOUT RESERVE_S \
+        KILL_AFTER_S "$@"; do
         # A name alone: qsub takes the value from here, commas and blanks as they are.
         [[ ! -v $name ]] || { export "${name?}" && names+=${names:+,}$name; }
     done
     if qsub "${options[@]}" -l "walltime=$WALLTIME" -v "$names" "$script"; then
         echo "saved, and not finished: submitted again, with $REQUEUE more to follow"
     else
-        echo "saved, and not finished, and qsub failed: submit $script again with the same settings to go on"
+        echo "saved, and not finished, and qsub failed: submit $script again with the same settings to resume"
     fi
 }

@@ -18,12 +18,15 @@ from pathlib import Path
 
 import pytest
 
+from torchreg.scaling.launch import MACHINES
+
 from .conftest import ROOT
 
 JOBS = ROOT / "jobs"
 PBS = sorted(JOBS.glob("*.pbs"))
-SCRIPTS = [*PBS, JOBS / "perlmutter.sbatch"]
-SHELL = [*SCRIPTS, JOBS / "common.sh", JOBS / "local.sh"]
+SLURM = sorted(JOBS.glob("*.sbatch"))
+SCRIPTS = [*PBS, *SLURM]
+SHELL = [*SCRIPTS, *JOBS.glob("*.sh")]
 
 STAND_INS = {
     "module": "exit 0",
@@ -58,6 +61,7 @@ class Job:
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
             "VENV": "",
+            "DEVICE": "cpu",
             "LAUNCHER": "mpich",
             "RANKS_PER_NODE": "2",
             "PBS_JOBID": "7.pbs",
@@ -126,6 +130,7 @@ WRONG = "--global-batch-size 0"
 def test_a_training_job_runs_to_its_end_on_every_rank(script, name, job):
     code, out, err = job.run(script, TRAIN=SHORT)
     assert (code, err) == (0, "")
+    assert "ezpz is not installed here" in out
     assert "2 ranks on 1 node · launcher MPICH mpiexec" in out
     assert "+ mpiexec -n 2 --ppn 2 --hosts localhost --env " in out, "the host is listed four times, and is one node"
     assert job.record(name)["result"]["num_steps"] == 100
@@ -142,14 +147,15 @@ def test_the_job_on_perlmutter_runs_to_its_end(job):
     )
     end = str(int(time.time()) + 600)
     slurm = {"SLURM_SUBMIT_DIR": str(job.folder), "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1"}
-    slurm |= {"SLURM_JOB_END_TIME": end, "LAUNCHER": "auto"}
+    slurm |= {"SLURM_JOB_END_TIME": end, "LAUNCHER": "srun"}
     for name in ("PBS_JOBID", "PBS_O_WORKDIR", "PBS_O_QUEUE", "PBS_NODEFILE"):
         del job.variables[name]
     code, _, err = job.run("perlmutter.sbatch", TRAIN=SHORT, **slurm)
     assert (code, err) == (0, "")
     (call,) = job.calls("srun")
     assert call.startswith("srun --nodes 1 --ntasks 2 --ntasks-per-node 2 --kill-on-bad-exit=1 --cpus-per-task 32")
-    assert " env CUDA_VISIBLE_DEVICES=3,2,1,0 torchreg train --name perlmutter --resume auto --time-limit-s 4" in call
+    assert " env CUDA_VISIBLE_DEVICES=3,2,1,0 MPICH_GPU_SUPPORT_ENABLED=0 torchreg train --device cpu --name " in call
+    assert " --name perlmutter --resume auto --time-limit-s 4" in call
     assert job.record("perlmutter")["result"]["num_steps"] == 100
 
 
@@ -208,7 +214,7 @@ def test_sigterm_saves_and_the_next_job_goes_on_to_the_end(job):
     assert time.monotonic() - start < 10, "PBS kills after 10 s"
     assert (process.returncode, err) == (75, "")
     assert "reason       SIGTERM" in out
-    assert "submit jobs/polaris.pbs again with the same settings to go on" in out
+    assert "submit jobs/polaris.pbs again with the same settings to resume" in out
     assert job.calls("qsub") == [], "nobody who deletes a job wants another one"
     (checkpoint,) = (job.folder / "runs/polaris/checkpoints").iterdir()
     steps = int(checkpoint.stem.removeprefix("step-"))
@@ -230,8 +236,8 @@ def test_a_job_out_of_time_is_submitted_again_as_it_was_and_not_for_ever(job):
     assert "submitted again, with 0 more to follow" in out
     (call,) = job.calls("qsub")
     assert call == (
-        "qsub -q debug -A Physics -l select=1:system=polaris -l walltime=00:01:00 -v REQUEUE,WALLTIME,MACHINE,LAUNCHER,"
-        "RANKS_PER_NODE,VENV,WITHOUT,RESERVE_S,KILL_AFTER_S,NAME,TRAIN jobs/polaris.pbs"
+        "qsub -q debug -A Physics -l select=1:system=polaris -l walltime=00:01:00 -v REQUEUE,WALLTIME,MACHINE,MODULES,"
+        "CONTAINER,DEVICE,LAUNCHER,RANKS_PER_NODE,VENV,WITHOUT,RESERVE_S,KILL_AFTER_S,NAME,TRAIN jobs/polaris.pbs"
     )
     assert (job.home / "submitted").read_text() == "0 long\n"
 
@@ -260,7 +266,7 @@ def test_slurm_queues_the_job_again_when_time_is_over_and_not_for_ever(left_s, r
     # With 1500 s left it was scancel, which signals the ranks alone.
     job.stand_in("srun", "exit 75")
     slurm = {"SLURM_SUBMIT_DIR": str(job.folder), "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": restarts}
-    slurm |= {"SLURM_JOB_END_TIME": str(int(time.time()) + left_s), "LAUNCHER": "auto"}
+    slurm |= {"SLURM_JOB_END_TIME": str(int(time.time()) + left_s), "LAUNCHER": "srun"}
     code, out, _ = job.run("perlmutter.sbatch", TRAIN=SHORT, REQUEUE="2", **slurm)
     assert code == 75
     assert job.calls("scontrol") == ["scontrol requeue 7"] * queued
@@ -292,16 +298,81 @@ def test_a_nodefile_that_says_nothing_ends_the_job_with_one_line(content, told, 
     if content is not None:
         nodefile.write_text(content)
     code, out, err = job.run("polaris.pbs", TRAIN=SHORT)
-    assert (code, out) == (2, "")
+    assert code == 2
+    assert "mpiexec" not in out
     assert err.startswith(f"torchreg: error: PBS_NODEFILE is {nodefile}, which {told}")
     assert err.count("\n") == 1
 
 
-def test_outside_a_job_a_script_says_how_it_is_started(job):
-    del job.variables["PBS_O_WORKDIR"]
-    code, _, err = job.run("polaris.pbs")
-    assert code != 0
-    assert "PBS_O_WORKDIR: submit this script with qsub, from the folder of the checkout" in err
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_submitted_from_a_wrong_folder_a_script_says_how_it_is_started(path, job, tmp_path):
+    """S10."""
+    for folder in ("", str(tmp_path), str(tmp_path / "missing")):
+        code, out, err = job.run(path.name, PBS_O_WORKDIR=folder, SLURM_SUBMIT_DIR=folder)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        submit = "qsub" if path in PBS else "sbatch"
+        assert f"submit jobs/{path.name} with {submit}, from the folder of the checkout" in err
+
+
+WITHOUT_SITE = {
+    "no module": (["module"], {}, "there is no command module here, to load conda"),
+    "a module that is not there": (
+        [],
+        {"MODULES": "konda"},
+        "module load konda failed: name the site's modules in MODULES",
+    ),
+    "no python": ([], {"MODULES": "", "PATH_ALONE": "1"}, "there is no python3 on the PATH"),
+    "an old python": ([], {"MODULES": "old"}, "python3 is Python 3.6.15, and torchreg needs 3.10 or newer"),
+    "no venv": (
+        [],
+        {"VENV": "missing"},
+        "checkout/missing, where there is no python: run 'bash jobs/setup.sh polaris'",
+    ),
+    "no torchreg": ([], {"MODULES": "bare"}, "there is no torchreg in the python on the PATH: run 'bash jobs/setup.sh"),
+    "an unknown machine": ([], {"MACHINE": "polar"}, "the machine is 'polar': give generic, polaris, aurora"),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_SITE)
+def test_what_a_site_lacks_is_said_in_one_line(case, job, tmp_path):
+    """S10."""
+    lacking, variables, told = WITHOUT_SITE[case]
+    for name in lacking:
+        (job.home / "bin" / name).unlink()
+    job.stand_in("module", "[[ $2 != konda ]]")
+    if lacking:
+        (job.home / "bin/module").unlink()
+    tools = job.home / "tools"  # what a bare system has
+    tools.mkdir()
+    for name in ("bash", "cat", "date", "sed", "mkdir", "env"):
+        (tools / name).symlink_to(shutil.which(name))
+    if case in ("no python", "no torchreg", "an old python"):
+        (job.home / ".bash_profile").write_text(f'export PATH="{job.home}/bin:{tools}"\n')
+    if case == "no torchreg":
+        job.stand_in("python3", "exit 0")
+    if case == "an old python":
+        job.stand_in("python3", "[[ $1 == -V ]] && echo Python 3.6.15; exit 1")
+    code, out, err = job.run("polaris.pbs", TRAIN=SHORT, **variables)
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert told in err
+
+
+def test_the_machines_device_is_required(job):
+    """S7: a proof of the stack on CPUs would say that the GPUs of the node train correctly."""
+    del job.variables["DEVICE"]
+    code, out, err = job.run("polaris_verify.pbs", VERIFY="--quick --runtime torch")
+    assert code == 2
+    assert "device is cuda" in err
+    assert "trains correctly" not in out
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_jobs_and_campaigns_ask_for_the_same_device(machine, job):
+    done = subprocess.run(
+        ["bash", "-c", f"MACHINE={machine}; source jobs/common.sh; echo $DEVICE"],
+        cwd=job.folder, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == MACHINES[machine].device
 
 
 def test_bad_options_are_not_tried_again(job):
@@ -317,28 +388,101 @@ def test_nccls_plugin_can_be_left_out(job):
     assert "NCCL_NET=" not in out
 
 
-def test_the_sites_torch_is_never_replaced(job):
-    """The venv is made once, over the site's python, from lists that cannot bring another torch."""
-    site = 'case "$*" in\n"-m venv"*) mkdir -p "${@: -1}/bin"; touch "${@: -1}/bin/activate" ;;\n'
-    job.stand_in("python", f"{site}-) exec {sys.executable} - ;;\nesac")
-    variables = {"VENV": str(job.home / "venv"), "TRAIN": WRONG}
-    for _ in range(2):
-        _, _, err = job.run("polaris.pbs", **variables)
-        assert "global_batch_size is 0" in err
-    venv, _, first, second, check = job.calls("python")
-    assert venv == f"python -m venv --clear --system-site-packages {job.home}/venv"
-    assert first == "python -m pip install --quiet --no-deps --editable ."
-    assert second.startswith(f"python -m pip install --quiet --constraint {job.home}/venv/site.txt ")
-    assert "torch.__file__.startswith(sys.prefix" in check
-    pinned = (job.home / "venv/site.txt").read_text().splitlines()
+# A python whose pip writes down what it is asked for, and whose venv holds another like it.
+SITE_PYTHON = """
+case "$*" in
+"-m venv"*) mkdir -p "${@: -1}/bin"; cp "$0" "${@: -1}/bin/python3"; cp "$0" "${@: -1}/bin/torchreg" ;;
+"-m pip"*) ;;
+*) exec PYTHON "$@" ;;
+esac"""
+
+
+@pytest.fixture
+def set_up(job):
+    """Run jobs/setup.sh as on a login node."""
+    job.stand_in("python3", SITE_PYTHON.replace("PYTHON", sys.executable))
+
+    def run_set_up(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        environment = {key: value for key, value in job.variables.items() if not key.startswith(("PBS_", "VENV"))}
+        return subprocess.run(
+            ["bash", "-l", "jobs/setup.sh", *arguments],
+            cwd=job.folder,
+            env=environment | variables,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    (job.folder / "jobs").unlink()  # the script goes to the folder above its own
+    shutil.copytree(JOBS, job.folder / "jobs")
+    return run_set_up
+
+
+def test_one_command_on_a_login_node_makes_the_venv_of_the_jobs(job, set_up):
+    """S6: over the site's python, from requirements that cannot bring another torch, with ezpz's pinned commit."""
+    done = set_up("polaris")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("ready: the jobs of polaris find it, ezpz included\n")
+    assert job.calls("module") == ["module use /soft/modulefiles", "module load conda"]
+    venv = job.folder / ".venv-polaris"
+    assert f"python3 -m venv --system-site-packages {venv}" in job.calls("python3")
+    pip = [call.partition("--constraint ")[2] for call in job.calls("python3") if " pip " in call]
+    assert pip == [f"{venv}/site.txt --editable .[scale]", f"{venv}/site.txt .[ezpz]"]
+    pinned = (venv / "site.txt").read_text().splitlines()
     assert any(line.startswith("torch==") for line in pinned)
     assert all("+" not in line for line in pinned), "pip takes no local version in a constraint for one without"
+    (ezpz,) = [need for need in requires("torchreg-hpc") or [] if need.startswith("ezpz")]
+    assert re.search(r"@ git\+https://github.com/saforem2/ezpz@[0-9a-f]{40}", ezpz)
 
-    needs = [
-        need for need in requires("torchreg-hpc") or [] if "extra" not in need or "scale" in need.partition("extra")[2]
-    ]
-    names = {re.split(r"[>=<;\[ ]", need)[0] for need in needs}
-    assert set(second.split()[7:]) == names - {"torch", "numpy"}
+    assert set_up("polaris", EZPZ="").stdout.endswith("ready: the jobs of polaris find it\n")
+
+
+def test_a_folder_that_others_filled_is_never_emptied(job, set_up, tmp_path):
+    """S5."""
+    folder = tmp_path / "myenv"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("years of work")
+    done = set_up("polaris", VENV=str(folder))
+    assert done.returncode == 2
+    assert (
+        done.stderr == f"job: error: VENV is {folder}, which this script did not make: name an empty or a new folder\n"
+    )
+    code, _, _ = job.run("polaris.pbs", VENV=str(folder), TRAIN=SHORT)
+    assert code == 2
+    assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
+
+    (folder / "thesis.tex").unlink()
+    assert set_up("polaris", VENV=str(folder)).returncode == 0, "it is empty"
+    (folder / "left").touch()
+    assert set_up("polaris", VENV=str(folder)).returncode == 0, "it is ours"
+    assert not (folder / "left").exists()
+
+
+def test_a_venv_over_another_python_is_not_used(job, set_up):
+    assert set_up("polaris").returncode == 0
+    stamp = job.folder / ".venv-polaris/torchreg.stamp"
+    stamp.write_text("/soft/conda/2024/bin/python3\n")
+    code, _, err = job.run("polaris.pbs", VENV=str(stamp.parent), TRAIN=SHORT)
+    assert code == 2
+    assert "lies over '/soft/conda/2024/bin/python3', not " in err
+    assert "run 'bash jobs/setup.sh polaris' again" in err
+
+
+def test_a_login_node_without_torch_or_with_a_wrong_name_is_told_in_one_line(job, set_up):
+    """S10."""
+    job.stand_in("python3", "[[ $2 == *torch* ]] && exit 0; exec " + sys.executable + ' "$@"')
+    for arguments, told in ((["polaris"], "has no torch: name its module in MODULES"), ([], "the machine is ''")):
+        done = set_up(*arguments)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert told in done.stderr
+
+
+def test_a_program_in_a_container_is_started_through_it(job):
+    code, out, err = job.run("polaris.pbs", TRAIN=WRONG, CONTAINER="env INSIDE=1", VENV=str(Path(sys.prefix)))
+    assert code == 2
+    assert f" env INSIDE=1 {sys.prefix}/bin/torchreg train --device cpu" in out
+    assert "global_batch_size is 0" in err
 
 
 # The rules of the machines, from their user guides.
@@ -387,15 +531,24 @@ def test_pbs_accepts_the_directives(path):
     assert f"WALLTIME=${{WALLTIME:-{value(options, '-l walltime=')}}}" in path.read_text()
 
 
-def test_slurm_accepts_the_directives():
-    path = JOBS / "perlmutter.sbatch"
+NODES = {
+    "perlmutter": {"constraint": "gpu", "ntasks-per-node": "4", "gpus-per-node": "4"},
+    "frontier": {"ntasks-per-node": "8"},
+}
+
+
+@pytest.mark.parametrize("path", SLURM, ids=lambda path: path.name)
+def test_slurm_accepts_the_directives(path):
     options = directives(path, "#SBATCH")
     asked = dict(option.removeprefix("--").partition("=")[::2] for option in options)
-    assert {"account", "constraint", "qos", "nodes", "time"} <= asked.keys()
-    assert (asked["constraint"], asked["ntasks-per-node"], asked["gpus-per-node"]) == ("gpu", "4", "4")
-    assert asked["signal"] == "B:TERM@120", "to the shell, which passes it on, with time to save"
-    assert in_seconds(asked["time"]) <= 1800, "the debug queue's limit"
+    assert {"account", "nodes", "time"} <= asked.keys()
+    assert {"qos", "partition"} & asked.keys()
+    assert NODES[path.stem.split("_")[0]].items() <= asked.items()
+    assert in_seconds(asked["time"]) <= (1800 if asked.get("qos") == "debug" else 7200)
     assert f"WALLTIME=${{WALLTIME:-{asked['time']}}}" in path.read_text()
+    # S2: to the ranks, which save; a campaign's script passes it on to the campaign.
+    signal_to = {"train": "TERM@120", "verify": None, "scaling": "B:TERM@120"}
+    assert asked.get("signal") == signal_to[path.stem.partition("_")[2] or "train"]
 
 
 def test_nothing_personal_and_no_secret_is_in_a_job():
@@ -404,8 +557,8 @@ def test_nothing_personal_and_no_secret_is_in_a_job():
         assert not re.search(r"/home/|/Users/|/lus/|/eagle/|/flare/|/pscratch|/global/|@\w+\.(gov|edu|com)", text), path
         assert not re.search(r"(?i)(token|secret|password|key)\s*[=:]|wandb", text), path
         assert socket.gethostname() not in re.findall(r"[\w.-]+", text) or len(socket.gethostname()) < 4
-    for path in PBS:
-        assert "#PBS -A YOUR_PROJECT" in path.read_text()
+    for path in SCRIPTS:
+        assert re.search("^#(PBS -A |SBATCH --account=)YOUR_PROJECT$", path.read_text(), re.MULTILINE)
 
 
 def test_shellcheck_has_nothing_to_say():
@@ -419,7 +572,14 @@ def test_options_that_only_pals_knows_are_in_no_script():
         assert not re.search(r"--cpu-bind|--depth|--no-vni|--ppn", path.read_text()), path
 
 
+@pytest.mark.parametrize("path", sorted(JOBS.glob("campaigns/*.yaml")), ids=lambda path: path.name)
+def test_a_campaign_names_the_device_of_its_machine(path):
+    """S7."""
+    named = dict(line.split(": ", 1) for line in path.read_text().splitlines() if not line.startswith("#"))
+    assert named.get("device", "auto") == MACHINES[named["machine"]].device
+
+
 def test_every_script_is_in_the_readme():
     text = (JOBS / "README.md").read_text()
-    for path in [*SCRIPTS, JOBS / "local.sh", *JOBS.glob("campaigns/*.yaml")]:
+    for path in [*SCRIPTS, JOBS / "local.sh", JOBS / "setup.sh", *JOBS.glob("campaigns/*.yaml")]:
         assert path.name in text

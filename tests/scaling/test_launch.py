@@ -40,11 +40,12 @@ def test_polaris_under_pals():
         *("--env", "NCCL_NET_GDR_LEVEL=PHB"),
         *("--env", "NCCL_CROSS_NIC=1"),
         *("--env", "NCCL_COLLNET_ENABLE=1"),
-        *("--env", "NCCL_NET=AWS Libfabric"),
         *("--env", "FI_CXI_DISABLE_HOST_REGISTER=1"),
         *("--env", "FI_MR_CACHE_MONITOR=userfaultfd"),
         *("--env", "FI_CXI_DEFAULT_CQ_SIZE=131072"),
         *("--env", "TMPDIR=/tmp"),
+        *("--env", "MPICH_GPU_SUPPORT_ENABLED=0"),
+        *("--env", "NCCL_NET=AWS Libfabric"),
         "--env",
         "LD_LIBRARY_PATH=/soft/libraries/hwloc/lib:/soft/libraries/aws-ofi-nccl/v1.9.1-aws/lib:/opt/cray/lib",
         *("--env", "OMP_NUM_THREADS=8"),
@@ -58,9 +59,25 @@ def test_half_a_polaris_node_is_bound_to_the_cpus_of_its_first_gpus():
 
 def test_nccl_can_be_left_to_itself_where_the_plugin_hangs():
     nccl = ["NCCL_NET_GDR_LEVEL", "NCCL_CROSS_NIC", "NCCL_COLLNET_ENABLE", "NCCL_NET"]
-    tokens = launch_command("pals", "polaris", num_ranks=4, ranks_per_node=4, without=nccl)
-    assert "NCCL" not in " ".join(tokens)
-    assert "FI_MR_CACHE_MONITOR=userfaultfd" in tokens
+    for num_nodes in (1, 2):  # a campaign leaves a variable out of all its launches
+        tokens = launch_command("pals", "polaris", num_ranks=4 * num_nodes, ranks_per_node=4, without=nccl)
+        assert "NCCL" not in " ".join(tokens)
+        assert "FI_MR_CACHE_MONITOR=userfaultfd" in tokens
+
+
+def test_nccl_is_asked_for_the_plugin_across_nodes_only():
+    """On one node the plug-in does not initialise, and NCCL ends the run where NCCL_NET names it."""
+    one, two = (launch_command("pals", "polaris", num_ranks=n, ranks_per_node=4) for n in (4, 8))
+    assert "NCCL_NET=AWS Libfabric" in two
+    assert "NCCL_NET=" not in " ".join(one)
+    asked = launch_command("pals", "polaris", num_ranks=4, ranks_per_node=4, env={"NCCL_NET": "OFI"})
+    assert "NCCL_NET=OFI" in asked
+
+
+@pytest.mark.parametrize("machine", ["polaris", "perlmutter", "frontier", "lumi"])
+def test_cray_mpich_is_kept_from_asking_for_a_library_that_python_does_not_link(machine):
+    tokens = launch_command("srun", machine, num_ranks=1, ranks_per_node=1)
+    assert "MPICH_GPU_SUPPORT_ENABLED=0" in tokens
 
 
 def test_aurora_under_pals():
@@ -71,6 +88,8 @@ def test_aurora_under_pals():
         *("--env", "CCL_PROCESS_LAUNCHER=pmix"),
         *("--env", "CCL_ATL_TRANSPORT=mpi"),
         *("--env", "CCL_KVS_MODE=mpi"),
+        *("--env", "CCL_OP_SYNC=1"),
+        *("--env", "CCL_ATL_SYNC_COLL=1"),
         *("--env", "FI_MR_CACHE_MONITOR=userfaultfd"),
         *("--env", "TMPDIR=/tmp"),
     ]
@@ -85,6 +104,28 @@ def test_perlmutter_under_slurm():
         *("--kill-on-bad-exit=1", "--cpus-per-task", "32", "--cpu-bind", "cores"),
         *("--gpus-per-node", "4", "--gpu-bind", "none", "--label"),
         *("env", "CUDA_VISIBLE_DEVICES=3,2,1,0"),  # srun's --export would end at the first comma
+        "MPICH_GPU_SUPPORT_ENABLED=0",
+    ]
+
+
+def test_frontier_under_slurm():
+    # The options of OLCF's guide to PyTorch.
+    tokens = launch_command("srun", "frontier", num_ranks=16, ranks_per_node=8)
+    assert tokens == [
+        *("srun", "--nodes", "2", "--ntasks", "16", "--ntasks-per-node", "8", "--kill-on-bad-exit=1"),
+        *("--cpus-per-task", "7", "--gpus-per-task", "1", "--gpu-bind", "closest"),
+        *("env", "NCCL_SOCKET_IFNAME=hsn0", "NCCL_NET_GDR_LEVEL=PHB", "NCCL_CROSS_NIC=1"),
+        *("FI_CXI_DISABLE_HOST_REGISTER=1", "FI_CXI_DEFAULT_CQ_SIZE=131072", "MPICH_GPU_SUPPORT_ENABLED=0"),
+    ]
+
+
+def test_lumi_under_slurm():
+    # The masks of LUMI's guide to CPU-GPU binding: rank k near die k, without the first core of each L3 region.
+    tokens = launch_command("srun", "lumi", num_ranks=8, ranks_per_node=8)
+    assert tokens[8:14] == [
+        *("--gpus-per-node", "8", "--cpu-bind"),
+        "mask_cpu:0xfe000000000000,0xfe00000000000000,0xfe0000,0xfe000000,0xfe,0xfe00,0xfe00000000,0xfe0000000000",
+        *("env", "NCCL_SOCKET_IFNAME=hsn0,hsn1,hsn2,hsn3"),
     ]
 
 
@@ -255,6 +296,7 @@ def test_what_is_not_given_follows_from_what_is():
     assert placed(num_ranks=6) == (6, 2, ("n1", "n2", "n3"))
     assert placed(num_ranks=3, hosts=()) == (3, 3, ())
     assert placed("perlmutter", num_nodes=2, hosts=()) == (8, 4, ())
+    assert placed("lumi", num_nodes=2, hosts=()) == (16, 8, ())
 
 
 def test_what_contradicts_itself_is_told():

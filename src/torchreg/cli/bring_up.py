@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import sys
 import time
@@ -21,6 +22,7 @@ from torchreg.runtime.failure import FORWARDED_WITHIN_S, one_line
 T = TypeVar("T")
 
 _ECHO_DELAY_S = 2.0
+_SIGNALS_THAT_END = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def open_ranks(config: TrainConfig) -> Runtime:
@@ -43,6 +45,8 @@ def open_ranks(config: TrainConfig) -> Runtime:
         rank = 0
         with contextlib.suppress(ValueError):
             rank = detect_launcher(os.environ).rank
+        code = EXIT_BAD_INPUT if isinstance(error, ValueError) else EXIT_FAILED
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(code))  # of srun, when another rank has left
         if rank > 0:
             time.sleep(_ECHO_DELAY_S)  # the main rank most likely tells the same, and the launcher ends this one
         told = f"torchreg: error: {' '.join(str(error).split())}"
@@ -52,14 +56,21 @@ def open_ranks(config: TrainConfig) -> Runtime:
         print(told, file=sys.stderr, flush=True)
         time.sleep(FORWARDED_WITHIN_S)
         # Without MPI_Finalize and process group clean-up, which would wait for ranks that are not there.
-        os._exit(EXIT_BAD_INPUT if isinstance(error, ValueError) else EXIT_FAILED)
+        os._exit(code)
 
 
 def on_all_ranks(runtime: Runtime, work: Callable[[], T]) -> T:
     """What `work` returns, on ranks that end together: bad input is told by an `AgreedError`, and nothing else is."""
     try:
         with runtime:
-            return work()
+            result = work()
+            if runtime.world_size > 1:
+                # The first rank that leaves with a code other than 0 makes srun signal those that are still leaving:
+                # the job's exit code would be 143 instead of the one on which all ranks agree.
+                for number in _SIGNALS_THAT_END:
+                    signal.signal(number, signal.SIG_IGN)
+                runtime.barrier()
+            return result
     except AgreedError:
         raise
     except ValueError as error:

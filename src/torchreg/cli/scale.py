@@ -236,6 +236,7 @@ def _measure(argv: list[str]) -> int:
 
     from torchreg.cli.bring_up import on_all_ranks, open_ranks
     from torchreg.record import write_json
+    from torchreg.scaling.launch import MACHINES
     from torchreg.scaling.measure import measure_launch
     from torchreg.scaling.run import campaign_of, measured_file
     from torchreg.scaling.sources import LAUNCHES_FOLDER
@@ -248,10 +249,11 @@ def _measure(argv: list[str]) -> int:
             f"launch is {arguments.launch!r}, which {folder} has not: see `torchreg scale status {folder}`"
         )
     launch, place = by_id[arguments.launch], folder / LAUNCHES_FOLDER / arguments.launch
+    device = MACHINES[campaign.machine].device if campaign.device == "auto" else campaign.device
     runtime = open_ranks(
         TrainConfig(
             optimizer="hand",
-            device=campaign.device,
+            device=device,
             dtype=campaign.dtype,
             runtime=campaign.runtime,
             timeout_s=campaign.timeout_s,

@@ -72,7 +72,8 @@ def agree_with_mpi(launcher: Launcher, sync: str, environ: Mapping[str, str]) ->
         )  # fmt: skip
         remedy = {
             **dict.fromkeys(_NOT_STARTED_BY_MPI, "start with mpiexec, or choose --sync ddp or allreduce"),
-            "srun": "use `srun --mpi=...` with the plug-in of mpi4py's MPI, or set MASTER_ADDR and MASTER_PORT",
+            "srun": "set SLURM_MPI_TYPE (or srun --mpi) to the plug-in of mpi4py's MPI, pmi2 for MPICH or pmix for "
+            "Open MPI, as `srun --mpi=list` names it",
         }.get(launcher.name, "use the mpiexec of the MPI that mpi4py was built for")
         raise ValueError(f"{who}, but MPI ({mpi_library()}) says rank {rank} of {size}: {remedy}")
     return launcher, comm

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 LauncherName = Literal["mpich", "pals", "openmpi", "srun", "none"]
-MachineName = Literal["generic", "polaris", "aurora", "perlmutter"]
+MachineName = Literal["generic", "polaris", "aurora", "perlmutter", "frontier", "lumi"]
 
 _VERSION_WITHIN_S = 30.0
 _NAME_OF_VARIABLE = re.compile(r"[A-Za-z_]\w*")
@@ -29,20 +29,30 @@ _NAME_OF_VARIABLE = re.compile(r"[A-Za-z_]\w*")
 class Machine:
     """What a machine asks of a launch. `rank_cpus` and `srun_options` bind a rank to the CPUs near its device."""
 
+    device: Literal["auto", "cuda", "xpu"] = "auto"
+    """Device type of its nodes, by torch's name: ROCm's torch calls it cuda. auto: any."""
+
     ranks_per_node: int | None = None
     """Devices of a node: the default number of ranks, and the largest. None: any number."""
 
     rank_cpus: tuple[str, ...] = ()
-    """CPUs of each local rank, for PALS."""
+    """CPUs of each local rank, the nearest to its device, for PALS and srun."""
 
     srun_options: tuple[str, ...] = ()
 
     environment: Mapping[str, str] = field(default_factory=dict)
     """Of every rank, under every launcher."""
 
+    environment_across_nodes: Mapping[str, str] = field(default_factory=dict)
+    """Of every rank where there are several nodes."""
+
     library_path: tuple[str, ...] = ()
     """Folders that come before the others in LD_LIBRARY_PATH."""
 
+
+# Nothing here hands device memory to MPI. Modules of sites turn on the GPU support of Cray MPICH, which then ends a
+# process that does not link its library for GPUs, as Python does not.
+_CRAY_MPICH = {"MPICH_GPU_SUPPORT_ENABLED": "0"}
 
 MACHINES: dict[MachineName, Machine] = {
     "generic": Machine(),
@@ -50,22 +60,27 @@ MACHINES: dict[MachineName, Machine] = {
     # threads of its domain; `--depth 8 --cpu-bind depth` would give it half of them, and needs the GPUs turned round.
     # Never both.
     "polaris": Machine(
+        device="cuda",
         ranks_per_node=4,
         rank_cpus=("24-31,56-63", "16-23,48-55", "8-15,40-47", "0-7,32-39"),
         environment={
             "NCCL_NET_GDR_LEVEL": "PHB",
             "NCCL_CROSS_NIC": "1",
             "NCCL_COLLNET_ENABLE": "1",
-            "NCCL_NET": "AWS Libfabric",
             "FI_CXI_DISABLE_HOST_REGISTER": "1",
             "FI_MR_CACHE_MONITOR": "userfaultfd",
             "FI_CXI_DEFAULT_CQ_SIZE": "131072",
             "TMPDIR": "/tmp",  # the job's own is on its first node only
+            **_CRAY_MPICH,
         },
+        # On one node the plug-in does not initialise, and NCCL fails where it is asked for. This is what version 1.9.1
+        # of the folder below calls itself; from 1.12 on "OFI" is understood as well.
+        environment_across_nodes={"NCCL_NET": "AWS Libfabric"},
         library_path=("/soft/libraries/hwloc/lib", "/soft/libraries/aws-ofi-nccl/v1.9.1-aws/lib"),
     ),
     # Twelve tiles; the first core of each socket belongs to the system.
     "aurora": Machine(
+        device="xpu",
         ranks_per_node=12,
         rank_cpus=(
             *("4-7", "8-11", "12-15", "16-19", "20-23", "24-27"),
@@ -75,6 +90,8 @@ MACHINES: dict[MachineName, Machine] = {
             "CCL_PROCESS_LAUNCHER": "pmix",
             "CCL_ATL_TRANSPORT": "mpi",
             "CCL_KVS_MODE": "mpi",
+            "CCL_OP_SYNC": "1",  # these two against hangs on many nodes
+            "CCL_ATL_SYNC_COLL": "1",
             "FI_MR_CACHE_MONITOR": "userfaultfd",
             "TMPDIR": "/tmp",
         },
@@ -82,12 +99,36 @@ MACHINES: dict[MachineName, Machine] = {
     # Slurm hands out cores from the first on, and GPU 3 is near those: turn the GPUs round. All four stay visible to
     # each rank (--gpu-bind none), which takes the one of its local rank. The site's pytorch module sets up NCCL.
     "perlmutter": Machine(
+        device="cuda",
         ranks_per_node=4,
         srun_options=(
             *("--cpus-per-task", "32", "--cpu-bind", "cores"),
             *("--gpus-per-node", "4", "--gpu-bind", "none"),
         ),
-        environment={"CUDA_VISIBLE_DEVICES": "3,2,1,0"},
+        environment={"CUDA_VISIBLE_DEVICES": "3,2,1,0", **_CRAY_MPICH},
+    ),
+    # Eight dies of four MI250X, each near seven cores: the first core of each L3 region belongs to the system. Slurm
+    # gives each rank the die near its cores, and shows it no other.
+    "frontier": Machine(
+        device="cuda",
+        ranks_per_node=8,
+        srun_options=("--cpus-per-task", "7", "--gpus-per-task", "1", "--gpu-bind", "closest"),
+        environment={
+            "NCCL_SOCKET_IFNAME": "hsn0",
+            "NCCL_NET_GDR_LEVEL": "PHB",
+            "NCCL_CROSS_NIC": "1",
+            "FI_CXI_DISABLE_HOST_REGISTER": "1",
+            "FI_CXI_DEFAULT_CQ_SIZE": "131072",
+            **_CRAY_MPICH,
+        },
+    ),
+    # The same node; all dies stay visible, and rank k computes on die k.
+    "lumi": Machine(
+        device="cuda",
+        ranks_per_node=8,
+        rank_cpus=("49-55", "57-63", "17-23", "25-31", "1-7", "9-15", "33-39", "41-47"),
+        srun_options=("--gpus-per-node", "8"),
+        environment={"NCCL_SOCKET_IFNAME": "hsn0,hsn1,hsn2,hsn3", "NCCL_NET_GDR_LEVEL": "PHB", **_CRAY_MPICH},
     ),
 }
 
@@ -125,7 +166,7 @@ def launch_command(
             f"num_ranks is {num_ranks} and launcher is none, which starts one process: name another, or put an mpiexec "
             "on the PATH (a module of the site, or torchreg's extra mpi)"
         )
-    variables = _variables(machine, env or {}, without, library_path)
+    variables = _variables(machine, num_nodes, env or {}, without, library_path)
     rank_cpus = MACHINES[machine].rank_cpus[:ranks_per_node]
     host_list = ",".join(hosts)
     count = str(num_ranks)
@@ -150,7 +191,9 @@ def launch_command(
         return given
     places = ["--nodes", str(num_nodes), "--ntasks", count, "--ntasks-per-node", str(ranks_per_node)]
     where = ["--nodelist", host_list] if hosts else []
-    return ["srun", *places, *where, "--kill-on-bad-exit=1", *MACHINES[machine].srun_options, *extra, *given]
+    binding = ["--cpu-bind", "mask_cpu:" + ",".join(map(_mask, rank_cpus))] if rank_cpus else []
+    options = [*MACHINES[machine].srun_options, *binding]
+    return ["srun", *places, *where, "--kill-on-bad-exit=1", *options, *extra, *given]
 
 
 def _num_nodes(num_ranks: int, ranks_per_node: int, hosts: Sequence[str]) -> int:
@@ -175,17 +218,24 @@ def _num_nodes(num_ranks: int, ranks_per_node: int, hosts: Sequence[str]) -> int
     return num_nodes
 
 
+def _mask(cpus: str) -> str:
+    """The CPUs of "0-7,32-39" as the bits of a hexadecimal number, as srun reads them."""
+    ends = [(int(part.split("-")[0]), int(part.split("-")[-1])) for part in cpus.split(",")]
+    return f"0x{sum(1 << cpu for first, last in ends for cpu in range(first, last + 1)):x}"
+
+
 def _variables(
-    machine: MachineName, env: Mapping[str, str], without: Sequence[str], library_path: str
+    machine: MachineName, num_nodes: int, env: Mapping[str, str], without: Sequence[str], library_path: str
 ) -> dict[str, str]:
-    variables = dict(MACHINES[machine].environment)
-    if folders := MACHINES[machine].library_path:
+    known = MACHINES[machine]
+    variables = {**known.environment, **known.environment_across_nodes}
+    if folders := known.library_path:
         variables["LD_LIBRARY_PATH"] = ":".join([*folders, library_path] if library_path else folders)
     for name in without:
         if name not in variables:
             raise ValueError(f"without names {name}, which machine {machine} does not set: it sets {list(variables)}")
-        del variables[name]
-    variables |= env
+    left_out = {*without, *(known.environment_across_nodes if num_nodes == 1 else ())}
+    variables = {name: value for name, value in variables.items() if name not in left_out} | dict(env)
     for name, value in variables.items():
         if not _NAME_OF_VARIABLE.fullmatch(name):
             raise ValueError(f"env has the name {name!r}: give NAME=VALUE")
