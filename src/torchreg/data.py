@@ -58,6 +58,8 @@ class Table:
     target_name: str
     source: str
     num_dropped: int = 0
+    definition: str = ""
+    """What the rows are computed from, if they are: another machine's linear algebra gives them other last bits."""
 
     @property
     def num_rows(self) -> int:
@@ -70,8 +72,13 @@ class Table:
         return self.features.shape[1]
 
     def fingerprint(self) -> str:
-        """SHA-256 of the numbers that are trained on, row by row: the same for a CSV and its Parquet copy."""
-        digest = hashlib.sha256()
+        """SHA-256 of the numbers that are trained on, row by row, or of what they are computed from.
+
+        It is the same for a CSV and its Parquet copy, and for the built-in data on every machine.
+        """
+        digest = hashlib.sha256(self.definition.encode())
+        if self.definition:
+            return "sha256:" + digest.hexdigest()
         for i in range(0, self.num_rows, _CHUNK_ROWS):
             rows = np.hstack([self.features[i : i + _CHUNK_ROWS], self.target[i : i + _CHUNK_ROWS]])
             digest.update(rows.astype("<f8", order="C").data)
@@ -127,7 +134,8 @@ def load_table(
     if source == "builtin":
         x, y = make_houses(num_rows or REAL_NUM_ROWS, num_features or 1, data_seed)
         names = (DEFAULT_FEATURE, *(f"Feature{i}" for i in range(2, x.shape[1] + 1)))
-        return Table(x, y[:, None], names, DEFAULT_TARGET, source)
+        definition = f"builtin, {x.shape[0]} rows, {x.shape[1]} features, seed {data_seed}"
+        return Table(x, y[:, None], names, DEFAULT_TARGET, source, definition=definition)
     if source == "ames":
         return read_table(fetch_ames(), features, target, drop_missing=drop_missing, source=source)
     return read_table(Path(source), features, target, drop_missing=drop_missing, source=source)
