@@ -27,7 +27,7 @@ make_venv() { # NAME REQUIREMENTS...: with torchreg
 run_tests() { # PART [VENV]
     local bin=$PWD/.venv/bin
     [[ -z ${2:-} ]] || bin=$real/$2/bin
-    PATH="$bin:$PATH" "$bin/python" -m pytest -rs "tests/real/test_${1//-/_}.py" || failed+=("$1")
+    PATH="$bin:$PATH" "$bin/python" -m pytest -rs --durations=5 "tests/real/test_${1//-/_}.py" || failed+=("$1")
 }
 
 slurm() {

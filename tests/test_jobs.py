@@ -575,7 +575,7 @@ def test_options_that_only_pals_knows_are_in_no_script():
 @pytest.mark.parametrize("path", sorted(JOBS.glob("campaigns/*.yaml")), ids=lambda path: path.name)
 def test_a_campaign_names_the_device_of_its_machine(path):
     """S7."""
-    named = dict(line.split(": ", 1) for line in path.read_text().splitlines() if not line.startswith("#"))
+    named = dict(re.findall(r"^(\w+): (\w+)", path.read_text(), re.MULTILINE))
     assert named.get("device", "auto") == MACHINES[named["machine"]].device
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -50,8 +51,10 @@ class Slurm:
         host = socket.gethostname().split(".")[0]
         user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
         ports = free_ports(3)
+        # MPICH's shared memory is named after the job: a killed job of an earlier cluster may have left its own.
         (folder / "slurm.conf").write_text(f"""\
 ClusterName=torchreg
+FirstJobId={random.randrange(1000, 60_000_000)}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmUser={user}

@@ -59,12 +59,13 @@ def test_a_shell_of_salloc_is_one_process(slurm, checkout):
 
 def test_a_job_asks_slurm_for_its_end_and_saves_before_it(slurm, checkout):
     """S1, S3: Slurm 22.05 sets no SLURM_JOB_END_TIME, and the script is written for 30 minutes."""
-    limits = {"RESERVE_S": "52", "KILL_AFTER_S": "5"}
-    job = slurm.submit("jobs/perlmutter.sbatch", "--time=1", cwd=checkout, TRAIN=ENDLESS, **limits)
+    limits = {"RESERVE_S": "50", "KILL_AFTER_S": "5"}
+    # The script's own signal, 120 s before the end, would come while ranks start.
+    job = slurm.submit("jobs/perlmutter.sbatch", "--time=1", "--signal=TERM@1", cwd=checkout, TRAIN=ENDLESS, **limits)
     ended = slurm.wait(job)
     out = (checkout / "job.out").read_text()
     assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "75:0"), out
-    assert "the time limit is near" in out
+    assert "SIGTERM" not in out
     assert "saved, and not finished: submit jobs/perlmutter.sbatch again" in out
 
 
@@ -74,14 +75,14 @@ def test_a_job_that_is_queued_again_ends_with_the_bits_of_one_that_was_not(slurm
     job = slurm.submit("jobs/perlmutter.sbatch", "--time=4", cwd=checkout, NAME="cut", TRAIN=train, **again)
     wait_for(checkout / "job.out", "step 100/")
     slurm.run("scancel", "--signal=TERM", job)  # as Slurm signals ranks some time before the end
+    wait_for(checkout / "job.out", f"job {job} is queued again")
+    # Slurm holds it back for some seconds.
+    done = slurm.run("srun", "-N2", "-n2", "--mpi=pmi2", *f"torchreg train --name whole {train}".split(), cwd=checkout)
+    assert done.returncode == 0, done.stderr
     ended = slurm.wait(job)
     out = (checkout / "job.out").read_text()
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), out
-    assert f"saved, and not finished: job {job} is queued again" in out
     assert re.search(r"resumed +after \d+ steps", out)
-
-    done = slurm.run("srun", "-N2", "-n2", "--mpi=pmi2", *f"torchreg train --name whole {train}".split(), cwd=checkout)
-    assert done.returncode == 0, done.stderr
     cut, whole = (
         json.loads((checkout / f"runs/{name}/record.json").read_text())["result"] for name in ("cut", "whole")
     )

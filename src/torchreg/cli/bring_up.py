@@ -18,11 +18,11 @@ from torchreg.launcher import detect_launcher
 from torchreg.runtime import AgreedError, Runtime, open_runtime
 from torchreg.runtime.devices import why_not_a_gpu
 from torchreg.runtime.failure import FORWARDED_WITHIN_S, one_line
+from torchreg.stopping import ignore_signals
 
 T = TypeVar("T")
 
 _ECHO_DELAY_S = 2.0
-_SIGNALS_THAT_END = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def open_ranks(config: TrainConfig) -> Runtime:
@@ -67,8 +67,7 @@ def on_all_ranks(runtime: Runtime, work: Callable[[], T]) -> T:
             if runtime.world_size > 1:
                 # The first rank that leaves with a code other than 0 makes srun signal those that are still leaving:
                 # the job's exit code would be 143 instead of the one on which all ranks agree.
-                for number in _SIGNALS_THAT_END:
-                    signal.signal(number, signal.SIG_IGN)
+                ignore_signals()
                 runtime.barrier()
             return result
     except AgreedError:
