@@ -1461,7 +1461,7 @@ print("diverged in square feet, converged when standardised")
 #     -l walltime=0:30:00 -l filesystems=home:eagle
 #
 # cd <checkout>; module use /soft/modulefiles; module load conda; conda activate base; source .venv/bin/activate
-# mpiexec -n 8 --ppn 4 --cpu-bind list:24-31,56-63:16-23,48-55:8-15,40-47:0-7,32-39 torchreg train
+# mpiexec -n 8 --ppn 4 --cpu-bind list:24-31,56-63:16-23,48-55:8-15,40-47:0-7,32-39 torchreg train --device cuda
 # ```
 #
 # It is the training of section 11; only the launcher is another one. Each process finds its **rank** among all eight,

@@ -39,6 +39,8 @@ T = TypeVar("T")
 AddOverRanks = Callable[[], None]
 AnySync = Literal["ddp", "allreduce", "mpi"]
 
+_MAIN_RANK_FIRST_S = 5.0  # it knows which ranks are missing
+
 _deals = itertools.count()  # so that every `deal` of a process counts by itself
 _works = itertools.count()  # and every wait for the main rank
 
@@ -342,7 +344,7 @@ def open_runtime(
     watchdog = Watchdog(timeout_s, failure.end)
     address = f" at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}" if mpi_comm is None else ""
     with failure:
-        with watchdog.over(f"to come together{address}"):
+        with watchdog.over(f"to come together{address}", _MAIN_RANK_FIRST_S if launcher.rank else 0.0):
             failure.store = store = meet(launcher, mpi_comm, timeout_s)
             agree = partial(ask_main_rank, store, launcher=launcher, timeout_s=timeout_s)
             facts = {"host": host, "cpus": own_cpus(), "device": device_type, "problem": problem, "job": own_job()}

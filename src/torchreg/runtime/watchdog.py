@@ -23,30 +23,34 @@ class Watchdog:
     Time counts while this process runs only: a job that is suspended as a whole goes on when it is resumed.
     """
 
-    __slots__ = ("_expired", "_poll_s", "_what", "call", "timeout_s")
+    __slots__ = ("_expired", "_grace_s", "_poll_s", "_what", "call", "timeout_s")
 
     def __init__(self, timeout_s: float, expired: Callable[[TimeoutError], object]) -> None:
         self.call: object | None = None
         """A fresh object for each call, None between calls. The hot path sets it itself: `over` takes a microsecond."""
         self._what = _ALL_REDUCE
         self.timeout_s = timeout_s
+        self._grace_s = 0.0
         self._poll_s = min(0.25, timeout_s / 10)
         self._expired = expired
         threading.Thread(target=self._watch, name="torchreg watchdog", daemon=True).start()
 
     @contextmanager
-    def over(self, what: str) -> Iterator[None]:
-        """Watch the calls in the body, as one; `what` ends the sentence that begins «waited for the other ranks»."""
-        self._what, self.call = what, object()
+    def over(self, what: str, grace_s: float = 0.0) -> Iterator[None]:
+        """Watch the calls in the body, as one; `what` ends the sentence that begins «waited for the other ranks».
+
+        After `grace_s` more than the time-out, where another rank may have more to say.
+        """
+        self._grace_s, self._what, self.call = grace_s, what, object()
         try:
             yield
         finally:
-            self.call, self._what = None, _ALL_REDUCE
+            self.call, self._what, self._grace_s = None, _ALL_REDUCE, 0.0
 
     def _watch(self) -> None:
         seen: object | None = None  # held, so that no later call can be the same object
         num_polls = 0
-        while num_polls * self._poll_s < self.timeout_s:
+        while num_polls * self._poll_s < self.timeout_s + self._grace_s:
             time.sleep(self._poll_s)
             call = self.call
             num_polls = num_polls + 1 if call is not None and call is seen else 0
