@@ -105,10 +105,10 @@ def test_a_second_rank_of_one_number_is_refused_and_the_first_goes_on(start_rank
 
 def test_a_rank_that_does_not_come_is_named_in_one_line(start_ranks):
     # "waited for the other ranks" of a job of a thousand does not say where to look.
-    ends = start_ranks([*TRAIN, "--timeout-s", "15"], [{}, {"RANK": "2"}], WORLD_SIZE="3")
+    ends = start_ranks([*TRAIN, "--timeout-s", "10"], [{}, {"RANK": "2"}], WORLD_SIZE="3")
     assert [end.returncode for end in ends] == [1, 1], ends
     assert ends[0].stderr.count("\n") == 1, ends
-    assert "waited 15 s for rank 1 of 3 to come" in ends[0].stderr
+    assert "waited 10 s for rank 1 of 3 to come" in ends[0].stderr
     assert ends[1].stderr.count("\n") <= 1, "no launcher ends it: it may say that the main rank is gone"
 
 
