@@ -1,4 +1,4 @@
-"""If these fail, a broken link between nodes hangs a job until its walltime, or a campaign mixes the wire with the node."""
+"""If these fail, a broken link between nodes hangs a job, or a campaign mixes the wire with the node."""
 
 import json
 import os
