@@ -325,7 +325,7 @@ BAD_OPTIONS = {
         ["batch", "--base-learning-rate", "1", "1", "--on-unstable", "refuse"],
         "times the stability limit (mean square)",
     ),
-    "a name elsewhere": (["batch", "--name", "../swept"], "plain folder name"),
+    "a name elsewhere": (["batch", "--name", "../swept"], "not a plain file name"),
     "unwritable": (["batch", "--runs-dir", "file"], "cannot be written"),
 }
 

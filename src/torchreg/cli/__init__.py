@@ -99,6 +99,8 @@ def _keep_output_from_failing() -> list[_Stream]:
     raw = []
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         before = getattr(sys, name) or open(descriptor, "w", closefd=False)  # noqa: SIM115
+        with contextlib.suppress(OSError):
+            before.flush()
         raw.append(_Stream(descriptor, "w", closefd=False))
         stream = io.TextIOWrapper(
             io.BufferedWriter(raw[-1]),
