@@ -33,7 +33,9 @@ def one_rank(tmp_path_factory):
         return {key: train(config, runtime) for key, config in configurations(runs_dir, with_mpi=True)}
 
 
-@pytest.mark.parametrize(("launcher", "num_ranks"), [("mpiexec", 4), ("torchrun", 8)])
+@pytest.mark.parametrize(
+    ("launcher", "num_ranks"), [("mpiexec", 3), ("torchrun", 4), pytest.param("torchrun", 8, marks=pytest.mark.slow)]
+)
 def test_the_same_global_batch_gives_the_same_weights_at_every_world_size(launcher, num_ranks, one_rank, run, tmp_path):
     output = tmp_path / "results.json"
     sync = "mpi" if launcher == "mpiexec" else "torch"
