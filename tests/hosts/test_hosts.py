@@ -11,7 +11,7 @@ from ..fault_matrix import GRACE_S, TIMEOUT_S, matrix
 LAUNCHER = "mpiexec on 2 nodes"
 
 
-@pytest.mark.parametrize(("optimizer", "sync"), [("sgd", "ddp"), ("hand", "mpi")])
+@pytest.mark.parametrize(("optimizer", "sync"), [("sgd", "ddp"), pytest.param("hand", "mpi", marks=pytest.mark.slow)])
 def test_a_cut_cable_ends_the_ranks_on_both_sides_within_the_time_out(optimizer, sync, nodes, tmp_path):
     # MPI and TCP would wait for minutes to for ever; the ranks that were cut off hear no launcher that could end them.
     case = matrix.Case("cut", 2, LAUNCHER, sync, optimizer, TIMEOUT_S)
