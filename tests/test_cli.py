@@ -160,3 +160,13 @@ def test_another_package_called_ezpz_is_told_apart(capsys, monkeypatch, tmp_path
     assert left.value.code == 2
     assert "has no setup_torch: it is another package" in capsys.readouterr().err
     monkeypatch.delitem(sys.modules, "ezpz", raising=False)
+
+
+def test_a_package_of_an_extra_that_is_missing_is_named(capsys, monkeypatch):
+    # After `pip install .` alone, campaigns ended in a traceback.
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    Path("campaign.yaml").write_text("name: c\n")
+    assert main(["scale", "plan", "campaign.yaml"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "torchreg: error: scale needs the package pyyaml, which is not installed: pip install pyyaml\n"

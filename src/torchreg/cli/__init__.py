@@ -28,6 +28,8 @@ COMMANDS = {
     "report": "turn a campaign's records into one report",
     "data": "show, fetch or make the data",
 }
+# What the extras bring: the name that is imported, and that of the package.
+_PACKAGES = {"yaml": "pyyaml"} | {name: name for name in ("jinja2", "matplotlib", "pyarrow", "scipy")}
 _ON_ALL_RANKS = ("train", "sweep", "verify", "scale measure", "scale run")  # the last refuses to run on ranks
 _FORWARDED_WITHIN_S = 0.3  # a launcher drops what it has not yet passed on when the first rank ends the others
 _USAGE = """\
@@ -125,6 +127,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dispatch(arguments)
     except ValueError as error:
         _tell(str(error))
+    except ModuleNotFoundError as error:
+        if error.name not in _PACKAGES:
+            raise
+        package = _PACKAGES[error.name]
+        _tell(f"{arguments[0]} needs the package {package}, which is not installed: pip install {package}")
     except KeyboardInterrupt:
         _tell("interrupted")
         return EXIT_INTERRUPTED
