@@ -206,9 +206,11 @@ def _is_own(address: str) -> bool:
 def _make_store(launcher: Launcher, comm: Any, timeout: timedelta, one_node: bool) -> Store:
     is_main, own = launcher.rank == 0, _loopback()
     if comm is not None:
-        own_name = own if one_node else _reachable_name()
-        store = _serve(launcher, own_name, 0, timeout) if is_main else None
-        address, port = comm.bcast((own_name, store.port) if store else None)
+        store, address = None, ""
+        if is_main:  # it alone looks up its names
+            address = own if one_node else _reachable_name()
+            store = _serve(launcher, address, 0, timeout)
+        address, port = comm.bcast((address, store.port) if store else None)
         return store or TCPStore(address, port, launcher.world_size, is_master=False, timeout=timeout)
     address, port = _address_without_mpi(launcher, os.environ)
     address = own if one_node else address
