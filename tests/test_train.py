@@ -1,5 +1,6 @@
 """If these fail, torchreg does not train what it says, or leaves no evidence of it."""
 
+import importlib
 import itertools
 import json
 import os
@@ -242,7 +243,7 @@ def test_the_record_has_what_decides_numbers_below_python(monkeypatch):
 def test_tf32_is_told_however_it_was_switched_on(is_new, run, tmp_path):
     # In a process of its own: torch refuses to read its older settings once the newer ones were used.
     if is_new and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        pytest.skip("torch.backends.cuda.matmul.fp32_precision came with torch 2.9")
+        pytest.skip(f"torch {torch.__version__} has no fp32_precision to set: it came with 2.9")
     switch = "fp32_precision = 'tf32'" if is_new else "allow_tf32 = True"
     code = f"import torch, torchreg.record as r; torch.backends.cuda.matmul.{switch}; print(r.machine_facts()['tf32'])"
     done = run(sys.executable, "-W", "error", "-c", code, cwd=tmp_path)
@@ -285,3 +286,25 @@ def _houses():
 
     table = load_table("builtin")
     return table.features, table.target
+
+
+@pytest.mark.parametrize("reduction", ["fast", "ordered"])
+@pytest.mark.parametrize("optimizer", ["sgd", "hand"])
+def test_a_device_is_started_without_a_trace_in_the_parameters(optimizer, reduction, monkeypatch):
+    # On a GPU two steps at a learning rate of 0 come before the clock: they must not be training.
+    config = TrainConfig(optimizer=optimizer, reduction=reduction, device="cpu", max_steps=5, name="plain")
+    plain = train(config)
+    train_module = importlib.import_module("torchreg.train")
+    steps = []
+    make_step = train_module.make_step
+
+    def record_steps(*arguments, **options):
+        take_step = make_step(*arguments, **options)
+        return lambda rates, *rest: (steps.append(rates), take_step(rates, *rest))[1]
+
+    monkeypatch.setattr(train_module, "make_step", record_steps)
+    monkeypatch.setattr(train_module, "STARTS_ON_FIRST_USE", {"cpu"})
+    started = train(replace(config, name="started"))
+    assert steps[:2] == [(0.0, 0.0)] * 2
+    assert len(steps) == 7
+    assert (started.weight, started.bias, started.loss) == (plain.weight, plain.bias, plain.loss)

@@ -26,16 +26,6 @@ _SHORT = (14, 9)  # letters; a cell of at most as many is not wrapped, or of at 
 _MOST_TERMS = 8  # of an equation
 
 
-def accept_all_text() -> None:
-    """Let stdout and stderr take any text: `?` for what their encoding lacks, and nowhere if they are closed."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - to the end of the process
-        elif stream.errors == "strict" or (stream.errors == "surrogateescape" and stream.encoding != "utf-8"):
-            stream.reconfigure(errors="replace")
-
-
 def printable(text: str) -> str:
     """Text with escapes such as `\\x1b` or `\\n` for what a terminal would act on and a font cannot draw."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)

