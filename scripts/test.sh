@@ -1,7 +1,5 @@
 #!/usr/bin/env bash
 # Everything that must hold: format, lint, types, layers, tests. Arguments go to pytest.
-#
-#   bash scripts/test.sh -m ""    # the slow ones too
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -11,4 +9,4 @@ ruff format --check .
 ruff check .
 mypy
 lint-imports
-python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" "$@"
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -64,7 +64,6 @@ def test_it_is_committed_without_outputs():
     assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_it_runs_from_top_to_bottom_without_a_network(executed):
     """Else a student is stuck at the failing cell, and all below it."""
@@ -77,7 +76,6 @@ def test_it_runs_from_top_to_bottom_without_a_network(executed):
     assert "raw-4: exit code 1, stopped by divergence" in told
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_it_warns_of_nothing(executed):
     """Else a student reads a red box of somebody else's warning, and wonders what they did wrong."""
@@ -85,7 +83,6 @@ def test_it_warns_of_nothing(executed):
     assert not complaints
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_it_shows_no_path_of_the_machine_that_wrote_it(executed):
     """Else it tells strangers about the author's machine, and students copy paths that they do not have."""

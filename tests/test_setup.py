@@ -160,7 +160,6 @@ def checkout(tmp_path):
     return Checkout(tmp_path)
 
 
-@pytest.mark.slow
 def test_two_at_once_and_what_is_there_already(checkout):
     """Else one of two first starts dies in pip; or each start takes minutes, or loses what an earlier one installed."""
     hold = checkout.folder / "hold"
@@ -195,7 +194,6 @@ def test_two_at_once_and_what_is_there_already(checkout):
     assert checkout.set_up("dev") == (0, "")
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_an_interrupted_set_up_is_made_anew(checkout):
     """Else `No module named pip` for ever after, or a package of which half the files are there."""

@@ -102,7 +102,6 @@ def test_a_second_rank_of_one_number_is_refused_and_the_first_goes_on(start_rank
     assert "this is a second rank 1 of 2" in ends[codes.index(2)].stderr
 
 
-@pytest.mark.slow
 def test_a_rank_that_does_not_come_is_named_in_one_line(start_ranks):
     # "waited for the other ranks" of a job of a thousand does not say where to look.
     ends = start_ranks([*TRAIN, "--timeout-s", "10"], [{}, {"RANK": "2"}], WORLD_SIZE="3")

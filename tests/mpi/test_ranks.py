@@ -33,9 +33,7 @@ def one_rank(tmp_path_factory):
         return {key: train(config, runtime) for key, config in configurations(runs_dir, with_mpi=True)}
 
 
-@pytest.mark.parametrize(
-    ("launcher", "num_ranks"), [("mpiexec", 3), ("torchrun", 4), pytest.param("torchrun", 8, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("launcher", "num_ranks"), [("mpiexec", 3), ("torchrun", 4), ("torchrun", 8)])
 def test_the_same_global_batch_gives_the_same_weights_at_every_world_size(launcher, num_ranks, one_rank, run, tmp_path):
     output = tmp_path / "results.json"
     sync = "mpi" if launcher == "mpiexec" else "torch"
@@ -59,7 +57,6 @@ def one_rank_bits(tmp_path_factory):
         return {key: bits(train(config, runtime)) for key, config in ordered_configurations(runs_dir, with_mpi=True)}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "num_ranks"), [("torchrun", 6)])  # 1 to 3 under mpiexec: test_golden.py
 def test_ordered_reduction_gives_the_same_bits_at_every_world_size(launcher, num_ranks, one_rank_bits, run, tmp_path):
     output = tmp_path / "results.json"

@@ -80,7 +80,6 @@ def test_what_is_refused_is_told_once_and_loses_nothing(run, tmp_path, capsys):
     assert {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.slow
 def test_four_ranks_do_with_the_lessons_rates_what_the_plan_says(run, tmp_path, capsys):
     assert main(["plan", *LESSON_RATES, "--world-sizes", "3,4", "--json"]) == 0
     three, four = json.loads(capsys.readouterr().out)["rows"]
