@@ -135,8 +135,8 @@ from IPython.display import clear_output, display
 from torch import nn
 
 import torchreg
+from torchreg.runs.run import train
 from torchreg.theory import RowGradients
-from torchreg.train import train
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 SKY, ORANGE, BLACK, GREEN, BLUE, PINK = "#56B4E9", "#D55E00", "#000000", "#009E73", "#0072B2", "#CC79A7"

@@ -223,13 +223,13 @@ def fabric_loop(x: Any, y: Any, runtime: Any) -> TakeSteps:
 
 def torchreg_loop(x: Any, y: Any, runtime: Any, optimizer: Any, sync: Any, *, ordered: bool = False) -> TakeSteps:
     """torchreg's bare loop: rows, rates, step; no metrics. `ordered` has one micro-batch on each rank."""
-    from torchreg.batches import BatchPlan
-    from torchreg.model import make_model
-    from torchreg.optim import make_sgd
-    from torchreg.rows import hand_rows
+    from torchreg.core.batches import BatchPlan
+    from torchreg.core.model import make_model
+    from torchreg.core.optim import make_sgd
+    from torchreg.core.schedule import Schedule
+    from torchreg.runs.rows import hand_rows
+    from torchreg.runs.run import make_step
     from torchreg.scaling.loop import Nothing, StepLoop
-    from torchreg.schedule import Schedule
-    from torchreg.train import make_step
 
     plan = BatchPlan.derive(
         len(x),
@@ -249,8 +249,8 @@ def torchreg_loop(x: Any, y: Any, runtime: Any, optimizer: Any, sync: Any, *, or
 
 def full_run(runtime: Any, optimizer: Any, sync: Any, dtype: Any, runs_dir: str) -> Callable[[int], float]:
     """torchreg's whole training with its records: a function of the steps that returns the loop's time."""
-    from torchreg.config import TrainConfig
-    from torchreg.train import train
+    from torchreg.runs.config import TrainConfig
+    from torchreg.runs.run import train
 
     def take_steps(count: int) -> float:
         config = TrainConfig(
@@ -274,7 +274,7 @@ def set_up(runtime: Any, dtype: str, left_out: dict[str, str]) -> dict[str, Take
     import numpy as np
     import torch
 
-    from torchreg.data import Standardizer, load_table
+    from torchreg.data.table import Standardizer, load_table
 
     table = load_table("builtin")
     features = Standardizer.of(table.features, standardize=True).apply(table.features).astype(dtype)
@@ -354,7 +354,7 @@ def work(options: Options, answer: Path) -> None:
     import torch.distributed as dist
     from torch._C._distributed_c10d import HashStore
 
-    from torchreg.runtime import open_runtime
+    from torchreg.distributed.communicator import open_runtime
 
     torch.set_num_threads(1)
     with open_runtime(runtime="torch", device="cpu", sync="mpi") as runtime:
@@ -435,7 +435,7 @@ def show(world_size: int, dtype: str, seconds: dict[str, list[float]]) -> list[d
 
 def main() -> int:
     """Measure, print, write; returns the exit code."""
-    from torchreg.record import versions
+    from torchreg.runs.record import versions
 
     options = tyro.cli(Options, description=__doc__)
     if ANSWER_VARIABLE in os.environ:

@@ -30,14 +30,14 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from torchreg.config import TrainConfig, with_recipe
-from torchreg.model import add_gradient, make_model, squared_error
-from torchreg.record import versions
-from torchreg.result import Result
-from torchreg.runtime import open_runtime
+from torchreg.core.model import add_gradient, make_model, squared_error
+from torchreg.distributed.communicator import open_runtime
+from torchreg.runs.config import TrainConfig, with_recipe
+from torchreg.runs.record import versions
+from torchreg.runs.result import Result
+from torchreg.runs.run import train
 from torchreg.scaling.campaign import Setting
 from torchreg.scaling.loop import StepLoop
-from torchreg.train import train
 
 NUM_SAMPLES = 65_536
 SIZES = ((1, 64), (1, 4_096), (512, 4_096))  # features, batch
@@ -271,7 +271,8 @@ def two_ranks(device: str) -> Iterator[Row]:
 
 def one_of_two(device: str) -> Iterator[Row]:
     """A rank of `two_ranks`: every way that devices have, against one rank."""
-    from torchreg.runtime import ranks, rendezvous
+    from torchreg.distributed import communicator as ranks
+    from torchreg.distributed import rendezvous
 
     rendezvous._BACKENDS[device] = f"cpu:gloo,{device}:gloo" if device != "cpu" else "cpu:gloo"
     ranks._each_its_own = lambda devices: [None] * len(devices)

@@ -28,7 +28,7 @@ from unittest.mock import patch
 
 import tyro
 
-from torchreg import checkpoint
+from torchreg.core import checkpoint
 
 CASE_VARIABLE = "TORCHREG_FAULT_CASE"  # set in a rank: the case, and the folder where ranks leave their process ids
 FAULT_STEP = 200
@@ -258,12 +258,12 @@ def _wait_until(condition: Callable[[], bool], within_s: float) -> bool:
 
 def work(case: dict[str, Any]) -> int:
     """A rank's part: `torchreg train`, in which the rank of the case comes to grief at step 200."""
-    import torchreg.train
+    import torchreg.runs.run
     from torchreg.cli import main as torchreg_main
-    from torchreg.runtime import mpi
+    from torchreg.distributed import mpi
 
     folder = Path(case["folder"])
-    make_step, average = torchreg.train.make_step, mpi.average_gradients
+    make_step, average = torchreg.runs.run.make_step, mpi.average_gradients
 
     def faulty_make_step(sgd: Any, sync: Any, model: Any, runtime: Any, **options: Any) -> Any:
         (folder / f"rank.{runtime.rank}").write_text(str(os.getpid()))
@@ -286,7 +286,7 @@ def work(case: dict[str, Any]) -> int:
 
         return faulty_step
 
-    with patch.object(torchreg.train, "make_step", faulty_make_step):
+    with patch.object(torchreg.runs.run, "make_step", faulty_make_step):
         return torchreg_main(["train", *sys.argv[1:]])
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 RANK = """
 import os, sys
 from torchreg.cli import main
-from torchreg.metrics import Metrics
+from torchreg.runs.logger import Metrics
 
 note = Metrics.note
 reached = os.open("reached", os.O_WRONLY | os.O_CREAT) if os.environ["PMI_RANK"] == "0" else None

@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from torchreg.config import RECIPES, Sampling, TrainConfig, UpdateOrder
-from torchreg.prepare import Problem, base_rates, prepare
-from torchreg.record import read_metrics
-from torchreg.runtime import Runtime, open_runtime
+from torchreg.distributed.communicator import Runtime, open_runtime
+from torchreg.runs.config import RECIPES, Sampling, TrainConfig, UpdateOrder
+from torchreg.runs.record import read_metrics
+from torchreg.runs.run import train
+from torchreg.runs.setup import Problem, base_rates, prepare
 from torchreg.theory import Dynamics, Matrix
-from torchreg.train import train
 
 ORDERS: tuple[UpdateOrder, ...] = ("simultaneous", "sequential")
 BATCH_SIZES = (16, 32, 64, 128, 256, 512)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from torchreg.config import RECIPES, field_docs
+from torchreg.runs.config import RECIPES, field_docs
 
 
 def table() -> str:

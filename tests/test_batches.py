@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchreg.batches import BatchPlan
+from torchreg.core.batches import BatchPlan
 
 SAMPLINGS = ("shuffle", "random", "full")
 

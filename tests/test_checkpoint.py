@@ -13,8 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchreg import checkpoint
-from torchreg.checkpoint import Checkpoint
+from torchreg.core import checkpoint
+from torchreg.core.checkpoint import Checkpoint
 
 FOLDER = Path("checkpoints")
 CONTRACT = {"data_fingerprint": "sha256:00", "seed": 3, "base": [0.1, 1e-7]}

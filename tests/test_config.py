@@ -2,7 +2,7 @@
 
 import pytest
 
-from torchreg.config import RECIPES, TrainConfig, field_docs, with_recipe
+from torchreg.runs.config import RECIPES, TrainConfig, field_docs, with_recipe
 
 
 @pytest.mark.parametrize(

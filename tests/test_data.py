@@ -18,10 +18,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchreg import data
-from torchreg.builtin import make_houses
 from torchreg.cli import main
-from torchreg.data import Standardizer, Table, load_table, write_table
+from torchreg.data.synthetic import make_houses
+from torchreg.data.table import Standardizer, Table, load_table, write_table
+from torchreg.data.table import table as data
 
 from .conftest import REAL_TABLE
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from torchreg.runtime.devices import own_cpus, threads_for
+from torchreg.distributed.devices import own_cpus, threads_for
 
 ALL = 0xFFFF  # sixteen CPUs
 

@@ -17,7 +17,7 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from torchreg.cli import main
-from torchreg.sweep import cells_table, read_sweep
+from torchreg.sweeps import cells_table, read_sweep
 
 COMMANDS = {
     "training": ["train", "--recipe", "homework", "--max-steps", "20", "--plot"],
@@ -34,7 +34,7 @@ def drawn(tmp_path_factory):
     saved = []
     with pytest.MonkeyPatch.context() as patch:
         for module in ("training", "plan", "sweep"):
-            module = importlib.import_module(f"torchreg.figures.{module}")
+            module = importlib.import_module(f"torchreg.plots.{module}")
 
             def save(figure, folder, name, really=module.save):
                 saved.append((figure, folder, name))
@@ -235,7 +235,7 @@ def drawn_training(monkeypatch):
 
     def draw(features, target, **names):
         saved = []
-        module = importlib.import_module("torchreg.figures.training")
+        module = importlib.import_module("torchreg.plots.training_figure")
         really = module.save
         monkeypatch.setattr(module, "save", lambda figure, *where: (saved.append(figure), really(figure, *where))[1])
         name_x, name_y = names.get("x", "x"), names.get("y", "y")
@@ -334,7 +334,7 @@ def test_a_sweep_over_many_powers_of_ten_shows_where_it_ends():
     noise = np.random.default_rng(0).normal(0, 1e-6, 200)
     pd.DataFrame({"x": x, "y": x + noise}).to_csv("close.csv", index=False)
     data = ["--data", "close.csv", "--features", "x", "--target", "y", "--num-seeds", "1", "--overwrite"]
-    module = importlib.import_module("torchreg.figures.sweep")
+    module = importlib.import_module("torchreg.plots.sweep_figures")
     figures = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "save", lambda figure, *_: figures.append(figure) or [])

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from torchreg.files import check_name, create, sync_folder, write_atomically
+from torchreg.core.files import check_name, create, sync_folder, write_atomically
 
 
 def refuse(number, monkeypatch, name="fsync"):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from torchreg.cli import main
-from torchreg.config import TrainConfig, with_recipe
-from torchreg.prepare import Problem, prepare
+from torchreg.runs.config import TrainConfig, with_recipe
+from torchreg.runs.setup import Problem, prepare
 from torchreg.theory import Dynamics
 
 # Standardised features: G is the identity, so with all rows in every step and both rates r the error shrinks by

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from torchreg.scaling.launch import MACHINES
+from torchreg.machines.launch_commands import MACHINES
 
 from .conftest import ROOT
 

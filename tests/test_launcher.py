@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from torchreg.launcher import NO_LAUNCHER, Launcher, detect_launcher
+from torchreg.distributed.launcher import NO_LAUNCHER, Launcher, detect_launcher
 
 # What each launcher leaves in the environment of local rank 1 on the second of two nodes, 4 ranks.
 ENVIRONMENTS = {

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchreg.model import WeightAndBias, add_gradient, make_model, squared_error, with_constant
-from torchreg.optim import descend, make_sgd
-from torchreg.schedule import Schedule, lr_scale
+from torchreg.core.model import WeightAndBias, add_gradient, make_model, squared_error, with_constant
+from torchreg.core.optim import descend, make_sgd
+from torchreg.core.schedule import Schedule, lr_scale
 
 DTYPES = (torch.float32, torch.float64)
 

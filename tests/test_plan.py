@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from torchreg.cli import main
-from torchreg.config import TrainConfig
-from torchreg.plan import make_plan
-from torchreg.prepare import prepare
+from torchreg.planning.plan import make_plan
+from torchreg.runs.config import TrainConfig
+from torchreg.runs.setup import prepare
 
 from .conftest import data_sources
 

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from torchreg import checkpoint
-from torchreg.config import TrainConfig
-from torchreg.metrics import Metrics
-from torchreg.record import METRICS_FILE, read_metrics
-from torchreg.runtime import AgreedError
-from torchreg.terminal import Silent
-from torchreg.train import train
+from torchreg.console import Silent
+from torchreg.core import checkpoint
+from torchreg.distributed.rendezvous import AgreedError
+from torchreg.runs.config import TrainConfig
+from torchreg.runs.logger import Metrics
+from torchreg.runs.record import METRICS_FILE, read_metrics
+from torchreg.runs.run import train
 
 BASE = TrainConfig(
     name="run",

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.report.example import COMBINATIONS, make_report
-from torchreg.figures import panels, rendering, target_panels
-from torchreg.figures.pictures import scopes_of
-from torchreg.figures.quantities import bytes_text, count, in_unit, number
-from torchreg.figures.scaling import draw_allreduce, draw_breakdown, draw_models, draw_scaling
-from torchreg.figures.style import new_figure
-from torchreg.figures.targets import draw_steps, draw_targets
+from torchreg.plots import panels, rendering, target_panels
+from torchreg.plots.pictures import scopes_of
+from torchreg.plots.quantities import bytes_text, count, in_unit, number
+from torchreg.plots.scaling_figures import draw_allreduce, draw_breakdown, draw_models, draw_scaling
+from torchreg.plots.style import new_figure
+from torchreg.plots.target_figures import draw_steps, draw_targets
 
 WITHIN = "within a node"
 

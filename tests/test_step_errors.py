@@ -2,8 +2,8 @@
 
 import torch
 
-from torchreg.runtime import open_runtime
-from torchreg.step_errors import StepErrors
+from torchreg.distributed.communicator import open_runtime
+from torchreg.runs.step_errors import StepErrors
 
 
 def test_errors_are_told_in_their_order_and_a_signal_once():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from torchreg.stopping import SIGNALS, StopRequest
+from torchreg.runs.stopping import SIGNALS, StopRequest
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_the_first_reason_stays(clock):
 PAUSED = """
 import sys
 from torchreg.cli import command
-from torchreg.metrics import Metrics
+from torchreg.runs.logger import Metrics
 note = Metrics.note
 def note_and_wait(self, step, *rest):
     if step == 10:
@@ -207,7 +207,7 @@ def test_a_run_that_is_interrupted_saves_and_keeps_its_name(number):
 
 def test_ctrl_c_before_the_first_step_is_one_line(tmp_path):
     # T3: there is nothing to save, and a table of gigabytes may be half read.
-    code = "import torchreg.train as t, signal\n" + PAUSED.replace(
+    code = "import torchreg.runs.run as t, signal\n" + PAUSED.replace(
         "note = Metrics.note\n", "t.open_run = lambda *_: signal.raise_signal(signal.SIGINT)\nnote = Metrics.note\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)

@@ -12,12 +12,12 @@ import pandas as pd
 import pytest
 
 from torchreg.cli import main
-from torchreg.config import SWEEP_DEFAULTS, from_json
-from torchreg.metrics import Metrics
-from torchreg.prepare import Problem, prepare, scale_at
-from torchreg.sweep import cells_table, curves_table, ladder_cells, ladder_limit, summary
+from torchreg.runs.config import SWEEP_DEFAULTS, from_json
+from torchreg.runs.logger import Metrics
+from torchreg.runs.run import train
+from torchreg.runs.setup import Problem, prepare, scale_at
+from torchreg.sweeps import cells_table, curves_table, ladder_cells, ladder_limit, summary
 from torchreg.theory import Dynamics
-from torchreg.train import train
 
 BATCH = ["sweep", "batch", "--batch-sizes", "256,64", "--num-seeds", "2", "--epochs", "2", "--name", "swept"]
 CELLS = ["batch-256-seed-0", "batch-256-seed-1", "batch-64-seed-0", "batch-64-seed-1"]

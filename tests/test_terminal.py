@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchreg.cli import main
-from torchreg.terminal import show_table
+from torchreg.console import show_table
 
 QUICK = {
     "data": ["data", "show"],

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from torchreg.config import RECIPES, TrainConfig, from_json, with_recipe
-from torchreg.record import provenance, read_metrics
-from torchreg.runtime import AgreedError
+from torchreg.distributed.rendezvous import AgreedError
+from torchreg.runs.config import RECIPES, TrainConfig, from_json, with_recipe
+from torchreg.runs.record import provenance, read_metrics
+from torchreg.runs.run import train
 from torchreg.theory import Moments
-from torchreg.train import train
 
 from .conftest import (
     BEST_BIAS,
@@ -148,7 +148,7 @@ def test_capped_rates_converge():
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_the_default_recipe_is_stable_at_any_world_size_that_the_data_allows(world_size):
-    from torchreg.prepare import prepare
+    from torchreg.runs.setup import prepare
 
     for config in (TrainConfig(), TrainConfig(num_features=12, num_rows=64 * world_size)):
         prepared, _ = prepare(config, world_size)
@@ -245,14 +245,15 @@ def test_tf32_is_told_however_it_was_switched_on(is_new, run, tmp_path):
     if is_new and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         pytest.skip(f"torch {torch.__version__} has no fp32_precision to set: it came with 2.9")
     switch = "fp32_precision = 'tf32'" if is_new else "allow_tf32 = True"
-    code = f"import torch, torchreg.record as r; torch.backends.cuda.matmul.{switch}; print(r.machine_facts()['tf32'])"
+    code = f"import torch, torchreg.runs.record as r; torch.backends.cuda.matmul.{switch}; "
+    code += "print(r.machine_facts()['tf32'])"
     done = run(sys.executable, "-W", "error", "-c", code, cwd=tmp_path)
     assert done.stdout == "tf32\n", done.stderr
 
 
 FORTY = """
 import os
-from torchreg.record import claim_folder
+from torchreg.runs.record import claim_folder
 start, go = os.pipe()
 runs = []
 for _ in range(40):
@@ -282,7 +283,7 @@ def test_results_are_in_the_datas_own_units_whatever_the_model_sees():
 
 
 def _houses():
-    from torchreg.data import load_table
+    from torchreg.data.table import load_table
 
     table = load_table("builtin")
     return table.features, table.target
@@ -294,7 +295,7 @@ def test_a_device_is_started_without_a_trace_in_the_parameters(optimizer, reduct
     # On a GPU two steps at a learning rate of 0 come before the clock: they must not be training.
     config = TrainConfig(optimizer=optimizer, reduction=reduction, device="cpu", max_steps=5, name="plain")
     plain = train(config)
-    train_module = importlib.import_module("torchreg.train")
+    train_module = importlib.import_module("torchreg.runs.run")
     steps = []
     make_step = train_module.make_step
 

@@ -1,6 +1,6 @@
 """Train one linear layer across many ranks, with the right answer known beforehand.
 
-The program is `torchreg.train.train`. Importing this package imports neither torch nor pandas: each name
+The program is `torchreg.runs.run.train`. Importing this package imports neither torch nor pandas: each name
 below is loaded when it is first used.
 """
 
@@ -8,12 +8,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torchreg.batches import BatchPlan
-    from torchreg.config import RECIPES, TrainConfig, with_recipe
-    from torchreg.data import Table, load_table
-    from torchreg.prepare import Problem
-    from torchreg.result import Result
-    from torchreg.runtime import Runtime, open_runtime
+    from torchreg.core.batches import BatchPlan
+    from torchreg.data.table import Table, load_table
+    from torchreg.distributed.communicator import Runtime, open_runtime
+    from torchreg.runs.config import RECIPES, TrainConfig, with_recipe
+    from torchreg.runs.result import Result
+    from torchreg.runs.setup import Problem
     from torchreg.theory import ClosedForm, Dynamics, Moments, RowGradients
 
 __version__ = "0.1.0"
@@ -36,20 +36,20 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "RECIPES": "config",
-    "BatchPlan": "batches",
+    "RECIPES": "runs.config",
+    "BatchPlan": "core.batches",
     "ClosedForm": "theory",
     "Dynamics": "theory",
     "Moments": "theory",
-    "Problem": "prepare",
-    "Result": "result",
+    "Problem": "runs.setup",
+    "Result": "runs.result",
     "RowGradients": "theory",
-    "Runtime": "runtime",
-    "Table": "data",
-    "TrainConfig": "config",
-    "load_table": "data",
-    "open_runtime": "runtime",
-    "with_recipe": "config",
+    "Runtime": "distributed.communicator",
+    "Table": "data.table",
+    "TrainConfig": "runs.config",
+    "load_table": "data.table",
+    "open_runtime": "distributed.communicator",
+    "with_recipe": "runs.config",
 }
 
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from torchreg.cli import command
-from torchreg.metrics import Metrics
+from torchreg.runs.logger import Metrics
 
 what, ranks, num_steps = sys.argv[1], sys.argv[2].split(","), int(sys.argv[3])
 is_hit = os.environ.get("PMI_RANK", os.environ.get("RANK")) in ranks

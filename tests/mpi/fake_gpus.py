@@ -18,7 +18,8 @@ torch.cuda.get_device_properties = lambda device: SimpleNamespace(uuid=uuids[dev
 torch.cuda.get_device_name = lambda device: "Fake GPU"
 dist.init_process_group = lambda backend, **options: make_group(backend.replace(",cuda:nccl", ""), **options)
 
-from torchreg.runtime import AgreedError, open_runtime  # noqa: E402
+from torchreg.distributed.communicator import open_runtime  # noqa: E402
+from torchreg.distributed.rendezvous import AgreedError  # noqa: E402
 
 try:
     with open_runtime(runtime="torch", device=os.environ.get("DEVICE", "auto"), timeout_s=20) as runtime:

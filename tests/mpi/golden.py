@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from torchreg.config import TrainConfig
-from torchreg.record import read_metrics
-from torchreg.runtime import open_runtime
-from torchreg.train import train
+from torchreg.distributed.communicator import open_runtime
+from torchreg.runs.config import TrainConfig
+from torchreg.runs.record import read_metrics
+from torchreg.runs.run import train
 
 GOLDEN = Path(__file__).with_name("golden.json")
 WORLD_SIZES = (1, 2, 3)

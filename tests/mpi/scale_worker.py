@@ -4,10 +4,10 @@ import json
 import sys
 from pathlib import Path
 
-from torchreg.runtime import open_runtime
+from torchreg.distributed.communicator import open_runtime
 from torchreg.scaling.campaign import Campaign, launches
 from torchreg.scaling.measure import measure_launch
-from torchreg.verify.inject import injected
+from torchreg.verification.defects import injected
 
 CAMPAIGN = Campaign(
     ranks_per_node=(2,),

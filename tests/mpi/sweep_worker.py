@@ -4,7 +4,7 @@ import os
 import sys
 
 from torchreg.cli import main
-from torchreg.sweep import run as sweep_run
+from torchreg.sweeps import sweep as sweep_run
 
 really_train = sweep_run.train
 

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from torchreg.runtime.failure import is_expected, is_lost_contact, one_line
+from torchreg.distributed.failure import is_expected, is_lost_contact, one_line
 
 from ..fault_matrix import GRACE_S, TIMEOUT_S, matrix
 
@@ -80,7 +80,8 @@ def test_what_a_rank_raises_is_told_once_with_rank_and_host(fault, rank, sync, r
 
 AT_THE_EDGES = f"""
 import os, signal, sys
-from torchreg.runtime import open_runtime, rendezvous
+from torchreg.distributed.communicator import open_runtime
+from torchreg.distributed import rendezvous
 if sys.argv[1] == "beginning" and os.environ["PMI_RANK"] == "1":
     rendezvous._is_one_node = lambda *_: os.kill(os.getpid(), {signal.SIGSTOP:d})
 with open_runtime(sync="ddp", device="cpu", runtime="torch", timeout_s={TIMEOUT_S}) as runtime:

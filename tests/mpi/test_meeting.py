@@ -31,7 +31,7 @@ def test_a_rank_of_srun_trains(run, tmp_path):
 
 COMPILED_WITH_NCCL = """
 import torch.distributed as dist
-from torchreg.runtime import open_runtime
+from torchreg.distributed.communicator import open_runtime
 dist.is_backend_available = dist.is_nccl_available = lambda *_: True
 with open_runtime(device="cpu", runtime="torch") as runtime:
     print(dist.get_backend_config())
@@ -161,7 +161,7 @@ def test_ranks_meet_where_plain_torch_meets(address, before, run, tmp_path):
 
 SLOW_TO_PREPARE = """
 import time
-from torchreg.runtime import open_runtime
+from torchreg.distributed.communicator import open_runtime
 with open_runtime(device="cpu", runtime="torch", timeout_s=3) as runtime:
     print(runtime.from_main(lambda: time.sleep(7) or "prepared"))
 """
@@ -177,7 +177,7 @@ def test_ranks_do_not_wait_for_a_main_rank_that_is_stopped(tmp_path, run):
     script = tmp_path / "stopped.py"
     script.write_text(
         "import os, signal\n"
-        "from torchreg.runtime import open_runtime\n"
+        "from torchreg.distributed.communicator import open_runtime\n"
         'with open_runtime(device="cpu", runtime="torch", timeout_s=3) as runtime:\n'
         "    runtime.from_main(lambda: os.kill(os.getpid(), signal.SIGSTOP))\n"
     )
@@ -188,7 +188,7 @@ def test_ranks_do_not_wait_for_a_main_rank_that_is_stopped(tmp_path, run):
 
 def test_auto_on_a_machine_with_a_driver_says_why_it_is_the_cpu(monkeypatch, tmp_path):
     # A job that paid for GPUs trained on CPUs, and nothing said so.
-    from torchreg.runtime import devices
+    from torchreg.distributed import devices
 
     monkeypatch.setattr(devices, "_DRIVERS", (str(tmp_path),))
     assert f"this machine has a GPU driver ({tmp_path})" in devices.why_not_a_gpu("auto", {})

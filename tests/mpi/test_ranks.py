@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from torchreg.runtime import open_runtime
-from torchreg.train import train
+from torchreg.distributed.communicator import open_runtime
+from torchreg.runs.run import train
 
 from .worker import bits, configurations, ordered_configurations
 
@@ -129,7 +129,7 @@ def test_bad_input_is_told_once_and_ends_all_ranks_with_exit_code_2(options, par
 
 FAILING = """
 import sys
-from torchreg.runtime import open_runtime
+from torchreg.distributed.communicator import open_runtime
 with open_runtime(sync="ddp", device="cpu", runtime="torch") as runtime:
     if runtime.rank == 1:
         raise OSError("the disk of rank 1 is gone")
@@ -152,7 +152,7 @@ def test_a_failure_on_one_rank_ends_all_with_its_reason_once(launcher, run, tmp_
 
 KILLED = """
 import os, signal
-from torchreg.runtime import open_runtime
+from torchreg.distributed.communicator import open_runtime
 with open_runtime(sync="ddp", device="cpu", runtime="torch") as runtime:
     if runtime.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -172,8 +172,8 @@ def test_a_launcher_that_mpi_does_not_know_of_is_an_error_that_names_both(run, t
     # Four copies that each think MPI has one rank: what a wrong mpiexec does.
     environment = {"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "2", "MPI_LOCALNRANKS": "4"}
     script = (
-        "from torchreg.runtime.rendezvous import agree_with_mpi\n"
-        "from torchreg.launcher import detect_launcher\n"
+        "from torchreg.distributed.rendezvous import agree_with_mpi\n"
+        "from torchreg.distributed.launcher import detect_launcher\n"
         f"env = {environment}\n"
         "try:\n"
         "    agree_with_mpi(detect_launcher(env), 'ddp', env)\n"
@@ -195,7 +195,7 @@ def test_torchrun_with_mpi_averaging_is_refused(run, tmp_path):
 LISTENING = """
 import os
 from pathlib import Path
-from torchreg.runtime import open_runtime
+from torchreg.distributed.communicator import open_runtime
 
 with open_runtime(sync="ddp", device="cpu", runtime="torch") as runtime:
     runtime.barrier()

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from torchreg import checkpoint
-from torchreg.config import TrainConfig
-from torchreg.record import METRICS_FILE
-from torchreg.train import train
+from torchreg.core import checkpoint
+from torchreg.runs.config import TrainConfig
+from torchreg.runs.record import METRICS_FILE
+from torchreg.runs.run import train
 
 from .test_ranks import launch
 

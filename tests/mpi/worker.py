@@ -6,11 +6,11 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from torchreg.config import TrainConfig
-from torchreg.record import read_metrics
-from torchreg.result import Result
-from torchreg.runtime import open_runtime
-from torchreg.train import train
+from torchreg.distributed.communicator import open_runtime
+from torchreg.runs.config import TrainConfig
+from torchreg.runs.record import read_metrics
+from torchreg.runs.result import Result
+from torchreg.runs.run import train
 
 GLOBAL_BATCH_SIZES = (3, 64, 100, 512, 551)
 BASE = {"max_steps": 20, "base_learning_rate": (0.02, 0.03), "lr_scaling": "none", "dtype": "float64"}

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 
 from torchreg.cli import main
-from torchreg.report.analysis import analyse
-from torchreg.report.limits import how_far, what_bounds
-from torchreg.report.write import write_data
+from torchreg.reporting.analysis import analyse
+from torchreg.reporting.bottlenecks import how_far, what_bounds
+from torchreg.reporting.write import write_data
 from torchreg.scaling.records import merge, read_records
 
 from ..scaling.made import Machine, Made, without_noise, write_launch
@@ -518,7 +518,7 @@ def test_the_same_records_give_the_same_bytes_and_a_merge_the_same_numbers():
 
 
 def test_the_command_writes_a_report_for_a_person_and_for_a_program(capsys):
-    pytest.importorskip("torchreg.report.pages")
+    pytest.importorskip("torchreg.reporting.pages")
     campaign = replace(NOISY, num_blocks=6).write(Path("campaign"))
     assert main(["report", str(campaign)]) == 0
     out = capsys.readouterr().out.splitlines()

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from torchreg.cli import main
-from torchreg.report.analysis import analyse
-from torchreg.report.compare import compare
-from torchreg.report.write import write_data
+from torchreg.reporting.analysis import analyse
+from torchreg.reporting.comparison import compare
+from torchreg.reporting.write import write_data
 from torchreg.scaling.records import read_records
 
 from ..scaling.made import Machine, Made, write_launch

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from tests.report.example import make_report
-from torchreg.figures import rendering
-from torchreg.report import pages
-from torchreg.report.cells import Cell, counted_estimate, table
-from torchreg.report.pages import write_pages
-from torchreg.report.sections import sections_of
+from torchreg.plots import rendering
+from torchreg.reporting import pages
+from torchreg.reporting.page_parts import Cell, counted_estimate, table
+from torchreg.reporting.pages import write_pages
+from torchreg.reporting.sections import sections_of
 
 EVIL = '<script>alert(1)</script>"><img src=x onerror=alert(2)> | `a` | **b** [c](https://evil.example) $d$ & é 中'
 """What a stranger may have called their machine."""

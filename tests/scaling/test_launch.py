@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchreg.cli.scale_command import run_command
-from torchreg.scaling.launch import (
+from torchreg.machines.launch_commands import (
     MACHINES,
     allocated_hosts,
     choose_launcher,

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchreg.cli import main
-from torchreg.report.analysis import analyse
+from torchreg.reporting.analysis import analyse
 from torchreg.scaling import sources
 from torchreg.scaling.records import allreduce_table, launches_table, merge, points_table, read_records
 from torchreg.scaling.schema import check, sealed

@@ -19,12 +19,12 @@ from pathlib import Path
 import pytest
 
 from torchreg.cli import main
-from torchreg.scaling import claims
-from torchreg.scaling import run as running
+from torchreg.runs.stopping import StopRequest
+from torchreg.scaling import campaign_run as running
+from torchreg.scaling import locks as claims
 from torchreg.scaling.campaign import Campaign, launches
-from torchreg.scaling.run import campaign_of, open_campaign, run_campaign, state_of
-from torchreg.scaling.tell import status, status_lines
-from torchreg.stopping import StopRequest
+from torchreg.scaling.campaign_run import campaign_of, open_campaign, run_campaign, state_of
+from torchreg.scaling.campaign_tables import status, status_lines
 
 from .made import Made
 

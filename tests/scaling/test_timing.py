@@ -5,16 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchreg import timing
-from torchreg.config import TrainConfig
-from torchreg.data import Standardizer, load_table
-from torchreg.runtime import open_runtime
+from torchreg.data.table import Standardizer, load_table
+from torchreg.distributed import timing
+from torchreg.distributed.communicator import open_runtime
+from torchreg.runs.config import TrainConfig
+from torchreg.runs.run import train
+from torchreg.runs.step_errors import StepErrors
 from torchreg.scaling import measure, target
-from torchreg.scaling.answer import make_rows
 from torchreg.scaling.campaign import Campaign, Launch, Setting
+from torchreg.scaling.known_rows import make_rows
 from torchreg.scaling.loop import StepLoop
-from torchreg.step_errors import StepErrors
-from torchreg.train import train
 
 
 class Alone:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from torchreg.data import Standardizer, load_table
+from torchreg.data.table import Standardizer, load_table
 from torchreg.theory import Moments, RowGradients
 
 

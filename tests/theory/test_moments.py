@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchreg.builtin import make_houses
+from torchreg.data.synthetic import make_houses
 from torchreg.theory import Moments
 
 from ..conftest import BEST_BIAS, BEST_LOSS, BEST_WEIGHT

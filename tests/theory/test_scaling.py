@@ -2,7 +2,7 @@
 
 import pytest
 
-from torchreg.schedule import lr_scale
+from torchreg.core.schedule import lr_scale
 from torchreg.theory import Dynamics, critical_batch_size, largest_stable_world_size
 
 from .simulation import Houses

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from torchreg.launcher import Launcher
-from torchreg.runtime import Place
-from torchreg.verify import topology
+from torchreg.distributed.communicator import Place
+from torchreg.distributed.launcher import Launcher
+from torchreg.verification import topology
 
 
 @dataclass

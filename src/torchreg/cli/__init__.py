@@ -16,8 +16,8 @@ from types import FrameType
 from typing import Any
 
 from torchreg.cli.options import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED
-from torchreg.launcher import detect_launcher
-from torchreg.stopping import ignore_signals
+from torchreg.distributed.launcher import detect_launcher
+from torchreg.runs.stopping import ignore_signals
 
 COMMANDS = {
     "train": "train the model, on one process or many ranks",
@@ -155,14 +155,14 @@ def _dispatch(arguments: list[str]) -> int:
         raise ValueError(f"{command!r} is no command: the commands are {', '.join(COMMANDS)}")
     if not any(" ".join(arguments[:2]).startswith(begin) for begin in _ON_ALL_RANKS) and not _is_main_rank():
         return 0  # the main rank does it: each file is written once
-    code: int = import_module(f"torchreg.cli.{command}").run(options)
+    code: int = import_module(f"torchreg.cli.{command}_command").run(options)
     return code
 
 
 def _tell(message: str) -> None:
     """One line on stderr, from the main rank only."""
     if _is_main_rank():
-        from torchreg.terminal import printable
+        from torchreg.console import printable
 
         print(f"torchreg: error: {printable(' '.join(message.split()))}", file=sys.stderr)
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
-from torchreg.config import TrainConfig, with_recipe
+from torchreg.runs.config import TrainConfig, with_recipe
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2

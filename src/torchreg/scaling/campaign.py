@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from torchreg.builtin import REAL_NUM_ROWS
-from torchreg.files import check_name
-from torchreg.scaling.launch import LauncherName, MachineName, words
+from torchreg.core.files import check_name
+from torchreg.data.synthetic import REAL_NUM_ROWS
+from torchreg.machines.launch_commands import LauncherName, MachineName, words
 
 CAMPAIGN_FILE = "campaign.yaml"
 

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchreg.batches import BatchPlan
-from torchreg.model import make_model
-from torchreg.optim import make_sgd
-from torchreg.ordered import MicroBatches
-from torchreg.rows import hand_rows
-from torchreg.runtime import AnySync, Runtime
+from torchreg.core.batches import BatchPlan
+from torchreg.core.model import make_model
+from torchreg.core.optim import make_sgd
+from torchreg.core.schedule import Schedule
+from torchreg.distributed.communicator import AnySync, Runtime
+from torchreg.runs.ordered import MicroBatches
+from torchreg.runs.rows import hand_rows
+from torchreg.runs.run import TakesNote, TakeStep, make_step, run_steps
+from torchreg.runs.step_errors import MOST_WAITING, StepErrors
 from torchreg.scaling.campaign import Setting
-from torchreg.schedule import Schedule
-from torchreg.step_errors import MOST_WAITING, StepErrors
 from torchreg.theory import Matrix
-from torchreg.train import TakesNote, TakeStep, make_step, run_steps
 
 
 class LossSums:

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchreg.record import machine_facts
-from torchreg.rows import torch_dtype
-from torchreg.runtime import AnySync, Runtime
-from torchreg.scaling.answer import Rows, check, make_rows
+from torchreg.distributed.communicator import AnySync, Runtime
+from torchreg.distributed.timing import elapsed_on_ranks, steps_for, time_all_reduce, time_window, warm_up
+from torchreg.runs.record import machine_facts
+from torchreg.runs.rows import torch_dtype
 from torchreg.scaling.campaign import Campaign, Launch, Setting, settings
+from torchreg.scaling.known_rows import Rows, check, make_rows
 from torchreg.scaling.loop import StepLoop
 from torchreg.scaling.target import MOST_TARGET_FEATURES, run_to_target
-from torchreg.timing import elapsed_on_ranks, steps_for, time_all_reduce, time_window, warm_up
 
 ALL_REDUCE_BYTES = (8, 64, 512, 4_096, 32_768, 262_144, 2_097_152)
 _ALL_REDUCE_S = 0.05  # of repetitions at each size, about

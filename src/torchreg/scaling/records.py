@@ -146,7 +146,7 @@ def launches_table(records: Records) -> pd.DataFrame:
 
 
 FACTS = ("driver", "cuda", "rocm", "oneccl", "libfabric", "kernel", "tf32")
-"""What `torchreg.record.machine_facts` has, and decides a number; a record that lacks one has None."""
+"""What `torchreg.runs.record.machine_facts` has, and decides a number; a record that lacks one has None."""
 
 _PLACEMENT = re.compile(
     r"\w*(VISIBLE_DEVICES|DEVICE_(ORDER|ORDINAL|SELECTOR|HIERARCHY)|AFFINITY|NUMA|(CPU|GPU|MEM|PROC)_BIND|PLACES)\w*"

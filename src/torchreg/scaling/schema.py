@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torchreg.record import to_json
+from torchreg.runs.record import to_json
 from torchreg.scaling.rules import (
     Each,
     ObjectOrNull,

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchreg.scaling.claims import CLAIM_FILE
+from torchreg.scaling.locks import CLAIM_FILE
 
 LAUNCHES_FOLDER = "launches"
 LAUNCH_FILE = "launch.json"

@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torchreg.config import TrainConfig
-from torchreg.prepare import prepare
-from torchreg.record import read_metrics
-from torchreg.runtime import Runtime
+from torchreg.distributed.communicator import Runtime
+from torchreg.runs.config import TrainConfig
+from torchreg.runs.record import read_metrics
+from torchreg.runs.run import train
+from torchreg.runs.setup import prepare
+from torchreg.runs.step_errors import MOST_WAITING
 from torchreg.scaling.campaign import Campaign, Launch, Setting
-from torchreg.step_errors import MOST_WAITING
-from torchreg.train import train
 
 MOST_TARGET_FEATURES = 16
 """Beyond, theory predicts no noise and so no steps to a target."""

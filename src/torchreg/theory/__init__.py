@@ -11,11 +11,11 @@ residuals e_i = y_i − a_iᵀθ*, loss L(θ) = (1/n) Σ (y_i − a_iᵀθ)² = 
 of the learning rates.
 """
 
+from torchreg.theory.critical_batch import CriticalBatch, critical_batch_size, largest_stable_world_size
 from torchreg.theory.curve import LearningCurve
 from torchreg.theory.dynamics import MOST_STEPS, Dynamics
 from torchreg.theory.moments import ClosedForm, Matrix, Moments
-from torchreg.theory.rows import MAX_FEATURES, RowGradients
-from torchreg.theory.scaling import CriticalBatch, critical_batch_size, largest_stable_world_size
+from torchreg.theory.row_gradients import MAX_FEATURES, RowGradients
 from torchreg.theory.steps import MAX_SEQUENTIAL, Order
 
 __all__ = [

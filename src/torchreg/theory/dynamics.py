@@ -27,7 +27,7 @@ from torchreg.theory.curve import LearningCurve, Steps, band
 from torchreg.theory.maps import first_reached, is_contraction, spectral_radius, symmetric_basis
 from torchreg.theory.modes import Modes
 from torchreg.theory.moments import Matrix
-from torchreg.theory.rows import RowGradients
+from torchreg.theory.row_gradients import RowGradients
 from torchreg.theory.shuffle import ShuffledEpochs
 from torchreg.theory.steps import Order, step_maps
 

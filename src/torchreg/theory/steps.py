@@ -9,7 +9,7 @@ import numpy as np
 
 from torchreg.theory.maps import both_ways, on_symmetric, pairs
 from torchreg.theory.moments import Matrix
-from torchreg.theory.rows import RowGradients
+from torchreg.theory.row_gradients import RowGradients
 from torchreg.theory.sequential import covariance_root, higher_maps, sampled_deviations
 
 Order = Literal["simultaneous", "sequential"]

@@ -1,0 +1,112 @@
+"""`torchreg report`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from torchreg.cli.options import EXIT_FAILED, parse
+
+_FOLDER = "report"
+
+
+@dataclass(frozen=True)
+class ReportArguments:
+    """Turn the launch records of a campaign into a report: report.html, report.md, report.json, tables, figures.
+
+    From records alone, as often as you like; with several directories, from all of them, without mixing what cannot
+    be compared. `torchreg report compare OLD NEW` tells whether a campaign has become slower.
+    """
+
+    dirs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR [DIR ...]")]
+    """Campaign directories, as `torchreg scale run` made them."""
+
+    out: Path | None = None
+    """Where the report is written. Default: `report` in the campaign's directory."""
+
+    json: bool = False
+    """Print the report as one JSON object on stdout, and nothing else there."""
+
+
+@dataclass(frozen=True)
+class CompareArguments:
+    """Compare a new campaign with an old one: exit code 1 where a step became slower, or a result wrong.
+
+    Slower means that even the low end of the 95 % interval of new over old is beyond the threshold; faster, the high
+    end likewise. Intervals hold what differs between launches, and not what differs between the hours of two campaigns.
+    """
+
+    old: Annotated[Path, tyro.conf.Positional]
+    """The old campaign's directory, or its report.json."""
+
+    new: Annotated[Path, tyro.conf.Positional]
+    """The new campaign's directory, or its report.json."""
+
+    threshold: float = 0.05
+    """By which fraction a step may take longer."""
+
+    json: bool = False
+    """Print the comparison as one JSON object on stdout, and nothing else there."""
+
+
+def run(argv: list[str]) -> int:
+    """Write a report, or compare two campaigns."""
+    if argv[:1] == ["compare"]:
+        return _compare(argv[1:])
+    arguments = parse(ReportArguments, "torchreg report", argv)
+    if not arguments.dirs:
+        raise ValueError("report got no directory: give a campaign's, as in `torchreg report DIR`")
+    if arguments.out is None and len(arguments.dirs) > 1:
+        raise ValueError(f"report got {len(arguments.dirs)} directories: say with --out where their report belongs")
+
+    from torchreg.reporting.write import require_report_libraries
+
+    require_report_libraries()
+
+    from torchreg.console import show_lines
+    from torchreg.reporting.analysis import analyse
+    from torchreg.reporting.write import write_data
+    from torchreg.runs.record import to_json
+    from torchreg.scaling.records import read_records
+
+    records = read_records(arguments.dirs)
+    report = analyse(records)
+    folder = arguments.out or arguments.dirs[0] / _FOLDER
+    written = write_data(report, records, folder)
+
+    from torchreg.reporting.pages import write_pages  # brings matplotlib and Jinja2, which bad input need not wait for
+
+    written += write_pages(report, folder)
+    if arguments.json:
+        print(to_json(report))
+        return 0
+    lines = [f"verdict      {line}" for line in report["verdict"]["lines"]]
+    lines += [f"failed       {one['file']}: {one['reason']}" for one in report["failed"]]
+    lines += [f"left out     {one['file']}: {one['reason']}" for one in report["excluded"]]
+    lines += [f"report       {path}" for path in written if path.suffix in (".html", ".md", ".json")]
+    show_lines(lines)
+    return 0
+
+
+def _compare(argv: list[str]) -> int:
+    arguments = parse(CompareArguments, "torchreg report compare", argv)
+
+    from torchreg.reporting.write import require_report_libraries
+
+    require_report_libraries()
+
+    from torchreg.console import show_lines, show_table
+    from torchreg.reporting.comparison import compare
+    from torchreg.runs.record import to_json
+
+    comparison = compare(arguments.old, arguments.new, arguments.threshold)
+    if arguments.json:
+        print(to_json(comparison.as_json()))
+    else:
+        if comparison.rows:
+            show_table(*comparison.table())
+        show_lines(comparison.conclusion())
+    return EXIT_FAILED if comparison.is_regression else 0

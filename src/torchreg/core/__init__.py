@@ -1,0 +1,1 @@
+"""The program: batches, model, schedule, steps, the training loop, checkpoints. It imports nothing of torchreg."""

@@ -1,0 +1,1 @@
+"""Tables in, matrices out: files, the real table, the synthetic one."""

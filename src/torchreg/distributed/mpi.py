@@ -1,0 +1,84 @@
+"""Everything that torchreg does through mpi4py, which is imported when it is first needed."""
+
+# No `from __future__ import annotations`: DistributedDataParallel reads the hook's annotations as types.
+import atexit
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import GradBucket
+
+from torchreg.distributed.watchdog import Watchdog, exit_after
+
+
+def import_mpi(reason: str) -> Any:
+    """`mpi4py.MPI`. Raises `ValueError`, with the reason that it is needed for, where it cannot be imported."""
+    # A Cray MPICH with GPU support ends the process in MPI_Init where torch was imported first. No tensor on a GPU is
+    # ever handed to MPI.
+    os.environ["MPICH_GPU_SUPPORT_ENABLED"] = "0"
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # mpi4py's wheel raises RuntimeError when it finds no libmpi
+        cause = str(error).splitlines()[0]
+        raise ValueError(
+            f"{reason}, and mpi4py cannot be imported ({cause}): pip install mpi4py mpich, or on an HPC system use "
+            "the site's mpi4py"
+        ) from error
+    return MPI
+
+
+def mpi_library() -> str:
+    """The MPI library behind mpi4py, and its version."""
+    from mpi4py import MPI
+
+    return MPI.Get_library_version().splitlines()[0].strip(" \0").replace("\t", " ")
+
+
+def finalize_within(timeout_s: float) -> None:
+    """See to it that MPI_Finalize, which waits for all ranks, takes no longer than `timeout_s` when Python ends."""
+    atexit.unregister(_finalize)
+    atexit.register(_finalize, timeout_s)
+
+
+def _finalize(timeout_s: float) -> None:
+    from mpi4py import MPI
+
+    if not MPI.Is_finalized():
+        with exit_after(timeout_s, MPI.COMM_WORLD.Get_rank()):
+            MPI.Finalize()
+
+
+def summation(comm: Any, tensor: Tensor, watchdog: Watchdog) -> Callable[[], None]:
+    """A function that replaces a CPU tensor by its sum over ranks, in its own memory."""
+    from mpi4py import MPI
+
+    in_place, allreduce, memory = MPI.IN_PLACE, comm.Allreduce, _memory(tensor)
+
+    def add_over_ranks() -> None:
+        watchdog.call = object()
+        allreduce(in_place, memory)
+        watchdog.call = None
+
+    return add_over_ranks
+
+
+def average_gradients(state: tuple[Any, Watchdog], bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    """A communication hook of DistributedDataParallel that averages a bucket through mpi4py."""
+    from mpi4py import MPI
+
+    comm, watchdog = state
+    gradient = bucket.buffer()
+    watchdog.call = object()
+    comm.Allreduce(MPI.IN_PLACE, _memory(gradient))
+    watchdog.call = None
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(gradient.div_(comm.Get_size()))
+    return done
+
+
+def _memory(tensor: Tensor) -> Any:
+    if tensor.device.type != "cpu":
+        raise ValueError(f"sync is mpi and the tensor is on {tensor.device}: mpi4py reduces CPU tensors")
+    return tensor.numpy()

@@ -1,0 +1,1 @@
+"""What each machine needs, and how each launcher spells it: data and pure functions."""

@@ -1,0 +1,1 @@
+"""Predictions for many world sizes, without training."""

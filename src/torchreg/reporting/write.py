@@ -1,0 +1,52 @@
+"""The files of a report that are data: report.json and tidy tables, written whole, from records alone."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from torchreg.core.files import write_atomically
+from torchreg.runs.record import write_json
+from torchreg.scaling.records import Records, allreduce_table, launches_table, points_table
+
+REPORT_FILE = "report.json"
+
+
+def require_report_libraries() -> None:
+    """Raise `ValueError`, before any work, where a report cannot be made."""
+    for library in ("jinja2", "matplotlib", "pyarrow", "scipy"):
+        if find_spec(library) is None:
+            raise ValueError(f"report needs {library}, which is not installed: pip install {library}")
+
+
+def write_data(report: Mapping[str, Any], records: Records, folder: Path) -> list[Path]:
+    """Write report.json, points and allreduce as CSV and Parquet, and launches.csv; the paths.
+
+    The same records give the same bytes. Raises `ValueError` where the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out is {folder}, which cannot be made ({error.strerror}): give another --out") from error
+    paths = [folder / REPORT_FILE]
+    write_json(paths[0], report)
+    for name, table in (("points", points_table(records)), ("allreduce", allreduce_table(records))):
+        paths += [_write_csv(table, folder / f"{name}.csv"), _write_parquet(table, folder / f"{name}.parquet")]
+    return [*paths, _write_csv(launches_table(records), folder / "launches.csv")]
+
+
+def _write_csv(table: pd.DataFrame, path: Path) -> Path:
+    write_atomically(path, table.to_csv(index=False, lineterminator="\n").encode())
+    return path
+
+
+def _write_parquet(table: pd.DataFrame, path: Path) -> Path:
+    content = io.BytesIO()
+    table.to_parquet(content, index=False)
+    write_atomically(path, content.getvalue())
+    return path

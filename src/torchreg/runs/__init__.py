@@ -1,0 +1,1 @@
+"""One training run: configuration, set-up, loop, logs, checkpoints, record."""

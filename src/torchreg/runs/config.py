@@ -1,0 +1,317 @@
+"""Every choice of a training run: one documented dataclass, and the recipes that fill it.
+
+The command line, the record of a run and the README's table of options are made from `TrainConfig`; it
+imports no torch, so that `torchreg train --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torchreg.core.files import check_name
+
+Optimizer = Literal["sgd", "hand"]
+Sync = Literal["auto", "ddp", "allreduce", "mpi"]
+Sampling = Literal["shuffle", "random", "full"]
+UpdateOrder = Literal["simultaneous", "sequential"]
+LRScaling = Literal["linear", "sqrt", "none"]
+Decay = Literal["constant", "linear", "cosine", "step"]
+
+DEFAULT_EPOCHS = 30
+
+_AT_LEAST_ONE = (
+    "num_rows", "num_features", "global_batch_size", "local_batch_size", "micro_batch_size",
+    "reference_batch_size", "decay_every", "max_steps", "log_every", "checkpoint_every", "keep_checkpoints",
+)  # fmt: skip
+_POSITIVE = ("epochs", "target_excess", "timeout_s", "checkpoint_every_s", "time_limit_s")
+_LARGEST = 10**12  # of any count or duration: more is a slip, and would overflow somewhere
+_NOT_NEGATIVE = ("data_seed", "seed", "warmup_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run, from the data to the record.
+
+    Raises `ValueError`, naming the field, its value and the remedy, for values that no data could make right.
+    """
+
+    data: str = "builtin"
+    """Where the rows come from: `builtin` (made rows with the real table's sums), `ames` (the real table,
+    fetched once), or a CSV or Parquet file."""
+
+    features: tuple[str, ...] = ()
+    """Feature columns of the file. Default: GrLivArea."""
+
+    target: str | None = None
+    """Target column of the file. Default: SalePrice."""
+
+    num_rows: int | None = None
+    """Rows of the built-in data. Default: 551."""
+
+    num_features: int | None = None
+    """Features of the built-in data. Default: 1."""
+
+    data_seed: int = 0
+    """Seed of the built-in data."""
+
+    standardize: bool = True
+    """Train on features shifted to mean 0 and scaled to variance 1. Results are in the data's own units."""
+
+    drop_missing: bool = False
+    """Leave out rows with missing values instead of refusing the table."""
+
+    optimizer: Optimizer = "sgd"
+    """`sgd`: autograd and torch.optim.SGD. `hand`: the gradient and the update written out by hand."""
+
+    sync: Sync = "auto"
+    """Who averages gradients over ranks: `ddp` (with sgd), `allreduce` (with hand), `mpi` (either, on the CPU).
+    `auto` is `ddp` for sgd and `allreduce` for hand."""
+
+    reduction: Literal["fast", "ordered"] = "fast"
+    """`ordered` adds gradients up in one order whatever the number of ranks: the same `global_batch_size` and
+    `micro_batch_size` then give the same bits at every world size. It costs longer messages, and one thread a rank."""
+
+    update_order: UpdateOrder = "simultaneous"
+    """`sequential` updates the weight first and the bias with the new weight, as the lesson does; it needs
+    `--optimizer hand`."""
+
+    sampling: Sampling = "shuffle"
+    """`shuffle`: a new permutation each epoch. `random`: each step draws its rows afresh without
+    replacement. `full`: every step takes all rows."""
+
+    global_batch_size: int | None = None
+    """Rows of a step over all ranks (strong scaling). Give this or `local_batch_size`, not both."""
+
+    local_batch_size: int | None = None
+    """Rows of a step on each rank (weak scaling). Default: 64, unless `global_batch_size` is given."""
+
+    micro_batch_size: int | None = None
+    """Rows of one forward and backward on one rank; larger shares accumulate gradients. Default: one pass, or with
+    `--reduction ordered` an eighth of the global batch."""
+
+    seed: int = 0
+    """Seed of the order of rows. The same rows make a step at every world size."""
+
+    base_learning_rate: tuple[float, float] | None = None
+    """Learning rates of the weight and of the bias at `reference_batch_size`. Default: 0.05 for
+    the bias and 0.05 / (mean square of the features) for the weight, less where the stability limit asks
+    for it."""
+
+    reference_batch_size: int = 64
+    """The global batch size that `base_learning_rate` is meant for."""
+
+    lr_scaling: LRScaling = "linear"
+    """How the rates grow with global_batch_size / reference_batch_size."""
+
+    warmup_steps: int = 0
+    """Steps over which the rates go linearly from base to scaled."""
+
+    decay: Decay = "constant"
+    """What the rates do after the warm-up."""
+
+    decay_floor: float = 0.0
+    """Where `linear` and `cosine` decay end, as a fraction of the scaled rate."""
+
+    decay_factor: float = 0.1
+    """What `step` decay multiplies the rates by, every `decay_every` steps."""
+
+    decay_every: int | None = None
+    """Steps between two drops of `step` decay. Default: a third of the run."""
+
+    on_unstable: Literal["warn", "refuse", "cap"] = "warn"
+    """What to do when the rates are above the stability limit: say so and go on, stop, or lower them to half
+    the limit."""
+
+    initial_weight: float = 0.0
+    """Start value of every weight, in the data's own units."""
+
+    initial_bias: float = 0.0
+    """Start value of the bias, in the data's own units."""
+
+    max_steps: int | None = None
+    """Stop after this many steps."""
+
+    epochs: float | None = None
+    """Stop after this many passes over the data. Default: 30, unless `max_steps` is given."""
+
+    target_excess: float | None = None
+    """Stop when the loss on all rows is within this fraction of the closed form's (0.001: 0.1 %)."""
+
+    runtime: Literal["auto", "ezpz", "torch"] = "auto"
+    """Who sets up several ranks: ezpz where the real one is installed (`auto`), only ezpz, or only torch."""
+
+    device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = "auto"
+    """Where to train. `auto` takes an accelerator where there is one."""
+
+    dtype: Literal["auto", "float32", "float64"] = "auto"
+    """Precision of data and parameters. `auto` is float64 on the CPU and float32 elsewhere."""
+
+    timeout_s: float = 300.0
+    """How long a collective operation waits for other ranks, in seconds."""
+
+    name: str | None = None
+    """Name of the run: its records are in `runs_dir/name`. Default: train-<date>-<time>."""
+
+    runs_dir: str = "runs"
+    """Folder of all runs."""
+
+    overwrite: bool = False
+    """Replace the records of an earlier run of this name."""
+
+    resume: Literal["never", "auto"] = "never"
+    """`auto`: go on from the newest good checkpoint of the run of this name, at any world size; start where there is
+    none; leave a finished run alone. Needs `--name`."""
+
+    checkpoint_every: int | None = None
+    """Steps between two checkpoints."""
+
+    checkpoint_every_s: float | None = None
+    """Seconds between two checkpoints, about: it is looked at when losses are added up over ranks."""
+
+    keep_checkpoints: int = 3
+    """How many of the newest checkpoints are kept."""
+
+    time_limit_s: float | None = None
+    """Save and stop (exit code 75) shortly before so many seconds are over. Default: the end of the Slurm job."""
+
+    log_every: int | None = None
+    """Steps between two lines of metrics. Default: about forty lines a run."""
+
+    log_full_loss: bool = False
+    """Log the loss on all rows too, with every line of metrics. The time this takes is not counted."""
+
+    plot: bool = False
+    """Draw data, fit, closed form and loss as PNG and SVG in the run's folder."""
+
+    def __post_init__(self) -> None:
+        for field in _AT_LEAST_ONE:
+            value = getattr(self, field)
+            if value is not None and not 1 <= value <= _LARGEST:
+                raise ValueError(f"{field} is {value}: give a whole number of at least 1 and at most {_LARGEST:,}")
+        for field in _POSITIVE:
+            value = getattr(self, field)
+            if value is not None and not 0 < value <= _LARGEST:
+                raise ValueError(f"{field} is {value}: give a number above 0 and at most {_LARGEST:,}")
+        for field in _NOT_NEGATIVE:
+            if not 0 <= getattr(self, field) < 2**32:
+                raise ValueError(f"{field} is {getattr(self, field)}: give 0 or more, and less than 2³²")
+        if self.base_learning_rate is not None:
+            for parameter, rate in zip(("weight", "bias"), self.base_learning_rate, strict=True):
+                if not (rate > 0 and math.isfinite(rate)):
+                    raise ValueError(f"base_learning_rate of the {parameter} is {rate}: give a number above 0")
+        for field in ("decay_floor", "decay_factor"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise ValueError(f"{field} is {getattr(self, field)}: give a fraction from 0 to 1")
+        for field in ("initial_weight", "initial_bias"):
+            if not math.isfinite(getattr(self, field)):
+                raise ValueError(f"{field} is {getattr(self, field)}: give a finite number")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if self.global_batch_size is not None and self.local_batch_size is not None:
+            raise ValueError(
+                f"global_batch_size is {self.global_batch_size} and local_batch_size is {self.local_batch_size}: "
+                "give one of them; the world size makes the other"
+            )
+        if self.sampling == "full" and (self.global_batch_size or self.local_batch_size):
+            raise ValueError(
+                "sampling is full, which takes all rows in every step, and a batch size is given: "
+                "leave the batch size out, or choose --sampling shuffle or random"
+            )
+        if self.effective_sync not in (("ddp", "mpi") if self.optimizer == "sgd" else ("allreduce", "mpi")):
+            raise ValueError(
+                f"sync is {self.sync} and optimizer is {self.optimizer}: sgd goes with ddp or mpi, "
+                "hand with allreduce or mpi"
+            )
+        if self.update_order == "sequential" and self.optimizer == "sgd":
+            raise ValueError(
+                "update_order is sequential and optimizer is sgd, which updates all parameters at once: "
+                "add --optimizer hand"
+            )
+        if self.data != "builtin" and (self.num_rows or self.num_features):
+            field = "num_rows" if self.num_rows else "num_features"
+            raise ValueError(
+                f"{field} is {getattr(self, field)} and data is {self.data}: only the built-in data can be made "
+                "to size; leave it out or choose --data builtin"
+            )
+        if self.data == "builtin" and (self.features or self.target):
+            raise ValueError(
+                "features or target are given for the built-in data, whose columns are fixed: name a file with --data"
+            )
+        if self.resume == "auto" and self.name is None:
+            raise ValueError("resume is auto and name is None: say which run to go on with, by --name")
+        if self.resume == "auto" and self.overwrite:
+            raise ValueError("resume is auto and overwrite is on: choose one of the two")
+        if self.name is not None:
+            check_name("name", self.name)
+
+    def data_options(self) -> dict[str, Any]:
+        """What `load_table` needs besides the source."""
+        names = ("features", "target", "num_rows", "num_features", "data_seed", "drop_missing")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def effective_sync(self) -> Literal["ddp", "allreduce", "mpi"]:
+        """`sync` with `auto` resolved."""
+        if self.sync == "auto":
+            return "ddp" if self.optimizer == "sgd" else "allreduce"
+        return self.sync
+
+
+RECIPES: dict[str, TrainConfig] = {
+    "default": TrainConfig(),
+    "lesson": TrainConfig(
+        standardize=False,
+        optimizer="hand",
+        update_order="sequential",
+        sampling="full",
+        base_learning_rate=(1e-7, 1e-1),
+        lr_scaling="none",
+        initial_weight=5.0,
+        initial_bias=1000.0,
+        epochs=30,
+        dtype="float64",
+    ),
+}
+RECIPES["homework"] = replace(RECIPES["lesson"], sampling="random", global_batch_size=64)
+"""`default` is safe at any world size that the data allows; `lesson` is the original lesson to the digit, and
+`homework` its exercise: batches of 64 rows that each step draws afresh."""
+
+
+SWEEP_DEFAULTS: dict[Literal["batch", "ladder"], TrainConfig] = {
+    "batch": replace(RECIPES["homework"], name="sweep-batch", global_batch_size=None),
+    "ladder": replace(RECIPES["homework"], name="sweep-ladder", global_batch_size=None, epochs=None, max_steps=1_000),
+}
+"""What the runs of a sweep are unless options say otherwise: the lesson's homework."""
+
+
+def with_recipe(recipe: str, **overrides: object) -> TrainConfig:
+    """A recipe with some of its values replaced."""
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe is {recipe}: the recipes are {', '.join(RECIPES)}")
+    return replace(RECIPES[recipe], **overrides)  # type: ignore[arg-type]
+
+
+def field_docs() -> dict[str, str]:
+    """The sentence under each field of `TrainConfig`, for the README's table."""
+    (definition,) = ast.parse(inspect.getsource(TrainConfig)).body
+    assert isinstance(definition, ast.ClassDef)
+    docs = {}
+    for field, text in zip(definition.body, definition.body[1:], strict=False):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(text, ast.Expr)
+            and isinstance(text.value, ast.Constant)
+        ):
+            docs[field.target.id] = " ".join(str(text.value.value).split())
+    return docs
+
+
+def from_json(values: dict[str, object]) -> TrainConfig:
+    """The configuration that a record holds."""
+    return TrainConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})  # type: ignore[arg-type]

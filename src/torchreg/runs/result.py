@@ -1,0 +1,147 @@
+"""What a run ends with: the result that is printed, and the record that carries its evidence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from torchreg.console import digits, equation
+from torchreg.distributed.communicator import Runtime
+from torchreg.runs.config import TrainConfig
+from torchreg.runs.logger import Metrics
+from torchreg.runs.record import SCHEMA_VERSION, machine_facts, provenance
+from torchreg.runs.setup import Prepared
+from torchreg.theory import Matrix
+
+
+@dataclass(frozen=True)
+class Result:
+    """The end of a run, in the data's own units; the same on every rank.
+
+    `loss` is the mean squared error over all rows, `excess` how far it is above the closed form's as a fraction
+    of it (None where that is 0, or after divergence). `train_time_s` is the slowest rank's, without set-up and
+    evaluation; `throughput` is in samples/s over all ranks.
+    """
+
+    feature_names: tuple[str, ...]
+    target_name: str
+    weight: tuple[float, ...]
+    bias: float
+    loss: float
+    closed_form_weight: tuple[float, ...]
+    closed_form_bias: float
+    closed_form_loss: float
+    excess: float | None
+    stopped_by: Literal["steps", "target", "divergence", "request"]
+    diverged_at_step: int | None
+    world_size: int
+    global_batch_size: int
+    scaled_learning_rate: tuple[float, float]
+    num_steps: int
+    num_samples: int
+    train_time_s: float
+    throughput: float
+    run_dir: str
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss became non-finite or exploded."""
+        return self.stopped_by == "divergence"
+
+    def lines(self) -> list[str]:
+        """The result for a person: the fitted line, the closed form, the losses."""
+        if self.stopped_by == "request":
+            return [f"stopped after {self.num_steps} steps, and saved; go on with --resume auto"]
+        if self.diverged:
+            return [
+                f"diverged at step {self.diverged_at_step}: the loss is not finite or has exploded ({self.loss:.6g})"
+            ]
+        excess = "" if self.excess is None else f" ({100 * self.excess:.3g} % above the best possible)"
+        reached = " (target reached)" if self.stopped_by == "target" else ""
+        names = (self.target_name, self.feature_names)
+        return [
+            f"fit          {equation(*names, self.weight, self.bias)}",
+            f"closed form  {equation(*names, self.closed_form_weight, self.closed_form_bias)}",
+            f"loss         {digits(self.loss)}{excess}",
+            f"best loss    {digits(self.closed_form_loss)}",
+            f"{self.num_steps} steps{reached}, {self.num_samples} samples in {self.train_time_s:.3g} s "
+            f"({self.throughput:,.0f} samples/s)",
+        ]
+
+
+def result_of_record(record: Mapping[str, Any]) -> Result:
+    """The result that a record holds."""
+    values: dict[str, Any] = dict(record["result"])
+    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return Result(**values | lists | {"loss": math.nan if values["loss"] is None else values["loss"]})
+
+
+def make_result(prepared: Prepared, weight: Matrix, bias: float, metrics: Metrics, run_dir: str) -> Result:
+    """The result of a run that ended at `weight` (num_features,) and `bias`, in the data's units."""
+    best = prepared.closed_form
+    comparable = best.loss > 0 and metrics.stopped_by != "divergence"
+    return Result(
+        feature_names=prepared.feature_names,
+        target_name=prepared.target_name,
+        weight=tuple(weight.tolist()),
+        bias=bias,
+        loss=metrics.loss,
+        closed_form_weight=tuple(best.weight.tolist()),
+        closed_form_bias=best.bias,
+        closed_form_loss=best.loss,
+        excess=prepared.moments.excess(weight, bias) / best.loss if comparable else None,
+        stopped_by=metrics.stopped_by,
+        diverged_at_step=metrics.diverged_at_step,
+        world_size=prepared.plan.world_size,
+        global_batch_size=prepared.plan.global_batch_size,
+        scaled_learning_rate=prepared.schedule.scaled,
+        num_steps=metrics.num_steps,
+        num_samples=metrics.num_samples,
+        train_time_s=metrics.train_time_s,
+        throughput=metrics.num_samples / metrics.train_time_s,
+        run_dir=run_dir,
+    )
+
+
+def make_record(
+    config: TrainConfig,
+    prepared: Prepared,
+    runtime: Runtime,
+    result: Result,
+    dtype: str,
+    sessions: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """The record of a run: its result, what was derived before the first step, and where it all comes from.
+
+    `sessions` are the processes that it took, each with its first step; the last of them writes the record.
+    """
+    plan = prepared.plan
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "train",
+        "result": asdict(result),
+        "config": asdict(config),
+        "derived": {
+            "num_rows": plan.num_rows,
+            "num_dropped": prepared.num_dropped,
+            "data_fingerprint": prepared.fingerprint,
+            "global_batch_size": plan.global_batch_size,
+            "local_batch_size": plan.local_batch_size,
+            "accumulation_steps": plan.accumulation_steps,
+            "steps_per_epoch": plan.steps_per_epoch,
+            "num_steps": prepared.num_steps,
+            "log_every": prepared.log_every,
+            "base_learning_rate": prepared.schedule.base,
+            "scaled_learning_rate": prepared.schedule.scaled,
+            "dtype": dtype.removeprefix("torch."),
+        },
+        "forecast": asdict(prepared.forecast),
+        "warnings": prepared.warnings,
+        "contract": prepared.contract,
+        "runtime": runtime.evidence(config.runtime),
+        "sessions": list(sessions),
+        "machine_facts": machine_facts(),
+        "provenance": provenance(str(sessions[-1]["started_utc"])),
+    }

@@ -1,0 +1,263 @@
+"""What is decided before the first step, once, on the main rank: rows, batches, rates, the right answer, the forecast.
+
+No torch: `torchreg plan` decides all of it for many world sizes and trains nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from torchreg.core.batches import BatchPlan
+from torchreg.core.schedule import Schedule, lr_scale
+from torchreg.data.table import Standardizer, Table, load_table
+from torchreg.runs.config import DEFAULT_EPOCHS, TrainConfig
+from torchreg.runs.forecast import Forecast, forecast
+from torchreg.theory import (
+    MAX_SEQUENTIAL,
+    ClosedForm,
+    Dynamics,
+    Matrix,
+    Moments,
+    RowGradients,
+    largest_stable_world_size,
+)
+
+DEFAULT_RATE = 0.05
+SEQUENTIAL_LEFT_OUT = (
+    f"update_order is sequential, which is predicted up to {MAX_SEQUENTIAL} features: the forecast is that of the "
+    "simultaneous order"
+)
+_SAFE_FRACTION = 0.5  # of the stability limit: the default's and the cap's distance from it
+_EXPLODING_FACTOR = 1_000.0  # times the loss at the start, and at the mean of the target
+_LOG_LINES = 40
+_MAX_LOG_EVERY = 1_000
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a configuration's table decides, at any world size: the right answer, and how SGD moves towards it.
+
+    `moments` and `closed_form` are in the data's units, `rows` and `start` (weight, bias) in the model's, and
+    `standardizer` maps between them. `start_error` is start − optimum, (num_features + 1,), in the model's units.
+    """
+
+    table: Table
+    standardizer: Standardizer
+    moments: Moments
+    closed_form: ClosedForm
+    rows: RowGradients
+    start: tuple[Matrix, float]
+    start_error: Matrix
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Problem:
+        """Read the table and solve it. Raises `ValueError` for data that cannot be trained on."""
+        table = read(config)
+        moments = _moments(table)
+        best = moments.closed_form()
+        standardizer = Standardizer.of(table.features, standardize=config.standardize)
+        weight = np.full(table.num_features, config.initial_weight)
+        off = standardizer.parameters_in(weight - best.weight, config.initial_bias - best.bias)
+        mean = moments.mean
+        residual = table.target - mean[-1] - (table.features - mean[:-1]) @ best.weight[:, None]
+        return cls(
+            table=table,
+            standardizer=standardizer,
+            moments=moments,
+            closed_form=best,
+            rows=RowGradients.of(standardizer.apply(table.features), residual),
+            start=standardizer.parameters_in(weight, config.initial_bias),
+            start_error=np.append(*off),
+        )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that the loop needs besides the rows and the model; the same on every rank.
+
+    `moments` and `closed_form` are in the data's units, `start` is in the model's, and `standardizer` maps between
+    them.
+    """
+
+    feature_names: tuple[str, ...]
+    target_name: str
+    fingerprint: str
+    num_dropped: int
+    standardizer: Standardizer
+    plan: BatchPlan
+    schedule: Schedule
+    moments: Moments
+    closed_form: ClosedForm
+    forecast: Forecast
+    num_steps: int
+    log_every: int
+    start: tuple[Matrix, float]
+    exploding_loss: float
+    warnings: tuple[str, ...]
+    contract: dict[str, Any]
+    """All that the numbers of the run depend on, as plain JSON: a checkpoint is of this run if its contract is equal.
+    The world size is not in it."""
+
+
+def prepare(config: TrainConfig, world_size: int, problem: Problem | None = None) -> tuple[Prepared, Table]:
+    """Read the data (unless `problem` has it), derive the batches and choose the rates of a run.
+
+    Raises `ValueError` with the field, its value and the remedy for what cannot work.
+    """
+    problem = problem or Problem.of(config)
+    table, best = problem.table, problem.closed_form
+    if config.target_excess is not None and best.loss == 0:
+        raise ValueError(
+            f"target_excess is {config.target_excess}, a fraction of the closed form's loss, which is 0 for this data: "
+            "leave it out"
+        )
+    plan = BatchPlan.derive(
+        table.num_rows,
+        world_size,
+        global_batch_size=config.global_batch_size,
+        local_batch_size=config.local_batch_size,
+        micro_batch_size=config.micro_batch_size,
+        sampling=config.sampling,
+        seed=config.seed,
+        ordered=config.reduction == "ordered",
+    )
+    num_steps = _num_steps(config, plan)
+    schedule, dynamics, warnings = _rates(config, problem, plan, num_steps)
+    # One step sees at most num_rows / global_batch_size times the loss on all rows.
+    at_start = best.loss + problem.moments.excess(
+        np.full(table.num_features, config.initial_weight), config.initial_bias
+    )
+    worst_start = max(at_start, float(table.target.var()))
+    prepared = Prepared(
+        feature_names=table.feature_names,
+        target_name=table.target_name,
+        fingerprint=table.fingerprint(),
+        num_dropped=table.num_dropped,
+        standardizer=problem.standardizer,
+        plan=plan,
+        schedule=schedule,
+        moments=problem.moments,
+        closed_form=best,
+        forecast=forecast(dynamics, schedule, problem.start_error, best.loss, plan.sampling, config.target_excess),
+        num_steps=num_steps,
+        log_every=config.log_every or min(_MAX_LOG_EVERY, math.ceil(num_steps / _LOG_LINES)),
+        start=problem.start,
+        exploding_loss=_EXPLODING_FACTOR * worst_start * table.num_rows / plan.global_batch_size,
+        warnings=(*warnings, *([best.warning] if best.warning else [])),
+        contract={},
+    )
+    return replace(prepared, contract=_contract(config, prepared)), table
+
+
+def _contract(config: TrainConfig, prepared: Prepared) -> dict[str, Any]:
+    plan = prepared.plan
+    same = (
+        "standardize", "optimizer", "update_order", "reduction", "sampling", "seed", "initial_weight", "initial_bias",
+        "target_excess", "log_full_loss", "dtype",
+    )  # fmt: skip
+    return {
+        "data_fingerprint": prepared.fingerprint,
+        "global_batch_size": plan.global_batch_size,
+        "micro_batch_size": plan.micro_batch_size if plan.ordered else None,  # else it changes the rounding alone
+        **{name: getattr(config, name) for name in same},
+        **prepared.schedule.signature(),
+    }
+
+
+def read(config: TrainConfig) -> Table:
+    """The table that a configuration names."""
+    return load_table(config.data, **config.data_options())
+
+
+def scale_at(config: TrainConfig, global_batch_size: int) -> float:
+    """What the configuration's base rates are multiplied by at a global batch size."""
+    return lr_scale(config.lr_scaling, global_batch_size, config.reference_batch_size)
+
+
+def base_rates(config: TrainConfig, problem: Problem) -> tuple[float, float]:
+    """The rates of weight and bias at the reference batch size, before any lowering for stability.
+
+    By default the same share of the curvature in the weight's and in the bias's direction.
+    """
+    mean_square = float(np.sum(problem.rows.feature_unit**2))
+    return config.base_learning_rate or (DEFAULT_RATE / mean_square, DEFAULT_RATE)
+
+
+def stable_world_size(config: TrainConfig, problem: Problem, local_batch_size: int) -> int:
+    """The most ranks at which the configuration's rates are stable, with `local_batch_size` rows each."""
+    return largest_stable_world_size(
+        problem.rows,
+        base_rates(config, problem),
+        local_batch_size,
+        lambda global_batch_size: scale_at(config, global_batch_size),
+        config.update_order,
+        config.sampling,
+    )
+
+
+def _moments(table: Table) -> Moments:
+    with np.errstate(over="ignore", invalid="ignore"):
+        moments = Moments.of(table.features, table.target)
+        squares = np.square(moments.factor).sum() + np.square(moments.mean).sum() * table.num_rows
+    if not np.isfinite(squares):
+        raise ValueError(f"data is {table.source}, whose numbers are too large to square: rescale its columns")
+    return moments
+
+
+def _num_steps(config: TrainConfig, plan: BatchPlan) -> int:
+    epochs = config.epochs if config.epochs or config.max_steps else DEFAULT_EPOCHS
+    limits = [config.max_steps, None if epochs is None else math.ceil(epochs * plan.steps_per_epoch)]
+    return min(limit for limit in limits if limit is not None)
+
+
+def _rates(
+    config: TrainConfig, problem: Problem, plan: BatchPlan, num_steps: int
+) -> tuple[Schedule, Dynamics, tuple[str, ...]]:
+    """The schedule, the dynamics of its base rates, and what to tell the user."""
+
+    scale = scale_at(config, plan.global_batch_size)
+    base = base_rates(config, problem)
+    dynamics = Dynamics.of(problem.rows, base, plan.global_batch_size, config.update_order, plan.sampling)
+    limit = dynamics.largest_multiplier() / scale
+
+    warnings: tuple[str, ...] = () if dynamics.order == config.update_order else (SEQUENTIAL_LEFT_OUT,)
+    lower = not config.base_learning_rate and limit * _SAFE_FRACTION < 1
+    if config.base_learning_rate and limit < 1:
+        told = _unstable(config, problem, plan, limit, dynamics.criterion)
+        if config.on_unstable == "refuse":
+            raise ValueError(f"{told}; lower base_learning_rate, or see it diverge with --on-unstable warn")
+        lower = config.on_unstable == "cap"
+        warnings += (f"{told}; {'the rates are lowered to half the limit' if lower else 'expect divergence'}",)
+    if lower:
+        base = (base[0] * limit * _SAFE_FRACTION, base[1] * limit * _SAFE_FRACTION)
+        dynamics = dynamics.times(limit * _SAFE_FRACTION)
+    schedule = Schedule(
+        base,
+        scale,
+        num_steps,
+        warmup_steps=config.warmup_steps,
+        decay=config.decay,
+        decay_floor=config.decay_floor,
+        decay_factor=config.decay_factor,
+        decay_every=config.decay_every,
+    )
+    return schedule, dynamics, warnings
+
+
+def _unstable(config: TrainConfig, problem: Problem, plan: BatchPlan, limit: float, criterion: str) -> str:
+    """What is wrong with the rates, with the limit and the largest world size that keeps within it."""
+    scale = scale_at(config, plan.global_batch_size)
+    weight, bias = (rate * scale for rate in base_rates(config, problem))
+    told = (
+        f"scaled_learning_rate is {weight:.4g} (weight) and {bias:.4g} (bias) at global_batch_size "
+        f"{plan.global_batch_size}, {1 / limit:.3g} times the stability limit ({criterion}) of {weight * limit:.4g} "
+        f"and {bias * limit:.4g}"
+    )
+    if config.lr_scaling == "none" or plan.sampling == "full" or config.global_batch_size:
+        return told
+    most = stable_world_size(config, problem, plan.local_batch_size)
+    return f"{told}; at {plan.local_batch_size} rows a rank the largest stable world size is {most}"

@@ -1,0 +1,117 @@
+"""Defects that a stack may have, put in on purpose: each must make the right check fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, get_args
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from torchreg.core import batches, model, optim
+from torchreg.core.batches import BatchPlan
+from torchreg.distributed.communicator import Runtime
+from torchreg.runs import rows
+from torchreg.runs import run as train
+
+Defect = Literal["wrong-average", "duplicate-rows", "skewed-start", "stale-rank"]
+DEFECTS: tuple[Defect, ...] = get_args(Defect)
+
+
+@contextmanager
+def injected(defect: Defect | None, runtime: Runtime) -> Iterator[None]:
+    """Inside, the stack has the defect, and training, which knows nothing of it, goes wrong."""
+    if defect is None:
+        yield
+        return
+    put_in = {
+        "wrong-average": _wrong_average,
+        "duplicate-rows": _duplicate_rows,
+        "skewed-start": _skewed_start,
+        "stale-rank": _stale_rank,
+    }
+    with put_in[defect](runtime):
+        yield
+
+
+@contextmanager
+def _wrong_average(_: Runtime) -> Iterator[None]:
+    """Every sum over ranks comes out a thousandth too large, whoever makes it."""
+    add_over_ranks, wrap = Runtime.add_over_ranks, Runtime.wrap
+
+    def wrong_sum(self: Runtime, buffer: Tensor, *rest: Any) -> Callable[[], None]:
+        add = add_over_ranks(self, buffer, *rest)
+
+        def add_wrongly() -> None:
+            add()
+            if self.world_size > 1 and buffer.is_floating_point():
+                buffer.mul_(1.001)
+
+        return add_wrongly
+
+    def wrong_wrap(self: Runtime, model: nn.Module, *rest: Any) -> nn.Module:
+        wrapped = wrap(self, model, *rest)
+        if self.world_size > 1:
+            for parameter in model.parameters():
+                parameter.register_post_accumulate_grad_hook(_enlarge)
+        return wrapped
+
+    with patch.object(Runtime, "add_over_ranks", wrong_sum), patch.object(Runtime, "wrap", wrong_wrap):
+        yield
+
+
+def _enlarge(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.grad.mul_(1.001)
+
+
+@contextmanager
+def _duplicate_rows(_: Runtime) -> Iterator[None]:
+    """The last rank trains on the first one's rows, and nobody on its own."""
+    share = BatchPlan.share
+
+    def wrong_share(self: BatchPlan, num_rows: int, rank: int) -> slice:
+        return share(self, num_rows, 0 if rank == self.world_size - 1 else rank)
+
+    batches._group_shape.cache_clear()
+    with patch.object(BatchPlan, "share", wrong_share):
+        yield
+    batches._group_shape.cache_clear()
+
+
+@contextmanager
+def _skewed_start(runtime: Runtime) -> Iterator[None]:
+    """The last rank starts from another model."""
+
+    def wrong_model(*arguments: Any, **options: Any) -> nn.Linear:
+        made = model.make_model(*arguments, **options)
+        if runtime.rank == runtime.world_size - 1:
+            with torch.no_grad():
+                made.bias.add_(1.0)
+        return made
+
+    with patch.object(rows, "make_model", wrong_model):
+        yield
+
+
+@contextmanager
+def _stale_rank(runtime: Runtime) -> Iterator[None]:
+    """The last rank misses one update."""
+    with ExitStack() as stack:
+        if runtime.rank == runtime.world_size - 1:
+            stack.enter_context(patch.object(train, "descend", _missing_one(optim.descend)))
+            stack.enter_context(patch.object(torch.optim.SGD, "step", _missing_one(torch.optim.SGD.step)))
+        yield
+
+
+def _missing_one(function: Callable[..., Any]) -> Callable[..., Any]:
+    calls = 0
+
+    def missing_one(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return None if calls == 3 else function(*arguments, **options)
+
+    return missing_one
