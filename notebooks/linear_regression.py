@@ -236,7 +236,7 @@ plt.show()
 # %% [markdown]
 # ## 2. The data
 #
-# `torchreg.load_table("builtin")` gives 551 houses, and we put them into a pandas `DataFrame`: one row a house, two
+# `torchreg.load_table("synthetic")` gives 551 houses, and we put them into a pandas `DataFrame`: one row a house, two
 # columns.
 #
 # - `GrLivArea`: the living area above ground, in square feet.
@@ -248,7 +248,7 @@ plt.show()
 # train on the real table, which is fetched once, say `--data ames`, or `load_table("ames")` here.
 
 # %%
-table = torchreg.load_table("builtin")
+table = torchreg.load_table("synthetic")
 houses = pd.DataFrame({"GrLivArea": table.features[:, 0], "SalePrice": table.target[:, 0]})
 print(houses.columns)
 houses.head()

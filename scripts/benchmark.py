@@ -30,7 +30,7 @@ import tyro
 
 LOCAL_BATCH_SIZE = 64
 RATES = (0.01, 0.01)
-FULL_RUN_STEPS = {"hand": 5_000, "sgd": 500}  # a run of a few tenths of a second
+FULL_RUN_STEPS = {"manual": 5_000, "sgd": 500}  # a run of a few tenths of a second
 LESSON_RATES = (1e-7, 1e-1)
 
 ANSWER_VARIABLE = "TORCHREG_BENCHMARK_ANSWER"  # set in a child: where its main rank writes what it measured
@@ -49,18 +49,18 @@ class Target:
 
 
 TARGETS = (
-    Target(1, "hand", "lesson loop", 7.0),
-    Target(1, "hand", "NumPy floor", 1 / 2.5),
+    Target(1, "manual", "lesson loop", 7.0),
+    Target(1, "manual", "NumPy floor", 1 / 2.5),
     Target(1, "sgd", "tutorial loop", 2.5),
-    Target(2, "hand/mpi", "tutorial loop", 30.0),
+    Target(2, "manual/mpi", "tutorial loop", 30.0),
     Target(2, "sgd/mpi", "sgd/ddp", 1.8),
     Target(2, "sgd/ddp", "tutorial loop", 1.0),
-    Target(2, "ordered hand/mpi", "hand/mpi", 1 / 3),
-    Target(2, "ordered sgd/mpi", "sgd/mpi", 1 / 1.5),
-    Target(2, "ordered sgd/ddp", "sgd/ddp", 1 / 1.5),
-    Target(1, "full run hand", "hand", 1 / 1.1),
+    Target(2, "reproducible manual/mpi", "manual/mpi", 1 / 3),
+    Target(2, "reproducible sgd/mpi", "sgd/mpi", 1 / 1.5),
+    Target(2, "reproducible sgd/ddp", "sgd/ddp", 1 / 1.5),
+    Target(1, "full run hand", "manual", 1 / 1.1),
     Target(1, "full run sgd", "sgd", 1 / 1.1),
-    Target(2, "full run hand/mpi", "hand/mpi", 1 / 1.1),
+    Target(2, "full run manual/mpi", "manual/mpi", 1 / 1.1),
     Target(2, "full run sgd/ddp", "sgd/ddp", 1 / 1.1),
 )
 
@@ -113,18 +113,18 @@ def numpy_floor(x: Any, y: Any, comm: Any) -> TakeSteps:
     import numpy as np
 
     rank, world_size = comm.Get_rank(), comm.Get_size()
-    step_rows = LOCAL_BATCH_SIZE * world_size
+    num_samples = LOCAL_BATCH_SIZE * world_size
     theta, gradient = np.zeros(2, x.dtype), np.empty(2, x.dtype)
     x, y = x[:, 0].copy(), y[:, 0].copy()
-    rate = x.dtype.type(2 * RATES[0] / step_rows)
+    learning_rate = x.dtype.type(2 * RATES[0] / num_samples)
     losses = []
 
     def rows_of_steps() -> Iterator[Any]:
         generator = np.random.default_rng(0)
         while True:
             order = generator.permutation(len(x))
-            for start in range(0, len(x), step_rows):
-                yield order[start : start + step_rows][rank * LOCAL_BATCH_SIZE : (rank + 1) * LOCAL_BATCH_SIZE]
+            for start in range(0, len(x), num_samples):
+                yield order[start : start + num_samples][rank * LOCAL_BATCH_SIZE : (rank + 1) * LOCAL_BATCH_SIZE]
 
     steps = rows_of_steps()
     from mpi4py import MPI
@@ -141,7 +141,7 @@ def numpy_floor(x: Any, y: Any, comm: Any) -> TakeSteps:
             losses.append(residual @ residual)
             if world_size > 1:
                 comm.Allreduce(MPI.IN_PLACE, gradient)
-            gradient.__imul__(rate)
+            gradient.__imul__(learning_rate)
             theta.__isub__(gradient)
 
     return take_steps
@@ -190,64 +190,66 @@ def loader_loop(
     return take_steps
 
 
-def tutorial_loop(x: Any, y: Any, runtime: Any) -> TakeSteps:
+def tutorial_loop(x: Any, y: Any, communicator: Any) -> TakeSteps:
     """DataLoader, DistributedSampler, DistributedDataParallel and SGD, as tutorials write it."""
     from torch.nn.parallel import DistributedDataParallel
 
-    model, optimizer, loader, loss_of = tutorial_parts(x, y, runtime.world_size, runtime.rank, sharded=True)
+    model, optimizer, loader, loss_of = tutorial_parts(x, y, communicator.world_size, communicator.rank, sharded=True)
     return loader_loop(
         DistributedDataParallel(model), optimizer, loader, loss_of, lambda loss: loss.backward(), loader.sampler
     )
 
 
-def accelerate_loop(x: Any, y: Any, runtime: Any) -> TakeSteps:
+def accelerate_loop(x: Any, y: Any, communicator: Any) -> TakeSteps:
     """Hugging Face Accelerate."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)
-    model, optimizer, loader, loss_of = tutorial_parts(x, y, runtime.world_size, runtime.rank, sharded=False)
+    model, optimizer, loader, loss_of = tutorial_parts(x, y, communicator.world_size, communicator.rank, sharded=False)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     return loader_loop(model, optimizer, loader, loss_of, accelerator.backward)
 
 
-def fabric_loop(x: Any, y: Any, runtime: Any) -> TakeSteps:
+def fabric_loop(x: Any, y: Any, communicator: Any) -> TakeSteps:
     """Lightning Fabric."""
     from lightning_fabric import Fabric
 
-    fabric = Fabric(accelerator="cpu", devices=runtime.world_size, strategy="ddp" if runtime.world_size > 1 else "auto")
+    fabric = Fabric(
+        accelerator="cpu", devices=communicator.world_size, strategy="ddp" if communicator.world_size > 1 else "auto"
+    )
     fabric.launch()
-    model, optimizer, loader, loss_of = tutorial_parts(x, y, runtime.world_size, runtime.rank, sharded=False)
+    model, optimizer, loader, loss_of = tutorial_parts(x, y, communicator.world_size, communicator.rank, sharded=False)
     model, optimizer = fabric.setup(model, optimizer)
     return loader_loop(model, optimizer, fabric.setup_dataloaders(loader), loss_of, fabric.backward)
 
 
-def torchreg_loop(x: Any, y: Any, runtime: Any, optimizer: Any, sync: Any, *, ordered: bool = False) -> TakeSteps:
-    """torchreg's bare loop: rows, rates, step; no metrics. `ordered` has one micro-batch on each rank."""
+def torchreg_loop(x: Any, y: Any, communicator: Any, optimizer: Any, sync: Any, *, ordered: bool = False) -> TakeSteps:
+    """torchreg's bare loop: rows, rates, step; no metrics. `reproducible` has one micro-batch on each rank."""
     from torchreg.core.batches import BatchPlan
     from torchreg.core.model import make_model
     from torchreg.core.optim import make_sgd
     from torchreg.core.schedule import Schedule
-    from torchreg.runs.rows import hand_rows
+    from torchreg.runs.rows import manual_rows
     from torchreg.runs.run import make_step
     from torchreg.scaling.loop import Nothing, StepLoop
 
     plan = BatchPlan.derive(
         len(x),
-        runtime.world_size,
+        communicator.world_size,
         local_batch_size=LOCAL_BATCH_SIZE,
         micro_batch_size=LOCAL_BATCH_SIZE if ordered else None,
         ordered=ordered,
     )
     model = make_model([0.0] * x.shape[1], 0.0, dtype=x.dtype)
-    by_hand = optimizer == "hand"
-    sgd = None if by_hand else make_sgd(model, RATES)
-    take_step = make_step(sgd, sync, model, runtime, ordered=plan if ordered else None)
-    x, y = hand_rows(x, y) if by_hand else (x, y)
+    is_manual = optimizer == "manual"
+    sgd = None if is_manual else make_sgd(model, RATES)
+    take_step = make_step(sgd, sync, model, communicator, ordered=plan if ordered else None)
+    x, y = manual_rows(x, y) if is_manual else (x, y)
     schedule = Schedule(RATES, 1.0, num_steps=1)
-    return StepLoop(plan, runtime.rank, x, y, model, take_step, schedule, by_hand, Nothing()).take_steps
+    return StepLoop(plan, communicator.rank, x, y, model, take_step, schedule, is_manual, Nothing()).take_steps
 
 
-def full_run(runtime: Any, optimizer: Any, sync: Any, dtype: Any, runs_dir: str) -> Callable[[int], float]:
+def full_run(communicator: Any, optimizer: Any, sync: Any, dtype: Any, runs_dir: str) -> Callable[[int], float]:
     """torchreg's whole training with its records: a function of the steps that returns the loop's time."""
     from torchreg.runs.config import TrainConfig
     from torchreg.runs.run import train
@@ -264,33 +266,33 @@ def full_run(runtime: Any, optimizer: Any, sync: Any, dtype: Any, runs_dir: str)
             name="full-run",
             overwrite=True,
         )
-        return train(config, runtime).train_time_s
+        return train(config, communicator).train_time_s
 
     return take_steps
 
 
-def set_up(runtime: Any, dtype: str, left_out: dict[str, str]) -> dict[str, TakeSteps]:
+def set_up(communicator: Any, dtype: str, excluded: dict[str, str]) -> dict[str, TakeSteps]:
     """Every contender at this world size and precision, ready to take steps."""
     import numpy as np
     import torch
 
     from torchreg.data.table import Standardizer, load_table
 
-    table = load_table("builtin")
+    table = load_table("synthetic")
     features = Standardizer.of(table.features, standardize=True).apply(table.features).astype(dtype)
     target = table.target.astype(dtype)
     x, y = torch.from_numpy(features), torch.from_numpy(np.ascontiguousarray(target))
     contenders: dict[str, TakeSteps] = {}
-    if runtime.world_size == 1:
+    if communicator.world_size == 1:
         contenders["lesson loop"] = lesson_loop(table.features, table.target)
-        contenders["hand"] = torchreg_loop(x, y, runtime, "hand", "allreduce")
-        contenders["sgd"] = torchreg_loop(x, y, runtime, "sgd", "ddp")
+        contenders["manual"] = torchreg_loop(x, y, communicator, "manual", "allreduce")
+        contenders["sgd"] = torchreg_loop(x, y, communicator, "sgd", "ddp")
     else:
-        for optimizer, sync in (("hand", "allreduce"), ("hand", "mpi"), ("sgd", "ddp"), ("sgd", "mpi")):
-            contenders[f"{optimizer}/{sync}"] = torchreg_loop(x, y, runtime, optimizer, sync)
-            contenders[f"ordered {optimizer}/{sync}"] = torchreg_loop(x, y, runtime, optimizer, sync, ordered=True)
-    contenders["NumPy floor"] = numpy_floor(features, target, runtime.mpi_comm)
-    contenders["tutorial loop"] = tutorial_loop(x, y, runtime)
+        for optimizer, sync in (("manual", "allreduce"), ("manual", "mpi"), ("sgd", "ddp"), ("sgd", "mpi")):
+            contenders[f"{optimizer}/{sync}"] = torchreg_loop(x, y, communicator, optimizer, sync)
+            contenders[f"ordered {optimizer}/{sync}"] = torchreg_loop(x, y, communicator, optimizer, sync, ordered=True)
+    contenders["NumPy floor"] = numpy_floor(features, target, communicator.mpi_comm)
+    contenders["tutorial loop"] = tutorial_loop(x, y, communicator)
     for name, package, make in (
         ("Accelerate", "accelerate", accelerate_loop),
         ("Lightning Fabric", "lightning-fabric", fabric_loop),
@@ -298,20 +300,20 @@ def set_up(runtime: Any, dtype: str, left_out: dict[str, str]) -> dict[str, Take
         try:
             importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            left_out[name] = f"{package} is not installed"
+            excluded[name] = f"{package} is not installed"
         else:
-            contenders[name] = make(x, y, runtime)
+            contenders[name] = make(x, y, communicator)
     return contenders
 
 
-def measure(runtime: Any, dtype: str, options: Options, left_out: dict[str, str]) -> dict[str, list[float]]:
+def measure(communicator: Any, dtype: str, options: Options, excluded: dict[str, str]) -> dict[str, list[float]]:
     """Seconds a step of every contender in every round."""
     import numpy as np
 
-    comm = runtime.mpi_comm
+    comm = communicator.mpi_comm
     from mpi4py import MPI
 
-    contenders = set_up(runtime, dtype, left_out)
+    contenders = set_up(communicator, dtype, excluded)
 
     def timed(take_steps: TakeSteps, count: int) -> float:
         comm.Barrier()
@@ -324,15 +326,15 @@ def measure(runtime: Any, dtype: str, options: Options, left_out: dict[str, str]
     for name, take_steps in contenders.items():
         timed(take_steps, 20)
         counts[name] = max(20, int(20 * options.block_s / timed(take_steps, 20)))
-    full = {"hand/mpi": ("hand", "mpi"), "sgd/ddp": ("sgd", "ddp")}
-    if runtime.world_size == 1:
-        full = {"hand": ("hand", "allreduce"), "sgd": ("sgd", "ddp")}
+    full = {"manual/mpi": ("manual", "mpi"), "sgd/ddp": ("sgd", "ddp")}
+    if communicator.world_size == 1:
+        full = {"manual": ("manual", "allreduce"), "sgd": ("sgd", "ddp")}
     with tempfile.TemporaryDirectory() as folder:
         runs_dir = comm.bcast(folder)
         full_runs = {}
         for bare, (optimizer, sync) in full.items():
             counts[bare] = max(FULL_RUN_STEPS[optimizer], counts[bare])  # a run and its bare loop take as many steps
-            full_runs[f"full run {bare}"] = (full_run(runtime, optimizer, sync, dtype, runs_dir), counts[bare])
+            full_runs[f"full run {bare}"] = (full_run(communicator, optimizer, sync, dtype, runs_dir), counts[bare])
         seconds: dict[str, list[float]] = {name: [] for name in (*contenders, *full_runs)}
         order = np.random.default_rng(0)
         for _ in range(options.rounds):
@@ -354,25 +356,25 @@ def work(options: Options, answer: Path) -> None:
     import torch.distributed as dist
     from torch._C._distributed_c10d import HashStore
 
-    from torchreg.distributed.communicator import open_runtime
+    from torchreg.distributed.communicator import init_distributed
 
     torch.set_num_threads(1)
-    with open_runtime(runtime="torch", device="cpu", sync="mpi") as runtime:
+    with init_distributed(distributed="torch", device="cpu", sync="mpi") as communicator:
         os.environ.update(
-            RANK=str(runtime.rank),
-            WORLD_SIZE=str(runtime.world_size),
-            LOCAL_RANK=str(runtime.rank),
+            RANK=str(communicator.rank),
+            WORLD_SIZE=str(communicator.world_size),
+            LOCAL_RANK=str(communicator.rank),
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT="29511",
         )
-        if runtime.world_size == 1:  # DistributedDataParallel needs a group even there
+        if communicator.world_size == 1:  # DistributedDataParallel needs a group even there
             dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-        left_out: dict[str, str] = {}
-        seconds = {dtype: measure(runtime, dtype, options, left_out) for dtype in options.dtypes}
-        if runtime.is_main:
-            mpi = runtime.evidence("torch")["mpi_library"]
-            answer.write_text(json.dumps({"seconds_a_step": seconds, "left_out": left_out, "mpi": mpi}))
-        if runtime.world_size == 1:
+        excluded: dict[str, str] = {}
+        seconds = {dtype: measure(communicator, dtype, options, excluded) for dtype in options.dtypes}
+        if communicator.is_main:
+            mpi = communicator.evidence("torch")["mpi_library"]
+            answer.write_text(json.dumps({"seconds_a_step": seconds, "excluded": excluded, "mpi": mpi}))
+        if communicator.world_size == 1:
             dist.destroy_process_group()
 
 
@@ -451,7 +453,7 @@ def main() -> int:
             targets = show(world_size, dtype, seconds)
             measured.append(
                 {"world_size": world_size, "dtype": dtype, "seconds_a_step": seconds, "targets": targets}
-                | {"left_out": answer["left_out"], "mpi": answer["mpi"]}
+                | {"excluded": answer["excluded"], "mpi": answer["mpi"]}
             )
     machine = {"cpus": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()}
     report = {"schema_version": 1, "machine": machine, "libraries": versions(), "measured": measured}

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from torchreg.core.model import add_gradient, make_model, squared_error
-from torchreg.distributed.communicator import open_runtime
+from torchreg.distributed.communicator import init_distributed
 from torchreg.runs.config import TrainConfig, with_recipe
 from torchreg.runs.record import versions
 from torchreg.runs.result import Result
@@ -57,7 +57,7 @@ class Row(NamedTuple):
 def train_quietly(device: str, recipe: str = "default", **options: Any) -> Result:
     """A run whose records are thrown away."""
     with tempfile.TemporaryDirectory() as folder:
-        return train(with_recipe(recipe, runs_dir=folder, name="run", runtime="torch", device=device, **options))
+        return train(with_recipe(recipe, runs_dir=folder, name="run", distributed="torch", device=device, **options))
 
 
 def distance(one: Result, other: Result) -> float:
@@ -68,12 +68,12 @@ def distance(one: Result, other: Result) -> float:
 
 def make_loop(device: str, optimizer: str, num_features: int, batch: int) -> StepLoop:
     """The training loop on synthetic samples that lie on the device."""
-    runtime = open_runtime(device=device)  # type: ignore[arg-type]
+    communicator = init_distributed(device=device)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(NUM_SAMPLES, num_features, generator=generator)
     y = x.sum(1, keepdim=True) + torch.randn(NUM_SAMPLES, 1, generator=generator)
     setting = Setting(optimizer, "none", num_features, batch)  # type: ignore[arg-type]
-    return StepLoop.of(setting, x.to(device), y.to(device), 0.02 / (num_features + 5), runtime)
+    return StepLoop.of(setting, x.to(device), y.to(device), 0.02 / (num_features + 5), communicator)
 
 
 def synchronize(device: str) -> None:
@@ -132,7 +132,7 @@ def arithmetic(device: str) -> Iterator[Row]:
 def training(device: str) -> Iterator[Row]:
     """Every way of training, in both precisions, against the CPU; and the lesson, to the digit."""
     for dtype, limit in (("float64", 1e-10), ("float32", 1e-4)):
-        for optimizer, reduction in itertools.product(("hand", "sgd"), ("fast", "ordered")):
+        for optimizer, reduction in itertools.product(("manual", "sgd"), ("fast", "reproducible")):
             options = {"optimizer": optimizer, "reduction": reduction, "dtype": dtype}
             far = distance(train_quietly(device, **options), train_quietly("cpu", **options))
             yield Row(
@@ -151,8 +151,8 @@ def training(device: str) -> Iterator[Row]:
 
 def reproducible(device: str) -> Iterator[Row]:
     """The same bits in three runs, and wherever samples lie in memory; an empty shard adds nothing."""
-    for optimizer in ("hand", "sgd"):
-        runs = [train_quietly(device, optimizer=optimizer, reduction="ordered", dtype="float32") for _ in range(3)]
+    for optimizer in ("manual", "sgd"):
+        runs = [train_quietly(device, optimizer=optimizer, reduction="reproducible", dtype="float32") for _ in range(3)]
         ends = {(run.weight, run.bias, run.loss) for run in runs}
         yield Row(f"three runs of {optimizer}", f"{len(ends)} result(s)", "1", len(ends) == 1)
     for num_features in (1, 64, 512):
@@ -173,7 +173,9 @@ def steps(device: str) -> Iterator[Row]:
     """Time of a step, its kernels, and where the host waits for the device."""
     activity = torch.profiler.ProfilerActivity
     activities = [activity.CPU, *([activity.CUDA] if device == "cuda" else [])]
-    for (num_features, batch), optimizer in itertools.product(SIZES if device != "cpu" else SIZES[:2], ("hand", "sgd")):
+    for (num_features, batch), optimizer in itertools.product(
+        SIZES if device != "cpu" else SIZES[:2], ("manual", "sgd")
+    ):
         name = f"{optimizer}, {num_features} × {batch}"
         loop = make_loop(device, optimizer, num_features, batch)
         start_s = time.perf_counter()
@@ -259,7 +261,7 @@ def two_ranks(device: str) -> Iterator[Row]:
         yield Row(*json.loads(line)[1:])
     if device == "cpu":
         return
-    command = [*ranks, "-m", "torchreg", "train", "--device", device, "--runtime", "torch", "--max-steps", "5"]
+    command = [*ranks, "-m", "torchreg", "train", "--device", device, "--distributed", "torch", "--max-steps", "5"]
     one_gpu = {**os.environ, "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
     with tempfile.TemporaryDirectory() as folder:
         command += ["--runs-dir", folder]
@@ -278,17 +280,17 @@ def one_of_two(device: str) -> Iterator[Row]:
     ranks._each_its_own = lambda devices: [None] * len(devices)
     with (
         tempfile.TemporaryDirectory() as folder,
-        open_runtime(device=device, runtime="torch", timeout_s=60) as runtime,  # type: ignore[arg-type]
+        init_distributed(device=device, distributed="torch", timeout_s=60) as communicator,  # type: ignore[arg-type]
     ):
-        runs_dir = runtime.from_main(lambda: folder)
-        for optimizer, reduction in itertools.product(("hand", "sgd"), ("fast", "ordered")):
+        runs_dir = communicator.from_main(lambda: folder)
+        for optimizer, reduction in itertools.product(("manual", "sgd"), ("fast", "reproducible")):
             options = {"optimizer": optimizer, "reduction": reduction, "micro_batch_size": 20, "runs_dir": runs_dir}
             name = f"{optimizer}-{reduction}"
             config = TrainConfig(**options, name=name, global_batch_size=275, max_steps=25, dtype="float32")  # type: ignore[arg-type]
-            together = train(config, runtime)
-            alone = train(TrainConfig(**{**vars(config), "name": f"{name}-{runtime.rank}"}), runtime.alone())
+            together = train(config, communicator)
+            alone = train(TrainConfig(**{**vars(config), "name": f"{name}-{communicator.rank}"}), communicator.alone())
             far, limit = distance(together, alone), 1e-5 if reduction == "fast" else 0.0
-            if runtime.is_main:
+            if communicator.is_main:
                 yield Row(f"{optimizer}, {reduction}", f"{far:.1e} from one rank", f"at most {limit:g}", far <= limit)
 
 

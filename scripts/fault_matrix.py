@@ -49,7 +49,7 @@ class Case:
     rank: int
     launcher: str
     sync: Sync
-    optimizer: Literal["sgd", "hand"]
+    optimizer: Literal["sgd", "manual"]
     timeout_s: float = 10.0
     resume: bool = False
     """Let a stopped rank go on once the others have ended: torchrun waits 30 s before it kills a stopped one."""
@@ -122,7 +122,7 @@ def command(case: Case, nodes: Nodes) -> list[str]:
     """The launcher's command line."""
     bin_dir, num_ranks = Path(sys.executable).parent, str(NUM_RANKS[case.launcher])
     rank = [
-        *(__file__, "--runtime", "torch", "--device", "cpu", "--optimizer", case.optimizer, "--sync", case.sync),
+        *(__file__, "--distributed", "torch", "--device", "cpu", "--optimizer", case.optimizer, "--sync", case.sync),
         *("--timeout-s", str(case.timeout_s), "--max-steps", "200000", "--name", "case"),
         *("--checkpoint-every", str(CHECKPOINT_EVERY)),
     ]
@@ -265,9 +265,9 @@ def work(case: dict[str, Any]) -> int:
     folder = Path(case["folder"])
     make_step, average = torchreg.runs.run.make_step, mpi.average_gradients
 
-    def faulty_make_step(sgd: Any, sync: Any, model: Any, runtime: Any, **options: Any) -> Any:
-        (folder / f"rank.{runtime.rank}").write_text(str(os.getpid()))
-        is_victim, calls = runtime.rank == case["rank"], iter(range(1_000_000))
+    def faulty_make_step(sgd: Any, sync: Any, model: Any, communicator: Any, **options: Any) -> Any:
+        (folder / f"rank.{communicator.rank}").write_text(str(os.getpid()))
+        is_victim, calls = communicator.rank == case["rank"], iter(range(1_000_000))
         if is_victim and case["fault"] == "hook":
 
             @functools.wraps(average)
@@ -277,7 +277,7 @@ def work(case: dict[str, Any]) -> int:
                 return average(state, bucket)
 
             mpi.average_gradients = faulty_average
-        take_step = make_step(sgd, sync, model, runtime, **options)
+        take_step = make_step(sgd, sync, model, communicator, **options)
 
         def faulty_step(*arguments: Any) -> Any:
             if is_victim and case["fault"] != "hook" and next(calls) == FAULT_STEP:
@@ -322,7 +322,7 @@ def cases(options: Options) -> Iterator[Case]:
                 for sync in options.syncs:
                     if (fault == "cut" and not on_nodes) or (sync == "mpi" and launcher == "torchrun"):
                         continue
-                    optimizer: Literal["sgd", "hand"] = "sgd" if sync == "ddp" else "hand"
+                    optimizer: Literal["sgd", "manual"] = "sgd" if sync == "ddp" else "manual"
                     yield Case(fault, rank, launcher, sync, optimizer, options.timeout_s)
 
 
@@ -345,14 +345,14 @@ def main() -> int:
         return work(json.loads(os.environ[CASE_VARIABLE]))
     options = tyro.cli(Options, description=__doc__)
     nodes = Nodes()
-    left_out = {"mpiexec on 2 nodes": nodes.missing()}
+    excluded = {"mpiexec on 2 nodes": nodes.missing()}
     for launcher in ("mpiexec", "torchrun"):
-        left_out[launcher] = None if Path(sys.executable).with_name(launcher).is_file() else f"there is no {launcher}"
+        excluded[launcher] = None if Path(sys.executable).with_name(launcher).is_file() else f"there is no {launcher}"
     titles = ("fault", "launcher", "optimizer/sync", "what happened", "ranks ended, s", "launcher ended, s")
     print(f"| {' | '.join((*titles, 'processes left', 'lost'))} |")
     print("|" + "---|" * (len(titles) + 2))
     for case in cases(options):
-        if left_out[case.launcher]:
+        if excluded[case.launcher]:
             continue
         with tempfile.TemporaryDirectory() as folder:
             if case.launcher == "mpiexec on 2 nodes":
@@ -361,7 +361,7 @@ def main() -> int:
             else:
                 outcome = run_case(case, Path(folder), nodes)
         print(row(case, outcome), flush=True)
-    for launcher, reason in left_out.items():
+    for launcher, reason in excluded.items():
         if reason and launcher in options.launchers:
             print(f"\nLeft out: {launcher} ({reason}).")
     return 0

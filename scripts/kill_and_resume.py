@@ -2,9 +2,9 @@
 
     python scripts/kill_and_resume.py --kills 100 --ranks 2
 
-Run after run is started under mpiexec with `--reduction ordered --resume auto`, and killed from its first moment to its
-last, until so many kills are done and the last run has ended. Prints a summary in Markdown; the exit code is 1 if
-anything differs. For Linux and MPICH's mpiexec: it finds the ranks in
+Run after run is started under mpiexec with `--reduction reproducible --resume auto`, and killed from its first
+moment to its last, until so many kills are done and the last run has ended. Prints a summary in Markdown; the
+exit code is 1 if anything differs. For Linux and MPICH's mpiexec: it finds the ranks in
 /proc, by their PMI_RANK.
 """
 
@@ -44,8 +44,8 @@ sys.exit(main(sys.argv[1:]))
 """
 COMBINATIONS = (
     ["--optimizer", "sgd", "--sync", "ddp", "--sampling", "shuffle"],
-    ["--optimizer", "hand", "--sync", "mpi", "--sampling", "random"],
-    ["--optimizer", "hand", "--sync", "allreduce", "--update-order", "sequential"],
+    ["--optimizer", "manual", "--sync", "mpi", "--sampling", "random"],
+    ["--optimizer", "manual", "--sync", "allreduce", "--update-order", "sequential"],
     ["--optimizer", "sgd", "--sync", "mpi", "--log-full-loss"],
 )
 WAYS = (
@@ -168,8 +168,16 @@ def main() -> int:
         startup_s, training_s = 2.0, 2.0
         for number in itertools.count():
             combination = number % len(COMBINATIONS)
-            train = ["train", "--reduction", "ordered", "--global-batch-size", "64", "--max-steps", str(options.steps)]
-            train += ["--log-every", "70", "--runtime", "torch", *COMBINATIONS[combination]]
+            train = [
+                "train",
+                "--reduction",
+                "reproducible",
+                "--global-batch-size",
+                "64",
+                "--max-steps",
+                str(options.steps),
+            ]
+            train += ["--log-every", "70", "--distributed", "torch", *COMBINATIONS[combination]]
             rank = ["mpiexec", "-n", str(options.ranks), sys.executable, str(folder / "rank.py"), *train]
             if combination not in expected:  # nobody disturbs this one, which saves nothing
                 launch = Launch([*rank, "--name", f"whole-{combination}"], folder)

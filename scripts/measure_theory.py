@@ -1,6 +1,6 @@
 """Does training do what theory says? Predictions beside measurements, as Markdown tables.
 
-    python scripts/measure_theory.py [--data builtin|FILE] [--quick]
+    python scripts/measure_theory.py [--data synthetic|FILE] [--quick]
 
 Stability limits and learning curves are measured with `torchreg train` itself, noise floors with many runs of plain
 NumPy, written from the algorithm and not from the theory. All use the lesson's rates and start. The exit code is 1 if
@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from torchreg.distributed.communicator import Runtime, open_runtime
+from torchreg.distributed.communicator import Communicator, init_distributed
 from torchreg.runs.config import RECIPES, Sampling, TrainConfig, UpdateOrder
 from torchreg.runs.record import read_metrics
 from torchreg.runs.run import train
-from torchreg.runs.setup import Problem, base_rates, prepare
+from torchreg.runs.setup import LeastSquares, base_learning_rates, prepare
 from torchreg.theory import Dynamics, Matrix
 
 ORDERS: tuple[UpdateOrder, ...] = ("simultaneous", "sequential")
@@ -43,8 +43,8 @@ SETS = 60  # of plain runs, to see what chance does
 class Options:
     """Hold predictions against measurements."""
 
-    data: str = "builtin"
-    """`builtin`, or a CSV or Parquet file."""
+    data: str = "synthetic"
+    """`synthetic`, or a CSV or Parquet file."""
 
     quick: bool = False
     """Fewer runs: half a minute, with larger errors."""
@@ -96,7 +96,7 @@ def lesson_config(options: Options, order: UpdateOrder, sampling: Sampling, batc
     return replace(
         RECIPES["homework"],
         data=options.data,
-        optimizer="hand" if order == "sequential" else "sgd",
+        optimizer="manual" if order == "sequential" else "sgd",
         update_order=order,
         sampling=sampling,
         global_batch_size=batch_size,
@@ -105,7 +105,7 @@ def lesson_config(options: Options, order: UpdateOrder, sampling: Sampling, batc
     )
 
 
-def measure_limits(options: Options, runtime: Runtime, report: Report, runs_dir: str) -> None:
+def measure_limits(options: Options, communicator: Communicator, report: Report, runs_dir: str) -> None:
     """Train 3 % below and 3 % above each predicted limit of the multiplier.
 
     `shuffle` is an approximation; and beyond the limit of small batches the mean square grows by rare, large
@@ -119,16 +119,18 @@ def measure_limits(options: Options, runtime: Runtime, report: Report, runs_dir:
     for order, (sampling, batch_size) in itertools.product(ORDERS, cases):
         config = replace(lesson_config(options, order, sampling, batch_size), epochs=None, max_steps=STEPS_AT_LIMIT)
         config = replace(config, runs_dir=runs_dir, log_every=100)
-        problem = Problem.of(config)
-        rates = base_rates(config, problem)
+        problem = LeastSquares.of(config)
+        learning_rates = base_learning_rates(config, problem)
         rows = batch_size or problem.table.num_rows
-        dynamics = Dynamics.of(problem.rows, rates, rows, order, sampling)
+        dynamics = Dynamics.of(problem.rows, learning_rates, rows, order, sampling)
         limit, error = dynamics.largest_multiplier(), dynamics.sampling_error(Dynamics.largest_multiplier)
         num_seeds = 1 if sampling == "full" else 3 if options.quick else 20
         diverged = []
         for side in (0.97, 1.03):
-            multiplied = replace(config, base_learning_rate=(rates[0] * limit * side, rates[1] * limit * side))
-            results = [train(replace(multiplied, seed=seed), runtime) for seed in range(num_seeds)]
+            multiplied = replace(
+                config, base_learning_rate=(learning_rates[0] * limit * side, learning_rates[1] * limit * side)
+            )
+            results = [train(replace(multiplied, seed=seed), communicator) for seed in range(num_seeds)]
             diverged.append(sum(result.diverged for result in results))
         told = f"{limit:.4f}" + (f" ± {error:.4f}" if error else "")
         counts = [f"{count} of {num_seeds}" for count in diverged]
@@ -155,7 +157,9 @@ def batch_sums(terms: Matrix, batch_size: int, num_runs: int, seed: int) -> Iter
 class Runs:
     """Many runs of SGD at once: parameters `theta` (settings, num_runs, p), a setting being an order and rates."""
 
-    def __init__(self, problem: Problem, settings: Sequence[tuple[UpdateOrder, tuple[float, float]]], num_runs: int):
+    def __init__(
+        self, problem: LeastSquares, settings: Sequence[tuple[UpdateOrder, tuple[float, float]]], num_runs: int
+    ):
         x = problem.standardizer.apply(problem.table.features)
         a, y = np.hstack([x, np.ones((len(x), 1))]), problem.table.target
         self.size = a.shape[1]
@@ -164,7 +168,7 @@ class Runs:
         self.start = np.append(*problem.start)
         self.optimum = self.start - problem.start_error
         self.best_loss = problem.closed_form.loss
-        self.rates = np.array([[weight] * (self.size - 1) + [bias] for _, (weight, bias) in settings])[:, None]
+        self.learning_rates = np.array([[weight] * (self.size - 1) + [bias] for _, (weight, bias) in settings])[:, None]
         self.sequential = np.array([order == "sequential" for order, _ in settings])
         self.theta = np.tile(self.start, (len(settings), num_runs, 1))
 
@@ -176,9 +180,9 @@ class Runs:
         def gradient() -> Matrix:
             return np.asarray(2 * (np.einsum("rpq,srq->srp", aa, self.theta) - ay))
 
-        first = self.rates * gradient()
+        first = self.learning_rates * gradient()
         self.theta[..., :-1] -= first[..., :-1]
-        second = (self.rates * gradient())[..., -1]  # at the new weight
+        second = (self.learning_rates * gradient())[..., -1]  # at the new weight
         self.theta[..., -1] -= np.where(self.sequential[:, None], second, first[..., -1])
 
     def excess(self) -> Matrix:
@@ -195,8 +199,8 @@ def measure_floors(options: Options, report: Report) -> None:
     )
     for batch_size in BATCH_SIZES:
         config = lesson_config(options, "sequential", "random", batch_size)
-        problem = Problem.of(config)
-        weight, bias = base_rates(config, problem)
+        problem = LeastSquares.of(config)
+        weight, bias = base_learning_rates(config, problem)
         multipliers = (1, 2, 3) if batch_size >= SMALLEST_BATCH_AT_3 else (1, 2)
         cases = list(itertools.product(ORDERS, multipliers))
         runs = Runs(problem, [(order, (k * weight, k * bias)) for order, k in cases], RUNS_AT_ONCE)
@@ -222,7 +226,7 @@ def measure_floors(options: Options, report: Report) -> None:
             )  # fmt: skip
 
 
-def measure_curves(options: Options, runtime: Runtime, report: Report, runs_dir: str) -> None:
+def measure_curves(options: Options, communicator: Communicator, report: Report, runs_dir: str) -> None:
     """Train with many seeds; hold the mean curve against the predicted one, and single runs against the band.
 
     Met is what was asked for: 95 % of the points within two standard errors. Beside it stands what chance does: excess
@@ -238,20 +242,22 @@ def measure_curves(options: Options, runtime: Runtime, report: Report, runs_dir:
     for order in ORDERS:
         config = replace(lesson_config(options, order, "random", 64), log_full_loss=True, log_every=1)
         config = replace(config, runs_dir=runs_dir)
-        problem = Problem.of(config)
+        problem = LeastSquares.of(config)
         best = problem.closed_form.loss
         curves = []
         for seed in range(options.num_seeds):
-            result = train(replace(config, seed=seed), runtime)
+            result = train(replace(config, seed=seed), communicator)
             curves.append([line["full_loss"] / best - 1 for line in read_metrics(Path(result.run_dir))])
         trained = np.array(curves)
         num_steps = trained.shape[1]
-        rates = base_rates(config, problem)
-        curve = Dynamics.of(problem.rows, rates, 64, order).learning_curve(problem.start_error, [1.0] * num_steps)
+        learning_rates = base_learning_rates(config, problem)
+        curve = Dynamics.of(problem.rows, learning_rates, 64, order).learning_curve(
+            problem.start_error, [1.0] * num_steps
+        )
         predicted, low, high = (values[1:] / best for values in (curve.excess, curve.low, curve.high))
         within = points_within(trained, predicted)
         inside = float(np.mean((trained >= low) & (trained <= high)))
-        simulated = simulated_curves(problem, order, rates, num_steps, SETS * options.num_seeds)
+        simulated = simulated_curves(problem, order, learning_rates, num_steps, SETS * options.num_seeds)
         truth = simulated.mean(axis=0)
         by_chance = [points_within(part, truth) for part in np.split(simulated, SETS)]
         least, most = np.quantile(by_chance, [0.025, 0.975])
@@ -269,10 +275,10 @@ def points_within(runs: Matrix, curve: Matrix) -> float:
 
 
 def simulated_curves(
-    problem: Problem, order: UpdateOrder, rates: tuple[float, float], num_steps: int, num_runs: int
+    problem: LeastSquares, order: UpdateOrder, learning_rates: tuple[float, float], num_steps: int, num_runs: int
 ) -> Matrix:
     """Excess loss after each step of plain NumPy runs with 64 rows a step, (num_runs, num_steps)."""
-    runs = Runs(problem, [(order, rates)], num_runs)
+    runs = Runs(problem, [(order, learning_rates)], num_runs)
     excess = np.empty((num_steps, num_runs))
     for step, sums in enumerate(itertools.islice(batch_sums(runs.terms, 64, num_runs, seed=1), num_steps)):
         runs.step(sums, 64)
@@ -294,11 +300,11 @@ def measure_shuffle(options: Options, report: Report) -> None:
     ]
     num_runs = 1_000 if options.quick else 4_000
     for name, config, batch_size in cases:
-        prepared, _ = prepare(replace(config, global_batch_size=batch_size), 1)
-        assert prepared.forecast.curve
-        problem = Problem.of(config)
+        state, _ = prepare(replace(config, global_batch_size=batch_size), 1)
+        assert state.forecast.curve
+        problem = LeastSquares.of(config)
         num_rows = problem.table.num_rows
-        runs = Runs(problem, [("simultaneous", prepared.schedule.scaled)], num_runs)
+        runs = Runs(problem, [("simultaneous", state.schedule.scaled)], num_runs)
         generator = np.random.default_rng(batch_size)
         for _ in range(30):
             order = generator.integers(0, 2**32, (num_runs, num_rows), dtype=np.uint32).argsort(axis=1)
@@ -306,7 +312,7 @@ def measure_shuffle(options: Options, report: Report) -> None:
                 rows = order[:, start : start + batch_size]
                 runs.step(np.sum(runs.terms[rows], axis=1), rows.shape[1])
         m = Measured.of(runs.excess()[0])
-        predicted = prepared.forecast.curve.excess[-1]
+        predicted = state.forecast.curve.excess[-1]
         report.row(
             name, str(batch_size), str(num_rows % batch_size or "none"), f"{100 * predicted:.4g}",
             f"{100 * m.mean:.4g} ± {100 * m.error:.2g}", f"{m.mean / predicted:.3f}",
@@ -318,9 +324,9 @@ def main() -> int:
     options = tyro.cli(Options, description=__doc__)
     report = Report()
     print(f"## Theory and measurement: {Path(options.data).name}")
-    with tempfile.TemporaryDirectory() as runs_dir, open_runtime(device="cpu") as runtime:
-        measure_limits(options, runtime, report, runs_dir)
-        measure_curves(options, runtime, report, runs_dir)
+    with tempfile.TemporaryDirectory() as runs_dir, init_distributed(device="cpu") as communicator:
+        measure_limits(options, communicator, report, runs_dir)
+        measure_curves(options, communicator, report, runs_dir)
     measure_floors(options, report)
     measure_shuffle(options, report)
     print(f"\n{'Everything that is held to be exact is met.' if report.all_met else '**Something is not met.**'}")

@@ -24,7 +24,7 @@ BEST_WEIGHT, BEST_BIAS, BEST_LOSS = 87.688145, 34754.077892, 1477781671.3558
 
 def data_sources() -> list[str]:
     """The built-in data, and the real table where a copy lies beside the checkout."""
-    return ["builtin", *([str(REAL_TABLE)] if REAL_TABLE.is_file() else [])]
+    return ["synthetic", *([str(REAL_TABLE)] if REAL_TABLE.is_file() else [])]
 
 
 @pytest.fixture(autouse=True)

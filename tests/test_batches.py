@@ -45,16 +45,16 @@ def rows_by_step(plan, rank, start, stop):
 def test_ranks_together_have_exactly_the_rows_of_the_step(plan, start, count):
     ranks = [rows_by_step(plan, rank, start, start + count) for rank in range(plan.world_size)]
     for step in range(start, start + count):
-        shares = [rows[step] for rows in ranks]
-        assert max(map(len, shares)) - min(map(len, shares)) <= 1
-        np.testing.assert_array_equal(np.concatenate(shares), plan.rows_of_step(step))
+        shards = [rows[step] for rows in ranks]
+        assert max(map(len, shards)) - min(map(len, shards)) <= 1
+        np.testing.assert_array_equal(np.concatenate(shards), plan.samples_of_step(step))
 
 
 @given(plan=plans(), start=st.integers(0, 150), count=st.integers(1, 40))
 def test_step_rows_counts_the_rows_over_all_ranks(plan, start, count):
     for block in plan.blocks(0, start, start + count):
-        for number, step_rows in enumerate(block.step_rows):
-            assert step_rows == len(plan.rows_of_step(block.first_step + number))
+        for number, num_samples in enumerate(block.num_samples):
+            assert num_samples == len(plan.samples_of_step(block.first_step + number))
 
 
 @given(plan=plans(), world_size=st.integers(1, 9), step=st.integers(0, 300))
@@ -62,7 +62,7 @@ def test_rows_of_a_step_do_not_depend_on_the_world_size(plan, world_size, step):
     other = BatchPlan(
         plan.num_rows, world_size, plan.global_batch_size, plan.micro_batch_size, plan.sampling, plan.seed
     )
-    np.testing.assert_array_equal(plan.rows_of_step(step), other.rows_of_step(step))
+    np.testing.assert_array_equal(plan.samples_of_step(step), other.samples_of_step(step))
 
 
 @given(plan=plans(), epoch=st.integers(0, 4))
@@ -70,28 +70,28 @@ def test_every_row_counts_exactly_once_an_epoch(plan, epoch):
     if plan.sampling == "random":
         return
     first = epoch * plan.steps_per_epoch
-    rows = np.concatenate([plan.rows_of_step(first + i) for i in range(plan.steps_per_epoch)])
+    rows = np.concatenate([plan.samples_of_step(first + i) for i in range(plan.steps_per_epoch)])
     np.testing.assert_array_equal(np.sort(rows), np.arange(plan.num_rows))
 
 
 @given(plan=plans(), step=st.integers(0, 300))
 def test_no_row_is_twice_in_a_step(plan, step):
-    rows = plan.rows_of_step(step)
+    rows = plan.samples_of_step(step)
     assert len(set(rows.tolist())) == len(rows)
 
 
 def test_epochs_and_seeds_differ():
     plan = BatchPlan.derive(551, 1, global_batch_size=551)
     other_seed = BatchPlan.derive(551, 1, global_batch_size=551, seed=1)
-    assert not np.array_equal(plan.rows_of_step(0), plan.rows_of_step(1))
-    assert not np.array_equal(plan.rows_of_step(0), other_seed.rows_of_step(0))
+    assert not np.array_equal(plan.samples_of_step(0), plan.samples_of_step(1))
+    assert not np.array_equal(plan.samples_of_step(0), other_seed.samples_of_step(0))
 
 
 def test_shares_of_551_rows_on_4_ranks():
     # 551 = 4 · 137 + 3: three ranks have 138 rows, the last 137.
     plan = BatchPlan.derive(551, 4, sampling="full")
-    shares = [plan.share(551, rank) for rank in range(4)]
-    assert [share.stop - share.start for share in shares] == [138, 138, 138, 137]
+    shards = [plan.shard(551, rank) for rank in range(4)]
+    assert [shard.stop - shard.start for shard in shards] == [138, 138, 138, 137]
     assert plan.local_batch_size == 138
 
 
@@ -99,7 +99,7 @@ def test_a_share_may_be_empty_and_still_takes_part():
     plan = BatchPlan.derive(10, 4, global_batch_size=3)
     (block,) = plan.blocks(3, 0, 1)
     assert block.micro_batch_sizes == [[0]]
-    assert block.step_rows == [3]
+    assert block.num_samples == [3]
 
 
 def test_weak_scaling_derives_the_global_batch():

@@ -29,7 +29,7 @@ def made(step, **changes):
     }
     values = {
         "step": step,
-        "contract": CONTRACT,
+        "run_signature": CONTRACT,
         "progress": {"num_samples": 7 * step, "elapsed_s": 0.1 + 0.2, "pending_rows": [64, 39]},
         "versions": {"torch": torch.__version__},
         "tensors": tensors,
@@ -49,8 +49,8 @@ def same(one, other):
     )
 
 
-def newest(contract=CONTRACT):
-    return checkpoint.newest(FOLDER, lambda found: checkpoint.differences(found.contract, contract))
+def newest(run_signature=CONTRACT):
+    return checkpoint.newest(FOLDER, lambda found: checkpoint.differences(found.run_signature, run_signature))
 
 
 def steps_there():

@@ -42,7 +42,7 @@ def test_the_lesson_as_json(capsys):
 def test_the_result_for_a_person(capsys):
     assert main(["train", "--recipe", "lesson", "--name", "lesson"]) == 0
     told = capsys.readouterr().out
-    assert "1 rank on 1 node · launcher none · runtime single" in told
+    assert "1 rank on 1 node · launcher none · distributed single" in told
     assert "fit          SalePrice = 88.890079 GrLivArea + 32912.241402" in told
     assert "closed form  SalePrice = 87.688145 GrLivArea + 34754.077892" in told
     assert "0.0284 % above the best possible" in told
@@ -156,7 +156,7 @@ def test_another_package_called_ezpz_is_told_apart(capsys, monkeypatch, tmp_path
     monkeypatch.delitem(sys.modules, "ezpz", raising=False)
     monkeypatch.setattr(cli.os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as left:
-        main(["train", "--runtime", "ezpz"])
+        main(["train", "--distributed", "ezpz"])
     assert left.value.code == 2
     assert "has no setup_torch: it is another package" in capsys.readouterr().err
     monkeypatch.delitem(sys.modules, "ezpz", raising=False)

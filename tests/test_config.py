@@ -28,10 +28,10 @@ def test_zero_and_negative_sizes_name_their_field_and_value(field, value):
         TrainConfig(**{field: value})
 
 
-@pytest.mark.parametrize("rates", [(0.0, 0.1), (0.1, -1.0), (float("nan"), 0.1), (0.1, float("inf"))])
-def test_rates_must_be_positive_and_finite(rates):
+@pytest.mark.parametrize("learning_rates", [(0.0, 0.1), (0.1, -1.0), (float("nan"), 0.1), (0.1, float("inf"))])
+def test_rates_must_be_positive_and_finite(learning_rates):
     with pytest.raises(ValueError, match=r"base_learning_rate of the (weight|bias)"):
-        TrainConfig(base_learning_rate=rates)
+        TrainConfig(base_learning_rate=learning_rates)
 
 
 @pytest.mark.parametrize(
@@ -40,11 +40,11 @@ def test_rates_must_be_positive_and_finite(rates):
         ({"global_batch_size": 64, "local_batch_size": 32}, "give one of them"),
         ({"sampling": "full", "global_batch_size": 64}, "leave the batch size out"),
         ({"optimizer": "sgd", "sync": "allreduce"}, "sgd goes with ddp or mpi"),
-        ({"optimizer": "hand", "sync": "ddp"}, "hand with allreduce or mpi"),
-        ({"update_order": "sequential"}, "add --optimizer hand"),
+        ({"optimizer": "manual", "sync": "ddp"}, "hand with allreduce or mpi"),
+        ({"update_order": "sequential"}, "add --optimizer manual"),
         ({"data": "houses.csv", "num_rows": 9}, "only the built-in data can be made"),
         ({"features": ("a",)}, "name a file with --data"),
-        ({"decay_floor": 1.5}, "fraction from 0 to 1"),
+        ({"decay_to": 1.5}, "fraction from 0 to 1"),
         ({"initial_weight": float("nan")}, "finite"),
         *(
             ({"name": name}, "^name (is .* not a plain file name|has 256 bytes)")
@@ -60,7 +60,7 @@ def test_combinations_that_cannot_work_say_what_to_do(values, part):
 
 def test_sync_follows_the_optimizer():
     assert TrainConfig(optimizer="sgd").effective_sync == "ddp"
-    assert TrainConfig(optimizer="hand").effective_sync == "allreduce"
+    assert TrainConfig(optimizer="manual").effective_sync == "allreduce"
 
 
 def test_any_value_overrides_a_recipes():

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torchreg.cli import main
 from torchreg.data.synthetic import make_houses
 from torchreg.data.table import Standardizer, Table, load_table, write_table
-from torchreg.data.table import table as data
+from torchreg.data import table as data
 
 from .conftest import REAL_TABLE
 
@@ -35,7 +35,7 @@ def six_sums(table):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_builtin_data_has_the_real_tables_six_sums(seed):
-    table = load_table("builtin", data_seed=seed)
+    table = load_table("synthetic", data_seed=seed)
     assert six_sums(table) == pytest.approx(SIX_SUMS, rel=1e-14)
 
 
@@ -52,7 +52,7 @@ def test_builtin_data_looks_like_houses():
 
 @pytest.mark.parametrize(("num_rows", "num_features"), [(20, 1), (100_000, 1), (5_000, 8), (30, 12)])
 def test_builtin_data_is_made_to_size(num_rows, num_features):
-    table = load_table("builtin", num_rows=num_rows, num_features=num_features)
+    table = load_table("synthetic", num_rows=num_rows, num_features=num_features)
     assert table.features.shape == (num_rows, num_features)
     assert table.target.min() > 0
     assert table.target.mean() == pytest.approx(SIX_SUMS[2] / 551)
@@ -60,12 +60,12 @@ def test_builtin_data_is_made_to_size(num_rows, num_features):
 
 def test_too_few_builtin_rows_are_refused():
     with pytest.raises(ValueError, match="num_features \\+ 2 = 6 rows"):
-        load_table("builtin", num_rows=5, num_features=4)
+        load_table("synthetic", num_rows=5, num_features=4)
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
 def test_a_written_table_is_read_back_to_the_last_bit(ending):
-    table = load_table("builtin", num_features=2)
+    table = load_table("synthetic", num_features=2)
     write_table(table, Path(f"houses.{ending}"))
     again = load_table(f"houses.{ending}", features=("GrLivArea", "Feature2"))
     assert again.fingerprint() == replace(table, definition="").fingerprint()
@@ -212,7 +212,7 @@ def test_compressed_files_are_read_whole_or_refused(ending, capsys):
     if ending == "zst":
         pytest.importorskip("zstandard")
     path = Path(f"houses.csv.{ending}")
-    table = load_table("builtin", num_rows=3000)
+    table = load_table("synthetic", num_rows=3000)
     write_table(table, path)
     assert load_table(str(path)).fingerprint() == replace(table, definition="").fingerprint()
     whole = path.read_bytes()
@@ -274,7 +274,7 @@ def test_parquet_with_two_columns_of_one_name_is_refused(capsys):
 @pytest.mark.parametrize("cut", [0.3, 0.99])
 def test_a_cut_parquet_file_is_refused(cut, capsys):
     """D3."""
-    write_table(load_table("builtin"), Path("houses.parquet"))
+    write_table(load_table("synthetic"), Path("houses.parquet"))
     content = Path("houses.parquet").read_bytes()
     Path("houses.parquet").write_bytes(content[: int(cut * len(content))])
     assert main(["data", "show", "--data", "houses.parquet"]) == 2
@@ -379,7 +379,7 @@ def test_a_table_with_another_checksum_is_refused(table_server):
 
 def test_without_a_network_the_error_says_what_to_do(table_server, monkeypatch):
     monkeypatch.setattr(data, "AMES_URL", "http://127.0.0.1:9/table.csv")  # the discard port: nobody listens
-    with pytest.raises(ValueError, match=r"cannot be fetched.*--data builtin"):
+    with pytest.raises(ValueError, match=r"cannot be fetched.*--data synthetic"):
         load_table("ames")
 
 
@@ -391,18 +391,18 @@ def test_the_pinned_checksum_is_the_real_tables(path):
 
 def test_fingerprint_tells_tables_apart():
     x, y = make_houses(10, 1, 0)
-    one = Table(x, y[:, None], ("a",), "b", "builtin")
-    two = Table(x[::-1], y[::-1, None], ("a",), "b", "builtin")
+    one = Table(x, y[:, None], ("a",), "b", "synthetic")
+    two = Table(x[::-1], y[::-1, None], ("a",), "b", "synthetic")
     assert one.fingerprint() != two.fingerprint()
 
 
 def test_the_built_in_data_is_the_same_on_every_machine(monkeypatch):
     # Seen between two machines: the last bits of the rows differed, and a checkpoint was refused on the other.
-    here = load_table("builtin", num_rows=60)
+    here = load_table("synthetic", num_rows=60)
     monkeypatch.setattr(
         data, "make_houses", lambda *size: tuple(values * (1 + 2**-52) for values in make_houses(*size))
     )
-    assert not np.array_equal(load_table("builtin", num_rows=60).target, here.target)
-    assert load_table("builtin", num_rows=60).fingerprint() == here.fingerprint()
-    assert load_table("builtin", num_rows=61).fingerprint() != here.fingerprint()
-    assert load_table("builtin", num_rows=60, data_seed=1).fingerprint() != here.fingerprint()
+    assert not np.array_equal(load_table("synthetic", num_rows=60).target, here.target)
+    assert load_table("synthetic", num_rows=60).fingerprint() == here.fingerprint()
+    assert load_table("synthetic", num_rows=61).fingerprint() != here.fingerprint()
+    assert load_table("synthetic", num_rows=60, data_seed=1).fingerprint() != here.fingerprint()

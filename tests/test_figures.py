@@ -17,14 +17,14 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from torchreg.cli import main
-from torchreg.sweeps import cells_table, read_sweep
+from torchreg.sweeps import read_sweep, trials_table
 
 COMMANDS = {
     "training": ["train", "--recipe", "homework", "--max-steps", "20", "--plot"],
     "training of many features": ["train", "--num-features", "3", "--num-rows", "100", "--max-steps", "9", "--plot"],
     "plan": ["plan", "--world-sizes", "1,2,8,16", "--no-standardize", "--base-learning-rate", "1e-7", "1e-1", "--plot"],
     "batch": ["sweep", "batch", "--batch-sizes", "64,256", "--num-seeds", "2", "--epochs", "3"],
-    "ladder": ["sweep", "ladder", "--multipliers", "1,2,4,8,32", "--num-seeds", "1", "--max-steps", "60"],
+    "lr-scaling": ["sweep", "lr-scaling", "--multipliers", "1,2,4,8,32", "--num-seeds", "1", "--max-steps", "60"],
 }
 
 
@@ -33,7 +33,7 @@ def drawn(tmp_path_factory):
     """Of each command the figure as it was saved, its folder and its name."""
     saved = []
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("training", "plan", "sweep"):
+        for module in ("training_figure", "plan_figure", "sweep_figures"):
             module = importlib.import_module(f"torchreg.plots.{module}")
 
             def save(figure, folder, name, really=module.save):
@@ -109,7 +109,7 @@ def test_every_axis_has_a_label_or_shares_its_neighbours(key, drawn):
             [("epoch", "above the best loss (%)"), ("epoch", ""), ("global batch (rows)", "")],
         ),
         (
-            "ladder",
+            "lr-scaling",
             [
                 ("rates and batch × (1 is the reference batch)", "end of training, above the best loss (%)"),
                 ("rates and batch × (1 is the reference batch)", ""),
@@ -136,7 +136,7 @@ def test_prediction_and_measurement_are_told_apart_in_the_legends(drawn):
     )
     assert legend_of(drawn["batch"][0]) == ["one run", "mean of 2", "95 % of runs, predicted", "mean, predicted"]
     assert set(legend_of(drawn["plan"][0].axes[0])) == {f"lr_scaling {rule}" for rule in ("linear", "sqrt", "none")}
-    assert set(legend_of(drawn["ladder"][0])) == {
+    assert set(legend_of(drawn["lr-scaling"][0])) == {
         f"{order}, {what}"
         for order in ("simultaneous", "sequential")
         for what in ("measured", "warmed up", "predicted mean and 95 % of runs")
@@ -162,7 +162,7 @@ def test_lines_differ_in_more_than_hue(key, drawn):
 
 def test_the_batch_figure_has_the_runs_and_their_forecast(drawn):
     figure, folder, _ = drawn["batch"]
-    cells = cells_table(folder).set_index("name")
+    cells = trials_table(folder).set_index("name")
     for axes, size in zip(panels_of(figure), (64, 256), strict=False):
         assert axes.get_title() == f"{size} rows"
         lines = {line.get_label(): line for line in axes.lines}
@@ -173,9 +173,9 @@ def test_the_batch_figure_has_the_runs_and_their_forecast(drawn):
 
 
 def test_the_ladder_figure_marks_the_predicted_limits_and_puts_diverged_runs_in_their_band(drawn):
-    figure, folder, _ = drawn["ladder"]
-    cells = cells_table(folder)
-    assert read_sweep(folder)["kind"] == "ladder"
+    figure, folder, _ = drawn["lr-scaling"]
+    cells = trials_table(folder)
+    assert read_sweep(folder)["kind"] == "lr-scaling"
     for axes, standardize in zip(figure.axes, (False, True), strict=True):
         limits = {annotation.get_text() for annotation in axes.texts if "limit" in annotation.get_text()}
         assert len(limits) >= 1
@@ -211,7 +211,7 @@ def test_the_plan_figure_has_each_scaling_rule_over_the_ranks(drawn):
     ("command", "figure"),
     [
         (["sweep", "batch", "--base-learning-rate", "1e200", "1e200", "--batch-sizes", "64", "--epochs", "1"], "batch"),
-        (["sweep", "ladder", "--multipliers", "64", "--max-steps", "40"], "ladder"),
+        (["sweep", "lr-scaling", "--multipliers", "64", "--max-steps", "40"], "lr-scaling"),
         (["plan", "--base-learning-rate", "9", "9", "--world-sizes", "1", "--plot"], "plan"),
     ],
 )
@@ -340,7 +340,7 @@ def test_a_sweep_over_many_powers_of_ten_shows_where_it_ends():
         patch.setattr(module, "save", lambda figure, *_: figures.append(figure) or [])
         options = ["--batch-sizes", "32", "--epochs", "20", "--standardize", "--base-learning-rate", "0.3", "0.3"]
         assert main(["sweep", "batch", *data, *options]) == 0
-        assert main(["sweep", "ladder", *data, "--multipliers", "1,8", "--max-steps", "60"]) == 0
+        assert main(["sweep", "lr-scaling", *data, "--multipliers", "1,8", "--max-steps", "60"]) == 0
     for figure in figures:
         for axes in figure.axes:
             low, high = axes.get_ylim()

@@ -10,7 +10,7 @@ import pytest
 
 from torchreg.cli import main
 from torchreg.runs.config import TrainConfig, with_recipe
-from torchreg.runs.setup import Problem, prepare
+from torchreg.runs.setup import LeastSquares, prepare
 from torchreg.theory import Dynamics
 
 # Standardised features: G is the identity, so with all rows in every step and both rates r the error shrinks by
@@ -59,7 +59,7 @@ def test_a_constant_rate_may_reach_the_target_after_the_run_but_a_decayed_one_ma
 
 def test_the_band_and_the_floor_are_those_of_the_dynamics():
     config = with_recipe("homework", max_steps=50)
-    told, problem = forecast_of(config), Problem.of(config)
+    told, problem = forecast_of(config), LeastSquares.of(config)
     dynamics = Dynamics.of(problem.rows, config.base_learning_rate, 64, "sequential")
     best = problem.closed_form.loss
     assert told.noise_floor == pytest.approx(dynamics.noise_floor() / best, rel=1e-12)
@@ -144,11 +144,14 @@ def test_many_features_are_trained(num_features, capsys):
 
 
 @pytest.mark.parametrize(
-    ("rate", "code"), [("5e-324", 2), ("1e-320", 2), ("1e-300", 0), ("1e30", 3), ("1e300", 3), ("1e308", 2)]
+    ("learning_rate", "code"), [("5e-324", 2), ("1e-320", 2), ("1e-300", 0), ("1e30", 3), ("1e300", 3), ("1e308", 2)]
 )
 @pytest.mark.parametrize("options", [[], ["--num-features", "20"], ["--recipe", "homework"]])
-def test_extreme_rates_are_trained_with_or_refused_in_one_line(rate, code, options, capsys):  # W5
-    assert main(["train", *options, "--base-learning-rate", rate, rate, "--max-steps", "3"]) in {code, 2}
+def test_extreme_rates_are_trained_with_or_refused_in_one_line(learning_rate, code, options, capsys):  # W5
+    assert main(["train", *options, "--base-learning-rate", learning_rate, learning_rate, "--max-steps", "3"]) in {
+        code,
+        2,
+    }
     err = capsys.readouterr().err.splitlines()
     if code == 2:
         (line,) = err

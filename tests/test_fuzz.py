@@ -77,7 +77,7 @@ NUMERIC_TABLES = st.builds(
 @given(
     content=st.one_of(TABLES, NUMERIC_TABLES, NUMERIC_TABLES, st.binary(max_size=80)),
     options=st.sampled_from(
-        [[], ["--drop-missing"], ["--no-standardize"], ["--optimizer", "hand", "--target-excess", "0.1"]]
+        [[], ["--drop-missing"], ["--no-standardize"], ["--optimizer", "manual", "--target-excess", "0.1"]]
     ),
 )
 def test_any_table_is_trained_on_or_refused_in_one_line(content, options):
@@ -107,9 +107,9 @@ OPTIONS = {
     **{
         f"--{name}": st.sampled_from([*choices, "all"])
         for name, choices in {
-            "optimizer": ["sgd", "hand"],
+            "optimizer": ["sgd", "manual"],
             "sync": ["auto", "ddp", "allreduce"],
-            "reduction": ["fast", "ordered"],
+            "reduction": ["fast", "reproducible"],
             "update-order": ["simultaneous", "sequential"],
             "sampling": ["shuffle", "random", "full"],
             "lr-scaling": ["linear", "sqrt", "none"],
@@ -155,14 +155,14 @@ def stopped_run(tmp_path_factory):
     return run
 
 
-RESUMED = ["--name", "run", "--reduction", "ordered", "--max-steps", "40", "--log-every", "10"]
+RESUMED = ["--name", "run", "--reduction", "reproducible", "--max-steps", "40", "--log-every", "10"]
 GARBAGE = st.one_of(
     st.binary(max_size=60),
     st.recursive(
         st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
         lambda inner: (
             st.lists(inner, max_size=3)
-            | st.dictionaries(st.sampled_from(["result", "contract", "loss", "step", "a"]), inner, max_size=4)
+            | st.dictionaries(st.sampled_from(["result", "run_signature", "loss", "step", "a"]), inner, max_size=4)
         ),
         max_leaves=8,
     ).map(lambda value: json.dumps(value).encode()),

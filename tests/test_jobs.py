@@ -119,7 +119,7 @@ def job(tmp_path):
     job.end()
 
 
-FAST = "--global-batch-size 64 --optimizer hand --sync mpi --runtime torch --log-every 100"
+FAST = "--global-batch-size 64 --optimizer manual --sync mpi --distributed torch --log-every 100"
 SHORT = f"{FAST} --max-steps 100"
 LONG = f"{FAST} --max-steps 1000000000"
 A_WHILE = f"{FAST} --max-steps 15000 --checkpoint-every 1000 --keep-checkpoints 1"
@@ -160,7 +160,7 @@ def test_the_job_on_perlmutter_runs_to_its_end(job):
 
 
 def test_the_verification_job_proves_the_stack(job):
-    code, out, err = job.run("polaris_verify.pbs", VERIFY="--quick --runtime torch")
+    code, out, err = job.run("polaris_verify.pbs", VERIFY="--quick --distributed torch")
     assert (code, err) == (0, "")
     assert "verdict      this stack trains correctly" in out
 
@@ -172,7 +172,7 @@ nodes: [1]
 ranks_per_node: [1, 2]
 global_batch_sizes: [64]
 num_features: [1]
-combinations: [hand/mpi]
+combinations: [manual/mpi]
 repeats: 1
 window_s: 0.05
 """
@@ -360,7 +360,7 @@ def test_what_a_site_lacks_is_said_in_one_line(case, job, tmp_path):
 def test_the_machines_device_is_required(job):
     """S7: a proof of the stack on CPUs would say that the GPUs of the node train correctly."""
     del job.variables["DEVICE"]
-    code, out, err = job.run("polaris_verify.pbs", VERIFY="--quick --runtime torch")
+    code, out, err = job.run("polaris_verify.pbs", VERIFY="--quick --distributed torch")
     assert code == 2
     assert "device is cuda" in err
     assert "trains correctly" not in out

@@ -1,4 +1,4 @@
-"""If the hand-written gradient or update is wrong, `hand` and `sgd` teach two different things."""
+"""If the hand-written gradient or update is wrong, `manual` and `sgd` teach two different things."""
 
 import math
 
@@ -44,15 +44,15 @@ def test_hand_written_gradient_is_autograds(problem):
     close(2 * gradient.bias, model.bias.grad, x.dtype, scale)
 
 
-@given(problem=problems(), rates=st.tuples(st.floats(1e-8, 1.0), st.floats(1e-8, 1.0)))
-def test_hand_written_update_is_torchs_sgd(problem, rates):
+@given(problem=problems(), learning_rates=st.tuples(st.floats(1e-8, 1.0), st.floats(1e-8, 1.0)))
+def test_hand_written_update_is_torchs_sgd(problem, learning_rates):
     model, x, y = problem
     theta = WeightAndBias(torch.cat([model.weight.detach()[0], model.bias.detach()]))
     gradient = WeightAndBias(torch.zeros_like(theta.flat))
     add_gradient(theta.flat, with_constant(x), y[:, 0], gradient.flat)
-    descend(theta.weight, gradient.weight, 2 * rates[0])
-    descend(theta.bias, gradient.bias, 2 * rates[1])
-    optimizer = make_sgd(model, rates)
+    descend(theta.weight, gradient.weight, 2 * learning_rates[0])
+    descend(theta.bias, gradient.bias, 2 * learning_rates[1])
+    optimizer = make_sgd(model, learning_rates)
     loss = squared_error(model(x), y)
     loss.backward()
     optimizer.step()
@@ -100,7 +100,7 @@ def test_warm_up_goes_from_base_to_scaled():
     ],
 )
 def test_decay(decay, middle, last):
-    schedule = Schedule((1.0, 1.0), 1.0, 11, decay=decay, decay_floor=0.1, decay_factor=0.5, decay_every=5)
+    schedule = Schedule((1.0, 1.0), 1.0, 11, decay=decay, decay_to=0.1, decay_factor=0.5, decay_every=5)
     assert schedule(0) == (1.0, 1.0)
     assert schedule(5) == pytest.approx((middle, middle))
     assert schedule(10) == pytest.approx((last, last))
@@ -115,6 +115,6 @@ def test_decay(decay, middle, last):
 def test_rates_stay_between_zero_and_the_larger_of_base_and_scaled(decay, num_steps, warmup, scale):
     schedule = Schedule((1.0, 1.0), scale, num_steps, warmup_steps=warmup, decay=decay)
     for step in range(num_steps):
-        rate, _ = schedule(step)
-        assert math.isfinite(rate)
-        assert -1e-12 <= rate <= max(1.0, scale) * (1 + 1e-12)
+        learning_rate, _ = schedule(step)
+        assert math.isfinite(learning_rate)
+        assert -1e-12 <= learning_rate <= max(1.0, scale) * (1 + 1e-12)

@@ -38,10 +38,10 @@ def test_four_ranks_of_64_rows_diverge_with_the_lessons_rates(source):
 def test_a_row_is_the_forecast_that_training_tells_at_that_world_size():
     config = TrainConfig(target_excess=0.02, warmup_steps=5)
     for row in make_plan(config, [1, 3, 8]).rows:
-        prepared, _ = prepare(config, row.world_size)
-        assert row.forecast == prepared.forecast
-        assert row.global_batch_size == prepared.plan.global_batch_size == 64 * row.world_size
-        assert row.samples_to_target == prepared.forecast.steps_to_target * row.global_batch_size
+        state, _ = prepare(config, row.world_size)
+        assert row.forecast == state.forecast
+        assert row.global_batch_size == state.plan.global_batch_size == 64 * row.world_size
+        assert row.samples_to_target == state.forecast.steps_to_target * row.global_batch_size
 
 
 def test_the_default_recipe_is_stable_as_far_as_the_data_has_rows():
@@ -88,7 +88,7 @@ def test_a_world_size_with_more_rows_than_the_data_is_named_and_the_others_are_p
 def test_the_plan_for_a_person(capsys):
     assert main(["plan", *LESSON_OPTIONS, "--target-excess", "0.02"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "plan         builtin: 551 rows, 1 feature; lr_scaling linear"
+    assert lines[0] == "plan         synthetic: 551 rows, 1 feature; lr_scaling linear"
     # Twice the trace of G is 2·(1243629245/551 + 1) = 4514082.7, nearly all of it in the steepest direction.
     assert lines[2].startswith("curvature    0.2434 to 4.514e+06")
     assert "steps to 2 %" in lines[4]
@@ -156,8 +156,8 @@ def test_directions_that_float64_cannot_see_are_planned_for_all_the_same(offset,
     lines = [f"{offset + a + (i if offset else 0)!r},{b!r},{y}" for i, (a, b, y) in enumerate(alike)]
     Path("alike.csv").write_text("\n".join(["a,b,y", *lines]))
     columns = ["--data", "alike.csv", "--features", "a", "b", "--target", "y", "--no-standardize"]
-    rates = ["--base-learning-rate", "1e-30", "1e-10", "--world-sizes", "1"]
-    assert main(["plan", *options, *columns, *rates]) == 0
+    learning_rates = ["--base-learning-rate", "1e-30", "1e-10", "--world-sizes", "1"]
+    assert main(["plan", *options, *columns, *learning_rates]) == 0
     assert "stable" in capsys.readouterr().out
 
 

@@ -26,22 +26,22 @@ BASE = TrainConfig(
     num_rows=60,
     global_batch_size=16,
     max_steps=45,
-    reduction="ordered",
+    reduction="reproducible",
     base_learning_rate=(0.03, 0.04),
 )
 RUNS = {
     "sgd, shuffle, a line a step": {"log_every": 1, "checkpoint_every": 4},
     "sgd, random, between lines": {"sampling": "random", "log_every": 10, "checkpoint_every": 7, "micro_batch_size": 3},
-    "hand, shuffle, one line": {"optimizer": "hand", "log_every": 1000, "checkpoint_every": 5, "num_features": 3},
+    "hand, shuffle, one line": {"optimizer": "manual", "log_every": 1000, "checkpoint_every": 5, "num_features": 3},
     "hand, sequential, full": {
-        "optimizer": "hand",
+        "optimizer": "manual",
         "update_order": "sequential",
         "sampling": "full",
         "global_batch_size": None,
         "checkpoint_every": 1,
         "keep_checkpoints": 1,
     },
-    "more steps than a flush": {"optimizer": "hand", "max_steps": 260, "log_every": 130, "checkpoint_every": 60},
+    "more steps than a flush": {"optimizer": "manual", "max_steps": 260, "log_every": 130, "checkpoint_every": 60},
     "warm-up and decay": {"warmup_steps": 9, "decay": "cosine", "checkpoint_every": 8, "log_full_loss": True},
     "steps down": {"decay": "step", "decay_every": 11, "epochs": 9.5, "max_steps": None, "checkpoint_every": 11},
     "until a target": {"sampling": "random", "target_excess": 6.0, "log_every": 3, "checkpoint_every": 2},
@@ -216,8 +216,8 @@ def test_without_a_checkpoint_it_begins_anew(uninterrupted):
         ({"seed": 1}, "seed was 0 and is 1"),
         ({"global_batch_size": 20}, "global_batch_size was 16 and is 20"),
         ({"micro_batch_size": 3}, "micro_batch_size was 2 and is 3"),
-        ({"optimizer": "hand"}, "optimizer was sgd and is hand"),
-        ({"reduction": "fast"}, "reduction was ordered and is fast"),
+        ({"optimizer": "manual"}, "optimizer was sgd and is manual"),
+        ({"reduction": "fast"}, "reduction was reproducible and is fast"),
         ({"base_learning_rate": (0.03, 0.05)}, "base_learning_rate was [0.03, 0.04] and is [0.03, 0.05]"),
         ({"warmup_steps": 3}, "warmup_steps was 0 and is 3"),
         ({"decay": "linear"}, "decay was constant and is linear"),
@@ -247,7 +247,7 @@ def test_what_changes_no_number_may_change(uninterrupted):
 
 LONGER = {
     "constant rates": {},
-    "a warm-up": {"warmup_steps": 9, "optimizer": "hand"},
+    "a warm-up": {"warmup_steps": 9, "optimizer": "manual"},
     "steps down of a given length": {"decay": "step", "decay_every": 11},
     "another cadence": {"log_every": None, "reduction": "fast"},
 }

@@ -151,7 +151,7 @@ def test_lines_differ_in_more_than_hue(group):
     for picture in (draw_scaling(group, 1, "strong", WITHIN), draw_allreduce(group, 1)):
         shapes = [(look.marker, look.dashes) for look in picture.legend if look.marker]
         assert len(set(shapes)) == len(shapes)
-    unknown = make_report(num_features=(1,), num_nodes=(1,), combinations=("hand/mpi", "sgd/ddp"))["groups"][0]
+    unknown = make_report(num_features=(1,), num_nodes=(1,), combinations=("manual/mpi", "sgd/ddp"))["groups"][0]
     for number_, one in enumerate(unknown["series"]):
         one["sync"] = f"new{number_ % 2}"  # what this version has never heard of gets a look of its own
     shapes = [(look.marker, look.dashes) for look in draw_scaling(unknown, 1, "strong", WITHIN).legend[:2]]
@@ -165,7 +165,7 @@ def test_a_bar_is_the_whole_step_and_the_imbalance_a_part_of_it(group):
     row = [label.get_text() for label in axes.get_yticklabels()].index("sgd/ddp  4")
     widths = [patch.get_width() for patch in axes.patches if round(patch.get_y() + 0.37) == row]
     step = point["step_time_s"]["value"]
-    names = ("rows_time_s", "compute_time_s", "exposed_time_s")
+    names = ("data_time_s", "compute_time_s", "exposed_time_s")
     np.testing.assert_allclose(widths[:3], [point[name]["value"] / step for name in names])
     assert sum(widths[:3]) == pytest.approx(1)
     assert widths[3:] == [pytest.approx(-0.03)]  # backwards from the end: not one part more
@@ -298,9 +298,9 @@ def test_elements_for_a_page_have_unique_ids_titles_and_the_pages_colours(pictur
 
 
 def test_names_from_elsewhere_are_drawn_as_they_are():
-    group = make_report(num_features=(1,), num_nodes=(1,), ranks_per_node=(1, 2), combinations=("hand/mpi",))["groups"][
-        0
-    ]
+    group = make_report(num_features=(1,), num_nodes=(1,), ranks_per_node=(1, 2), combinations=("manual/mpi",))[
+        "groups"
+    ][0]
     for one in group["allreduce"]:
         one["way"] = "a$_{b}$ <i>\x1b[1m"
     picture = draw_allreduce(group, 1)

@@ -2,19 +2,19 @@
 
 import torch
 
-from torchreg.distributed.communicator import open_runtime
+from torchreg.distributed.communicator import init_distributed
 from torchreg.runs.step_errors import StepErrors
 
 
 def test_errors_are_told_in_their_order_and_a_signal_once():
-    with open_runtime(device="cpu") as runtime:
-        waiting = StepErrors(runtime, num_signals=2)
+    with init_distributed(device="cpu") as communicator:
+        waiting = StepErrors(communicator, num_signals=2)
         waiting.settled = [1.0, 2.0]  # by an earlier process
         waiting.errors = [torch.tensor(3.0)]
-        waiting.step_rows = [64, 64, 39]
+        waiting.num_samples = [64, 64, 39]
         errors, signals = waiting.add_up((False, True))
         assert (errors.tolist(), signals.tolist()) == ([1, 2, 3], [0, 1])
         waiting.clear()
-        waiting.errors, waiting.step_rows = [torch.tensor(4.0)], [64]
+        waiting.errors, waiting.num_samples = [torch.tensor(4.0)], [64]
         errors, signals = waiting.add_up((False, False))
         assert (errors.tolist(), signals.tolist()) == ([4], [0, 0])

@@ -15,8 +15,8 @@ from torchreg.cli import main
 from torchreg.runs.config import SWEEP_DEFAULTS, from_json
 from torchreg.runs.logger import Metrics
 from torchreg.runs.run import train
-from torchreg.runs.setup import Problem, prepare, scale_at
-from torchreg.sweeps import cells_table, curves_table, ladder_cells, ladder_limit, summary
+from torchreg.runs.setup import LeastSquares, prepare, scale_at
+from torchreg.sweeps import curves_table, lr_scaling_limit, lr_scaling_trials, summary, trials_table
 from torchreg.theory import Dynamics
 
 BATCH = ["sweep", "batch", "--batch-sizes", "256,64", "--num-seeds", "2", "--epochs", "2", "--name", "swept"]
@@ -48,7 +48,7 @@ def record_of(cell):
 
 
 def test_a_cell_is_an_ordinary_run(swept):
-    record = record_of(swept / "cells/batch-64-seed-1")
+    record = record_of(swept / "trials/batch-64-seed-1")
     config = from_json({**record["config"], "name": "alone", "runs_dir": "runs"})
     assert (config.global_batch_size, config.seed, config.log_full_loss) == (64, 1, True)
     alone = train(config)
@@ -57,10 +57,10 @@ def test_a_cell_is_an_ordinary_run(swept):
 
 
 def test_cells_csv_has_a_row_a_run_with_what_was_predicted_of_it(swept):
-    table = pd.read_csv(swept / "cells.csv").set_index("name")
+    table = pd.read_csv(swept / "trials.csv").set_index("name")
     assert sorted(table.index) == CELLS
     for name, row in table.iterrows():
-        record = record_of(swept / "cells" / name)
+        record = record_of(swept / "trials" / name)
         assert row["weight_GrLivArea"] == record["result"]["weight"][0]
         assert row["excess"] == record["result"]["excess"]
         forecast = prepare(from_json(record["config"]), 1)[0].forecast
@@ -76,7 +76,7 @@ def test_curves_csv_has_the_excess_on_all_rows_of_every_logged_step(swept):
     table = pd.read_csv(swept / "curves.csv")
     assert sorted(table["name"].unique()) == CELLS
     ends = table.groupby("name").last()
-    cells = pd.read_csv(swept / "cells.csv").set_index("name")
+    cells = pd.read_csv(swept / "trials.csv").set_index("name")
     np.testing.assert_array_equal(ends["steps"], cells.loc[ends.index, "num_steps"])
     np.testing.assert_allclose(ends["excess"], cells.loc[ends.index, "excess"], rtol=1e-6)
     assert (ends["epoch"] == 2).all()
@@ -99,11 +99,11 @@ def test_the_summary_is_means_and_standard_errors_over_seeds():
 
 
 def test_a_finished_sweep_runs_nothing_and_says_the_same(swept, capsys):
-    before, table = snapshot(swept), (swept / "cells.csv").read_text()
+    before, table = snapshot(swept), (swept / "trials.csv").read_text()
     assert main(BATCH) == 0
     assert "4 runs, 4 of them finished before" in capsys.readouterr().out
     assert snapshot(swept) == before
-    assert (swept / "cells.csv").read_text() == table
+    assert (swept / "trials.csv").read_text() == table
 
 
 def truncate(path):
@@ -113,15 +113,15 @@ def truncate(path):
 @pytest.mark.parametrize("file", ["record.json", "metrics.jsonl"])
 @pytest.mark.parametrize("damage", [Path.unlink, truncate])
 def test_a_lost_or_cut_off_record_is_run_again_and_no_other(file, damage, swept, capsys):
-    before, table = snapshot(swept), (swept / "cells.csv").read_text()
-    damage(swept / "cells/batch-64-seed-1" / file)
+    before, table = snapshot(swept), (swept / "trials.csv").read_text()
+    damage(swept / "trials/batch-64-seed-1" / file)
     assert main(BATCH) == 0
     assert "4 runs, 3 of them finished before" in capsys.readouterr().out
     after = snapshot(swept)
     assert after.keys() == before.keys()
-    changed = {Path(path).relative_to("runs/swept/cells").parts[0] for path in before if after[path] != before[path]}
+    changed = {Path(path).relative_to("runs/swept/trials").parts[0] for path in before if after[path] != before[path]}
     assert changed == {"batch-64-seed-1"}
-    assert (swept / "cells.csv").read_text() == table, "the same seed gives the same run"
+    assert (swept / "trials.csv").read_text() == table, "the same seed gives the same run"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -149,7 +149,7 @@ def test_a_sweep_that_is_stopped_keeps_what_is_finished_and_runs_the_rest_the_ne
     assert f"stopped by {number.name}; finished runs are kept: run the same sweep again" in out
     assert main(BATCH) == 0
     assert "4 runs, 2 of them finished before" in capsys.readouterr().out
-    assert Path("runs/swept/cells.csv").read_text() == (finished / "cells.csv").read_text()
+    assert Path("runs/swept/trials.csv").read_text() == (finished / "trials.csv").read_text()
 
 
 def test_more_seeds_and_batch_sizes_are_added_to_what_is_there(swept, capsys):
@@ -158,7 +158,7 @@ def test_more_seeds_and_batch_sizes_are_added_to_what_is_there(swept, capsys):
     assert main(more) == 0
     assert "9 runs, 4 of them finished before" in capsys.readouterr().out
     assert snapshot(swept).items() >= before.items()
-    assert len(pd.read_csv(swept / "cells.csv")) == 9
+    assert len(pd.read_csv(swept / "trials.csv")) == 9
 
 
 @pytest.mark.parametrize(
@@ -167,30 +167,30 @@ def test_more_seeds_and_batch_sizes_are_added_to_what_is_there(swept, capsys):
         ([*BATCH, "--epochs", "3"], "epochs was 2.0 and is 3.0"),
         ([*BATCH, "--seed", "1"], "seed was 0 and is 1"),
         ([*BATCH, "--lr-scaling", "sqrt"], "lr_scaling was none and is sqrt"),
-        (["sweep", "ladder", "--num-seeds", "1", "--max-steps", "2", "--name", "swept"], "is a batch sweep"),
+        (["sweep", "lr-scaling", "--num-seeds", "1", "--max-steps", "2", "--name", "swept"], "is a batch sweep"),
     ],
 )
 def test_other_settings_in_the_same_folder_are_refused_and_nothing_is_lost(options, part, swept, capsys):
-    before, tables = snapshot(swept), [(swept / name).read_bytes() for name in ("sweep.json", "cells.csv")]
+    before, tables = snapshot(swept), [(swept / name).read_bytes() for name in ("sweep.json", "trials.csv")]
     assert main(options) == 2
     err = capsys.readouterr().err
     assert err.count("torchreg: error: ") == 1
     assert part in err
     assert "--overwrite" in err
     assert snapshot(swept) == before
-    assert [(swept / name).read_bytes() for name in ("sweep.json", "cells.csv")] == tables
+    assert [(swept / name).read_bytes() for name in ("sweep.json", "trials.csv")] == tables
 
 
 def test_overwrite_runs_all_cells_again(swept, capsys):
     assert main([*BATCH, "--epochs", "3", "--overwrite"]) == 0
     assert "4 runs, 0 of them finished before" in capsys.readouterr().out
-    assert set(pd.read_csv(swept / "cells.csv")["num_steps"]) == {24, 6}
+    assert set(pd.read_csv(swept / "trials.csv")["num_steps"]) == {24, 6}
 
 
 def test_an_option_that_is_newer_than_the_record_does_not_make_it_another_run(swept, capsys):
-    path = swept / "cells/batch-64-seed-0/record.json"
+    path = swept / "trials/batch-64-seed-0/record.json"
     record = json.loads(path.read_text())
-    del record["config"]["decay_floor"]
+    del record["config"]["decay_to"]
     path.write_text(json.dumps(record))
     assert main(BATCH) == 0
     assert "4 of them finished before" in capsys.readouterr().out
@@ -222,7 +222,7 @@ def test_the_table_for_a_person_has_prediction_beside_measurement(swept, capsys)
     (head,) = [line for line in lines if "above best, %" in line]
     assert head.index("above best, %") < head.index("predicted") < head.index("95 % of runs")
     (row,) = [line.split() for line in lines if line.split()[:1] == ["64"]]
-    mean = pd.read_csv(swept / "cells.csv").query("global_batch_size == 64")["excess"].mean()
+    mean = pd.read_csv(swept / "trials.csv").query("global_batch_size == 64")["excess"].mean()
     assert f"{100 * mean:.3g}" in row
     for picture in ("batch.png", "batch.svg"):
         assert f"picture      runs/swept/{picture}" in lines
@@ -234,7 +234,7 @@ def test_diverged_runs_are_counted_not_averaged(capsys):
     out = capsys.readouterr().out
     assert out.count("2 of 2 diverged") == 2
     assert out.count("diverges") == 2
-    table = pd.read_csv("runs/sweep-batch/cells.csv")
+    table = pd.read_csv("runs/sweep-batch/trials.csv")
     assert table["diverged"].all()
     assert table["excess"].isna().all()
 
@@ -253,7 +253,7 @@ def test_a_perfect_line_has_a_table_without_multiples_of_its_loss(capsys):
 def test_beyond_sixteen_features_only_the_mean_is_set_beside_the_runs(capsys):
     options = ["--num-features", "17", "--num-rows", "200", "--standardize", "--base-learning-rate", "0.01", "0.01"]
     assert main(["sweep", "batch", *options, "--batch-sizes", "64", "--num-seeds", "1", "--epochs", "2"]) == 0
-    (row,) = pd.read_csv("runs/sweep-batch/cells.csv").to_dict("records")
+    (row,) = pd.read_csv("runs/sweep-batch/trials.csv").to_dict("records")
     assert row["predicted_excess"] > 0
     assert np.isnan([row["predicted_low"], row["predicted_high"], row["noise_floor"]]).all()
     assert "nan" not in capsys.readouterr().out
@@ -264,12 +264,12 @@ def test_beyond_sixteen_features_only_the_mean_is_set_beside_the_runs(capsys):
 def test_the_rungs_double_up_to_divergence_and_lie_close_around_the_limit(standardize, order):
     cells = [
         cell
-        for cell in ladder_cells(SWEEP_DEFAULTS["ladder"], [], 1)
+        for cell in lr_scaling_trials(SWEEP_DEFAULTS["lr-scaling"], [], 1)
         if (cell.config.standardize, cell.config.update_order) == (standardize, order)
     ]
     config = cells[0].config
-    problem = Problem.of(config)
-    limit = ladder_limit(config, problem)
+    problem = LeastSquares.of(config)
+    limit = lr_scaling_limit(config, problem)
     multipliers = sorted({cell.multiplier for cell in cells})
     doubling = [m for m in multipliers if m == round(m) and np.log2(m) % 1 == 0]
     assert doubling == [2.0**i for i in range(len(doubling))]
@@ -278,21 +278,21 @@ def test_the_rungs_double_up_to_divergence_and_lie_close_around_the_limit(standa
     assert around == pytest.approx([0.97, 1.03], abs=0.005)  # a rung has a whole number of rows
     # The limit is that of the batch which the ladder has there: 64 rows times it, as far as whole multiples of 64 go.
     batch_size = min(round(64 * limit), 512)
-    rates = config.base_learning_rate
-    per_batch = Dynamics.of(problem.rows, rates, batch_size, order).largest_multiplier()
+    learning_rates = config.base_learning_rate
+    per_batch = Dynamics.of(problem.rows, learning_rates, batch_size, order).largest_multiplier()
     assert limit == pytest.approx(per_batch, rel=1e-3)
     for cell in cells:
         # Rates and batch grow together to 512 rows; then only the rates do.
         assert cell.config.global_batch_size == min(round(64 * cell.multiplier), 512)
         scale = scale_at(cell.config, cell.config.global_batch_size)
-        scaled = [rate * scale for rate in cell.config.base_learning_rate]
-        assert scaled == pytest.approx([rate * cell.multiplier for rate in rates], rel=1e-9)
+        scaled = [learning_rate * scale for learning_rate in cell.config.base_learning_rate]
+        assert scaled == pytest.approx([learning_rate * cell.multiplier for learning_rate in learning_rates], rel=1e-9)
     assert {cell.config.warmup_steps for cell in cells} == {0, 100}
 
 
 def test_a_ladder_diverges_above_the_limit_and_not_below(capsys):
-    assert main(["sweep", "ladder", "--num-seeds", "1", "--max-steps", "300"]) == 0
-    table = cells_table(Path("runs/sweep-ladder"))
+    assert main(["sweep", "lr-scaling", "--num-seeds", "1", "--max-steps", "300"]) == 0
+    table = trials_table(Path("runs/sweep-lr-scaling"))
     cold = table[table["warmup_steps"] == 0]
     assert set(cold["update_order"]) == {"simultaneous", "sequential"}
     assert ((cold["of_limit"] - 1).abs().groupby([cold["standardize"], cold["update_order"]]).min() < 0.04).all()
@@ -300,26 +300,26 @@ def test_a_ladder_diverges_above_the_limit_and_not_below(capsys):
     assert not table[table["of_limit"] < 1]["diverged"].any()
     # Warm-up does not help: well beyond the limit it diverges all the same.
     assert table[(table["of_limit"] > 1.05) & (table["warmup_steps"] > 0)]["diverged"].all()
-    assert "runs/sweep-ladder/ladder.svg" in capsys.readouterr().out
-    assert not curves_table(Path("runs/sweep-ladder")).empty
+    assert "runs/sweep-lr-scaling/lr-scaling.svg" in capsys.readouterr().out
+    assert not curves_table(Path("runs/sweep-lr-scaling")).empty
 
 
 BAD_OPTIONS = {
     "no kind": ([], "sweep is missing: give batch or ladder"),
     "unknown kind": (["bach"], "sweep is bach: give batch or ladder"),
     "no seeds": (["batch", "--num-seeds", "0"], "num_seeds is 0"),
-    "negative seeds": (["ladder", "--num-seeds", "-1"], "num_seeds is -1"),
+    "negative seeds": (["lr-scaling", "--num-seeds", "-1"], "num_seeds is -1"),
     "no rows": (["batch", "--batch-sizes", "0"], "batch_sizes is '0'"),
     "no number": (["batch", "--batch-sizes", "64,many"], "batch_sizes is '64,many'"),
-    "no rung": (["ladder", "--multipliers", "0"], "multipliers is '0'"),
+    "no rung": (["lr-scaling", "--multipliers", "0"], "multipliers is '0'"),
     "batch too large": (
         ["batch", "--batch-sizes", "64,600"],
         "global_batch_size is 600, more than the data's 551 rows",
     ),
     "a batch of its own": (["batch", "--global-batch-size", "8"], "global_batch_size is 8, and the sweep chooses"),
-    "a rank's batch": (["ladder", "--local-batch-size", "8"], "give --reference-batch-size"),
+    "a rank's batch": (["lr-scaling", "--local-batch-size", "8"], "give --reference-batch-size"),
     "all rows": (["batch", "--sampling", "full"], "choose --sampling random or shuffle"),
-    "too few rows for a ladder": (["ladder", "--data", "perfect.csv"], "more than the data's 4 rows"),
+    "too few rows for a ladder": (["lr-scaling", "--data", "perfect.csv"], "more than the data's 4 rows"),
     "no file": (["batch", "--data", "nowhere.csv"], "nowhere.csv, which does not exist"),
     "refused": (
         ["batch", "--base-learning-rate", "1", "1", "--on-unstable", "refuse"],
@@ -348,7 +348,7 @@ def test_a_batch_that_is_refused_is_told_before_the_others_are_run():
     # Of these, only 1 row a step is beyond its limit: noise lowers the limits of small batches.
     options = ["--batch-sizes", "1,512", "--base-learning-rate", "6e-7", "6e-1", "--on-unstable", "refuse"]
     config = SWEEP_DEFAULTS["batch"]
-    rows = Problem.of(config).rows
+    rows = LeastSquares.of(config).rows
     limits = [Dynamics.of(rows, (6e-7, 6e-1), size, "sequential").largest_multiplier() for size in (1, 512)]
     assert limits[0] < 1 < limits[1]
     assert main(["sweep", "batch", *options]) == 2

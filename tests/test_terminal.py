@@ -25,7 +25,7 @@ QUICK = {
 COMMANDS = QUICK | {
     "verify": ["verify", "--quick"],
     "batch": ["sweep", "batch", "--batch-sizes", "64,256", "--num-seeds", "2", "--epochs", "1"],
-    "ladder": ["sweep", "ladder", "--multipliers", "1,8", "--num-seeds", "2", "--max-steps", "5"],
+    "lr-scaling": ["sweep", "lr-scaling", "--multipliers", "1,8", "--num-seeds", "2", "--max-steps", "5"],
 }
 STYLES = re.compile(r"\x1b\[[\d;]*m")
 
@@ -228,7 +228,7 @@ def test_a_sweep_keeps_its_digits_at_any_magnitude(capsys):
     options += ["--num-seeds", "1", "--epochs", "3", "--standardize", "--base-learning-rate", "0.1", "0.1"]
     assert main([*options, "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
-    (cell,) = pd.read_csv("runs/sweep-batch/cells.csv").to_dict("records")
+    (cell,) = pd.read_csv("runs/sweep-batch/trials.csv").to_dict("records")
     assert (row["weight_a"], row["bias"], row["loss"]) == (cell["weight_a"], cell["bias"], cell["loss"])
     assert main(options) == 0
     line = capsys.readouterr().out.splitlines()[-5].split()

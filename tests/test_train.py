@@ -63,7 +63,7 @@ def test_hand_and_sgd_follow_the_same_trajectory():
     shared = {"global_batch_size": 100, "max_steps": 40, "warmup_steps": 5, "decay": "cosine"}
     results = [
         train(TrainConfig(optimizer=optimizer, micro_batch_size=micro, name=f"{optimizer}{micro}", **shared))
-        for optimizer, micro in itertools.product(("sgd", "hand"), (None, 7))
+        for optimizer, micro in itertools.product(("sgd", "manual"), (None, 7))
     ]
     for result in results[1:]:
         np.testing.assert_allclose(result.weight, results[0].weight, rtol=1e-10)
@@ -79,7 +79,7 @@ def test_small_batches_come_close_to_the_optimum(sampling, dtype):
 
 def test_full_batches_reach_the_optimum_of_many_features():
     config = TrainConfig(
-        sampling="full", optimizer="hand", num_features=5, num_rows=300, lr_scaling="none", max_steps=3000
+        sampling="full", optimizer="manual", num_features=5, num_rows=300, lr_scaling="none", max_steps=3000
     )
     result = train(config)
     assert result.excess < 1e-12
@@ -96,7 +96,7 @@ def test_target_excess_stops_at_the_first_checked_step_within_it():
     assert losses[-1] <= 0.01 < losses[-2]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "hand"])
+@pytest.mark.parametrize("optimizer", ["sgd", "manual"])
 @pytest.mark.parametrize("log_every", [1, 7, 1000])
 def test_divergence_is_noticed_and_recorded(optimizer, log_every):
     config = TrainConfig(
@@ -151,9 +151,9 @@ def test_the_default_recipe_is_stable_at_any_world_size_that_the_data_allows(wor
     from torchreg.runs.setup import prepare
 
     for config in (TrainConfig(), TrainConfig(num_features=12, num_rows=64 * world_size)):
-        prepared, _ = prepare(config, world_size)
-        assert prepared.forecast.stability_limit >= 2 - 1e-6
-        assert prepared.warnings == ()
+        state, _ = prepare(config, world_size)
+        assert state.forecast.stability_limit >= 2 - 1e-6
+        assert state.warnings == ()
 
 
 def test_a_run_leaves_whole_records():
@@ -163,7 +163,7 @@ def test_a_run_leaves_whole_records():
     record = json.loads((run / "record.json").read_text())
     assert record["schema_version"] == 1
     assert record["result"]["weight"] == list(result.weight)
-    assert record["runtime"]["places"][0]["rank"] == 0
+    assert record["distributed"]["placements"][0]["rank"] == 0
     assert from_json(json.loads((run / "config.json").read_text())) == TrainConfig(name="first", max_steps=9)
     lines = read_metrics(run)
     assert [line["step"] for line in lines] == list(range(9))
@@ -253,7 +253,7 @@ def test_tf32_is_told_however_it_was_switched_on(is_new, run, tmp_path):
 
 FORTY = """
 import os
-from torchreg.runs.record import claim_folder
+from torchreg.runs.record import create_run_folder
 start, go = os.pipe()
 runs = []
 for _ in range(40):
@@ -261,7 +261,7 @@ for _ in range(40):
     if not runs[-1]:
         os.close(go)
         os.read(start, 1)  # until the last one is there
-        os._exit(0 if claim_folder("runs", None, "train") else 1)
+        os._exit(0 if create_run_folder("runs", None, "train") else 1)
 os.close(go)
 print([os.waitstatus_to_exitcode(os.waitpid(run, 0)[1]) for run in runs] == 40 * [0])
 """
@@ -285,12 +285,12 @@ def test_results_are_in_the_datas_own_units_whatever_the_model_sees():
 def _houses():
     from torchreg.data.table import load_table
 
-    table = load_table("builtin")
+    table = load_table("synthetic")
     return table.features, table.target
 
 
-@pytest.mark.parametrize("reduction", ["fast", "ordered"])
-@pytest.mark.parametrize("optimizer", ["sgd", "hand"])
+@pytest.mark.parametrize("reduction", ["fast", "reproducible"])
+@pytest.mark.parametrize("optimizer", ["sgd", "manual"])
 def test_a_device_is_started_without_a_trace_in_the_parameters(optimizer, reduction, monkeypatch):
     # On a GPU two steps at a learning rate of 0 come before the clock: they must not be training.
     config = TrainConfig(optimizer=optimizer, reduction=reduction, device="cpu", max_steps=5, name="plain")
@@ -301,7 +301,7 @@ def test_a_device_is_started_without_a_trace_in_the_parameters(optimizer, reduct
 
     def record_steps(*arguments, **options):
         take_step = make_step(*arguments, **options)
-        return lambda rates, *rest: (steps.append(rates), take_step(rates, *rest))[1]
+        return lambda learning_rates, *rest: (steps.append(learning_rates), take_step(learning_rates, *rest))[1]
 
     monkeypatch.setattr(train_module, "make_step", record_steps)
     monkeypatch.setattr(train_module, "STARTS_ON_FIRST_USE", {"cpu"})

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchreg.core.batches import BatchPlan
     from torchreg.data.table import Table, load_table
-    from torchreg.distributed.communicator import Runtime, open_runtime
+    from torchreg.distributed.communicator import Communicator, init_distributed
     from torchreg.runs.config import RECIPES, TrainConfig, with_recipe
     from torchreg.runs.result import Result
-    from torchreg.runs.setup import Problem
+    from torchreg.runs.setup import LeastSquares
     from torchreg.theory import ClosedForm, Dynamics, Moments, RowGradients
 
 __version__ = "0.1.0"
@@ -22,16 +22,16 @@ __all__ = [
     "RECIPES",
     "BatchPlan",
     "ClosedForm",
+    "Communicator",
     "Dynamics",
+    "LeastSquares",
     "Moments",
-    "Problem",
     "Result",
     "RowGradients",
-    "Runtime",
     "Table",
     "TrainConfig",
+    "init_distributed",
     "load_table",
-    "open_runtime",
     "with_recipe",
 ]
 
@@ -41,14 +41,14 @@ _MODULE_OF = {
     "ClosedForm": "theory",
     "Dynamics": "theory",
     "Moments": "theory",
-    "Problem": "runs.setup",
+    "LeastSquares": "runs.setup",
     "Result": "runs.result",
     "RowGradients": "theory",
-    "Runtime": "distributed.communicator",
+    "Communicator": "distributed.distributed",
     "Table": "data.table",
     "TrainConfig": "runs.config",
     "load_table": "data.table",
-    "open_runtime": "distributed.communicator",
+    "init_distributed": "distributed.distributed",
     "with_recipe": "runs.config",
 }
 

@@ -11,7 +11,7 @@ from ..fault_matrix import GRACE_S, TIMEOUT_S, matrix
 LAUNCHER = "mpiexec on 2 nodes"
 
 
-@pytest.mark.parametrize(("optimizer", "sync"), [("sgd", "ddp"), ("hand", "mpi")])
+@pytest.mark.parametrize(("optimizer", "sync"), [("sgd", "ddp"), ("manual", "mpi")])
 def test_a_cut_cable_ends_the_ranks_on_both_sides_within_the_time_out(optimizer, sync, nodes, tmp_path):
     # MPI and TCP would wait for minutes to for ever; the ranks that were cut off hear no launcher that could end them.
     case = matrix.Case("cut", 2, LAUNCHER, sync, optimizer, TIMEOUT_S)
@@ -31,7 +31,7 @@ ranks_per_node: [2]
 global_batch_sizes: [64]
 local_batch_sizes: []
 num_features: [1]
-combinations: [hand/mpi]
+combinations: [manual/mpi]
 repeats: 1
 window_s: 0.05
 runtime: torch
@@ -57,7 +57,7 @@ def test_a_step_between_nodes_is_told_apart_from_one_within(nodes, run, tmp_path
     hosts = {}
     for path in (tmp_path / "out/launches").glob("*/launch.json"):
         record = json.loads(path.read_text())
-        hosts[record["launch"]["num_nodes"]] = [place["host"] for place in record["runtime"]["places"]]
+        hosts[record["launch"]["num_nodes"]] = [place["host"] for place in record["distributed"]["placements"]]
         assert all(point["check"]["passed"] for point in record["points"])
     assert hosts[2] == ["n1", "n1", "n2", "n2"]
     assert len(set(hosts[1])) == 1

@@ -18,12 +18,17 @@ torch.cuda.get_device_properties = lambda device: SimpleNamespace(uuid=uuids[dev
 torch.cuda.get_device_name = lambda device: "Fake GPU"
 dist.init_process_group = lambda backend, **options: make_group(backend.replace(",cuda:nccl", ""), **options)
 
-from torchreg.distributed.communicator import open_runtime  # noqa: E402
+from torchreg.distributed.communicator import init_distributed  # noqa: E402
 from torchreg.distributed.rendezvous import AgreedError  # noqa: E402
 
 try:
-    with open_runtime(runtime="torch", device=os.environ.get("DEVICE", "auto"), timeout_s=20) as runtime:
-        print(runtime.device, uuids[current[0]] if uuids else "none", *(p.device_name for p in runtime.places), sep="|")
+    with init_distributed(distributed="torch", device=os.environ.get("DEVICE", "auto"), timeout_s=20) as communicator:
+        print(
+            communicator.device,
+            uuids[current[0]] if uuids else "none",
+            *(p.device_name for p in communicator.placements),
+            sep="|",
+        )
 except AgreedError as error:
     print(error)
     sys.exit(2)

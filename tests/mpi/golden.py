@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from torchreg.distributed.communicator import open_runtime
+from torchreg.distributed.communicator import init_distributed
 from torchreg.runs.config import TrainConfig
 from torchreg.runs.record import read_metrics
 from torchreg.runs.run import train
@@ -52,18 +52,18 @@ def write_table(path: Path) -> None:
 def configurations() -> dict[str, TrainConfig]:
     runs = {}
     for (optimizer, sync), reduction in product(
-        (("sgd", "ddp"), ("sgd", "mpi"), ("hand", "allreduce"), ("hand", "mpi")), ("fast", "ordered")
+        (("sgd", "ddp"), ("sgd", "mpi"), ("manual", "allreduce"), ("manual", "mpi")), ("fast", "reproducible")
     ):
         run = replace(BASE, optimizer=optimizer, sync=sync, reduction=reduction)
         runs[f"{optimizer}-{sync}-{reduction}"] = run
-        if optimizer == "hand":
+        if optimizer == "manual":
             runs[f"{optimizer}-{sync}-{reduction}-sequential"] = replace(run, update_order="sequential")
     return runs | {
         "cosine": replace(BASE, decay="cosine", warmup_steps=5, lr_scaling="linear"),
-        "random-float32": replace(BASE, reduction="ordered", sampling="random", dtype="float32"),
+        "random-float32": replace(BASE, reduction="reproducible", sampling="random", dtype="float32"),
         "full": replace(BASE, sampling="full", global_batch_size=None, micro_batch_size=None),
         "divergence": replace(BASE, base_learning_rate=(1.5, 1.5), max_steps=200),
-        "resumed": replace(BASE, optimizer="hand", reduction="ordered", checkpoint_every=RESUMED_AFTER),
+        "resumed": replace(BASE, optimizer="manual", reduction="reproducible", checkpoint_every=RESUMED_AFTER),
     }
 
 
@@ -72,19 +72,19 @@ def machine() -> list[str]:
     return [platform.machine(), torch.__version__.split("+")[0], torch.backends.cpu.get_cpu_capability()]
 
 
-def numbers_of_runs(folder: Path, runtime) -> dict[str, dict]:
+def numbers_of_runs(folder: Path, communicator) -> dict[str, dict]:
     """Every number that a run promises, floats in hexadecimal, by the run's name."""
     found = {}
     for name, config in configurations().items():
         run = replace(config, data=str(folder / "table.csv"), name=name, runs_dir=str(folder))
-        result = train(run, runtime)
-        if name == "resumed" and runtime.is_main:
+        result = train(run, communicator)
+        if name == "resumed" and communicator.is_main:
             (folder / name / "record.json").unlink()
             for checkpoint in sorted((folder / name / "checkpoints").iterdir())[1:]:
                 checkpoint.unlink()
         if name == "resumed":
-            result = train(replace(run, resume="auto"), runtime)
-        if not runtime.is_main:
+            result = train(replace(run, resume="auto"), communicator)
+        if not communicator.is_main:
             continue
         logged = [line["loss"] for line in read_metrics(folder / name)]
         floats = [*result.weight, result.bias, result.loss, *(loss for loss in logged if loss is not None)]
@@ -98,13 +98,13 @@ def numbers_of_runs(folder: Path, runtime) -> dict[str, dict]:
 def main(output: Path) -> None:
     with (
         tempfile.TemporaryDirectory() as own,
-        open_runtime(sync="mpi", device="cpu", runtime="torch") as runtime,
+        init_distributed(sync="mpi", device="cpu", distributed="torch") as communicator,
     ):
-        folder = Path(runtime.from_main(lambda: own))
-        if runtime.is_main:
+        folder = Path(communicator.from_main(lambda: own))
+        if communicator.is_main:
             write_table(folder / "table.csv")
-        found = numbers_of_runs(folder, runtime)
-        if runtime.is_main:
+        found = numbers_of_runs(folder, communicator)
+        if communicator.is_main:
             output.write_text(json.dumps(found))
 
 

@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from torchreg.distributed.communicator import open_runtime
+from torchreg.distributed.communicator import init_distributed
 from torchreg.scaling.campaign import Campaign, launches
 from torchreg.scaling.measure import measure_launch
 from torchreg.verification.defects import injected
@@ -16,13 +16,13 @@ CAMPAIGN = Campaign(
     num_features=(40,),
     repeats=1,
     window_s=0.02,
-    runtime="torch",
+    distributed="torch",
 )
 
 with (
-    open_runtime(sync="mpi", device="cpu", runtime="torch") as runtime,
-    injected(sys.argv[1], runtime),
+    init_distributed(sync="mpi", device="cpu", distributed="torch") as communicator,
+    injected(sys.argv[1], communicator),
 ):
-    measured = measure_launch(CAMPAIGN, launches(CAMPAIGN)[0], runtime, Path("launch"))
-    if runtime.is_main:
+    measured = measure_launch(CAMPAIGN, launches(CAMPAIGN)[0], communicator, Path("launch"))
+    if communicator.is_main:
         print(json.dumps(measured["points"]))

@@ -9,13 +9,13 @@ from torchreg.sweeps import sweep as sweep_run
 really_train = sweep_run.train
 
 
-def train(config, runtime, *others, **options):
-    if runtime.is_main:  # of the ranks that run the cell together
+def train(config, communicator, *others, **options):
+    if communicator.is_main:  # of the ranks that run the cell together
         line = f"{config.name}\n".encode()
         log = os.open(os.environ["RUN_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.write(log, line)
         os.close(log)
-    return really_train(config, runtime, *others, **options)
+    return really_train(config, communicator, *others, **options)
 
 
 sweep_run.train = train

@@ -41,7 +41,13 @@ def with_h_for_hosts(text):
             "ddp",
             "rank [12] H: lost the other ranks: .*; the store on .+, host of rank 0, does not answer",
         ),
-        (0, "torchrun", "hand", "allreduce", "rank [12] H: lost the other ranks: Timed out .*; no word from rank 0 H"),
+        (
+            0,
+            "torchrun",
+            "manual",
+            "allreduce",
+            "rank [12] H: lost the other ranks: Timed out .*; no word from rank 0 H",
+        ),
     ],
     ids=["mpi", "ddp", "allreduce"],
 )
@@ -57,7 +63,7 @@ def test_ranks_that_wait_for_a_stopped_one_end_and_name_it(rank, launcher, optim
 @pytest.mark.parametrize(("launcher", "sync"), [("mpiexec", "mpi"), ("torchrun", "allreduce")])
 def test_a_killed_main_rank_ends_all_before_the_time_out(launcher, sync, tmp_path):
     # The out-of-memory killer takes the rank that reads and writes, and the store goes with it.
-    outcome = outcome_of("kill", 0, launcher, "hand", sync, tmp_path)
+    outcome = outcome_of("kill", 0, launcher, "manual", sync, tmp_path)
     assert outcome.ranks_end_s < TIMEOUT_S
     assert "nothing" not in outcome.told()
 
@@ -80,11 +86,11 @@ def test_what_a_rank_raises_is_told_once_with_rank_and_host(fault, rank, sync, r
 
 AT_THE_EDGES = f"""
 import os, signal, sys
-from torchreg.distributed.communicator import open_runtime
+from torchreg.distributed.communicator import init_distributed
 from torchreg.distributed import rendezvous
 if sys.argv[1] == "beginning" and os.environ["PMI_RANK"] == "1":
     rendezvous._is_one_node = lambda *_: os.kill(os.getpid(), {signal.SIGSTOP:d})
-with open_runtime(sync="ddp", device="cpu", runtime="torch", timeout_s={TIMEOUT_S}) as runtime:
+with init_distributed(sync="ddp", device="cpu", runtime="torch", timeout_s={TIMEOUT_S}) as runtime:
     runtime.barrier()
 if runtime.rank == 1:
     os.kill(os.getpid(), {signal.SIGSTOP:d})

@@ -22,7 +22,7 @@ def test_every_way_of_training_gives_the_frozen_numbers(world_size, run, tmp_pat
     assert found.keys() == configurations().keys()
     for name, frozen in FROZEN["runs"][str(world_size)].items():
         assert found[name]["ints"] == frozen["ints"], name
-        if configurations()[name].reduction == "ordered" and machine() == FROZEN["machine"]:
+        if configurations()[name].reduction == "reproducible" and machine() == FROZEN["machine"]:
             assert found[name]["floats"] == frozen["floats"], f"{name}: the bits changed"
         rtol = 1e-5 if configurations()[name].dtype == "float32" else 1e-12
         values, expected = ([float.fromhex(f) for f in each["floats"]] for each in (found[name], frozen))
@@ -31,6 +31,6 @@ def test_every_way_of_training_gives_the_frozen_numbers(world_size, run, tmp_pat
 
 def test_reproducible_runs_are_frozen_once_for_all_world_sizes():
     for name, config in configurations().items():
-        if config.reduction == "ordered":
+        if config.reduction == "reproducible":
             bits = {tuple(runs[name]["floats"]) for runs in FROZEN["runs"].values()}
             assert len(bits) == 1, name

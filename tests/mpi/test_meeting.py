@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 FAKE_GPUS = [sys.executable, str(Path(__file__).parent / "fake_gpus.py")]
-TRAIN = ["torchreg", "train", "--device", "cpu", "--runtime", "torch", "--max-steps", "3", "--name", "met"]
+TRAIN = ["torchreg", "train", "--device", "cpu", "--distributed", "torch", "--max-steps", "3", "--name", "met"]
 
 
 def test_ranks_started_by_hand_train_together(start_ranks, tmp_path):
@@ -31,9 +31,9 @@ def test_a_rank_of_srun_trains(run, tmp_path):
 
 COMPILED_WITH_NCCL = """
 import torch.distributed as dist
-from torchreg.distributed.communicator import open_runtime
+from torchreg.distributed.communicator import init_distributed
 dist.is_backend_available = dist.is_nccl_available = lambda *_: True
-with open_runtime(device="cpu", runtime="torch") as runtime:
+with init_distributed(device="cpu", runtime="torch") as runtime:
     print(dist.get_backend_config())
 """
 
@@ -161,8 +161,8 @@ def test_ranks_meet_where_plain_torch_meets(address, before, run, tmp_path):
 
 SLOW_TO_PREPARE = """
 import time
-from torchreg.distributed.communicator import open_runtime
-with open_runtime(device="cpu", runtime="torch", timeout_s=3) as runtime:
+from torchreg.distributed.communicator import init_distributed
+with init_distributed(device="cpu", runtime="torch", timeout_s=3) as runtime:
     print(runtime.from_main(lambda: time.sleep(7) or "prepared"))
 """
 
@@ -170,15 +170,15 @@ with open_runtime(device="cpu", runtime="torch", timeout_s=3) as runtime:
 def test_ranks_wait_for_a_main_rank_that_is_busy_longer_than_the_time_out(start_ranks):
     # Case W2: a table that takes longer than --timeout-s to read was "lost the other ranks".
     ends = start_ranks([sys.executable, "-c", SLOW_TO_PREPARE], [{}, {}])
-    assert [end.stdout.strip() for end in ends] == ["prepared", "prepared"], ends
+    assert [end.stdout.strip() for end in ends] == ["state", "state"], ends
 
 
 def test_ranks_do_not_wait_for_a_main_rank_that_is_stopped(tmp_path, run):
     script = tmp_path / "stopped.py"
     script.write_text(
         "import os, signal\n"
-        "from torchreg.distributed.communicator import open_runtime\n"
-        'with open_runtime(device="cpu", runtime="torch", timeout_s=3) as runtime:\n'
+        "from torchreg.distributed.communicator import init_distributed\n"
+        'with init_distributed(device="cpu", runtime="torch", timeout_s=3) as runtime:\n'
         "    runtime.from_main(lambda: os.kill(os.getpid(), signal.SIGSTOP))\n"
     )
     done = run("mpiexec", "-n", "3", sys.executable, str(script), cwd=tmp_path, timeout_s=60)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from torchreg.distributed.communicator import open_runtime
+from torchreg.distributed.communicator import init_distributed
 from torchreg.runs.run import train
 
 from .worker import bits, configurations, ordered_configurations
@@ -29,8 +29,8 @@ def launch(launcher, num_ranks):
 def one_rank(tmp_path_factory):
     """The weights of one process, to which every world size is held."""
     runs_dir = str(tmp_path_factory.mktemp("one"))
-    with open_runtime(device="cpu") as runtime:
-        return {key: train(config, runtime) for key, config in configurations(runs_dir, with_mpi=True)}
+    with init_distributed(device="cpu") as communicator:
+        return {key: train(config, communicator) for key, config in configurations(runs_dir, with_mpi=True)}
 
 
 @pytest.mark.parametrize(("launcher", "num_ranks"), [("mpiexec", 3), ("torchrun", 4), ("torchrun", 8)])
@@ -52,16 +52,20 @@ def test_the_same_global_batch_gives_the_same_weights_at_every_world_size(launch
 
 @pytest.fixture(scope="module")
 def one_rank_bits(tmp_path_factory):
-    runs_dir = str(tmp_path_factory.mktemp("ordered"))
-    with open_runtime(device="cpu") as runtime:
-        return {key: bits(train(config, runtime)) for key, config in ordered_configurations(runs_dir, with_mpi=True)}
+    runs_dir = str(tmp_path_factory.mktemp("reproducible"))
+    with init_distributed(device="cpu") as communicator:
+        return {
+            key: bits(train(config, communicator)) for key, config in ordered_configurations(runs_dir, with_mpi=True)
+        }
 
 
 @pytest.mark.parametrize(("launcher", "num_ranks"), [("torchrun", 6)])  # 1 to 3 under mpiexec: test_golden.py
 def test_ordered_reduction_gives_the_same_bits_at_every_world_size(launcher, num_ranks, one_rank_bits, run, tmp_path):
     output = tmp_path / "results.json"
     sync = "mpi" if launcher == "mpiexec" else "torch"
-    done = run(*launch(launcher, num_ranks), WORKER, str(output), str(tmp_path / "runs"), sync, "ordered", cwd=tmp_path)
+    done = run(
+        *launch(launcher, num_ranks), WORKER, str(output), str(tmp_path / "runs"), sync, "reproducible", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     answer = json.loads(output.read_text())
     assert answer["world_size"] == num_ranks
@@ -90,7 +94,7 @@ def test_the_command_speaks_once_and_only_json_on_stdout(launcher, run, tmp_path
         "torchreg",
         "train",
         "--json",
-        "--runtime",
+        "--distributed",
         "torch",
         "--max-steps",
         "4",
@@ -103,7 +107,7 @@ def test_the_command_speaks_once_and_only_json_on_stdout(launcher, run, tmp_path
 
 
 def test_divergence_ends_every_rank_with_exit_code_3_and_a_record(run, tmp_path):
-    options = ["--base-learning-rate", "9", "9", "--name", "gone", "--runtime", "torch"]
+    options = ["--base-learning-rate", "9", "9", "--name", "gone", "--distributed", "torch"]
     done = run(*launch("mpiexec", 3), "-m", "torchreg", "train", *options, cwd=tmp_path)
     assert done.returncode == 3, done.stderr
     assert done.stdout.count("diverged at step") == 1
@@ -119,7 +123,7 @@ def test_divergence_ends_every_rank_with_exit_code_3_and_a_record(run, tmp_path)
     ],
 )
 def test_bad_input_is_told_once_and_ends_all_ranks_with_exit_code_2(options, part, run, tmp_path):
-    done = run(*launch("mpiexec", 3), "-m", "torchreg", "train", "--runtime", "torch", *options, cwd=tmp_path)
+    done = run(*launch("mpiexec", 3), "-m", "torchreg", "train", "--distributed", "torch", *options, cwd=tmp_path)
     assert done.returncode == 2
     assert (done.stdout + done.stderr).count("torchreg: error:") == 1
     assert part in done.stderr
@@ -129,8 +133,8 @@ def test_bad_input_is_told_once_and_ends_all_ranks_with_exit_code_2(options, par
 
 FAILING = """
 import sys
-from torchreg.distributed.communicator import open_runtime
-with open_runtime(sync="ddp", device="cpu", runtime="torch") as runtime:
+from torchreg.distributed.communicator import init_distributed
+with init_distributed(sync="ddp", device="cpu", runtime="torch") as runtime:
     if runtime.rank == 1:
         raise OSError("the disk of rank 1 is gone")
     runtime.barrier()
@@ -152,8 +156,8 @@ def test_a_failure_on_one_rank_ends_all_with_its_reason_once(launcher, run, tmp_
 
 KILLED = """
 import os, signal
-from torchreg.distributed.communicator import open_runtime
-with open_runtime(sync="ddp", device="cpu", runtime="torch") as runtime:
+from torchreg.distributed.communicator import init_distributed
+with init_distributed(sync="ddp", device="cpu", runtime="torch") as runtime:
     if runtime.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     runtime.barrier()
@@ -195,9 +199,9 @@ def test_torchrun_with_mpi_averaging_is_refused(run, tmp_path):
 LISTENING = """
 import os
 from pathlib import Path
-from torchreg.distributed.communicator import open_runtime
+from torchreg.distributed.communicator import init_distributed
 
-with open_runtime(sync="ddp", device="cpu", runtime="torch") as runtime:
+with init_distributed(sync="ddp", device="cpu", runtime="torch") as runtime:
     runtime.barrier()
     descriptors = Path("/proc/self/fd")
     mine = {os.readlink(descriptors / name) for name in os.listdir(descriptors) if os.path.islink(descriptors / name)}

@@ -22,17 +22,17 @@ ACCIDENT = str(Path(__file__).parent / "accident.py")
 BASE = TrainConfig(
     name="run",
     global_batch_size=100,
-    reduction="ordered",
+    reduction="reproducible",
     max_steps=240,
     log_every=30,
     base_learning_rate=(0.02, 0.03),
-    runtime="torch",
+    distributed="torch",
 )
 COMBINATIONS = {
     "sgd-ddp": {"optimizer": "sgd", "sync": "ddp", "micro_batch_size": 7},
     "sgd-mpi": {"optimizer": "sgd", "sync": "mpi", "sampling": "random"},
-    "hand-allreduce": {"optimizer": "hand", "sync": "allreduce", "log_full_loss": True},
-    "hand-mpi": {"optimizer": "hand", "sync": "mpi", "update_order": "sequential", "num_features": 3},
+    "manual-allreduce": {"optimizer": "manual", "sync": "allreduce", "log_full_loss": True},
+    "manual-mpi": {"optimizer": "manual", "sync": "mpi", "update_order": "sequential", "num_features": 3},
 }
 
 
@@ -78,7 +78,7 @@ def checkpoints(run):
 
 @pytest.mark.parametrize(
     ("combination", "signal", "hit", "num_ranks_then"),
-    [("sgd-ddp", "SIGTERM", "0,1", 1), ("hand-mpi", "SIGHUP", "1", 3), ("hand-allreduce", "SIGINT", "0,1", 1)],
+    [("sgd-ddp", "SIGTERM", "0,1", 1), ("manual-mpi", "SIGHUP", "1", 3), ("manual-allreduce", "SIGINT", "0,1", 1)],
 )
 def test_a_signal_stops_all_ranks_at_one_step_and_any_number_goes_on(
     combination, signal, hit, num_ranks_then, uninterrupted, run, tmp_path
@@ -110,7 +110,7 @@ def test_a_signal_stops_all_ranks_at_one_step_and_any_number_goes_on(
 
 def test_a_signal_under_torchrun_saves_too(uninterrupted, run, tmp_path):
     # torchrun itself ends with 1 whatever its ranks end with.
-    config = of("hand-allreduce")
+    config = of("manual-allreduce")
     command = [*launch("torchrun", 2), ACCIDENT, "SIGUSR1", "1", "70", "train", *options(config)]
     done = run(*command, cwd=tmp_path, timeout_s=60)
     assert done.returncode == 1
@@ -118,12 +118,12 @@ def test_a_signal_under_torchrun_saves_too(uninterrupted, run, tmp_path):
     assert "exitcode  : 75" in done.stderr
     assert checkpoints(tmp_path / "runs/run") == ["step-0000000090.pt"]
     one_process(replace(config, resume="auto"))
-    assert ends(tmp_path / "runs/run") == uninterrupted["hand-allreduce"]
+    assert ends(tmp_path / "runs/run") == uninterrupted["manual-allreduce"]
 
 
 def test_a_signal_to_ranks_that_leave_changes_nothing(run, tmp_path):
     # S1: srun answers the first rank that leaves with 75 by SIGTERM to the others, and 75 would become 143.
-    command = [*launch("mpiexec", 2), ACCIDENT, "SIGTERMs", "0,1", "70", "train", *options(of("hand-mpi"))]
+    command = [*launch("mpiexec", 2), ACCIDENT, "SIGTERMs", "0,1", "70", "train", *options(of("manual-mpi"))]
     done = run(*command, cwd=tmp_path, timeout_s=60)
     assert (done.returncode, done.stderr) == (75, "")
     assert "stopped after 90 steps" in done.stdout
@@ -131,7 +131,7 @@ def test_a_signal_to_ranks_that_leave_changes_nothing(run, tmp_path):
 
 def test_two_ranks_go_on_to_more_steps_than_they_were_asked_for_first(run, tmp_path):
     # T4, in the fast reduction too: its bits depend on the number of ranks alone.
-    train = [*launch("mpiexec", 2), "-m", "torchreg", "train", "--runtime", "torch", "--log-every", "1"]
+    train = [*launch("mpiexec", 2), "-m", "torchreg", "train", "--distributed", "torch", "--log-every", "1"]
     lengths = (
         ["run", "--epochs", "4"],
         ["run", "--max-steps", "48", "--resume", "auto"],
@@ -145,7 +145,7 @@ def test_two_ranks_go_on_to_more_steps_than_they_were_asked_for_first(run, tmp_p
 
 def test_a_terminal_that_is_closed_saves_a_run_of_torchrun(uninterrupted, run, tmp_path):
     # T7. torchrun passes SIGHUP on; MPICH's mpiexec dies of it and kills its ranks, which cannot be caught.
-    config = of("hand-allreduce", checkpoint_every=1000)
+    config = of("manual-allreduce", checkpoint_every=1000)
     script = tmp_path / "hang_up.py"
     script.write_text(Path(ACCIDENT).read_text().replace("os.getpid()", "os.getppid()"))
     command = [*launch("torchrun", 2), str(script), "SIGHUP", "0", "70", "train", *options(config)]
@@ -153,7 +153,7 @@ def test_a_terminal_that_is_closed_saves_a_run_of_torchrun(uninterrupted, run, t
     assert "reason       SIGHUP" in done.stdout
     assert len(checkpoints(tmp_path / "runs/run")) == 1
     one_process(replace(config, resume="auto"))
-    assert ends(tmp_path / "runs/run") == uninterrupted["hand-allreduce"]
+    assert ends(tmp_path / "runs/run") == uninterrupted["manual-allreduce"]
 
 
 def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(uninterrupted, run, tmp_path):
@@ -166,7 +166,7 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(uninterrupted, 
 
 
 def test_a_time_limit_stops_all_ranks_in_time(run, tmp_path):
-    config = of("hand-mpi", max_steps=1_000_000_000, time_limit_s=1.0)
+    config = of("manual-mpi", max_steps=1_000_000_000, time_limit_s=1.0)
     done = run(*launch("mpiexec", 2), "-m", "torchreg", "train", *options(config), cwd=tmp_path, timeout_s=60)
     assert done.returncode == 75, done.stderr
     assert "reason       the time limit is near" in done.stdout
@@ -199,7 +199,7 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_ends_all_ranks_and_leaves_only_whole_files(small_disk, uninterrupted, run, tmp_path):
-    config = of("hand-allreduce", checkpoint_every=2, keep_checkpoints=1000)
+    config = of("manual-allreduce", checkpoint_every=2, keep_checkpoints=1000)
     done = run(*launch("mpiexec", 2), "-m", "torchreg", "train", *options(config), cwd=tmp_path, timeout_s=60)
     assert done.returncode == 1
     assert done.stderr.count("torchreg: error") == 1
@@ -211,7 +211,7 @@ def test_a_full_disk_ends_all_ranks_and_leaves_only_whole_files(small_disk, unin
 
     subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
     one_process(replace(config, resume="auto"))
-    assert ends(small_disk / "run") == uninterrupted["hand-allreduce"]
+    assert ends(small_disk / "run") == uninterrupted["manual-allreduce"]
 
 
 def test_two_jobs_on_one_run_do_not_mix(run, tmp_path):

@@ -44,8 +44,8 @@ def test_every_setting_is_measured_checked_and_timed(campaign):
     folder, done = campaign
     assert "2 of 2 done, 0 failed" in done.stdout
     for ranks, pairs, batches in (
-        (1, {("hand", "none"), ("sgd", "none")}, {32, 64}),
-        (2, {("hand", "allreduce"), ("hand", "mpi"), ("sgd", "ddp"), ("sgd", "mpi")}, {64}),
+        (1, {("manual", "none"), ("sgd", "none")}, {32, 64}),
+        (2, {("manual", "allreduce"), ("manual", "mpi"), ("sgd", "ddp"), ("sgd", "mpi")}, {64}),
     ):
         launch = record(folder, ranks)
         points = launch["points"]
@@ -64,7 +64,7 @@ def test_every_setting_is_measured_checked_and_timed(campaign):
             assert (point["local_step_time_s"] is None) == (ranks == 1)
             assert point["throughput"] == pytest.approx(point["global_batch_size"] / point["step_time_s"])
             assert (point["target"] is None) == (point["num_features"] > 16)
-        assert launch["runtime"]["world_size"] == ranks
+        assert launch["distributed"]["world_size"] == ranks
         assert launch["dtype"] == "float64"
         assert launch["wall_s"] > launch["start_up_s"] > 0
     assert {way["way"] for way in record(folder, 2)["allreduce"]} == {"gloo", "MPI"}

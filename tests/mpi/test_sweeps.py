@@ -27,27 +27,27 @@ def runs_in(log):
 def one_process(tmp_path_factory):
     runs_dir = tmp_path_factory.mktemp("one")
     assert main([*SWEEP, "--runs-dir", str(runs_dir)]) == 0
-    return pd.read_csv(runs_dir / "swept/cells.csv")
+    return pd.read_csv(runs_dir / "swept/trials.csv")
 
 
 @pytest.mark.parametrize("mode", [[], ["--farm"]], ids=["all ranks", "farm"])
 def test_two_ranks_run_each_cell_once_and_find_what_one_process_finds(mode, one_process, run, tmp_path):
     log = tmp_path / "log"
-    done = run(*mpiexec(2), WORKER, *SWEEP, *mode, "--runtime", "torch", cwd=tmp_path, RUN_LOG=str(log))
+    done = run(*mpiexec(2), WORKER, *SWEEP, *mode, "--distributed", "torch", cwd=tmp_path, RUN_LOG=str(log))
     assert done.returncode == 0, done.stderr
     assert runs_in(log) == CELLS
     folder = tmp_path / "runs/swept"
-    pd.testing.assert_frame_equal(pd.read_csv(folder / "cells.csv"), one_process, check_exact=False, rtol=1e-9)
+    pd.testing.assert_frame_equal(pd.read_csv(folder / "trials.csv"), one_process, check_exact=False, rtol=1e-9)
     assert done.stdout.count("records      runs/swept") == 1
-    worlds = {json.loads(path.read_text())["result"]["world_size"] for path in folder.glob("cells/*/record.json")}
+    worlds = {json.loads(path.read_text())["result"]["world_size"] for path in folder.glob("trials/*/record.json")}
     assert worlds == ({1} if mode else {2})
 
     # Again, with one record lost: that cell is run, the others are not.
-    lost = folder / "cells/batch-64-seed-1/record.json"
-    others = {path: path.stat().st_mtime_ns for path in folder.glob("cells/*/record.json") if path != lost}
+    lost = folder / "trials/batch-64-seed-1/record.json"
+    others = {path: path.stat().st_mtime_ns for path in folder.glob("trials/*/record.json") if path != lost}
     lost.unlink()
     log.unlink()
-    done = run(*mpiexec(2), WORKER, *SWEEP, *mode, "--runtime", "torch", cwd=tmp_path, RUN_LOG=str(log))
+    done = run(*mpiexec(2), WORKER, *SWEEP, *mode, "--distributed", "torch", cwd=tmp_path, RUN_LOG=str(log))
     assert done.returncode == 0, done.stderr
     assert "6 runs, 5 of them finished before" in done.stdout
     assert runs_in(log) == ["batch-64-seed-1"]
@@ -58,19 +58,19 @@ def test_two_ranks_run_each_cell_once_and_find_what_one_process_finds(mode, one_
 def test_a_signal_ends_a_sweep_on_all_ranks_and_the_next_one_goes_on(mode, hit, one_process, run, tmp_path):
     # T3 for sweeps: the signal comes in the fourth step of the first run that a rank is in.
     accident = [str(Path(__file__).parent / "accident.py"), "SIGTERM", hit, "3"]
-    done = run(*mpiexec(2), *accident, *SWEEP, *mode, "--runtime", "torch", cwd=tmp_path)
+    done = run(*mpiexec(2), *accident, *SWEEP, *mode, "--distributed", "torch", cwd=tmp_path)
     assert done.returncode == 75, done.stderr
     assert done.stderr == ""
     assert done.stdout.count("stopped by SIGTERM; finished runs are kept: run the same sweep again") == 1
     assert main(SWEEP) == 0
-    table = pd.read_csv(tmp_path / "runs/swept/cells.csv")
+    table = pd.read_csv(tmp_path / "runs/swept/trials.csv")
     pd.testing.assert_frame_equal(table, one_process, check_exact=False, rtol=1e-9)
 
 
 def test_what_is_refused_is_told_once_and_loses_nothing(run, tmp_path, capsys):
     assert main([*SWEEP, "--runs-dir", str(tmp_path / "runs")]) == 0
     before = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
-    options = [*SWEEP, "--epochs", "3", "--farm", "--json", "--runtime", "torch"]
+    options = [*SWEEP, "--epochs", "3", "--farm", "--json", "--distributed", "torch"]
     done = run(*mpiexec(2), "-m", "torchreg", *options, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
@@ -85,7 +85,7 @@ def test_four_ranks_do_with_the_lessons_rates_what_the_plan_says(run, tmp_path, 
     three, four = json.loads(capsys.readouterr().out)["rows"]
     assert (three["is_stable"], four["is_stable"]) == (True, False)
 
-    train = [*mpiexec(4), "-m", "torchreg", "train", "--runtime", "torch", *LESSON_RATES]
+    train = [*mpiexec(4), "-m", "torchreg", "train", "--distributed", "torch", *LESSON_RATES]
     done = run(*train, "--name", "warned", cwd=tmp_path)
     assert done.returncode == 3, done.stderr
     assert "the largest stable world size is 3; expect divergence" in " ".join(done.stdout.split())

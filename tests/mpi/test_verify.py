@@ -7,7 +7,7 @@ import pytest
 
 from .test_ranks import launch
 
-QUICK = ("-m", "torchreg", "verify", "--quick", "--json", "--runtime", "torch")
+QUICK = ("-m", "torchreg", "verify", "--quick", "--json", "--distributed", "torch")
 
 
 def checks_of(done):
@@ -25,10 +25,10 @@ def test_a_right_stack_passes(launcher, num_ranks, run, tmp_path):
     status = {(check["area"], check["name"]): check["status"] for check in content["checks"]}
     assert set(status.values()) == {"PASS", "SKIP"}
     assert status["topology", "world size"] == "PASS"
-    assert status["invariance", "sgd × ddp, ordered"] == "PASS"
+    assert status["invariance", "sgd × ddp, reproducible"] == "PASS"
     assert status["right answer", "all rows"] == "PASS"
     assert status["files", "shared checkpoint"] == "PASS"
-    assert (("invariance", "hand × mpi, fast") in status) == (launcher == "mpiexec")
+    assert (("invariance", "manual × mpi, fast") in status) == (launcher == "mpiexec")
     assert not any((tmp_path / "runs").iterdir()), "the checks leave nothing behind"
 
 
@@ -36,7 +36,7 @@ def test_a_right_stack_passes(launcher, num_ranks, run, tmp_path):
     ("defect", "failing", "passing"),
     [
         ("wrong-average", ("collectives", "all-reduce"), ("same start", "parameters")),
-        ("duplicate-rows", ("invariance", "hand × allreduce, fast"), ("collectives", "all-reduce")),
+        ("duplicate-rows", ("invariance", "manual × allreduce, fast"), ("collectives", "all-reduce")),
         ("skewed-start", ("same start", "parameters"), ("same start", "rows")),
         ("stale-rank", ("invariance", "sgd × ddp, fast"), ("same start", "parameters")),
     ],
@@ -52,7 +52,7 @@ def test_an_injected_defect_fails_at_the_right_row(defect, failing, passing, run
 
 
 def test_the_table_says_what_is_wrong(run, tmp_path):
-    command = ("-m", "torchreg", "verify", "--quick", "--runtime", "torch", "--inject", "skewed-start")
+    command = ("-m", "torchreg", "verify", "--quick", "--distributed", "torch", "--inject", "skewed-start")
     done = run(*launch("mpiexec", 2), *command, cwd=tmp_path)
     assert done.returncode == 1
     assert "does NOT train correctly" in done.stdout

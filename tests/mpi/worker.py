@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from torchreg.distributed.communicator import open_runtime
+from torchreg.distributed.communicator import init_distributed
 from torchreg.runs.config import TrainConfig
 from torchreg.runs.record import read_metrics
 from torchreg.runs.result import Result
@@ -24,10 +24,10 @@ VARIATIONS = {
 
 
 def combinations(*, with_mpi: bool):
-    for optimizer, sync in (("sgd", "ddp"), ("sgd", "mpi"), ("hand", "allreduce"), ("hand", "mpi")):
+    for optimizer, sync in (("sgd", "ddp"), ("sgd", "mpi"), ("manual", "allreduce"), ("manual", "mpi")):
         if sync != "mpi" or with_mpi:
             yield {"optimizer": optimizer, "sync": sync}
-            if optimizer == "hand":
+            if optimizer == "manual":
                 yield {"optimizer": optimizer, "sync": sync, "update_order": "sequential"}
 
 
@@ -45,8 +45,8 @@ def ordered_configurations(runs_dir: str, *, with_mpi: bool):
         "full": {"sampling": "full", "micro_batch_size": 60, "dtype": "float32"},
     }
     for combination, (name, variation) in itertools.product(combinations(with_mpi=with_mpi), variations.items()):
-        key = "-".join(["ordered", *combination.values(), name])
-        config = BASE | {"reduction": "ordered", "log_every": 3} | combination | variation
+        key = "-".join(["reproducible", *combination.values(), name])
+        config = BASE | {"reduction": "reproducible", "log_every": 3} | combination | variation
         yield key, TrainConfig(**config, name=key, runs_dir=runs_dir)
 
 
@@ -58,14 +58,19 @@ def bits(result: Result) -> list[str]:
 
 
 def main() -> None:
-    output, runs_dir, with_mpi, ordered = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "mpi", "ordered" in sys.argv
+    output, runs_dir, with_mpi, ordered = (
+        Path(sys.argv[1]),
+        sys.argv[2],
+        sys.argv[3] == "mpi",
+        "reproducible" in sys.argv,
+    )
     results = {}
-    with open_runtime(sync="mpi" if with_mpi else "ddp", device="cpu", runtime="torch") as runtime:
+    with init_distributed(sync="mpi" if with_mpi else "ddp", device="cpu", distributed="torch") as communicator:
         for key, config in (ordered_configurations if ordered else configurations)(runs_dir, with_mpi=with_mpi):
-            result = train(config, runtime)
-            results[key] = (bits(result) if runtime.is_main else []) if ordered else asdict(result)
-        if runtime.is_main:
-            output.write_text(json.dumps({"world_size": runtime.world_size, "results": results}))
+            result = train(config, communicator)
+            results[key] = (bits(result) if communicator.is_main else []) if ordered else asdict(result)
+        if communicator.is_main:
+            output.write_text(json.dumps({"world_size": communicator.world_size, "results": results}))
 
 
 if __name__ == "__main__":

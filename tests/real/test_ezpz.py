@@ -17,15 +17,17 @@ pytestmark = [
 
 @pytest.mark.parametrize("start", STARTS)
 def test_ranks_are_set_up_by_ezpz(start, run, tmp_path):
-    command = (*STARTS[start], "torchreg", "train", "--runtime", "ezpz", "--max-steps", "20", "--device", "cpu")
+    command = (*STARTS[start], "torchreg", "train", "--distributed", "ezpz", "--max-steps", "20", "--device", "cpu")
     done = run(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "runtime ezpz" in done.stdout
+    assert "distributed ezpz" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"], "ezpz left nothing behind"
 
 
 def test_the_stack_is_verified(run, tmp_path):
-    done = run(*STARTS["MPICH"], "torchreg", "verify", "--quick", "--runtime", "ezpz", "--device", "cpu", cwd=tmp_path)
+    done = run(
+        *STARTS["MPICH"], "torchreg", "verify", "--quick", "--distributed", "ezpz", "--device", "cpu", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "this stack trains correctly" in done.stdout
 
@@ -35,5 +37,5 @@ def test_an_sbatch_on_the_path_is_no_slurm_job(run, tmp_path):
     (tmp_path / "sbatch").write_text("#!/bin/sh\n")
     (tmp_path / "sbatch").chmod(0o755)
     command = (*STARTS["MPICH"], "env", f"PATH={os.environ['PATH']}:{tmp_path}", "torchreg", "train")
-    done = run(*command, "--runtime", "ezpz", "--max-steps", "3", "--device", "cpu", cwd=tmp_path)
+    done = run(*command, "--distributed", "ezpz", "--max-steps", "3", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -36,7 +36,7 @@ def test_mpiexec_verifies(ranks):
 def test_a_campaign_finds_open_mpi_by_itself(ranks, tmp_path):
     (tmp_path / "tiny.yaml").write_text(
         "name: tiny\nranks_per_node: [1, 2]\nglobal_batch_sizes: [64]\nnum_features: [1]\n"
-        "combinations: [hand/mpi]\nrepeats: 1\nwindow_s: 0.05\ndevice: cpu\n"
+        "combinations: [manual/mpi]\nrepeats: 1\nwindow_s: 0.05\ndevice: cpu\n"
     )
     done = ranks("torchreg", "scale", "run", "tiny.yaml", "--dir", "tiny")
     assert done.returncode == 0, done.stdout + done.stderr

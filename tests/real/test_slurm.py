@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-FAST = "--global-batch-size 64 --optimizer hand --sync mpi --runtime torch --log-every 100"
+FAST = "--global-batch-size 64 --optimizer manual --sync mpi --distributed torch --log-every 100"
 ENDLESS = f"{FAST} --max-steps 1000000000"
 
 
@@ -70,7 +70,7 @@ def test_a_job_asks_slurm_for_its_end_and_saves_before_it(slurm, checkout):
 
 
 def test_a_job_that_is_queued_again_ends_with_the_bits_of_one_that_was_not(slurm, checkout):
-    train = "--global-batch-size 64 --runtime torch --log-every 100 --max-steps 4000"  # some seconds
+    train = "--global-batch-size 64 --distributed torch --log-every 100 --max-steps 4000"  # some seconds
     again = {"REQUEUE": "1", "RESERVE_S": "125"}
     job = slurm.submit("jobs/perlmutter.sbatch", "--time=4", cwd=checkout, NAME="cut", TRAIN=train, **again)
     wait_for(checkout / "job.out", "step 100/")
@@ -104,7 +104,7 @@ def test_a_signal_before_the_end_saves(receiver, slurm, checkout):
 
 def test_a_stack_is_verified(slurm, checkout):
     # On one node: the two have one host's name, which the checks would report.
-    variables = {"VERIFY": "--quick --runtime torch", "RANKS_PER_NODE": "2"}
+    variables = {"VERIFY": "--quick --distributed torch", "RANKS_PER_NODE": "2"}
     job = slurm.submit("jobs/perlmutter_verify.sbatch", "--nodes=1", cwd=checkout, **variables)
     ended = slurm.wait(job)
     out = (checkout / "job.out").read_text()
@@ -115,7 +115,7 @@ def test_a_stack_is_verified(slurm, checkout):
 def test_a_campaign_measures_with_srun_and_reports(slurm, checkout):
     (checkout / "tiny.yaml").write_text(
         "name: tiny\nmachine: generic\nnodes: [1]\nranks_per_node: [1, 2]\nglobal_batch_sizes: [64]\n"
-        "num_features: [1]\ncombinations: [hand/mpi]\nrepeats: 1\nwindow_s: 0.05\nruntime: torch\n"
+        "num_features: [1]\ncombinations: [manual/mpi]\nrepeats: 1\nwindow_s: 0.05\nruntime: torch\n"
     )
     job = slurm.submit("jobs/perlmutter_scaling.sbatch", "--nodes=1", cwd=checkout, CAMPAIGN="tiny.yaml", DIR="tiny")
     ended = slurm.wait(job)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-COMBINATIONS = {"hand/allreduce": 3e-4, "hand/mpi": 1.2e-5, "sgd/ddp": 6e-4, "sgd/mpi": 3e-4}
+COMBINATIONS = {"manual/allreduce": 3e-4, "manual/mpi": 1.2e-5, "sgd/ddp": 6e-4, "sgd/mpi": 3e-4}
 """Seconds of one round of averaging."""
 
 _FORMULAS = {
@@ -36,17 +36,17 @@ def make_report(
     machine: str = "laptop",
 ) -> dict[str, Any]:
     """The report of a campaign over every product of these."""
-    places = sorted({(nodes * ranks, nodes, ranks) for nodes in num_nodes for ranks in ranks_per_node})
+    placements = sorted({(nodes * ranks, nodes, ranks) for nodes in num_nodes for ranks in ranks_per_node})
     points = {
         (place, combination, features, batch): _point(place, combination, features, batch, num_launches)
-        for place in places
+        for place in placements
         for combination in combinations
         for features in num_features
         for batch in sorted({256, 64 * place[0]})
     }
-    scopes = {"within a node": [place for place in places if place[1] == 1]}
+    scopes = {"within a node": [place for place in placements if place[1] == 1]}
     for ranks in ranks_per_node if max(num_nodes) > 1 else ():
-        scopes[f"across nodes, {_ranks(ranks)} a node"] = [place for place in places if place[2] == ranks]
+        scopes[f"across nodes, {_ranks(ranks)} a node"] = [place for place in placements if place[2] == ranks]
     series, targets = [], []
     for scope, its_places in scopes.items():
         for kind in ("strong", "weak"):
@@ -66,12 +66,12 @@ def make_report(
         "device_name": "AMD EPYC 7543",
         "backend": "gloo",
         "dtype": "float64",
-        "runtime": "torch",
+        "distributed": "torch",
         "versions": {"torch": "2.13.0", "numpy": "2.3.4", "mpi": "MPICH 4.3.2", "nccl": None},
         "points": list(points.values()),
         "series": series,
         "allreduce": [
-            _allreduce(way, place, num_launches) for place in places if place[0] > 1 for way in ("gloo", "MPI")
+            _allreduce(way, place, num_launches) for place in placements if place[0] > 1 for way in ("gloo", "MPI")
         ],
         "targets": targets,
     }
@@ -103,8 +103,8 @@ def make_report(
                  "text": f"{one['title']}: exposed communication is 71 % of the step"}
                 for one in series
             ],
-            "soonest": {"text": "Soonest is hand/mpi on 4 ranks: 12.3 ms", "world_size": 4},
-            "cheapest": {"text": "Cheapest is hand/mpi on 1 rank: 4.1e-06 node-hours", "world_size": 1},
+            "fastest": {"text": "Soonest is manual/mpi on 4 ranks: 12.3 ms", "world_size": 4},
+            "lowest_node_hours": {"text": "Cheapest is manual/mpi on 1 rank: 4.1e-06 node-hours", "world_size": 1},
         },
         "groups": [group],
         "cost": {"node_hours": 0.31, "wall_s": 852.0, "launches": 54, "text": "54 launches took 0.31 node-hours."},
@@ -140,7 +140,7 @@ def _message_bytes(features: int) -> int:
 def _point(place: tuple[int, int, int], combination: str, features: int, batch: int, launches: int) -> dict[str, Any]:
     world_size, nodes, ranks = place
     optimizer, sync = combination.split("/")
-    compute = (2e-5 if optimizer == "hand" else 2e-4) + 4e-8 * batch / world_size * math.sqrt(features)
+    compute = (2e-5 if optimizer == "manual" else 2e-4) + 4e-8 * batch / world_size * math.sqrt(features)
     rows = 1.1e-5
     exposed = 0.0
     if world_size > 1:
@@ -164,7 +164,7 @@ def _point(place: tuple[int, int, int], combination: str, features: int, batch: 
         "step_time_s": estimate(step, launches),
         "spread": 0.031,
         "slowest_over_median": estimate(1.0 if alone else 1.03, launches),
-        "rows_time_s": estimate(rows, launches),
+        "data_time_s": estimate(rows, launches),
         "compute_time_s": estimate(compute, launches),
         "exposed_time_s": None if alone else estimate(exposed, launches),
         "imbalance_time_s": estimate(imbalance, launches),

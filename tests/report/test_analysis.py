@@ -11,7 +11,7 @@ import pytest
 
 from torchreg.cli import main
 from torchreg.reporting.analysis import analyse
-from torchreg.reporting.bottlenecks import how_far, what_bounds
+from torchreg.reporting.bottlenecks import bottleneck, scaling_limit
 from torchreg.reporting.write import write_data
 from torchreg.scaling.records import merge, read_records
 
@@ -86,7 +86,7 @@ def test_the_breakdown_adds_up_and_names_what_bounds():
     points = {point["id"]: point for point in report["groups"][0]["points"]}
     (strong,) = series_of(report, "strong")
     last = points[strong["points"][-1]["point"]]
-    parts = [last[field]["value"] for field in ("rows_time_s", "compute_time_s", "exposed_time_s")]
+    parts = [last[field]["value"] for field in ("data_time_s", "compute_time_s", "exposed_time_s")]
     assert parts == pytest.approx([10e-6, 190e-6, 200e-6])
     assert sum(parts) == pytest.approx(last["step_time_s"]["value"])
     assert last["imbalance_time_s"]["value"] == pytest.approx(4e-6)  # made: the median rank takes 99 %
@@ -207,7 +207,7 @@ def test_launches_on_several_kinds_of_device_or_with_other_variables_are_a_group
     def change(record):
         block = record["launch"]["block"]
         if block == 0:
-            record["runtime"]["places"][-1]["device_name"] = "another device"
+            record["distributed"]["placements"][-1]["device_name"] = "another device"
         if block in (1, 2):
             record["campaign"]["without"] = ["NCCL_NET", "NCCL_CROSS_NIC"][:block]
         return record
@@ -311,7 +311,7 @@ FAR = {
 @pytest.mark.parametrize("case", FAR)
 def test_how_far_it_scales_is_said_with_its_doubts(case):
     efficiencies, sizes, summary = FAR[case]
-    told = how_far(series_with(*efficiencies))
+    told = scaling_limit(series_with(*efficiencies))
     assert (told["largest_efficient_world_size"], told["shown_up_to"], told["about_up_to"]) == sizes
     assert told["summary"] == summary
     assert told["text"].startswith("strong scaling (baseline 1 rank): ")
@@ -322,7 +322,7 @@ def test_a_step_that_was_not_taken_apart_has_no_cause():
     for point in series["points"]:
         point["point"] = point["world_size"]
     point = {"world_size": 1, "step_time_s": efficiency(1.0), "exposed_time_s": None, "compute_time_s": None}
-    assert what_bounds(series, {1: point, 2: {**point, "world_size": 2}}) is None
+    assert bottleneck(series, {1: point, 2: {**point, "world_size": 2}}) is None
 
 
 def test_a_fast_wrong_run_is_in_no_statistics_and_in_the_first_line():
@@ -354,7 +354,7 @@ def test_where_nothing_ran_nothing_is_claimed():
     assert report["verdict"]["correct"]["status"] == "unknown"
     assert report["groups"] == []
     assert len(report["failed"]) == 8
-    assert report["verdict"]["soonest"] is None
+    assert report["verdict"]["fastest"] is None
     json.dumps(report, allow_nan=False)
 
 
@@ -370,7 +370,7 @@ def test_fewer_than_six_launches_have_no_interval():
 
 def test_ranks_that_share_cpus_are_told_beside_the_scaling_that_they_spoil():
     def with_cpus(record):
-        record["runtime"]["num_cpus"] = 2
+        record["distributed"]["num_cpus"] = 2
         return record
 
     told = "4 ranks share the 2 CPUs of a node"
@@ -414,11 +414,11 @@ def test_soonest_may_need_more_node_hours_than_cheapest():
     machine = without_noise(Machine(alpha_s=100e-6, serial_s=100e-6))
     verdict = report_of(replace(BY_HAND, machine=machine, nodes=(1, 2), ranks_per_node=(1,)))["verdict"]
     # 160 rows: 100 + 1600 µs on one, 100 + 800 + 100 on two; 640 steps.
-    assert verdict["soonest"]["world_size"] == 2
-    assert verdict["soonest"]["time_s"]["value"] == pytest.approx(640 * 1000e-6, rel=1e-4)
-    assert verdict["cheapest"]["world_size"] == 1
-    assert verdict["cheapest"]["node_hours"] < verdict["soonest"]["node_hours"]
-    assert verdict["soonest"]["text"] in verdict["lines"]
+    assert verdict["fastest"]["world_size"] == 2
+    assert verdict["fastest"]["time_s"]["value"] == pytest.approx(640 * 1000e-6, rel=1e-4)
+    assert verdict["lowest_node_hours"]["world_size"] == 1
+    assert verdict["lowest_node_hours"]["node_hours"] < verdict["fastest"]["node_hours"]
+    assert verdict["fastest"]["text"] in verdict["lines"]
 
 
 def test_a_target_that_is_never_reached_has_no_time():
@@ -435,7 +435,7 @@ def test_a_target_that_is_never_reached_has_no_time():
         assert (last["is_stable"], last["num_reached"]) == (False, 0)
         assert [last[key] for key in ("predicted_time_s", "measured_time_s", "time_s", "node_hours")] == [None] * 4
         assert table["stable_up_to_world_size"] == 2
-    assert report["verdict"]["soonest"]["world_size"] == 2
+    assert report["verdict"]["fastest"]["world_size"] == 2
 
 
 def test_launches_that_did_not_reach_a_target_count_as_the_longest():
@@ -461,9 +461,9 @@ def test_predicted_times_stand_in_only_where_nothing_was_measured():
     def half(record):
         return only_predicted(record) if record["launch"]["world_size"] == 4 else record
 
-    assert report_of(NOISY, change=only_predicted)["verdict"]["soonest"]["time_from"] == "predicted"
-    soonest = report_of(NOISY, change=half)["verdict"]["soonest"]
-    assert (soonest["time_from"], soonest["world_size"]) == ("measured", 2)
+    assert report_of(NOISY, change=only_predicted)["verdict"]["fastest"]["time_from"] == "predicted"
+    fastest = report_of(NOISY, change=half)["verdict"]["fastest"]
+    assert (fastest["time_from"], fastest["world_size"]) == ("measured", 2)
 
 
 # Where it comes from
@@ -477,7 +477,7 @@ def test_provenance_tells_what_differs_and_how_often():
             record["provenance"]["environment"] = {"OMP_NUM_THREADS": "1", "RANK": "0", "MASTER_PORT": "1234"}
         else:
             record["provenance"]["environment"] = {}
-        record["runtime"]["cpus_per_rank"] = 2 if record["launch"]["block"] == 3 else 1
+        record["distributed"]["cpus_per_rank"] = 2 if record["launch"]["block"] == 3 else 1
         return record
 
     told = report_of(NOISY, change=change)["provenance"]
@@ -486,11 +486,14 @@ def test_provenance_tells_what_differs_and_how_often():
     assert told["differs"] == [
         {"field": "environment.OMP_NUM_THREADS", "values": threads},
         {"field": "libraries.torchreg", "values": versions},
-        {"field": "runtime.cpus_per_rank", "values": [{"value": "1", "launches": 21}, {"value": "2", "launches": 3}]},
+        {
+            "field": "distributed.cpus_per_rank",
+            "values": [{"value": "1", "launches": 21}, {"value": "2", "launches": 3}],
+        },
     ]
     # One rank has no backend: that is no difference.
-    assert told["same"]["runtime.backend"] == "gloo"
-    assert told["same"]["runtime.mpi_library"] == "MPICH 4.3"
+    assert told["same"]["distributed.backend"] == "gloo"
+    assert told["same"]["distributed.mpi_library"] == "MPICH 4.3"
     assert not any("RANK" in field or "MASTER" in field for field in told["same"])
 
 

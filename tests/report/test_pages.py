@@ -66,9 +66,9 @@ class Page(HTMLParser):
 
 def hostile_report():
     """Two groups, one with too few launches; strings from elsewhere are hostile; within and across nodes."""
-    report = make_report(num_features=(1,), ranks_per_node=(1, 4), combinations=("hand/mpi", "sgd/ddp"), machine=EVIL)
+    report = make_report(num_features=(1,), ranks_per_node=(1, 4), combinations=("manual/mpi", "sgd/ddp"), machine=EVIL)
     few = make_report(
-        num_features=(1,), num_nodes=(1,), ranks_per_node=(1, 2), combinations=("hand/mpi",), num_launches=3
+        num_features=(1,), num_nodes=(1,), ranks_per_node=(1, 2), combinations=("manual/mpi",), num_launches=3
     )
     few["groups"][0]["id"] = "g2"
     report["groups"] += few["groups"]
@@ -210,11 +210,11 @@ def test_markdown_shows_any_text_as_it_is(text):
 def test_the_verdict_comes_before_everything_else(page):
     shown = "".join(page.text)
     order = ["trains correctly", "gains nothing from a second rank", "How far each series scales", "Points"]
-    places = [shown.index(text) for text in order[:2]] + [shown.rindex(text) for text in order[2:3]]
-    assert places == sorted(places)
+    placements = [shown.index(text) for text in order[:2]] + [shown.rindex(text) for text in order[2:3]]
+    assert placements == sorted(placements)
     headings = ["Cost", "Provenance", "Failed and left out", "How it was measured"]
-    places = [shown.rindex(heading) for heading in headings]
-    assert places == sorted(places)
+    placements = [shown.rindex(heading) for heading in headings]
+    assert placements == sorted(placements)
 
 
 @pytest.mark.parametrize(("status", "told"), [("no", "does not train correctly"), ("unknown", "not known to train")])
@@ -231,7 +231,7 @@ def test_a_wrong_result_is_told_first(status, told, tmp_path):
 
 def test_nothing_in_the_verdict_is_said_twice(tmp_path):
     report = {**make_report(num_features=(1,)), "groups": []}
-    report["verdict"] |= {"lines": ["All is well.", "Soonest is 4 ranks."], "soonest": {"text": "Soonest is 4 ranks."}}
+    report["verdict"] |= {"lines": ["All is well.", "Soonest is 4 ranks."], "fastest": {"text": "Soonest is 4 ranks."}}
     report["verdict"]["correct"] = {"status": "yes", "text": "All is well."}
     write_pages(report, tmp_path)
     for name in ("report.html", "report.md"):
@@ -242,7 +242,7 @@ def test_nothing_in_the_verdict_is_said_twice(tmp_path):
 def test_the_verdict_is_told_machine_by_machine():
     report = make_report(num_features=(1,), num_nodes=(1,), machine="polaris")
     report["verdict"] |= {"lines": ["polaris: Up to 4 ranks.", "polaris: Soonest is 4.", "Of all: nothing."]}
-    report["verdict"] |= {"soonest": {"text": "Soonest is 4."}, "cheapest": None}
+    report["verdict"] |= {"fastest": {"text": "Soonest is 4."}, "lowest_node_hours": None}
     assert pages._verdict_lines(report) == {"": ["Of all: nothing."], "polaris": ["Up to 4 ranks.", "Soonest is 4."]}
 
 
@@ -304,7 +304,7 @@ def test_a_report_of_nothing_is_a_page_too(tmp_path):
     }  # fmt: skip
     report["verdict"] = {
         "correct": {"status": "unknown", "text": "No launch went well."}, "lines": [], "scaling": [], "bound_by": [],
-        "soonest": None, "cheapest": None,
+        "fastest": None, "lowest_node_hours": None,
     }  # fmt: skip
     paths = write_pages(report, tmp_path)
     assert [path.name for path in paths] == ["report.md", "report.html"]

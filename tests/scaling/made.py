@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from torchreg.scaling.schema import sealed
+from torchreg.scaling.schema import checksummed
 
 START = 1_764_000_000  # seconds since 1970: the made campaigns began in November 2025
 
@@ -60,7 +60,7 @@ class Made:
     nodes: Sequence[int] = (1,)
     ranks_per_node: Sequence[int] = (1, 2, 4)
     num_blocks: int = 7
-    combinations: Sequence[tuple[str, str]] = (("hand", "allreduce"), ("sgd", "ddp"))
+    combinations: Sequence[tuple[str, str]] = (("manual", "allreduce"), ("sgd", "ddp"))
     num_features: Sequence[int] = (1, 64)
     global_batch_sizes: Sequence[int] = (256,)
     local_batch_sizes: Sequence[int] = (64,)
@@ -111,7 +111,7 @@ class Made:
             "reason": None,
             "wall_s": 40.0,
             "start_up_s": 8.0,
-            "runtime": {
+            "distributed": {
                 "launcher": "mpich",
                 "requested": "auto",
                 "effective": "single" if single else "torch",
@@ -122,7 +122,7 @@ class Made:
                 "mpi_library": None if single else "MPICH 4.3",
                 "nccl_version": None,
                 "device_name": machine.device_name,
-                "places": [
+                "placements": [
                     {"rank": rank, "host": host, "local_rank": rank % ranks_per_node, "device": "cpu"}
                     for rank, host in enumerate(hosts)
                 ],
@@ -175,7 +175,7 @@ class Made:
             "reason": reason,
             "wall_s": 5.0,
             "start_up_s": None,
-            "runtime": None,
+            "distributed": None,
             "provenance": None,
             "dtype": None,
             "points": [],
@@ -230,7 +230,7 @@ class Made:
                 "slowest_host": "n1",
             },
             "local_step_time_s": None if world_size == 1 else local_s,
-            "rows_time_s": noisy(machine.rows_s),
+            "data_time_s": noisy(machine.rows_s),
             "throughput": batch / step_s,
             "check": {
                 "passed": True,
@@ -247,7 +247,7 @@ def write_launch(folder: Path, record: dict[str, Any], file: str = "launch.json"
     """Seal a record and write it where `scale run` would; the file is returned."""
     path = folder / "launches" / record["launch"]["id"] / file
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(sealed(record), indent=1))
+    path.write_text(json.dumps(checksummed(record), indent=1))
     return path
 
 

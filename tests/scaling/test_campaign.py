@@ -22,27 +22,27 @@ def test_strong_and_weak_settings_that_coincide_are_measured_once():
         global_batch_sizes=(256,),
         local_batch_sizes=(64,),
         num_features=(1,),
-        combinations=("hand/mpi", "sgd/ddp"),
+        combinations=("manual/mpi", "sgd/ddp"),
     )
     # Two ranks: weak has 2 · 64 = 128 rows, strong 256. Four ranks: weak has 4 · 64 = 256, which is strong's.
     assert settings(campaign, 2) == [
-        Setting("hand", "mpi", 1, 128),
+        Setting("manual", "mpi", 1, 128),
         Setting("sgd", "ddp", 1, 128),
-        Setting("hand", "mpi", 1, 256),
+        Setting("manual", "mpi", 1, 256),
         Setting("sgd", "ddp", 1, 256),
     ]
-    assert settings(campaign, 4) == [Setting("hand", "mpi", 1, 256), Setting("sgd", "ddp", 1, 256)]
+    assert settings(campaign, 4) == [Setting("manual", "mpi", 1, 256), Setting("sgd", "ddp", 1, 256)]
 
 
 def test_one_rank_averages_with_nobody():
     campaign = Campaign(num_features=(1,), global_batch_sizes=(64,), local_batch_sizes=())
-    assert settings(campaign, 1) == [Setting("hand", "none", 1, 64), Setting("sgd", "none", 1, 64)]
+    assert settings(campaign, 1) == [Setting("manual", "none", 1, 64), Setting("sgd", "none", 1, 64)]
 
 
 def test_all_combinations_are_those_that_run_there():
     campaign = Campaign(num_features=(1,), global_batch_sizes=(64,), local_batch_sizes=())
     assert {(each.optimizer, each.sync) for each in settings(campaign, 2, by_mpi=False)} == {
-        ("hand", "allreduce"),
+        ("manual", "allreduce"),
         ("sgd", "ddp"),
     }
 

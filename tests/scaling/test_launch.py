@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchreg.cli.scale_command import run_command
+from torchreg.cli.launch_command import run_command
 from torchreg.machines.launch_commands import (
     MACHINES,
     allocated_hosts,
+    available_launcher,
     choose_launcher,
     launch_command,
-    launcher_at_hand,
     place_ranks,
 )
 
@@ -254,11 +254,11 @@ def test_an_mpiexec_that_nobody_knows_is_not_guessed_at():
 
 
 def test_the_launcher_at_hand_is_asked(tmp_path):
-    assert launcher_at_hand({"PATH": str(tmp_path)}) == "none"
+    assert available_launcher({"PATH": str(tmp_path)}) == "none"
     program(tmp_path / "mpiexec", "echo 'mpiexec version 1.4.0'")
-    assert launcher_at_hand({"PATH": str(tmp_path)}) == "pals"
+    assert available_launcher({"PATH": str(tmp_path)}) == "pals"
     program(tmp_path / "srun", "exit 1")
-    assert launcher_at_hand({"PATH": str(tmp_path), "SLURM_JOB_ID": "7"}) == "srun"
+    assert available_launcher({"PATH": str(tmp_path), "SLURM_JOB_ID": "7"}) == "srun"
 
 
 def program(path: Path, script: str) -> None:

@@ -16,7 +16,7 @@ from torchreg.cli import main
 from torchreg.reporting.analysis import analyse
 from torchreg.scaling import sources
 from torchreg.scaling.records import allreduce_table, launches_table, merge, points_table, read_records
-from torchreg.scaling.schema import check, sealed
+from torchreg.scaling.schema import check, checksummed
 
 from .made import Made, write_launch
 
@@ -44,19 +44,19 @@ def read(folder="campaign"):
 
 
 def reasons(records):
-    return [one.reason for one in records.left_out]
+    return [one.reason for one in records.excluded]
 
 
 def test_tables_have_a_row_for_each_launch_and_point():
     records = read(SMALL.write(Path("campaign")))
     assert len(records.launches) == 4
-    assert (records.failed, records.left_out) == ((), ())
+    assert (records.failed, records.excluded) == ((), ())
     points = points_table(records)
     # 2 blocks × 2 world sizes × 1 combination × 1 size; strong 256, and weak 64 or 128.
     assert len(points) == 2 * 2 * 2
     row = points[(points["launch"] == "block-00-nodes-1-ranks-2") & (points["global_batch_size"] == 128)].iloc[0]
     point = next(point for point in TWO_RANKS["points"] if point["global_batch_size"] == 128)
-    for field in ("step_time_s", "local_step_time_s", "rows_time_s", "throughput", "sync", "message_bytes"):
+    for field in ("step_time_s", "local_step_time_s", "data_time_s", "throughput", "sync", "message_bytes"):
         assert row[field] == point[field]
     assert row["rank_max_s"] == point["rank_step_time_s"]["max"]
     assert row["measured_time_s"] == point["target"]["measured_time_s"]
@@ -73,7 +73,7 @@ REFUSED = {
     "no time": (changed("points", 0, "step_time_s", to=0), "points[0].step_time_s is 0"),
     "time as text": (changed("points", 0, "step_time_s", to="0.001"), "points[0].step_time_s is '0.001'"),
     "true for a time": (changed("wall_s", to=True), "wall_s is True, where a number"),
-    "not a number": (changed("points", 0, "rows_time_s", to=float("nan")), "points[0].rows_time_s is None"),
+    "not a number": (changed("points", 0, "data_time_s", to=float("nan")), "points[0].data_time_s is None"),
     "infinite": (changed("allreduce", 0, "time_s", to=1e300), "allreduce[0].time_s is 1e+300"),
     "missing": (changed("points", 0, "check", "passed", to=...), "partial: points[0].check.passed is missing"),
     "no points": ({**TWO_RANKS, "points": [], "allreduce": []}, "partial: points and allreduce are empty"),
@@ -87,16 +87,16 @@ REFUSED = {
     "unknown status": (changed("status", to="perhaps"), "status is 'perhaps', where one of ok, failed belongs"),
     "ok with exit code 1": (changed("exit_code", to=1), "exit_code is 1, where 0"),
     # The worst failure of all: two copies of a run of one rank, which would look like perfect weak scaling.
-    "silent copies": (changed("runtime", "world_size", to=1), "runtime.world_size is 1, and 2 were asked for"),
+    "silent copies": (changed("distributed", "world_size", to=1), "distributed.world_size is 1, and 2 were asked for"),
     "on one node": (
         changed("launch", to={**TWO_RANKS["launch"], "num_nodes": 2, "ranks_per_node": 1}),
-        "runtime.num_nodes is 1, and 2 were asked for",
+        "distributed.num_nodes is 1, and 2 were asked for",
     ),
-    "ranks missing": (changed("runtime", "places", to=[]), "partial: runtime.places has 0 of 2 ranks"),
+    "ranks missing": (changed("distributed", "placements", to=[]), "partial: distributed.placements has 0 of 2 ranks"),
     # A node whose torch sees no GPU: its CPUs would stand for the machine.
     "on another device": (
         changed("campaign", to={**TWO_RANKS["campaign"], "device": "cuda"}),
-        "runtime.places has cpu, and cuda was asked for (campaign.device)",
+        "distributed.placements has cpu, and cuda was asked for (campaign.device)",
     ),
     "facts no object": (changed("machine_facts", to=["6.4"]), "machine_facts is ['6.4'], where names with a text"),
     "no product": (changed("launch", "ranks_per_node", to=3), "launch.world_size is 2, not num_nodes 1"),
@@ -117,10 +117,10 @@ def test_a_record_that_cannot_be_used_is_left_out_with_its_reason(case):
     record, reason = REFUSED[case]
     SMALL.write(Path("campaign"))
     path = Path("campaign/launches/block-00-nodes-1-ranks-2/launch.json")
-    path.write_text(json.dumps(sealed(record)))
+    path.write_text(json.dumps(checksummed(record)))
     records = read()
     assert len(records.launches) == 3
-    assert [one.file for one in records.left_out] == [path]
+    assert [one.file for one in records.excluded] == [path]
     assert reason in reasons(records)[0]
     assert len(points_table(records)) == 3 * 2
 
@@ -203,7 +203,7 @@ def test_failed_launches_and_earlier_tries_are_failures_with_their_log():
 
 
 def test_what_could_move_a_cursor_or_break_a_page_is_made_printable():
-    record = changed("runtime", "device_name", to="CPU\x1b[31m\x00\ud800 <b>&")
+    record = changed("distributed", "device_name", to="CPU\x1b[31m\x00\ud800 <b>&")
     write_launch(Path("campaign"), record)
     (Path("campaign/launches") / "odd\x1b[2J\udcff").mkdir()
     records = read()
@@ -219,7 +219,7 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=4,
 )
-WHOLE = json.dumps(sealed(TWO_RANKS), indent=1).encode()
+WHOLE = json.dumps(checksummed(TWO_RANKS), indent=1).encode()
 
 
 def paths_of(content, path=()):
@@ -250,15 +250,17 @@ def test_a_damaged_file_is_left_out_or_its_numbers_are_the_same(data):
 @given(path=st.sampled_from(PATHS), value=VALUES, is_sealed=st.booleans())
 def test_a_changed_type_never_breaks_a_report(tmp_path_factory, path, value, is_sealed):
     campaign = tmp_path_factory.mktemp("fuzz")
-    record = sealed(changed(*path, to=value)) if is_sealed else {**sealed(TWO_RANKS), **changed(*path, to=value)}
+    record = (
+        checksummed(changed(*path, to=value)) if is_sealed else {**checksummed(TWO_RANKS), **changed(*path, to=value)}
+    )
     file = write_launch(campaign, RECORDS[1])
     write_launch(campaign, RECORDS[0])
     file.write_text(json.dumps(record))
     records = read_records([campaign])
-    assert len(records.launches) + len(records.failed) + len(records.left_out) >= 2
+    assert len(records.launches) + len(records.failed) + len(records.excluded) >= 2
     if not is_sealed and len(records.launches) == 2:
         assert records.launches[1].content == json.loads(WHOLE)
-    if not records.left_out:
+    if not records.excluded:
         json.dumps(analyse(records), allow_nan=False)
     shutil.rmtree(campaign)
 
@@ -285,7 +287,7 @@ def test_merging_keeps_both_of_two_launches_of_one_name_and_copies_once():
     names = sorted(path.name for path in Path("all/launches").iterdir())
     assert names == sorted(path.name + end for path in (first / "launches").iterdir() for end in ("", "~2"))
     merged = read("all")
-    assert not merged.left_out
+    assert not merged.excluded
     assert len(points_table(merged)) == 2 * len(points_table(read(first)))
     same_points(merged, read_records([first, second, Path("copy")]))
     # Block 0 of one directory ran at another time than that of the other: 4 blocks, not 2.
@@ -338,7 +340,7 @@ def test_merging_copies_logs_and_damage_but_nothing_unfinished():
         "not copied   campaign/launches/x-running: partial: claimed and not finished: it still runs, or was killed"
     ]
     assert Path("all/launches/block-00-nodes-1-ranks-1/stderr.log").read_text() == "warning"
-    assert [one.file for one in read("all").left_out] == [Path("all/launches/y-damaged/launch.json")]
+    assert [one.file for one in read("all").excluded] == [Path("all/launches/y-damaged/launch.json")]
     assert Path("all/campaign.yaml").read_bytes() == (campaign / "campaign.yaml").read_bytes()
 
 

@@ -21,7 +21,7 @@ import pytest
 from torchreg.cli import main
 from torchreg.runs.stopping import StopRequest
 from torchreg.scaling import campaign_run as running
-from torchreg.scaling import locks as claims
+from torchreg.scaling import locks as locks
 from torchreg.scaling.campaign import Campaign, launches
 from torchreg.scaling.campaign_run import campaign_of, open_campaign, run_campaign, state_of
 from torchreg.scaling.campaign_tables import status, status_lines
@@ -31,7 +31,7 @@ from .made import Made
 CAMPAIGN = Campaign(ranks_per_node=(1, 2), repeats=2)
 MEASURED = {
     record["launch"]["world_size"]: {
-        name: record[name] for name in ("start_up_s", "runtime", "dtype", "points", "allreduce")
+        name: record[name] for name in ("start_up_s", "distributed", "dtype", "points", "allreduce")
     }
     for record in Made(num_blocks=1, nodes=(1,), ranks_per_node=(1, 2)).records()
 }
@@ -146,7 +146,7 @@ def test_a_launch_that_measures_nothing_or_ends_badly_after_it_is_a_failure(play
     assert "was not written" in record["reason"]
     assert play(MEASURE + "sys.exit(7)", retry_failed=True).num_failed == 4
     record = json.loads((tmp_path / "campaign/launches/block-00-nodes-1-ranks-1/launch.json").read_text())
-    assert (record["exit_code"], record["points"], record["runtime"]) == (7, [], None)
+    assert (record["exit_code"], record["points"], record["distributed"]) == (7, [], None)
 
 
 def test_a_launch_that_hangs_is_ended_with_all_that_it_started(play, tmp_path):
@@ -263,7 +263,7 @@ def test_launches_that_another_job_runs_are_left_and_the_exit_code_says_so(play,
         HERE,  # no process holds that one's lock
         {
             "host": socket.gethostname(),
-            "boot": claims._identity()["boot"],
+            "boot": locks._identity()["boot"],
             "pid": os.getpid(),
         },  # nor if its pid is used
         {"until": "soon", "age_s": 1e4},
@@ -292,8 +292,8 @@ def test_a_claim_of_another_host_holds_until_it_is_not_renewed(play, claimed, tm
 
 
 def test_a_claim_is_renewed_while_the_launch_runs(play, tmp_path, monkeypatch):
-    monkeypatch.setattr(claims, "_LIFETIME_S", 0.5)
-    monkeypatch.setattr(claims, "_RENEW_EVERY_S", 0.1)
+    monkeypatch.setattr(locks, "_LIFETIME_S", 0.5)
+    monkeypatch.setattr(locks, "_RENEW_EVERY_S", 0.1)
     program = (
         MEASURE
         + """

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from torchreg.data.table import Standardizer, load_table
 from torchreg.distributed import timing
-from torchreg.distributed.communicator import open_runtime
+from torchreg.distributed.communicator import init_distributed
 from torchreg.runs.config import TrainConfig
 from torchreg.runs.run import train
 from torchreg.runs.step_errors import StepErrors
@@ -56,20 +56,20 @@ def test_a_window_ends_when_it_is_full(step_time_s, off_by):
     assert 1.0 <= window_s <= most_s
 
 
-@pytest.mark.parametrize("optimizer", ["hand", "sgd"])
+@pytest.mark.parametrize("optimizer", ["manual", "sgd"])
 def test_the_steps_that_are_timed_are_those_of_training(optimizer, tmp_path):
     # 551 rows are 8 batches of 64 and a short one: 30 steps end in the fourth epoch.
-    with open_runtime(device="cpu") as runtime:
-        rows = make_rows(551, 1, runtime, torch.float64)
-        loop = StepLoop.of(Setting(optimizer, "none", 1, 64), rows.x, rows.y, rows.safe_rate, runtime)
+    with init_distributed(device="cpu") as communicator:
+        rows = make_rows(551, 1, communicator, torch.float64)
+        loop = StepLoop.of(Setting(optimizer, "none", 1, 64), rows.x, rows.y, rows.safe_learning_rate, communicator)
         loop.take_steps(12)
         loop.take_steps(18)
         config = TrainConfig(
             optimizer=optimizer, global_batch_size=64, max_steps=30, lr_scaling="none", dtype="float64",
-            base_learning_rate=(rows.safe_rate, rows.safe_rate), runs_dir=str(tmp_path),
+            base_learning_rate=(rows.safe_learning_rate, rows.safe_learning_rate), runs_dir=str(tmp_path),
         )  # fmt: skip
-        result = train(config, runtime)
-    table = load_table("builtin")
+        result = train(config, communicator)
+    table = load_table("synthetic")
     weight, bias = loop.parameters() * table.target.std()  # the loop's prices are in standard deviations
     weight_out, bias_out = Standardizer.of(table.features, standardize=True).parameters_out([weight], bias)
     assert [*result.weight, result.bias] == pytest.approx([*weight_out, bias_out], rel=1e-10)
@@ -79,9 +79,9 @@ def test_the_losses_of_timed_steps_are_added_up_as_often_as_in_training(monkeypa
     sums = []
     add_up = StepErrors.add_up
     monkeypatch.setattr(StepErrors, "add_up", lambda self: sums.append(len(self.errors)) or add_up(self))
-    with open_runtime(device="cpu") as runtime:
-        rows = make_rows(551, 1, runtime, torch.float64)
-        loop = StepLoop.of(Setting("hand", "none", 1, 64), rows.x, rows.y, rows.safe_rate, runtime)
+    with init_distributed(device="cpu") as communicator:
+        rows = make_rows(551, 1, communicator, torch.float64)
+        loop = StepLoop.of(Setting("manual", "none", 1, 64), rows.x, rows.y, rows.safe_learning_rate, communicator)
         for count in (30, 220):  # 250 steps: two sums of a hundred, and fifty that wait
             loop.take_steps(count)
         loop.take_rows(100)  # which have no losses
@@ -92,20 +92,20 @@ def test_the_run_to_the_target_stands_between_two_halves_of_the_window(monkeypat
     # Where one came after the other, times that wander gave one setting in 16 a prediction 16 % off.
     order = []
 
-    def half(runtime, take_steps, window_s, step_time_s):
+    def half(communicator, take_steps, window_s, step_time_s):
         order.append(window_s)
         take_steps(3)
         return 3, [0.5]
 
     monkeypatch.setattr(measure, "time_window", half)
-    with open_runtime(device="cpu") as runtime:
-        rows = make_rows(551, 1, runtime, torch.float64)
+    with init_distributed(device="cpu") as communicator:
+        rows = make_rows(551, 1, communicator, torch.float64)
 
         def run():
             order.append("run")
             return {"measured_steps": 7}
 
-        point = measure._measure_point(Setting("hand", "none", 1, 64), rows, runtime, 1.0, run)
+        point = measure._measure_point(Setting("manual", "none", 1, 64), rows, communicator, 1.0, run)
     assert order == [0.5, "run", 0.5]
     assert (point["num_steps"], point["window_s"], point["target"]) == (6, 1.0, {"measured_steps": 7})
 
@@ -115,7 +115,9 @@ def test_a_short_run_to_the_target_is_repeated_and_its_time_is_the_mean(monkeypa
     times_s = iter([0.02, 0.03, 0.04, 0.07])
     monkeypatch.setattr(target, "_crossing", lambda run, best_loss, target_excess: (10.5, next(times_s)))
     campaign = Campaign(num_features=(1,), window_s=1.0, base_learning_rate=0.05)
-    with open_runtime(device="cpu") as runtime:
-        told = target.run_to_target(campaign, Launch(0, 1, 1, 3), Setting("hand", "none", 1, 64), runtime, tmp_path)
+    with init_distributed(device="cpu") as communicator:
+        told = target.run_to_target(
+            campaign, Launch(0, 1, 1, 3), Setting("manual", "none", 1, 64), communicator, tmp_path
+        )
     assert told["measured_steps"] == 10.5
     assert told["measured_time_s"] == pytest.approx(0.16 / 4)

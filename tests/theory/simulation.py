@@ -9,7 +9,7 @@ from torchreg.theory import Moments, RowGradients
 class Houses:
     """A table, its optimum in the model's units, and what theory needs of it."""
 
-    def __init__(self, source="builtin", *, standardize=False, **options):
+    def __init__(self, source="synthetic", *, standardize=False, **options):
         table = load_table(source, **options)
         best = Moments.of(table.features, table.target).closed_form()
         standardizer = Standardizer.of(table.features, standardize=standardize)
@@ -25,7 +25,9 @@ class Houses:
         return np.mean((off @ self.a.T) ** 2, axis=-1)
 
 
-def simulate(houses, start, rates, batch_size, factors, num_runs, *, order="simultaneous", shuffle=False, seed=0):
+def simulate(
+    houses, start, learning_rates, batch_size, factors, num_runs, *, order="simultaneous", shuffle=False, seed=0
+):
     """Yield θ (num_runs, p) after each step of `num_runs` runs that draw their rows without replacement.
 
     They draw afresh in each step, or with `shuffle` take the next batch of a permutation that each epoch makes anew.
@@ -33,7 +35,7 @@ def simulate(houses, start, rates, batch_size, factors, num_runs, *, order="simu
     generator = np.random.default_rng(seed)
     num_rows = len(houses.a)
     theta = np.tile(np.asarray(start, dtype=float), (num_runs, 1))
-    rate = np.array([rates[0]] * (len(start) - 1) + [rates[1]])
+    learning_rate = np.array([learning_rates[0]] * (len(start) - 1) + [learning_rates[1]])
     steps_per_epoch = -(-num_rows // batch_size)
     for step, factor in enumerate(factors):
         place = step % steps_per_epoch if shuffle else 0
@@ -43,10 +45,10 @@ def simulate(houses, start, rates, batch_size, factors, num_runs, *, order="simu
         rows = drawn[:, place * batch_size : (place + 1) * batch_size]
         a, y = houses.a[rows], houses.y[rows, 0]
         if order == "sequential":
-            theta[:, :-1] -= factor * (rate * _gradient(theta, a, y))[:, :-1]
-            theta[:, -1] -= factor * (rate * _gradient(theta, a, y))[:, -1]
+            theta[:, :-1] -= factor * (learning_rate * _gradient(theta, a, y))[:, :-1]
+            theta[:, -1] -= factor * (learning_rate * _gradient(theta, a, y))[:, -1]
         else:
-            theta = theta - factor * rate * _gradient(theta, a, y)
+            theta = theta - factor * learning_rate * _gradient(theta, a, y)
         yield theta
 
 

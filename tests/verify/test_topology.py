@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from torchreg.distributed.communicator import Place
+from torchreg.distributed.communicator import Placement
 from torchreg.distributed.launcher import Launcher
 from torchreg.verification import topology
 
@@ -25,10 +25,10 @@ class Ranks:
     rank: int = 0
 
     @property
-    def places(self):
+    def placements(self):
         pairs = zip(self.hosts, self.local_ranks, strict=True)
         ids = self.identities or ("",) * self.world_size
-        return tuple(Place(rank, host, local, "cpu", "CPU", ids[rank]) for rank, (host, local) in enumerate(pairs))
+        return tuple(Placement(rank, host, local, "cpu", "CPU", ids[rank]) for rank, (host, local) in enumerate(pairs))
 
     @property
     def world_size(self):

@@ -25,8 +25,8 @@ class DataArguments:
     """`show`: columns, six sums, closed form. `fetch`: download the real table into the cache. `make`: write the
     table to `--output`."""
 
-    data: str = "builtin"
-    """`builtin`, `ames`, or a CSV or Parquet file."""
+    data: str = "synthetic"
+    """`synthetic`, `ames`, or a CSV or Parquet file."""
 
     features: tuple[str, ...] = ()
     """Feature columns of the file. Default: GrLivArea."""

@@ -11,8 +11,8 @@ from torchreg.machines.launch_commands import (
     LauncherName,
     MachineName,
     allocated_hosts,
+    available_launcher,
     launch_command,
-    launcher_at_hand,
     place_ranks,
     words,
 )
@@ -62,7 +62,7 @@ def run_command(argv: list[str]) -> int:
         if not equals:
             raise ValueError(f"env has {assignment!r}: give NAME=VALUE")
     hosts = tuple(arguments.hosts.split(",")) if arguments.hosts else allocated_hosts(os.environ)
-    launcher = launcher_at_hand(os.environ) if arguments.launcher == "auto" else arguments.launcher
+    launcher = available_launcher(os.environ) if arguments.launcher == "auto" else arguments.launcher
     num_nodes = arguments.num_nodes
     if (
         num_nodes is None

@@ -44,14 +44,14 @@ def run(argv: list[str]) -> int:
     world_sizes = whole_numbers("world_sizes", arguments.world_sizes)
 
     from torchreg.planning.plan import make_plan
-    from torchreg.runs.record import PLAN_FILE, claim_folder, to_json, write_json
+    from torchreg.runs.record import PLAN_FILE, create_run_folder, to_json, write_json
 
     plan = make_plan(config, world_sizes)
     pictures: list[Path] = []
     if config.plot:
         from torchreg.plots import draw_plan
 
-        folder = claim_folder(config.runs_dir, config.name, "plan", overwrite=config.overwrite)
+        folder = create_run_folder(config.runs_dir, config.name, "plan", overwrite=config.overwrite)
         write_json(folder / PLAN_FILE, plan.as_json())
         pictures = draw_plan(folder)
     if arguments.json:

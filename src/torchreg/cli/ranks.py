@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import TypeVar
 
 from torchreg.cli.options import EXIT_BAD_INPUT, EXIT_FAILED
-from torchreg.distributed.communicator import Runtime, open_runtime
+from torchreg.distributed.communicator import Communicator, init_distributed
 from torchreg.distributed.devices import why_not_a_gpu
 from torchreg.distributed.failure import FORWARDED_WITHIN_S, one_line
 from torchreg.distributed.launcher import detect_launcher
@@ -26,20 +26,24 @@ T = TypeVar("T")
 _ECHO_DELAY_S = 2.0
 
 
-def open_ranks(config: TrainConfig) -> Runtime:
+def open_ranks(config: TrainConfig) -> Communicator:
     """Bring up the ranks. What goes wrong here may be seen by all ranks or by one: it is told once, and ends all."""
     try:
-        runtime = open_runtime(
-            runtime=config.runtime,
+        communicator = init_distributed(
+            distributed=config.distributed,
             device=config.device,
             sync=config.effective_sync,
             dtype=config.dtype,
             timeout_s=config.timeout_s,
             run=asdict(config),
         )
-        if runtime.is_main and (warning := why_not_a_gpu(config.device, os.environ)) and runtime.device.type == "cpu":
+        if (
+            communicator.is_main
+            and (warning := why_not_a_gpu(config.device, os.environ))
+            and communicator.device.type == "cpu"
+        ):
             print(f"torchreg: warning: {warning}", file=sys.stderr)
-        return runtime
+        return communicator
     except AgreedError:
         raise
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
@@ -60,16 +64,16 @@ def open_ranks(config: TrainConfig) -> Runtime:
         os._exit(code)
 
 
-def on_all_ranks(runtime: Runtime, work: Callable[[], T]) -> T:
+def on_all_ranks(communicator: Communicator, work: Callable[[], T]) -> T:
     """What `work` returns, on ranks that end together: bad input is told by an `AgreedError`, and nothing else is."""
     try:
-        with runtime:
+        with communicator:
             result = work()
-            if runtime.world_size > 1:
+            if communicator.world_size > 1:
                 # The first rank that leaves with a code other than 0 makes srun signal those that are still leaving:
                 # the job's exit code would be 143 instead of the one on which all ranks agree.
                 ignore_signals()
-                runtime.barrier()
+                communicator.barrier()
             return result
     except AgreedError:
         raise

@@ -250,17 +250,17 @@ def _measure(argv: list[str]) -> int:
         )
     launch, place = by_id[arguments.launch], folder / LAUNCHES_FOLDER / arguments.launch
     device = MACHINES[campaign.machine].device if campaign.device == "auto" else campaign.device
-    runtime = open_ranks(
+    communicator = open_ranks(
         TrainConfig(
-            optimizer="hand",
+            optimizer="manual",
             device=device,
             dtype=campaign.dtype,
-            runtime=campaign.runtime,
+            distributed=campaign.distributed,
             timeout_s=campaign.timeout_s,
         )
     )
     start_up_s = time.time() - arguments.launched_at
-    measured = on_all_ranks(runtime, lambda: measure_launch(campaign, launch, runtime, place))
-    if runtime.is_main:
+    measured = on_all_ranks(communicator, lambda: measure_launch(campaign, launch, communicator, place))
+    if communicator.is_main:
         write_json(place / measured_file(f"{arguments.launched_at:.3f}"), {"start_up_s": start_up_s, **measured})
     return 0

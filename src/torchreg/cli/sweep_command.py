@@ -42,7 +42,7 @@ class BatchArguments(_SweepArguments):
 
 
 @dataclass(frozen=True)
-class LadderArguments(_SweepArguments):
+class LRScalingArguments(_SweepArguments):
     """Multiply batch and rates by 1, 2, 4, 8, … until training diverges, and set the rungs on the predicted limits.
 
     Raw and standardised, in both update orders, with and without warm-up. The defaults are those of the lesson's
@@ -62,24 +62,30 @@ def run(argv: list[str]) -> int:
     kind = argv[0] if argv else "missing"
     if kind == "batch":
         return _batch(argv[1:])
-    if kind == "ladder":
-        return _ladder(argv[1:])
+    if kind == "lr-scaling":
+        return _lr_scaling(argv[1:])
     raise ValueError(f"sweep is {kind}: give batch or ladder, as in `torchreg sweep batch`")
 
 
 def _batch(argv: list[str]) -> int:
     arguments = parse(BatchArguments, "torchreg sweep batch", argv, BatchArguments(SWEEP_DEFAULTS["batch"]))
     batch_sizes = whole_numbers("batch_sizes", arguments.batch_sizes)
-    return _run("batch", arguments, lambda sweep: sweep.batch_cells(arguments.config, batch_sizes, arguments.num_seeds))
+    return _run(
+        "batch", arguments, lambda sweep: sweep.batch_trials(arguments.config, batch_sizes, arguments.num_seeds)
+    )
 
 
-def _ladder(argv: list[str]) -> int:
-    arguments = parse(LadderArguments, "torchreg sweep ladder", argv, LadderArguments(SWEEP_DEFAULTS["ladder"]))
+def _lr_scaling(argv: list[str]) -> int:
+    arguments = parse(
+        LRScalingArguments, "torchreg sweep lr-scaling", argv, LRScalingArguments(SWEEP_DEFAULTS["lr-scaling"])
+    )
     rungs = whole_numbers("multipliers", arguments.multipliers) if arguments.multipliers else []
-    return _run("ladder", arguments, lambda sweep: sweep.ladder_cells(arguments.config, rungs, arguments.num_seeds))
+    return _run(
+        "lr-scaling", arguments, lambda sweep: sweep.lr_scaling_trials(arguments.config, rungs, arguments.num_seeds)
+    )
 
 
-def _run(kind: Literal["batch", "ladder"], arguments: _SweepArguments, cells: Callable[[ModuleType], Any]) -> int:
+def _run(kind: Literal["batch", "lr-scaling"], arguments: _SweepArguments, cells: Callable[[ModuleType], Any]) -> int:
     if arguments.num_seeds < 1:
         raise ValueError(f"num_seeds is {arguments.num_seeds}: give a whole number of at least 1")
     config = arguments.config
@@ -94,26 +100,28 @@ def _run(kind: Literal["batch", "ladder"], arguments: _SweepArguments, cells: Ca
     from torchreg.runs.record import to_json
     from torchreg.runs.stopping import StopRequest
 
-    runtime = open_ranks(config)
-    reporter = Terminal(stderr=arguments.json, counts="run") if runtime.is_main else Silent()
+    communicator = open_ranks(config)
+    reporter = Terminal(stderr=arguments.json, counts="run") if communicator.is_main else Silent()
 
     with StopRequest(config.time_limit_s, nothing_to_save=True) as stop:
 
         def work() -> Path | None:
-            return sweep.run_sweep(kind, config, lambda: cells(sweep), runtime, reporter, stop, farm=arguments.farm)
+            return sweep.run_sweep(
+                kind, config, lambda: cells(sweep), communicator, reporter, stop, farm=arguments.farm
+            )
 
-        folder = on_all_ranks(runtime, work)
+        folder = on_all_ranks(communicator, work)
     if folder is None:
         reporter.say(f"stopped by {stop.reason or 'another rank'}; finished runs are kept: run the same sweep again")
         return EXIT_STOPPED
-    if not runtime.is_main:
+    if not communicator.is_main:
         return 0
-    summary = sweep.summary(sweep.cells_table(folder))
+    summary = sweep.summary(sweep.trials_table(folder))
     pictures = _pictures(folder)
     if arguments.json:
         print(to_json(summary.to_dict("records")))
         return 0
-    show_table(*(sweep.summary_lines if kind == "batch" else sweep.ladder_lines)(summary))
+    show_table(*(sweep.summary_lines if kind == "batch" else sweep.lr_scaling_lines)(summary))
     show_lines([f"records      {folder}", *(f"picture      {picture}" for picture in pictures)])
     return 0
 

@@ -49,11 +49,11 @@ def run(argv: list[str]) -> int:
     from torchreg.runs.run import train
     from torchreg.runs.stopping import StopRequest
 
-    runtime = open_ranks(config)
-    terminal = Terminal(stderr=arguments.json) if runtime.is_main else None
+    communicator = open_ranks(config)
+    terminal = Terminal(stderr=arguments.json) if communicator.is_main else None
     with StopRequest(config.time_limit_s, nothing_to_save=True) as stop:
-        result = on_all_ranks(runtime, lambda: train(config, runtime, terminal, stop))
-    if runtime.is_main:
+        result = on_all_ranks(communicator, lambda: train(config, communicator, terminal, stop))
+    if communicator.is_main:
         pictures: list[Path] = []
         if config.plot and result.stopped_by in ("steps", "target"):
             from torchreg.plots import draw_training

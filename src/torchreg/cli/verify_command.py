@@ -28,7 +28,7 @@ class VerifyArguments:
     runs_dir: str = "runs"
     """Where checkpoints are tried: a folder that all nodes share."""
 
-    runtime: Literal["auto", "ezpz", "torch"] = "auto"
+    distributed: Literal["auto", "ezpz", "torch"] = "auto"
     """Who sets up several ranks, as for `train`."""
 
     device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = "auto"
@@ -41,25 +41,25 @@ class VerifyArguments:
 def run(argv: list[str]) -> int:
     """Check, and print the table."""
     arguments = parse(VerifyArguments, "torchreg verify", argv)
-    config = TrainConfig(runtime=arguments.runtime, device=arguments.device, timeout_s=arguments.timeout_s)
+    config = TrainConfig(distributed=arguments.distributed, device=arguments.device, timeout_s=arguments.timeout_s)
 
     from torchreg.cli.ranks import on_all_ranks, open_ranks
     from torchreg.console import show_lines, show_table
     from torchreg.runs.record import to_json
     from torchreg.verification import lines, table, verify
 
-    runtime = open_ranks(config)
-    if arguments.inject and runtime.world_size == 1:
+    communicator = open_ranks(config)
+    if arguments.inject and communicator.world_size == 1:
         raise ValueError(f"inject is {arguments.inject}, which needs other ranks: start several, as by mpiexec -n 2")
     checks = on_all_ranks(
-        runtime,
-        lambda: list(verify(runtime, arguments.runs_dir, quick=arguments.quick, defect=arguments.inject)),
+        communicator,
+        lambda: list(verify(communicator, arguments.runs_dir, quick=arguments.quick, defect=arguments.inject)),
     )
     failed = any(check.status == "FAIL" for check in checks)
-    if runtime.is_main and arguments.json:
+    if communicator.is_main and arguments.json:
         print(to_json({"passed": not failed, "checks": [asdict(check) for check in checks]}))
-    elif runtime.is_main:
-        show_lines([runtime.describe()])
+    elif communicator.is_main:
+        show_lines([communicator.describe()])
         show_table(*table(checks))
         show_lines(lines(checks))
     return EXIT_FAILED if failed else 0

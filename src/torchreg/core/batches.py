@@ -29,13 +29,13 @@ class Block:
     `rows` are the table's rows of all its steps, one after another; in `full` sampling a slice, the same rows in
     every step. `micro_batch_sizes[i]` are the sizes of the pieces of step `first_step + i`
     on this rank, at least one piece (of no rows where the share is empty, so that every rank takes part in
-    every step). `step_rows[i]` counts the rows of that step over all ranks.
+    every step). `num_samples[i]` counts the rows of that step over all ranks.
     """
 
     first_step: int
     rows: Rows | slice
     micro_batch_sizes: list[list[int]]
-    step_rows: list[int]
+    num_samples: list[int]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class BatchPlan:
     ) -> BatchPlan:
         """The plan for one of `global_batch_size` and `local_batch_size` (by default 64 rows a rank).
 
-        `ordered` cuts a step into micro-batches before ranks share them, by default into eight.
+        `reproducible` cuts a step into micro-batches before ranks share them, by default into eight.
 
         Raises `ValueError` with all the numbers when they cannot fit.
         """
@@ -106,18 +106,18 @@ class BatchPlan:
     @property
     def local_batch_size(self) -> int:
         """The most rows that any rank has in one step."""
-        share = self.share(self.global_batch_size, 0)
-        return share.stop - share.start
+        shard = self.shard(self.global_batch_size, 0)
+        return shard.stop - shard.start
 
     @property
     def accumulation_steps(self) -> int:
         """The most micro-batches that any rank has in one step."""
         return math.ceil(self.local_batch_size / (self.micro_batch_size or self.local_batch_size))
 
-    def share(self, num_rows: int, rank: int) -> slice:
+    def shard(self, num_rows: int, rank: int) -> slice:
         """A rank's part of `num_rows` rows: contiguous, the first ranks one row more where it does not divide.
 
-        With `ordered` they have one micro-batch more.
+        With `reproducible` they have one micro-batch more.
         """
         unit = self.micro_batch_size if self.ordered and self.micro_batch_size else 1
         each, more = divmod(math.ceil(num_rows / unit), self.world_size)
@@ -125,12 +125,14 @@ class BatchPlan:
         stop = start + each + (rank < more)
         return slice(min(start * unit, num_rows), min(stop * unit, num_rows))
 
-    def pieces(self, step_rows: int, rank: int) -> tuple[int, int]:
-        """With `ordered`: which micro-batch of a step is the rank's first, from 0, and how many the step has."""
+    def pieces(self, num_samples: int, rank: int) -> tuple[int, int]:
+        """With `reproducible`: which micro-batch of a step is the rank's first, from 0, and how many the step has."""
         assert self.micro_batch_size
-        return self.share(step_rows, rank).start // self.micro_batch_size, math.ceil(step_rows / self.micro_batch_size)
+        return self.shard(num_samples, rank).start // self.micro_batch_size, math.ceil(
+            num_samples / self.micro_batch_size
+        )
 
-    def rows_of_step(self, step: int) -> Rows:
+    def samples_of_step(self, step: int) -> Rows:
         """The table's rows that make a step, over all ranks."""
         group, place = divmod(step, self._steps_per_group)
         start = place * self.global_batch_size
@@ -143,7 +145,7 @@ class BatchPlan:
             num_steps, num_rows = 0, 0
             parts: list[Rows] = []
             sizes: list[list[int]] = []
-            step_rows: list[int] = []
+            num_samples: list[int] = []
             while start < stop and num_steps < _BLOCK_STEPS and num_rows < _BLOCK_ROWS:
                 group, place = divmod(start, shape.num_steps)
                 most = max(1, _BLOCK_ROWS // self.local_batch_size)
@@ -153,19 +155,19 @@ class BatchPlan:
                     parts.append(self._group(group)[positions])
                     num_rows += len(positions)
                 sizes += shape.micro_batch_sizes[place:end]
-                step_rows += shape.step_rows[place:end]
+                num_samples += shape.num_samples[place:end]
                 num_steps += end - place
                 start += end - place
-            rows = self.share(self.num_rows, rank) if self.sampling == "full" else np.concatenate(parts)
-            yield Block(start - num_steps, rows, sizes, step_rows)
+            rows = self.shard(self.num_rows, rank) if self.sampling == "full" else np.concatenate(parts)
+            yield Block(start - num_steps, rows, sizes, num_samples)
 
-    def _step_rows(self, step: int) -> int:
+    def _num_samples(self, step: int) -> int:
         if self.sampling == "shuffle" and (step + 1) % self.steps_per_epoch == 0:
             return self.num_rows - (self.steps_per_epoch - 1) * self.global_batch_size
         return self.global_batch_size
 
-    def _pieces(self, share: slice) -> list[int]:
-        size = share.stop - share.start
+    def _pieces(self, shard: slice) -> list[int]:
+        size = shard.stop - shard.start
         piece = self.micro_batch_size or max(size, 1)
         return [min(piece, size - start) for start in range(0, size, piece)] or [0]
 
@@ -194,22 +196,22 @@ class _GroupShape:
     positions: Rows
     bounds: list[int]
     micro_batch_sizes: list[list[int]]
-    step_rows: list[int]
+    num_samples: list[int]
 
 
 @lru_cache(maxsize=4)
 def _group_shape(plan: BatchPlan, rank: int) -> _GroupShape:
     num_steps = plan._steps_per_group
-    step_rows = [plan._step_rows(step) for step in range(num_steps)]
-    shares = [plan.share(count, rank) for count in step_rows]
+    num_samples = [plan._num_samples(step) for step in range(num_steps)]
+    shards = [plan.shard(count, rank) for count in num_samples]
     starts = [step * plan.global_batch_size for step in range(num_steps)]
-    pieces = {(share.start, share.stop): plan._pieces(share) for share in shares}
+    pieces = {(shard.start, shard.stop): plan._pieces(shard) for shard in shards}
     return _GroupShape(
         num_steps,
-        np.concatenate([np.arange(s + share.start, s + share.stop) for s, share in zip(starts, shares, strict=True)]),
-        [0, *accumulate(share.stop - share.start for share in shares)],
-        [pieces[share.start, share.stop] for share in shares],
-        step_rows,
+        np.concatenate([np.arange(s + shard.start, s + shard.stop) for s, shard in zip(starts, shards, strict=True)]),
+        [0, *accumulate(shard.stop - shard.start for shard in shards)],
+        [pieces[shard.start, shard.stop] for shard in shards],
+        num_samples,
     )
 
 

@@ -30,13 +30,13 @@ _FIRST_LINE = re.compile(rf"{_MAGIC} (\d{{1,9}}) ([0-9a-f]{{64}})")
 class Checkpoint:
     """Where a run is after `step` steps.
 
-    `contract` is all that the run's numbers depend on: a run with another contract must not go on from here. `progress`
-    is what the record needs to go on, `tensors` the state of model and optimizer (nested dictionaries and lists of
-    tensors and numbers). Contract, progress and `versions` are plain JSON.
+    `run_signature` is all that the run's numbers depend on: a run with another signature must not resume from here.
+    `progress` is what the record needs to resume, `tensors` the state of model and optimizer (nested dictionaries and lists
+    of tensors and numbers). Signature, progress and `versions` are plain JSON.
     """
 
     step: int
-    contract: Mapping[str, Any]
+    run_signature: Mapping[str, Any]
     progress: Mapping[str, Any]
     versions: Mapping[str, str]
     tensors: Mapping[str, Any]
@@ -50,7 +50,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """
     tensors = io.BytesIO()
     torch.save(dict(checkpoint.tensors), tensors)
-    plain = {name: getattr(checkpoint, name) for name in ("step", "contract", "progress", "versions")}
+    plain = {name: getattr(checkpoint, name) for name in ("step", "run_signature", "progress", "versions")}
     body = json.dumps(plain, allow_nan=False).encode() + b"\n" + tensors.getvalue()
     first_line = f"{_MAGIC} {SCHEMA_VERSION} {hashlib.sha256(body).hexdigest()}\n".encode()
 
@@ -87,7 +87,7 @@ def load(path: Path) -> Checkpoint:
     except Exception as error:  # torch's reader has no list of what a file made to mislead it can raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"its content cannot be read: {reason}") from error
-    mappings = (loaded.contract, loaded.progress, loaded.versions, loaded.tensors)
+    mappings = (loaded.run_signature, loaded.progress, loaded.versions, loaded.tensors)
     if not (isinstance(loaded.step, int) and all(isinstance(part, dict) for part in mappings)):
         raise ValueError("its content is not that of a checkpoint")
     return loaded

@@ -17,7 +17,7 @@ def lr_scale(rule: Literal["linear", "sqrt", "none"], global_batch_size: int, re
 class Schedule:
     """The learning rates (weight, bias) of each step: warm-up from base to scaled, then decay.
 
-    `decay_floor` is the fraction of the scaled rates at which `linear` and `cosine` end, on the last of
+    `decay_to` is the fraction of the scaled rates at which `linear` and `cosine` end, on the last of
     `num_steps`; `step` multiplies by `decay_factor` every `decay_every` steps after the warm-up.
     """
 
@@ -26,7 +26,7 @@ class Schedule:
     num_steps: int
     warmup_steps: int = 0
     decay: Literal["constant", "linear", "cosine", "step"] = "constant"
-    decay_floor: float = 0.0
+    decay_to: float = 0.0
     decay_factor: float = 0.1
     decay_every: int | None = None
 
@@ -52,9 +52,9 @@ class Schedule:
         steps_left = self.num_steps - 1 - self.warmup_steps
         done = (step - self.warmup_steps) / steps_left if steps_left > 0 else 0.0
         if self.decay == "linear":
-            return self.scale * (1 - (1 - self.decay_floor) * done)
+            return self.scale * (1 - (1 - self.decay_to) * done)
         if self.decay == "cosine":
-            return self.scale * (self.decay_floor + (1 - self.decay_floor) * (1 + math.cos(math.pi * done)) / 2)
+            return self.scale * (self.decay_to + (1 - self.decay_to) * (1 + math.cos(math.pi * done)) / 2)
         if self.decay == "step":
             return float(self.scale * self.decay_factor ** ((step - self.warmup_steps) // self._decay_every))
         return self.scale
@@ -75,7 +75,7 @@ class Schedule:
             "decay": self.decay,
         }
         if self.decay in ("linear", "cosine"):
-            decided |= {"decay_floor": self.decay_floor, "num_steps": self.num_steps}
+            decided |= {"decay_to": self.decay_to, "num_steps": self.num_steps}
         if self.decay == "step":
             decided |= {"decay_factor": self.decay_factor, "decay_every": self._decay_every}
         return decided

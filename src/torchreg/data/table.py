@@ -126,12 +126,12 @@ def load_table(
     data_seed: int = 0,
     drop_missing: bool = False,
 ) -> Table:
-    """The table of `builtin`, `ames`, or a CSV or Parquet file, checked: all finite, two rows or more, no
+    """The table of `synthetic`, `ames`, or a CSV or Parquet file, checked: all finite, two rows or more, no
     constant feature.
 
     Raises `ValueError` with the column, the row (counted from 1, without the header) and the remedy.
     """
-    if source == "builtin":
+    if source == "synthetic":
         x, y = make_houses(num_rows or REAL_NUM_ROWS, num_features or 1, data_seed)
         names = (DEFAULT_FEATURE, *(f"Feature{i}" for i in range(2, x.shape[1] + 1)))
         definition = f"builtin, {x.shape[0]} rows, {x.shape[1]} features, seed {data_seed}"
@@ -162,7 +162,7 @@ def fetch_ames() -> Path:
     except (requests.RequestException, OSError) as error:
         raise ValueError(
             f"data is ames: its table cannot be fetched from {AMES_URL} ({type(error).__name__}); run `torchreg data "
-            f"fetch` where there is a network (on a compute node set https_proxy), or use --data builtin"
+            f"fetch` where there is a network (on a compute node set https_proxy), or use --data synthetic"
         ) from error
     except ValueError as error:
         raise ValueError(f"data is ames: what was fetched from {AMES_URL} is not the table: {error}") from error
@@ -368,14 +368,14 @@ def _refuse_part_of_zstd(path: Path) -> None:
 
 def _positions(names: Sequence[str], wanted: Sequence[str], path: Path, separator: str = "") -> list[int]:
     """Where the wanted columns, of which the last is the target, stand among the names of a file."""
-    counts, places = Counter(names), {name: place for place, name in enumerate(names)}
+    counts, placements = Counter(names), {name: place for place, name in enumerate(names)}
     for index, name in enumerate(wanted):
         field = "target" if index == len(wanted) - 1 else "features"
         if counts[name] > 1:
             raise ValueError(f"{field} is {name!r}: {path} has {counts[name]} columns of this name: rename them")
-        if name not in places:
+        if name not in placements:
             raise ValueError(f"{field} is {name!r}: {path} has no such column; {_nearest(name, names, separator)}")
-    return [places[name] for name in wanted]
+    return [placements[name] for name in wanted]
 
 
 def _numbers(column: pd.Series[Any], name: str, path: Path) -> Matrix:

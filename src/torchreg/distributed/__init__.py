@@ -4,6 +4,6 @@
 - `ezpz`: everything that torchreg knows about ezpz;
 - `devices`: which device a rank computes on;
 - `watchdog`, `failure`: what ends a wait for ranks that are gone, and all ranks when one fails;
-- `ordered`: sums whose bits do not depend on the number of ranks;
-- `ranks`: the `Runtime` that the rest of the package sees, and `open_runtime()`.
+- `reproducible`: sums whose bits do not depend on the number of ranks;
+- `ranks`: the `Communicator` that the rest of the package sees, and `init_distributed()`.
 """

@@ -1,4 +1,4 @@
-"""The `Runtime`: this process's place among the ranks, its device, and the ways to talk to the others."""
+"""The `Communicator`: this process's place among the ranks, its device, and the ways to talk to the others."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _works = itertools.count()  # and every wait for the main rank
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     """Where a rank runs. `device_id` tells an accelerator from all others of its host; it is empty for a CPU."""
 
     rank: int
@@ -58,11 +58,11 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Runtime:
-    """This process among the ranks. Made by `open_runtime()`, used as a context manager.
+class Communicator:
+    """This process among the ranks. Made by `init_distributed()`, used as a context manager.
 
     `name` is `ezpz`, `torch`, or `single` (one process, no process group); `backend` is what carries gradients:
-    gloo, nccl, xccl, MPI, or none. `places` is the map rank → host → device.
+    gloo, nccl, xccl, MPI, or none. `placements` is the map rank → host → device.
     """
 
     launcher: Launcher
@@ -73,7 +73,7 @@ class Runtime:
     name: Literal["single", "torch", "ezpz"]
     ezpz_version: str | None
     backend: str
-    places: tuple[Place, ...]
+    placements: tuple[Placement, ...]
     mpi_comm: Any
     failure: Failure | None = None
     watchdog: Watchdog | None = None
@@ -86,7 +86,7 @@ class Runtime:
     @property
     def num_nodes(self) -> int:
         """Hosts that ranks run on."""
-        return len({place.host for place in self.places})
+        return len({place.host for place in self.placements})
 
     @property
     def quick_sync(self) -> AnySync:
@@ -95,12 +95,12 @@ class Runtime:
 
     def describe(self) -> str:
         """The bring-up in one line: launcher, runtime, backend, ranks × nodes, devices."""
-        devices = sorted({place.device.split(":")[0] for place in self.places})
+        devices = sorted({place.device.split(":")[0] for place in self.placements})
         nodes = f"{self.num_nodes} node{'s' * (self.num_nodes > 1)}"
         ezpz = f" {self.ezpz_version}" if self.ezpz_version else ""
         ranks = f"{self.world_size} rank{'s' * (self.world_size > 1)} on {nodes}"
         return (
-            f"{ranks} · launcher {self.launcher.name} · runtime {self.name}{ezpz} · backend {self.backend} · "
+            f"{ranks} · launcher {self.launcher.name} · distributed {self.name}{ezpz} · backend {self.backend} · "
             f"device {', '.join(devices)}{f' × {self.world_size}' if self.world_size > 1 else ''}"
         )
 
@@ -119,7 +119,7 @@ class Runtime:
             "device_name": device_name(self.device),
             "num_cpus": os.cpu_count(),
             "cpus_per_rank": own_cpus().bit_count(),
-            "places": [asdict(place) for place in self.places],
+            "placements": [asdict(place) for place in self.placements],
         }
 
     def from_main(self, work: Callable[[], T]) -> T:
@@ -210,9 +210,9 @@ class Runtime:
         dist.all_reduce(values, dist.ReduceOp.MAX)
         return values.item()
 
-    def alone(self) -> Runtime:
+    def alone(self) -> Communicator:
         """This rank as a world of its own, on its own device: it talks to nobody."""
-        place = replace(self.places[self.rank], rank=0)
+        place = replace(self.placements[self.rank], rank=0)
         return replace(
             self,
             rank=0,
@@ -220,7 +220,7 @@ class Runtime:
             local_rank=0,
             name="single",
             backend="none",
-            places=(place,),
+            placements=(place,),
             mpi_comm=None,
             failure=None,
             watchdog=None,
@@ -245,7 +245,7 @@ class Runtime:
         if self.world_size > 1:
             dist.barrier()
 
-    def add_over_ranks(self, buffer: Tensor, sync: AnySync = "allreduce") -> AddOverRanks:
+    def all_reduce(self, buffer: Tensor, sync: AnySync = "allreduce") -> AddOverRanks:
         """A function that replaces `buffer` by its sum over ranks, in place.
 
         `mpi` reduces the tensor's own memory through mpi4py (CPU only), others through torch.distributed.
@@ -260,15 +260,15 @@ class Runtime:
     def wrap(self, model: nn.Module, sync: AnySync, ordered: OrderedGradients | None = None) -> nn.Module:
         """The model with its gradients averaged over ranks in every backward: DistributedDataParallel.
 
-        ezpz makes it where ezpz is the runtime. With `mpi` a communication hook averages through mpi4py. With `ordered`
-        a hook adds gradients up in the order of micro-batches instead.
+        ezpz makes it where ezpz is the runtime. With `mpi` a communication hook averages through mpi4py.
+        With `ordered` a hook adds gradients up in the order of micro-batches instead.
         """
         if self.world_size == 1:
             return model
         if ordered and sum(p.numel() * p.element_size() for p in model.parameters()) > DDP_BUCKET_BYTES:
             raise AgreedError(
-                f"reduction is ordered, and the model's gradients are more than {DDP_BUCKET_BYTES} bytes, which DDP "
-                "reduces in several pieces: choose --optimizer hand"
+                f"reduction is reproducible, and the model's gradients are more than {DDP_BUCKET_BYTES} bytes, which "
+                "DDP reduces in several pieces: choose --optimizer manual"
             )
         if self.name == "ezpz":
             wrapped = cast(DistributedDataParallel, ezpz.wrap(model))
@@ -286,7 +286,7 @@ class Runtime:
             return nullcontext()
         return model.no_sync()
 
-    def __enter__(self) -> Runtime:
+    def __enter__(self) -> Communicator:
         return self
 
     def __exit__(
@@ -304,15 +304,15 @@ class Runtime:
             dist.destroy_process_group()
 
 
-def open_runtime(
+def init_distributed(
     *,
-    runtime: Literal["auto", "ezpz", "torch"] = "auto",
+    distributed: Literal["auto", "ezpz", "torch"] = "auto",
     device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = "auto",
     sync: AnySync = "ddp",
     dtype: Literal["auto", "float32", "float64"] = "auto",
     timeout_s: float = 300.0,
     run: Mapping[str, object] | None = None,
-) -> Runtime:
+) -> Communicator:
     """Bring up this process among its ranks: find the launcher, choose the device, make the process group.
 
     `run` has what must be equal on all ranks, by name. Raises `ValueError` for what the user can fix: launchers that
@@ -332,13 +332,13 @@ def open_runtime(
             raise
         problem = str(error)
     ezpz_version = None
-    if launcher.world_size > 1 or runtime == "ezpz":
-        ezpz_version = ezpz.find_ezpz(runtime)
+    if launcher.world_size > 1 or distributed == "ezpz":
+        ezpz_version = ezpz.find_ezpz(distributed)
     host = socket.gethostname()
     if launcher.world_size == 1:
         torch_device, device_id = take_device(device_type, 0)
-        place = Place(0, host, 0, str(torch_device), device_name(torch_device), device_id)
-        return Runtime(launcher, 0, 1, 0, torch_device, "single", None, "none", (place,), mpi_comm)
+        place = Placement(0, host, 0, str(torch_device), device_name(torch_device), device_id)
+        return Communicator(launcher, 0, 1, 0, torch_device, "single", None, "none", (place,), mpi_comm)
 
     failure = Failure(launcher.rank, host, mpi_comm)
     watchdog = Watchdog(timeout_s, failure.end)
@@ -354,14 +354,14 @@ def open_runtime(
             torch_device, device_id = take_device(device_type, local_rank)
             agree("torchreg/device", item=[host, device_type, device_id], answer=_each_its_own)
             init_process_group(launcher, store, device_type, timeout_s)
-            place = Place(launcher.rank, host, local_rank, str(torch_device), device_name(torch_device), device_id)
-            places = _gather(place, launcher.world_size)
-        failure.hosts = [each.host for each in places]
+            place = Placement(launcher.rank, host, local_rank, str(torch_device), device_name(torch_device), device_id)
+            placements = _gather(place, launcher.world_size)
+        failure.hosts = [each.host for each in placements]
         if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(shared["num_threads"])
         if ezpz_version:
             ezpz.adopt(launcher.rank, launcher.world_size, torch_device, timeout_s)
-    return Runtime(
+    return Communicator(
         launcher=launcher,
         rank=launcher.rank,
         world_size=launcher.world_size,
@@ -370,7 +370,7 @@ def open_runtime(
         name="ezpz" if ezpz_version else "torch",
         ezpz_version=ezpz_version,
         backend="MPI" if sync == "mpi" else {"cuda": "nccl", "xpu": "xccl"}.get(device_type, "gloo"),
-        places=tuple(places),
+        placements=tuple(placements),
         mpi_comm=mpi_comm,
         failure=failure,
         watchdog=watchdog,

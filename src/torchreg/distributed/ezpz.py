@@ -35,7 +35,8 @@ def find_ezpz(choice: Literal["auto", "ezpz", "torch"]) -> str | None:
         if choice == "auto":
             return None
         raise ValueError(
-            "runtime is ezpz, which is not installed: in torchreg's checkout pip install '.[ezpz]', or --runtime torch"
+            "distributed is ezpz, which is not installed: pip install '.[ezpz]' in torchreg's checkout, or "
+            "--distributed torch"
         )
     try:
         version = importlib.metadata.version("ezpz")
@@ -44,12 +45,12 @@ def find_ezpz(choice: Literal["auto", "ezpz", "torch"]) -> str | None:
     try:
         is_real = hasattr(_ezpz(), "setup_torch")
     except ImportError as error:
-        raise ValueError(f"ezpz {version} cannot be imported ({error}): mend it, or --runtime torch") from error
+        raise ValueError(f"ezpz {version} cannot be imported ({error}): mend it, or --distributed torch") from error
     if not is_real:
         raise ValueError(
             f"the installed package ezpz {version} has no setup_torch: it is another package of that name (PyPI's "
-            "ezpz crops images). pip uninstall ezpz, and pip install '.[ezpz]' in torchreg's checkout; or --runtime "
-            "torch"
+            "ezpz crops images). pip uninstall ezpz, and pip install '.[ezpz]' in torchreg's checkout, or "
+            "--distributed torch"
         )
     return version
 

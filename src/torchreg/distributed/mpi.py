@@ -56,12 +56,12 @@ def summation(comm: Any, tensor: Tensor, watchdog: Watchdog) -> Callable[[], Non
 
     in_place, allreduce, memory = MPI.IN_PLACE, comm.Allreduce, _memory(tensor)
 
-    def add_over_ranks() -> None:
+    def all_reduce() -> None:
         watchdog.call = object()
         allreduce(in_place, memory)
         watchdog.call = None
 
-    return add_over_ranks
+    return all_reduce
 
 
 def average_gradients(state: tuple[Any, Watchdog], bucket: GradBucket) -> torch.futures.Future[Tensor]:

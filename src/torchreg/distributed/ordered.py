@@ -24,7 +24,7 @@ class OrderedSum:
         self, num_numbers: int, most_pieces: int, like: Tensor, adder: Callable[[Tensor], Callable[[], None]]
     ) -> None:
         self._matrix = torch.zeros(most_pieces, num_numbers, dtype=like.dtype, device=like.device)
-        self._add_over_ranks = adder(self._matrix)
+        self._all_reduce = adder(self._matrix)
         self._next = self._num_pieces = 0
 
     def start(self, first: int, num_pieces: int) -> None:
@@ -39,7 +39,7 @@ class OrderedSum:
 
     def total(self) -> Tensor:
         """The sum over all micro-batches of all ranks, (num_numbers,)."""
-        self._add_over_ranks()
+        self._all_reduce()
         return self._matrix[: self._num_pieces].sum(dim=0)
 
 
@@ -54,7 +54,7 @@ class OrderedGradients:
     def __init__(
         self, parameters: Sequence[nn.Parameter], most_pieces: int, adder: Callable[[Tensor], Callable[[], None]]
     ) -> None:
-        self._places = {id(parameter): place for place, parameter in enumerate(parameters)}
+        self._placements = {id(parameter): place for place, parameter in enumerate(parameters)}
         self._sizes = [parameter.numel() for parameter in parameters]
         self._sum = OrderedSum(sum(self._sizes) + 1, most_pieces, parameters[0].detach(), adder)
         self._error: Tensor | None = None
@@ -87,7 +87,7 @@ class OrderedGradients:
     def hook(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """A communication hook of DistributedDataParallel: the last micro-batch's gradient in, the step's sum out."""
         placed = zip(bucket.parameters(), bucket.gradients(), strict=True)
-        gradients = [gradient for _, gradient in sorted(placed, key=lambda pair: self._places[id(pair[0])])]
+        gradients = [gradient for _, gradient in sorted(placed, key=lambda pair: self._placements[id(pair[0])])]
         self._put(gradients)
         self._total = self._sum.total()
         for gradient, summed in zip(gradients, self._split(), strict=True):

@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from torchreg.distributed.communicator import AnySync, Runtime
+from torchreg.distributed.communicator import AnySync, Communicator
 
 TakeSteps = Callable[[int], None]
 
@@ -25,18 +25,18 @@ _CHUNKS = 4  # of a window, about
 _LEAST_CHUNK = 50  # of a window, one part
 
 
-def elapsed_on_ranks(runtime: Runtime, work: Callable[[], None]) -> list[float]:
+def elapsed_on_ranks(communicator: Communicator, work: Callable[[], None]) -> list[float]:
     """Each rank's seconds for `work`, which all begin together after a barrier; the same list on every rank."""
-    runtime.synchronize()
-    runtime.barrier()
+    communicator.synchronize()
+    communicator.barrier()
     start_s = time.perf_counter()
     work()
-    runtime.synchronize()
+    communicator.synchronize()
     own_s = time.perf_counter() - start_s
-    return runtime.gather(own_s)
+    return communicator.gather(own_s)
 
 
-def warm_up(runtime: Runtime, take_steps: TakeSteps, window_s: float) -> tuple[int, float]:
+def warm_up(communicator: Communicator, take_steps: TakeSteps, window_s: float) -> tuple[int, float]:
     """Take steps until their speed has settled; how many that were, and the last chunk's seconds a step.
 
     Chunks double until two in a row differ by less than a tenth, and a tenth of a window is over; no longer than half a
@@ -44,7 +44,7 @@ def warm_up(runtime: Runtime, take_steps: TakeSteps, window_s: float) -> tuple[i
     """
     count, num_steps, total_s, before_s = _FIRST_STEPS, 0, 0.0, math.inf
     while True:
-        chunk_s = max(elapsed_on_ranks(runtime, partial(take_steps, count)))
+        chunk_s = max(elapsed_on_ranks(communicator, partial(take_steps, count)))
         num_steps, total_s, step_time_s = num_steps + count, total_s + chunk_s, chunk_s / count
         settled = abs(step_time_s - before_s) < _AGREE * before_s and total_s >= _WARMUP_SHARE * window_s
         if settled or total_s + 2 * chunk_s > _MOST_WARMUP_SHARE * window_s:
@@ -58,7 +58,7 @@ def steps_for(duration_s: float, step_time_s: float) -> int:
 
 
 def time_window(
-    runtime: Runtime, take_steps: TakeSteps, window_s: float, step_time_s: float
+    communicator: Communicator, take_steps: TakeSteps, window_s: float, step_time_s: float
 ) -> tuple[int, list[float]]:
     """A window of at least `window_s` of steps: how many steps, and each rank's seconds.
 
@@ -66,30 +66,30 @@ def time_window(
     small reduction, how long they have taken. Those reductions are in the time: a few in a second.
     """
     num_steps, own_s = 0, 0.0
-    runtime.synchronize()
-    runtime.barrier()
+    communicator.synchronize()
+    communicator.barrier()
     start_s = time.perf_counter()
-    while (slowest_s := runtime.largest(own_s)) < window_s:
+    while (slowest_s := communicator.largest(own_s)) < window_s:
         missing_s = max(window_s - slowest_s, window_s / _LEAST_CHUNK)
         chunk = steps_for(min(window_s / _CHUNKS, missing_s), slowest_s / num_steps if num_steps else step_time_s)
         take_steps(chunk)
-        runtime.synchronize()
+        communicator.synchronize()
         num_steps, own_s = num_steps + chunk, time.perf_counter() - start_s
-    return num_steps, runtime.gather(own_s)
+    return num_steps, communicator.gather(own_s)
 
 
 def time_all_reduce(
-    runtime: Runtime, sync: AnySync, num_bytes: int, num_repeats: int, dtype: torch.dtype = torch.float32
+    communicator: Communicator, sync: AnySync, num_bytes: int, num_repeats: int, dtype: torch.dtype = torch.float32
 ) -> float:
     """The median over repetitions of the slowest rank's seconds to add up `num_bytes` over ranks."""
-    buffer = torch.zeros(max(1, num_bytes // dtype.itemsize), dtype=dtype, device=runtime.device)
-    add = runtime.add_over_ranks(buffer, sync)
+    buffer = torch.zeros(max(1, num_bytes // dtype.itemsize), dtype=dtype, device=communicator.device)
+    add = communicator.all_reduce(buffer, sync)
     times = []
     for _ in range(num_repeats + 2):  # the first two set up connections and buffers
-        runtime.barrier()
-        runtime.synchronize()
+        communicator.barrier()
+        communicator.synchronize()
         start_s = time.perf_counter()
         add()
-        runtime.synchronize()
+        communicator.synchronize()
         times.append(time.perf_counter() - start_s)
-    return statistics.median(max(each) for each in zip(*runtime.gather(times[2:]), strict=True))
+    return statistics.median(max(each) for each in zip(*communicator.gather(times[2:]), strict=True))

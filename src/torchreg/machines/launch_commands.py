@@ -1,6 +1,6 @@
 """The command line of a launcher, as a list of tokens, and what each machine adds to it.
 
-All but `launcher_at_hand` and `allocated_hosts` are pure functions: what a job would start on Polaris is known, and
+All but `available_launcher` and `allocated_hosts` are pure functions: what a job would start on Polaris is known, and
 tested token for token, on a laptop. Options of one launcher that another refuses (PALS's `--cpu-bind`, for one) are
 here and nowhere else.
 """
@@ -189,11 +189,11 @@ def launch_command(
     given = ["env", *(f"{name}={value}" for name, value in variables.items())] if variables else []
     if launcher == "none":
         return given
-    places = ["--nodes", str(num_nodes), "--ntasks", count, "--ntasks-per-node", str(ranks_per_node)]
+    placements = ["--nodes", str(num_nodes), "--ntasks", count, "--ntasks-per-node", str(ranks_per_node)]
     where = ["--nodelist", host_list] if hosts else []
     binding = ["--cpu-bind", "mask_cpu:" + ",".join(map(_mask, rank_cpus))] if rank_cpus else []
     options = [*MACHINES[machine].srun_options, *binding]
-    return ["srun", *places, *where, "--kill-on-bad-exit=1", *options, *extra, *given]
+    return ["srun", *placements, *where, "--kill-on-bad-exit=1", *options, *extra, *given]
 
 
 def _num_nodes(num_ranks: int, ranks_per_node: int, hosts: Sequence[str]) -> int:
@@ -234,8 +234,8 @@ def _variables(
     for name in without:
         if name not in variables:
             raise ValueError(f"without names {name}, which machine {machine} does not set: it sets {list(variables)}")
-    left_out = {*without, *(known.environment_across_nodes if num_nodes == 1 else ())}
-    variables = {name: value for name, value in variables.items() if name not in left_out} | dict(env)
+    excluded = {*without, *(known.environment_across_nodes if num_nodes == 1 else ())}
+    variables = {name: value for name, value in variables.items() if name not in excluded} | dict(env)
     for name, value in variables.items():
         if not _NAME_OF_VARIABLE.fullmatch(name):
             raise ValueError(f"env has the name {name!r}: give NAME=VALUE")
@@ -280,7 +280,7 @@ def choose_launcher(version: str | None, environ: Mapping[str, str], *, has_srun
     )
 
 
-def launcher_at_hand(environ: Mapping[str, str] = os.environ) -> LauncherName:
+def available_launcher(environ: Mapping[str, str] = os.environ) -> LauncherName:
     """What `auto` means here: asks the mpiexec on the PATH for its version."""
     path = environ.get("PATH")
     has_srun = shutil.which("srun", path=path) is not None

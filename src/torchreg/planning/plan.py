@@ -10,7 +10,14 @@ from typing import Any
 from torchreg.core.batches import DEFAULT_LOCAL_BATCH_SIZE
 from torchreg.runs.config import LRScaling, TrainConfig
 from torchreg.runs.forecast import Curve, Forecast, percent
-from torchreg.runs.setup import SEQUENTIAL_LEFT_OUT, Problem, base_rates, prepare, scale_at, stable_world_size
+from torchreg.runs.setup import (
+    SEQUENTIAL_NOT_PREDICTED,
+    LeastSquares,
+    base_learning_rates,
+    prepare,
+    scale_at,
+    stable_world_size,
+)
 from torchreg.theory import MAX_SEQUENTIAL, CriticalBatch, critical_batch_size
 
 _POLARIS_NODE = 4  # ranks, one a GPU
@@ -91,7 +98,7 @@ class Plan:
             if row.forecast is None:
                 rows.append([f"!{cells[0]}", cells[1], "", "", "", "impossible", "", "", "", ""])
                 continue
-            cells += [f"{rate:.3g}" for rate in row.scaled_learning_rate]
+            cells += [f"{learning_rate:.3g}" for learning_rate in row.scaled_learning_rate]
             over = f"{1 / row.forecast.stability_limit:.2f}"
             if not row.forecast.is_stable:
                 rows.append([f"!{cells[0]}", *cells[1:], over, "diverges", "never", "", "", ""])
@@ -133,7 +140,7 @@ def make_plan(config: TrainConfig, world_sizes: Sequence[int]) -> Plan:
 
     Raises `ValueError` for what no world size could make right.
     """
-    problem = Problem.of(config)
+    problem = LeastSquares.of(config)
     forecasts = [_forecast(config, problem, world_size) for world_size in sorted(set(world_sizes))]
     first = forecasts[0].forecast
     if first is None:
@@ -146,9 +153,9 @@ def make_plan(config: TrainConfig, world_sizes: Sequence[int]) -> Plan:
             largest_stable[rule] = stable_world_size(replace(config, lr_scaling=rule), problem, local_batch_size)
     critical = None
     if first.criterion == "mean square" and problem.closed_form.loss > 0:
-        rates, start = base_rates(config, problem), problem.start_error
+        learning_rates, start = base_learning_rates(config, problem), problem.start_error
         target = first.target_excess * problem.closed_form.loss
-        critical = critical_batch_size(problem.rows, rates, start, target, config.update_order)
+        critical = critical_batch_size(problem.rows, learning_rates, start, target, config.update_order)
     most_ranks = problem.table.num_rows // local_batch_size if grows else problem.table.num_rows
     curvature = problem.rows.curvature()
     return Plan(
@@ -170,20 +177,20 @@ def make_plan(config: TrainConfig, world_sizes: Sequence[int]) -> Plan:
     )
 
 
-def _forecast(config: TrainConfig, problem: Problem, world_size: int) -> WorldSize:
+def _forecast(config: TrainConfig, problem: LeastSquares, world_size: int) -> WorldSize:
     try:
-        prepared, _ = prepare(replace(config, on_unstable="warn"), world_size, problem)
+        state, _ = prepare(replace(config, on_unstable="warn"), world_size, problem)
     except ValueError as error:
         local_batch_size = config.local_batch_size or DEFAULT_LOCAL_BATCH_SIZE
         batch_size = config.global_batch_size or local_batch_size * world_size
         return WorldSize(world_size, batch_size, (math.nan, math.nan), None, str(error))
-    return WorldSize(world_size, prepared.plan.global_batch_size, prepared.schedule.scaled, prepared.forecast)
+    return WorldSize(world_size, state.plan.global_batch_size, state.schedule.scaled, state.forecast)
 
 
-def _of_limit(config: TrainConfig, problem: Problem, rule: LRScaling, row: WorldSize) -> tuple[int, float | None]:
+def _of_limit(config: TrainConfig, problem: LeastSquares, rule: LRScaling, row: WorldSize) -> tuple[int, float | None]:
     if row.forecast is None:
         return row.world_size, None
-    scaled = base_rates(config, problem)[1] * scale_at(replace(config, lr_scaling=rule), row.global_batch_size)
+    scaled = base_learning_rates(config, problem)[1] * scale_at(replace(config, lr_scaling=rule), row.global_batch_size)
     return row.world_size, scaled / (row.scaled_learning_rate[1] * row.forecast.stability_limit)
 
 
@@ -193,7 +200,7 @@ def _is_stable(row: WorldSize) -> bool | None:
 
 def _verdict(
     config: TrainConfig,
-    problem: Problem,
+    problem: LeastSquares,
     rows: Sequence[WorldSize],
     largest_stable: dict[LRScaling, int],
     most_ranks: int,
@@ -227,7 +234,7 @@ def _verdict(
     if not config.standardize:
         standard = replace(config, standardize=True, base_learning_rate=None)
         local_batch_size = config.local_batch_size or DEFAULT_LOCAL_BATCH_SIZE
-        most = stable_world_size(standard, Problem.of(standard), local_batch_size)
+        most = stable_world_size(standard, LeastSquares.of(standard), local_batch_size)
         if most > stable:
             remedies.append(f"standardise and leave base_learning_rate out (stable up to {up_to(most)})")
     if config.lr_scaling == "linear" and largest_stable["sqrt"] > stable:
@@ -243,7 +250,7 @@ def _lower(config: TrainConfig) -> str:
     return f"{standard}lower base_learning_rate, or let --on-unstable cap do it"
 
 
-def _notes(config: TrainConfig, forecast: Forecast, problem: Problem) -> tuple[str, ...]:
+def _notes(config: TrainConfig, forecast: Forecast, problem: LeastSquares) -> tuple[str, ...]:
     """What the numbers are worth."""
     notes = []
     if forecast.criterion == "mean":
@@ -260,7 +267,7 @@ def _notes(config: TrainConfig, forecast: Forecast, problem: Problem) -> tuple[s
             "random is predicted exactly"
         )
     if config.update_order == "sequential" and problem.table.num_features > MAX_SEQUENTIAL:
-        notes.append(SEQUENTIAL_LEFT_OUT)
+        notes.append(SEQUENTIAL_NOT_PREDICTED)
     if forecast.stability_limit_error:
         notes.append(
             "the sequential order is predicted from sampled batches: standard error of the limit "

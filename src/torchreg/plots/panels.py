@@ -196,7 +196,7 @@ class Bar:
 
     name: str
     step_time_s: float
-    shares: tuple[tuple[Look, float], ...]
+    shards: tuple[tuple[Look, float], ...]
     over: tuple[Look, float]
 
 
@@ -204,18 +204,18 @@ def draw_bars(bars: Sequence[Bar], axes: Axes) -> None:
     """One bar for each step, with its time at the right."""
     for height, bar in enumerate(bars):
         left = 0.0
-        for look, share in bar.shares:
-            if share > 0:
-                axes.barh(height, share, left=left, height=0.74, facecolor=look.colour, hatch=look.hatch, linewidth=0)
-            left += share
-        look, share = bar.over
-        if share > 0:
-            axes.barh(height, -share, left=left, height=0.74, facecolor="none", hatch=look.hatch, linewidth=0)
+        for look, shard in bar.shards:
+            if shard > 0:
+                axes.barh(height, shard, left=left, height=0.74, facecolor=look.colour, hatch=look.hatch, linewidth=0)
+            left += shard
+        look, shard = bar.over
+        if shard > 0:
+            axes.barh(height, -shard, left=left, height=0.74, facecolor="none", hatch=look.hatch, linewidth=0)
         time = in_unit([bar.step_time_s], "s")
         axes.text(1.015, height, time, transform=axes.get_yaxis_transform(), va="center", fontsize=7.5)
     axes.set_yticks(range(len(bars)), [printable(bar.name) for bar in bars], fontsize=7.5)
     axes.set_ylim(len(bars) - 0.4, -0.6)
-    axes.set_xlim(0, max(1.0, *(sum(share for _, share in bar.shares) for bar in bars)))
+    axes.set_xlim(0, max(1.0, *(sum(shard for _, shard in bar.shards) for bar in bars)))
     axes.xaxis.set_major_formatter(percent)
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
@@ -254,11 +254,11 @@ def draw_times(part: Sequence[Json], looks: Mapping[str, Look], limits: tuple[fl
     sizes = sorted({size["message_bytes"] for one in part for size in one["sizes"]})
     for one, aside in zip(part, asides(len(part)), strict=True):
         look = looks[one["way"]]
-        places = [size["message_bytes"] for size in one["sizes"]]
-        draw_estimates(axes, places, [size["time_s"] for size in one["sizes"]], look, aside, line=False)
+        placements = [size["message_bytes"] for size in one["sizes"]]
+        draw_estimates(axes, placements, [size["time_s"] for size in one["sizes"]], look, aside, line=False)
         line = fitted_line(one["fit"])
         if line:
-            at = np.geomspace(places[0], places[-1], 40)
+            at = np.geomspace(placements[0], placements[-1], 40)
             axes.plot(at, line[0] + line[1] * at, color=look.colour, linestyle=look.dashes, linewidth=1.2)
     axes.set_xscale("log")  # the base is the ticks' business
     log2_axis(axes.xaxis, sizes)

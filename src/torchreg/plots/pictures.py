@@ -39,8 +39,8 @@ class Picture:
 
 
 _LOOKS = {
-    "hand/allreduce": (BLUE, "o", "-"),
-    "hand/mpi": (GREEN, "s", "--"),
+    "manual/allreduce": (BLUE, "o", "-"),
+    "manual/mpi": (GREEN, "s", "--"),
     "sgd/ddp": (ORANGE, "^", "-."),
     "sgd/mpi": (BLACK, "D", ":"),
 }

@@ -102,7 +102,7 @@ def draw_breakdown(group: Json, number: int, kind: str, scope: str) -> Picture |
         ]
         for title, part in _by_panel(series).items()
     }
-    used = {look for part in bars.values() for bar in part for look, share in (*bar.shares, bar.over) if share > 0}
+    used = {look for part in bars.values() for bar in part for look, shard in (*bar.shards, bar.over) if shard > 0}
     return Picture(
         f"figure-{number}-breakdown-{kind}-{slug(scope)}",
         f"Where a step's time goes, {kind} scaling, {scope}",
@@ -130,19 +130,19 @@ def _bar(name: str, point: Json) -> Bar:
     """The parts of a step as fractions of it. Differences of noisy times below zero are noise: no part."""
     step = point["step_time_s"]["value"]
 
-    def share(field: str) -> float:
+    def shard(field: str) -> float:
         return max(0.0, _value(point[field]) or 0.0) / step
 
-    rows, compute, exposed = share("rows_time_s"), share("compute_time_s"), share("exposed_time_s")
+    rows, compute, exposed = shard("data_time_s"), shard("compute_time_s"), shard("exposed_time_s")
     if point["compute_time_s"] is None:  # the step was not measured without averaging
         parts = [(_ROWS, rows), (_NOT_TOLD_APART, max(0.0, 1 - rows))]
     else:
         parts = [(_ROWS, rows), (_COMPUTE, compute), (_EXPOSED, exposed)]
-    return Bar(name, step, tuple(parts), (_IMBALANCE, share("imbalance_time_s")))
+    return Bar(name, step, tuple(parts), (_IMBALANCE, shard("imbalance_time_s")))
 
 
 def _say_bar(bar: Bar) -> str:
-    parts = ", ".join(f"{look.label} {in_unit([share], '%')}" for look, share in bar.shares if share > 0)
+    parts = ", ".join(f"{look.label} {in_unit([shard], '%')}" for look, shard in bar.shards if shard > 0)
     return f"{bar.name.replace('  ', ' on ')}: {parts}"
 
 

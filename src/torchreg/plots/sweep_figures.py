@@ -12,7 +12,7 @@ import pandas as pd
 
 from torchreg.plots.style import BLACK, BLUE, GREY, ORANGE, SKY, new_figure, own_style, save
 from torchreg.runs.record import RECORD_FILE
-from torchreg.sweeps import CELLS_FOLDER, GROUP, cells_table, curves_table, read_sweep, summary
+from torchreg.sweeps import GROUP, TRIALS_FOLDER, curves_table, read_sweep, summary, trials_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,15 +23,15 @@ _ORDERS = {"simultaneous": (ORANGE, "o", "--", 0.78), "sequential": (BLUE, "s", 
 @own_style()
 def draw_sweep(folder: Path) -> list[Path]:
     """Draw a finished sweep, as PNG and SVG in its folder; nothing where the best loss is 0 and so has no multiples."""
-    if not (cells_table(folder)["closed_form_loss"] > 0).all():
+    if not (trials_table(folder)["closed_form_loss"] > 0).all():
         return []
     if read_sweep(folder)["kind"] == "batch":
         return _draw_batch(folder)
-    return _draw_ladder(folder)
+    return _draw_lr_scaling(folder)
 
 
 def _draw_batch(folder: Path) -> list[Path]:
-    cells, curves = cells_table(folder), curves_table(folder)
+    cells, curves = trials_table(folder), curves_table(folder)
     groups = [(key[2], group) for key, group in cells.groupby(GROUP, sort=True)]
     num_columns = 3 if len(groups) > 1 else 2
     num_rows = math.ceil((len(groups) + 1) / num_columns)
@@ -62,7 +62,7 @@ def _draw_curves(axes: Axes, folder: Path, group: pd.DataFrame, curves: pd.DataF
         )
     mean = curves.groupby("epoch")["excess"].mean()
     axes.plot(mean.index, 100 * mean, color=BLUE, linewidth=2, label=f"mean of {len(group)}")
-    record = json.loads((folder / CELLS_FOLDER / group["name"].iloc[0] / RECORD_FILE).read_text(encoding="utf-8"))
+    record = json.loads((folder / TRIALS_FOLDER / group["name"].iloc[0] / RECORD_FILE).read_text(encoding="utf-8"))
     curve = record["forecast"]["curve"]
     if curve:
         epochs = np.array(curve["steps"]) / record["derived"]["steps_per_epoch"]
@@ -105,8 +105,8 @@ def _draw_ends(axes: Axes, table: pd.DataFrame) -> None:
     axes.legend(fontsize=8)
 
 
-def _draw_ladder(folder: Path) -> list[Path]:
-    table = summary(cells_table(folder))
+def _draw_lr_scaling(folder: Path) -> list[Path]:
+    table = summary(trials_table(folder))
     figure = new_figure(7.5, 4.4)
     panels = figure.subplots(1, 2, sharey=True)
     top = 1_000 * float(table["excess"].max(skipna=True))  # of what converged, in percent, with room
@@ -126,7 +126,7 @@ def _draw_ladder(folder: Path) -> list[Path]:
     panels[0].set_ylabel("end of training, above the best loss (%)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=9)
-    return save(figure, folder, "ladder")
+    return save(figure, folder, "lr-scaling")
 
 
 def _draw_rungs(

@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def unstable_from(places: Sequence[float], limits: Sequence[float]) -> float | None:
-    """Where along increasing `places` the stability limit falls to 1, by a power law between neighbours.
+def unstable_from(placements: Sequence[float], limits: Sequence[float]) -> float | None:
+    """Where along increasing `placements` the stability limit falls to 1, by a power law between neighbours.
 
     None where it does not. The limit is the factor by which the rates may still grow: below 1 training diverges.
     """
-    pairs = sorted(zip(places, limits, strict=True))
+    pairs = sorted(zip(placements, limits, strict=True))
     if pairs and pairs[0][1] < 1:
         return 0.0
     for (left, above), (right, below) in itertools.pairwise(pairs):

@@ -12,7 +12,7 @@ from torchreg.reporting.fits import allreduce_of, models_of
 from torchreg.reporting.groups import VERSIONS, Group, comparable_groups
 from torchreg.reporting.method import method
 from torchreg.reporting.points import Point, point_json, points_of
-from torchreg.reporting.provenance import cost, failures, left_out, provenance, sources
+from torchreg.reporting.provenance import cost, excluded, failures, provenance, sources
 from torchreg.reporting.series import Series, series_json, series_of
 from torchreg.reporting.summary import verdict
 from torchreg.reporting.targets import targets_of
@@ -30,7 +30,7 @@ def analyse(records: Records) -> dict[str, Any]:
 
     - `sources`: one for each directory, campaign and machine
     - `verdict`: `correct` (`status` yes, no or unknown), `lines` (sentences, the most important first), `scaling` and
-      `bound_by` (one for each series), `soonest` and `cheapest` (None where no target was reached)
+      `bound_by` (one for each series), `fastest` and `lowest_node_hours` (None where no target was reached)
     - `groups`: `points` (times with intervals, and the breakdown of a step), `series` (strong and weak, with `models`),
       `allreduce`, `targets`
     - `cost`, `provenance` (`same`, `differs`), `excluded`, `failed`, `method` (paragraphs)
@@ -38,10 +38,10 @@ def analyse(records: Records) -> dict[str, Any]:
     launches, points = launches_table(records), points_table(records)
     allreduce = allreduce_table(records)
     groups = [_group(group, launches, points, allreduce) for group in comparable_groups(launches)]
-    excluded = left_out(records)
+    excluded_records = excluded(records)
     machines = ", ".join(dict.fromkeys(launches["machine"]))
     campaigns = ", ".join(dict.fromkeys(launches["campaign"]))
-    num_unreadable = sum(not one.is_wrong_result for one in records.left_out)
+    num_unreadable = sum(not one.is_wrong_result for one in records.excluded)
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": KIND,
@@ -54,7 +54,7 @@ def analyse(records: Records) -> dict[str, Any]:
         "groups": groups,
         "cost": cost(launches),
         "provenance": provenance(records),
-        "excluded": excluded,
+        "excluded": excluded_records,
         "failed": failures(records),
         "method": method(points),
     }
@@ -73,11 +73,13 @@ def _group(group: Group, launches: pd.DataFrame, points: pd.DataFrame, allreduce
         "device_name": group.key["device_name"],
         "backend": group.key["backend"],
         "dtype": group.key["dtype"],
-        "runtime": group.key["effective"],
+        "distributed": group.key["effective"],
         "versions": {name: group.key[name] for name in VERSIONS},
         "num_launches": len(group.launches),
         "num_cpus": int(num_cpus.min()) if num_cpus.notna().any() else None,
-        "crowded_ranks_per_node": sorted(own.loc[own["ranks_per_node"] > num_cpus, "ranks_per_node"].unique().tolist()),
+        "oversubscribed_ranks_per_node": sorted(
+            own.loc[own["ranks_per_node"] > num_cpus, "ranks_per_node"].unique().tolist()
+        ),
         "points": [point_json(point) for point in found],
         "series": [{**series_json(one), "models": models_of(one, _alike(one, series))} for one in series],
         "allreduce": allreduce_of(allreduce[allreduce["launch"].isin(group.launches)]),

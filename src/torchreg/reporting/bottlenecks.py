@@ -11,7 +11,7 @@ from torchreg.plots.quantities import in_unit, ranks
 GOOD = 0.8  # the efficiency that counts as scaling well
 
 
-def how_far(series: Mapping[str, Any]) -> dict[str, Any]:
+def scaling_limit(series: Mapping[str, Any]) -> dict[str, Any]:
     """Up to which world size every efficiency is at least 80 %, and how sure that is.
 
     `largest_efficient_world_size` goes by the estimates, `shown_up_to` by the low ends of their intervals,
@@ -63,7 +63,7 @@ def percent(estimate: Mapping[str, Any]) -> str:
     return f"{100 * value:.0f} %{interval}"
 
 
-def what_bounds(series: Mapping[str, Any], points: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+def bottleneck(series: Mapping[str, Any], points: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
     """Where the time beyond ideal scaling goes at the largest world size; None where it was not taken apart.
 
     T(p) − k·T(p0), with k = p0/p for strong scaling and 1 for weak, is what is lost. It splits into what exposed
@@ -75,10 +75,10 @@ def what_bounds(series: Mapping[str, Any], points: Mapping[str, Mapping[str, Any
     if first["world_size"] > 1 and first["exposed_time_s"] is None:
         return None
     strong = series["kind"] == "strong"
-    share = first["world_size"] / last["world_size"] if strong else 1.0
-    lost = last["step_time_s"]["value"] - share * first["step_time_s"]["value"]
+    shard = first["world_size"] / last["world_size"] if strong else 1.0
+    lost = last["step_time_s"]["value"] - shard * first["step_time_s"]["value"]
     before = first["exposed_time_s"]["value"] if first["exposed_time_s"] else 0.0
-    exposed = last["exposed_time_s"]["value"] - share * before
+    exposed = last["exposed_time_s"]["value"] - shard * before
     compute = lost - exposed
     imbalance = last["imbalance_time_s"]["value"]
     efficiency, where = series["points"][-1]["efficiency"], f"at {ranks(last['world_size'])}"

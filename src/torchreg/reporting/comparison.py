@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torchreg.reporting.analysis import KIND, SCHEMA_VERSION
 from torchreg.reporting.groups import VERSIONS, comparable_groups
 from torchreg.reporting.points import points_of
-from torchreg.reporting.provenance import failures, left_out
+from torchreg.reporting.provenance import excluded, failures
 from torchreg.scaling.records import launches_table, points_table, read_records
 from torchreg.scaling.statistics import Estimate, ratio_interval
 
@@ -21,7 +21,7 @@ Outcome = Literal[
     "regression", "faster", "same", "not slower", "not clear", "too few launches to tell", "no result any more"
 ]
 
-_PLACE = ("machine", "device_name", "backend", "dtype", "runtime")
+_PLACE = ("machine", "device_name", "backend", "dtype", "distributed")
 _POINT = ("num_nodes", "ranks_per_node", "optimizer", "sync", "num_features", "global_batch_size")
 
 _HOURS = (
@@ -163,8 +163,8 @@ def compare(old: Path, new: Path, threshold: float = 0.05) -> Comparison:
 
 def _order(key: Key) -> tuple[Any, ...]:
     """By machine, device and number format, then by nodes, ranks and setting."""
-    machine, device, backend, dtype, runtime, *point = key
-    return (*map(str, (machine, device, dtype)), *point, *map(str, (backend, runtime)))
+    machine, device, backend, dtype, communicator, *point = key
+    return (*map(str, (machine, device, dtype)), *point, *map(str, (backend, communicator)))
 
 
 def _row(key: Key, old: _Measured, new: _Measured, threshold: float) -> Row:
@@ -251,11 +251,11 @@ def _from_records(folder: Path) -> _Side:
     found: list[tuple[Key, _Measured]] = []
     groups = comparable_groups(launches)
     for group in groups:
-        place = {**group.key, "runtime": group.key["effective"]}
+        place = {**group.key, "distributed": group.key["effective"]}
         for point in points_of(group.id, good[good["launch"].isin(group.launches)]):
             key = _key(place, {field: getattr(point, field) for field in _POINT})
             found.append((key, _Measured(point.step_time, point.step_times)))
-    return _side(found, left_out(records), failures(records), [group.key for group in groups])
+    return _side(found, excluded(records), failures(records), [group.key for group in groups])
 
 
 def _from_report(report: Mapping[str, Any]) -> _Side:
@@ -278,7 +278,7 @@ def _key(place: Mapping[str, Any], point: Mapping[str, Any]) -> Key:
     """One rank has neither backend nor runtime: it is the same in each group that it belongs to."""
     alone = point["num_nodes"] * point["ranks_per_node"] == 1
     return (
-        *(None if alone and field in ("backend", "runtime") else place[field] for field in _PLACE),
+        *(None if alone and field in ("backend", "distributed") else place[field] for field in _PLACE),
         *(point[field] for field in _POINT),
     )
 

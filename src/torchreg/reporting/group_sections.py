@@ -33,7 +33,7 @@ from torchreg.reporting.page_parts import (
 def group_section(group: Json, index: int) -> Section:
     """Everything that a group's launches say, most wanted first."""
     anchor = f"group-{index}"
-    names = ("machine", "device_name", "backend", "dtype", "runtime")
+    names = ("machine", "device_name", "backend", "dtype", "distributed")
     shared = [f"{name.replace('_name', '')} {group[name]}" for name in names if group[name]]
     shared += [f"{name} {version}" for name, version in group["versions"].items() if version]
     return Section(
@@ -135,7 +135,7 @@ def _breakdown(group: Json, index: int) -> Section | None:
                 bytes_cell(point["message_bytes"]), counted(point["global_batch_size"]),
                 *(
                     estimate_cell(point[name], "s")
-                    for name in ("step_time_s", "rows_time_s", "compute_time_s", "exposed_time_s", "imbalance_time_s")
+                    for name in ("step_time_s", "data_time_s", "compute_time_s", "exposed_time_s", "imbalance_time_s")
                 ),
             )
             for point in sorted((point for point in group["points"] if point["id"] in named), key=_order)

@@ -18,7 +18,7 @@ KEY = ("machine", "device_name", "backend", "dtype", "effective", *VERSIONS)
 _OF_SEVERAL_RANKS = ("backend", "effective", "mpi_library", "nccl_version", "oneccl", "libfabric")
 """What one process has no need of: its launch does not say which backend it would have had."""
 
-_NAMES = {"device_name": "device", "mpi_library": "MPI", "nccl_version": "NCCL", "effective": "runtime"}
+_NAMES = {"device_name": "device", "mpi_library": "MPI", "nccl_version": "NCCL", "effective": "distributed"}
 
 
 @dataclass(frozen=True)

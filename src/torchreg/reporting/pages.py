@@ -80,7 +80,7 @@ def _verdict_lines(report: dict[str, Any]) -> dict[str, list[str]]:
         title = next((name for name in names if line.startswith(f"{name}: ")), "")
         if line != verdict["correct"]["text"]:
             said.setdefault(title, []).append(line.removeprefix(f"{title}: ") if title else line)
-    for name in ("soonest", "cheapest"):
+    for name in ("fastest", "lowest_node_hours"):
         best = verdict[name]
         if best and not any(best["text"] in line for lines in said.values() for line in lines):
             said[""].append(best["text"])

@@ -79,7 +79,7 @@ def point_json(point: Point) -> dict[str, Any]:
     rank is slower than the median rank, is a part of these and not a fourth.
     """
     launches = point.launches
-    step, rows, local = launches["step_time_s"], launches["rows_time_s"], launches["local_step_time_s"]
+    step, rows, local = launches["step_time_s"], launches["data_time_s"], launches["local_step_time_s"]
     fields = (
         "id", "world_size", "num_nodes", "ranks_per_node", "optimizer", "sync", "num_features", "message_bytes",
         "global_batch_size", "local_batch_size",
@@ -91,7 +91,7 @@ def point_json(point: Point) -> dict[str, Any]:
         "step_time_s": over_launches(step),
         "spread": float(np.subtract(*np.percentile(step, [75, 25])) / np.median(step)),
         "slowest_over_median": over_launches(launches["rank_max_s"] / launches["rank_median_s"]),
-        "rows_time_s": over_launches(rows),
+        "data_time_s": over_launches(rows),
         "compute_time_s": over_launches(step - rows) if alone else over_launches(local - rows) if timed else None,
         "exposed_time_s": over_launches(step - local) if timed else None,
         "imbalance_time_s": over_launches(launches["rank_max_s"] - launches["rank_median_s"]),

@@ -18,7 +18,7 @@ _OF_ONE_LAUNCH = re.compile(
     r"(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|SLURM_(JOB_NUM_NODES|NTASKS)|TORCHELASTIC_.*"
 )
 _NOT_OF_ONE_RANK = frozenset(
-    f"runtime.{field}" for field in ("backend", "effective", "mpi_library", "nccl_version", "ezpz_version")
+    f"distributed.{field}" for field in ("backend", "effective", "mpi_library", "nccl_version", "ezpz_version")
 )
 _RUNTIME = (
     "launcher",
@@ -97,9 +97,9 @@ def provenance(records: Records) -> dict[str, Any]:
 
 def _fields(launch: Launch) -> Iterator[tuple[str, str]]:
     content: Mapping[str, Any] = launch.content
-    runtime, origin = content["runtime"], content["provenance"]
+    communicator, origin = content["distributed"], content["provenance"]
     fields = {f"campaign.{key}": content["campaign"][key] for key in ("name", "machine", "fingerprint")}
-    fields |= {f"runtime.{key}": runtime.get(key) for key in _RUNTIME}
+    fields |= {f"distributed.{key}": communicator.get(key) for key in _RUNTIME}
     fields |= {f"source.{key}": origin["source"][key] for key in ("commit", "dirty")}
     fields |= {key: origin[key] for key in ("python", "platform", "job_id")}
     fields |= {f"libraries.{name}": version for name, version in origin["libraries"].items()}
@@ -111,16 +111,16 @@ def _fields(launch: Launch) -> Iterator[tuple[str, str]]:
     fields |= {f"machine_facts.{key}": value for key, value in (content.get("machine_facts") or {}).items()}
     fields["campaign.without"] = " ".join(content["campaign"].get("without") or []) or None
     fields["dtype"] = content["dtype"]
-    fields["devices"] = ", ".join(sorted({place["device"].split(":")[0] for place in runtime["places"]}))
+    fields["devices"] = ", ".join(sorted({place["device"].split(":")[0] for place in communicator["placements"]}))
     alone = content["launch"]["world_size"] == 1
     for field, value in fields.items():
         if value is not None and not (alone and field in _NOT_OF_ONE_RANK):
             yield field, value if isinstance(value, str) else json.dumps(value)
 
 
-def left_out(records: Records) -> list[dict[str, Any]]:
+def excluded(records: Records) -> list[dict[str, Any]]:
     """What is in no statistics, with reasons."""
-    return [{**asdict(one), "file": printable(str(one.file))} for one in records.left_out]
+    return [{**asdict(one), "file": printable(str(one.file))} for one in records.excluded]
 
 
 def failures(records: Records) -> list[dict[str, Any]]:

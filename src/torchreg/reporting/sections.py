@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torchreg.reporting import closing_sections as evidence_sections
+from torchreg.reporting import closing_sections as closing_sections
 from torchreg.reporting.group_sections import group_section
 from torchreg.reporting.page_parts import Json, Section, counted, table, word
 
@@ -15,10 +15,10 @@ def sections_of(report: Json) -> list[Section]:
     return [
         *_series_verdicts(report),
         *groups,
-        evidence_sections.cost(report),
-        evidence_sections.provenance(report),
-        evidence_sections.excluded(report),
-        evidence_sections.method(report),
+        closing_sections.cost(report),
+        closing_sections.provenance(report),
+        closing_sections.excluded(report),
+        closing_sections.method(report),
     ]
 
 

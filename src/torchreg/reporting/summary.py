@@ -9,30 +9,30 @@ from typing import Any
 import pandas as pd
 
 from torchreg.plots.quantities import features, in_unit, ranks
-from torchreg.reporting.bottlenecks import how_far, what_bounds
-from torchreg.reporting.targets import soonest_and_cheapest
+from torchreg.reporting.bottlenecks import bottleneck, scaling_limit
+from torchreg.reporting.targets import fastest_and_lowest_node_hours
 
 _MOST_NAMED = 2  # settings in one sentence
 
 
 def verdict(
-    launches: pd.DataFrame, points: pd.DataFrame, groups: Sequence[Mapping[str, Any]], num_left_out: int
+    launches: pd.DataFrame, points: pd.DataFrame, groups: Sequence[Mapping[str, Any]], num_excluded: int
 ) -> dict[str, Any]:
     """The first part of a report. `points` are all rows of `points_table`, those whose check failed included."""
-    correct = _correct(launches, points, num_left_out)
+    correct = _correct(launches, points, num_excluded)
     lines, scaling, bounds, best = [correct["text"]], [], [], []
     for group in groups:
         by_id = {point["id"]: point for point in group["points"]}
-        far = {one["id"]: {"group": group["id"], **how_far(one)} for one in group["series"]}
+        far = {one["id"]: {"group": group["id"], **scaling_limit(one)} for one in group["series"]}
         bound_by = {
             one["id"]: {"group": group["id"], **bound}
             for one in group["series"]
-            if (bound := what_bounds(one, by_id)) is not None
+            if (bound := bottleneck(one, by_id)) is not None
         }
         targets = list(_targets(group))
         told = [
             *_scaling_lines(group, far, bound_by),
-            *_crowded(group),
+            *_oversubscribed(group),
             *(choice["text"] for choices in targets for choice in choices),
         ]
         told += _agreement(group)
@@ -45,8 +45,8 @@ def verdict(
         "lines": lines,
         "scaling": scaling,
         "bound_by": bounds,
-        "soonest": best[0][0] if best else None,
-        "cheapest": best[0][1] if best else None,
+        "fastest": best[0][0] if best else None,
+        "lowest_node_hours": best[0][1] if best else None,
     }
 
 
@@ -58,11 +58,11 @@ def _of_group(group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> 
     return f"{group['machine'] if alone else group['title']}: "
 
 
-def _correct(launches: pd.DataFrame, points: pd.DataFrame, num_left_out: int) -> dict[str, Any]:
+def _correct(launches: pd.DataFrame, points: pd.DataFrame, num_excluded: int) -> dict[str, Any]:
     wrong, runs = points[~points["check_passed"]], len(points)
     num_good, num_failed = (int((launches["status"] == status).sum()) for status in ("ok", "failed"))
     others = [f"{num_failed} launch{'es' * (num_failed != 1)} failed"] if num_failed else []
-    others += [f"{num_left_out} record{'s' * (num_left_out != 1)} left out"] if num_left_out else []
+    others += [f"{num_excluded} record{'s' * (num_excluded != 1)} left out"] if num_excluded else []
     aside = f" ({' and '.join(others)}: see below)" if others else ""
     if runs == 0:
         return {"status": "unknown", "text": f"Whether it trains correctly is not known: no run was checked{aside}."}
@@ -100,10 +100,10 @@ def _scaling_lines(
         yield f"{heading}: {far}." + (f" What bounds it: {cause}." if cause else "")
 
 
-def _crowded(group: Mapping[str, Any]) -> Iterator[str]:
+def _oversubscribed(group: Mapping[str, Any]) -> Iterator[str]:
     """Ranks that outnumber a node's CPUs measure the operating system."""
-    if group["crowded_ranks_per_node"]:
-        counts = " and ".join(map(str, group["crowded_ranks_per_node"]))
+    if group["oversubscribed_ranks_per_node"]:
+        counts = " and ".join(map(str, group["oversubscribed_ranks_per_node"]))
         cpus = f"{group['num_cpus']} CPU{'s' * (group['num_cpus'] > 1)}"
         yield (
             f"{counts} ranks share the {cpus} of a node: their times tell how an operating system shares CPUs, and "
@@ -143,13 +143,13 @@ def _targets(group: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], dict[st
     num_features = {name: one["num_features"] for name, one in series.items()}
     problems = sorted({(num_features[table["series"]], table["target_excess"]) for table in group["targets"]})
     for number, target in problems:
-        found = list(soonest_and_cheapest(group["targets"], number, target, num_features))
+        found = list(fastest_and_lowest_node_hours(group["targets"], number, target, num_features))
         if found:
             goal = f"{100 * target:.3g} % above the best loss ({features(number)})"
-            soonest, cheapest = found
+            fastest, lowest_node_hours = found
             yield (
-                _choice(soonest, series, group, "Soonest", f"{goal} is reached", "time_s", target),
-                _choice(cheapest, series, group, "Cheapest", f"{goal} is reached", "node_hours", target),
+                _choice(fastest, series, group, "Soonest", f"{goal} is reached", "time_s", target),
+                _choice(lowest_node_hours, series, group, "Cheapest", f"{goal} is reached", "node_hours", target),
             )
 
 

@@ -88,7 +88,7 @@ def _reached(values: pd.Series[float]) -> Estimate | None:
     return found
 
 
-def soonest_and_cheapest(
+def fastest_and_lowest_node_hours(
     targets: Sequence[dict[str, Any]], num_features: int, target: float, features_of: dict[str, int]
 ) -> Iterator[dict[str, Any]]:
     """The row that reaches a target soonest, and the one that needs the fewest node-hours, each with its runner-up.

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torchreg.core.files import check_name
 
-Optimizer = Literal["sgd", "hand"]
+Optimizer = Literal["sgd", "manual"]
 Sync = Literal["auto", "ddp", "allreduce", "mpi"]
 Sampling = Literal["shuffle", "random", "full"]
 UpdateOrder = Literal["simultaneous", "sequential"]
@@ -39,8 +39,8 @@ class TrainConfig:
     Raises `ValueError`, naming the field, its value and the remedy, for values that no data could make right.
     """
 
-    data: str = "builtin"
-    """Where the rows come from: `builtin` (made rows with the real table's sums), `ames` (the real table,
+    data: str = "synthetic"
+    """Where the rows come from: `synthetic` (made rows with the real table's sums), `ames` (the real table,
     fetched once), or a CSV or Parquet file."""
 
     features: tuple[str, ...] = ()
@@ -65,19 +65,19 @@ class TrainConfig:
     """Leave out rows with missing values instead of refusing the table."""
 
     optimizer: Optimizer = "sgd"
-    """`sgd`: autograd and torch.optim.SGD. `hand`: the gradient and the update written out by hand."""
+    """`sgd`: autograd and torch.optim.SGD. `manual`: the gradient and the update written out by hand."""
 
     sync: Sync = "auto"
     """Who averages gradients over ranks: `ddp` (with sgd), `allreduce` (with hand), `mpi` (either, on the CPU).
     `auto` is `ddp` for sgd and `allreduce` for hand."""
 
-    reduction: Literal["fast", "ordered"] = "fast"
-    """`ordered` adds gradients up in one order whatever the number of ranks: the same `global_batch_size` and
+    reduction: Literal["fast", "reproducible"] = "fast"
+    """`reproducible` adds gradients up in one order whatever the number of ranks: the same `global_batch_size` and
     `micro_batch_size` then give the same bits at every world size. It costs longer messages, and one thread a rank."""
 
     update_order: UpdateOrder = "simultaneous"
     """`sequential` updates the weight first and the bias with the new weight, as the lesson does; it needs
-    `--optimizer hand`."""
+    `--optimizer manual`."""
 
     sampling: Sampling = "shuffle"
     """`shuffle`: a new permutation each epoch. `random`: each step draws its rows afresh without
@@ -91,7 +91,7 @@ class TrainConfig:
 
     micro_batch_size: int | None = None
     """Rows of one forward and backward on one rank; larger shares accumulate gradients. Default: one pass, or with
-    `--reduction ordered` an eighth of the global batch."""
+    `--reduction reproducible` an eighth of the global batch."""
 
     seed: int = 0
     """Seed of the order of rows. The same rows make a step at every world size."""
@@ -113,7 +113,7 @@ class TrainConfig:
     decay: Decay = "constant"
     """What the rates do after the warm-up."""
 
-    decay_floor: float = 0.0
+    decay_to: float = 0.0
     """Where `linear` and `cosine` decay end, as a fraction of the scaled rate."""
 
     decay_factor: float = 0.1
@@ -141,7 +141,7 @@ class TrainConfig:
     target_excess: float | None = None
     """Stop when the loss on all rows is within this fraction of the closed form's (0.001: 0.1 %)."""
 
-    runtime: Literal["auto", "ezpz", "torch"] = "auto"
+    distributed: Literal["auto", "ezpz", "torch"] = "auto"
     """Who sets up several ranks: ezpz where the real one is installed (`auto`), only ezpz, or only torch."""
 
     device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = "auto"
@@ -200,10 +200,10 @@ class TrainConfig:
             if not 0 <= getattr(self, field) < 2**32:
                 raise ValueError(f"{field} is {getattr(self, field)}: give 0 or more, and less than 2³²")
         if self.base_learning_rate is not None:
-            for parameter, rate in zip(("weight", "bias"), self.base_learning_rate, strict=True):
-                if not (rate > 0 and math.isfinite(rate)):
-                    raise ValueError(f"base_learning_rate of the {parameter} is {rate}: give a number above 0")
-        for field in ("decay_floor", "decay_factor"):
+            for parameter, learning_rate in zip(("weight", "bias"), self.base_learning_rate, strict=True):
+                if not (learning_rate > 0 and math.isfinite(learning_rate)):
+                    raise ValueError(f"base_learning_rate of the {parameter} is {learning_rate}: give a number above 0")
+        for field in ("decay_to", "decay_factor"):
             if not 0 <= getattr(self, field) <= 1:
                 raise ValueError(f"{field} is {getattr(self, field)}: give a fraction from 0 to 1")
         for field in ("initial_weight", "initial_bias"):
@@ -230,15 +230,15 @@ class TrainConfig:
         if self.update_order == "sequential" and self.optimizer == "sgd":
             raise ValueError(
                 "update_order is sequential and optimizer is sgd, which updates all parameters at once: "
-                "add --optimizer hand"
+                "add --optimizer manual"
             )
-        if self.data != "builtin" and (self.num_rows or self.num_features):
+        if self.data != "synthetic" and (self.num_rows or self.num_features):
             field = "num_rows" if self.num_rows else "num_features"
             raise ValueError(
                 f"{field} is {getattr(self, field)} and data is {self.data}: only the built-in data can be made "
-                "to size; leave it out or choose --data builtin"
+                "to size; leave it out or choose --data synthetic"
             )
-        if self.data == "builtin" and (self.features or self.target):
+        if self.data == "synthetic" and (self.features or self.target):
             raise ValueError(
                 "features or target are given for the built-in data, whose columns are fixed: name a file with --data"
             )
@@ -266,7 +266,7 @@ RECIPES: dict[str, TrainConfig] = {
     "default": TrainConfig(),
     "lesson": TrainConfig(
         standardize=False,
-        optimizer="hand",
+        optimizer="manual",
         update_order="sequential",
         sampling="full",
         base_learning_rate=(1e-7, 1e-1),
@@ -282,9 +282,11 @@ RECIPES["homework"] = replace(RECIPES["lesson"], sampling="random", global_batch
 `homework` its exercise: batches of 64 rows that each step draws afresh."""
 
 
-SWEEP_DEFAULTS: dict[Literal["batch", "ladder"], TrainConfig] = {
+SWEEP_DEFAULTS: dict[Literal["batch", "lr-scaling"], TrainConfig] = {
     "batch": replace(RECIPES["homework"], name="sweep-batch", global_batch_size=None),
-    "ladder": replace(RECIPES["homework"], name="sweep-ladder", global_batch_size=None, epochs=None, max_steps=1_000),
+    "lr-scaling": replace(
+        RECIPES["homework"], name="sweep-lr-scaling", global_batch_size=None, epochs=None, max_steps=1_000
+    ),
 }
 """What the runs of a sweep are unless options say otherwise: the lesson's homework."""
 

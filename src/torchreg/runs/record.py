@@ -57,7 +57,7 @@ def utc_now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def claim_folder(runs_dir: str | Path, name: str | None, kind: str, *, overwrite: bool = False) -> Path:
+def create_run_folder(runs_dir: str | Path, name: str | None, kind: str, *, overwrite: bool = False) -> Path:
     """Make the folder `runs_dir/name`; without a name <kind>-<date>-<time> in UTC, numbered within a second.
 
     Raises `ValueError` when it exists already and `overwrite` is not given, or cannot be written.
@@ -86,7 +86,7 @@ def claim_folder(runs_dir: str | Path, name: str | None, kind: str, *, overwrite
 
 
 class RunDirectory:
-    """The folder of one run; see `claim_folder` for its name and what can go wrong.
+    """The folder of one run; see `create_run_folder` for its name and what can go wrong.
 
     While it is open no other run can write there: a second one gets a `ValueError`.
     """
@@ -94,7 +94,7 @@ class RunDirectory:
     def __init__(
         self, runs_dir: str | Path, name: str | None = None, *, overwrite: bool = False, resume: bool = False
     ) -> None:
-        self.path = claim_folder(runs_dir, name, "train", overwrite=overwrite or resume)
+        self.path = create_run_folder(runs_dir, name, "train", overwrite=overwrite or resume)
         self._lock = _lock(self.path)
         self._partial_metrics = self.path / (METRICS_FILE + PARTIAL)
         self._metrics: BinaryIO | None = None

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from torchreg.console import digits, equation
-from torchreg.distributed.communicator import Runtime
+from torchreg.distributed.communicator import Communicator
 from torchreg.runs.config import TrainConfig
 from torchreg.runs.logger import Metrics
 from torchreg.runs.record import SCHEMA_VERSION, machine_facts, provenance
-from torchreg.runs.setup import Prepared
+from torchreg.runs.setup import RunState
 from torchreg.theory import Matrix
 
 
@@ -78,25 +78,25 @@ def result_of_record(record: Mapping[str, Any]) -> Result:
     return Result(**values | lists | {"loss": math.nan if values["loss"] is None else values["loss"]})
 
 
-def make_result(prepared: Prepared, weight: Matrix, bias: float, metrics: Metrics, run_dir: str) -> Result:
+def make_result(state: RunState, weight: Matrix, bias: float, metrics: Metrics, run_dir: str) -> Result:
     """The result of a run that ended at `weight` (num_features,) and `bias`, in the data's units."""
-    best = prepared.closed_form
+    best = state.closed_form
     comparable = best.loss > 0 and metrics.stopped_by != "divergence"
     return Result(
-        feature_names=prepared.feature_names,
-        target_name=prepared.target_name,
+        feature_names=state.feature_names,
+        target_name=state.target_name,
         weight=tuple(weight.tolist()),
         bias=bias,
         loss=metrics.loss,
         closed_form_weight=tuple(best.weight.tolist()),
         closed_form_bias=best.bias,
         closed_form_loss=best.loss,
-        excess=prepared.moments.excess(weight, bias) / best.loss if comparable else None,
+        excess=state.moments.excess(weight, bias) / best.loss if comparable else None,
         stopped_by=metrics.stopped_by,
         diverged_at_step=metrics.diverged_at_step,
-        world_size=prepared.plan.world_size,
-        global_batch_size=prepared.plan.global_batch_size,
-        scaled_learning_rate=prepared.schedule.scaled,
+        world_size=state.plan.world_size,
+        global_batch_size=state.plan.global_batch_size,
+        scaled_learning_rate=state.schedule.scaled,
         num_steps=metrics.num_steps,
         num_samples=metrics.num_samples,
         train_time_s=metrics.train_time_s,
@@ -107,8 +107,8 @@ def make_result(prepared: Prepared, weight: Matrix, bias: float, metrics: Metric
 
 def make_record(
     config: TrainConfig,
-    prepared: Prepared,
-    runtime: Runtime,
+    state: RunState,
+    communicator: Communicator,
     result: Result,
     dtype: str,
     sessions: Sequence[Mapping[str, Any]],
@@ -117,7 +117,7 @@ def make_record(
 
     `sessions` are the processes that it took, each with its first step; the last of them writes the record.
     """
-    plan = prepared.plan
+    plan = state.plan
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "train",
@@ -125,22 +125,22 @@ def make_record(
         "config": asdict(config),
         "derived": {
             "num_rows": plan.num_rows,
-            "num_dropped": prepared.num_dropped,
-            "data_fingerprint": prepared.fingerprint,
+            "num_dropped": state.num_dropped,
+            "data_fingerprint": state.fingerprint,
             "global_batch_size": plan.global_batch_size,
             "local_batch_size": plan.local_batch_size,
             "accumulation_steps": plan.accumulation_steps,
             "steps_per_epoch": plan.steps_per_epoch,
-            "num_steps": prepared.num_steps,
-            "log_every": prepared.log_every,
-            "base_learning_rate": prepared.schedule.base,
-            "scaled_learning_rate": prepared.schedule.scaled,
+            "num_steps": state.num_steps,
+            "log_every": state.log_every,
+            "base_learning_rate": state.schedule.base,
+            "scaled_learning_rate": state.schedule.scaled,
             "dtype": dtype.removeprefix("torch."),
         },
-        "forecast": asdict(prepared.forecast),
-        "warnings": prepared.warnings,
-        "contract": prepared.contract,
-        "runtime": runtime.evidence(config.runtime),
+        "forecast": asdict(state.forecast),
+        "warnings": state.warnings,
+        "run_signature": state.run_signature,
+        "distributed": communicator.evidence(config.distributed),
         "sessions": list(sessions),
         "machine_facts": machine_facts(),
         "provenance": provenance(str(sessions[-1]["started_utc"])),

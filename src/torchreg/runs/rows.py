@@ -12,31 +12,31 @@ from torch import Tensor, nn
 from torchreg.core.batches import Block
 from torchreg.core.model import make_model, with_constant
 from torchreg.data.table import Table
-from torchreg.distributed.communicator import Runtime
+from torchreg.distributed.communicator import Communicator
 from torchreg.distributed.rendezvous import AgreedError
 from torchreg.runs.ordered import MicroBatches
-from torchreg.runs.setup import Prepared
+from torchreg.runs.setup import RunState
 
 
 def place(
-    table: Table | None, prepared: Prepared, runtime: Runtime, dtype: torch.dtype
+    table: Table | None, state: RunState, communicator: Communicator, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, nn.Linear]:
     """All rows and the model before the first step, on every rank's device; only the main rank has the table.
 
     x is (num_rows, num_features) and y (num_rows, 1), as the model sees them.
     """
-    num_features = len(prepared.feature_names)
-    rows = torch.empty(prepared.plan.num_rows, num_features + 1, dtype=torch.float64)
+    num_features = len(state.feature_names)
+    rows = torch.empty(state.plan.num_rows, num_features + 1, dtype=torch.float64)
     if table:
-        rows[:, :-1] = torch.from_numpy(prepared.standardizer.apply(table.features))
+        rows[:, :-1] = torch.from_numpy(state.standardizer.apply(table.features))
         rows[:, -1:] = torch.from_numpy(table.target)
-    rows = runtime.broadcast(rows).to(dtype)
-    x, y = (part.contiguous().to(runtime.device) for part in (rows[:, :-1], rows[:, -1:]))
-    weight, bias = prepared.start
-    return x, y, make_model(weight.tolist(), bias, device=runtime.device, dtype=dtype)
+    rows = communicator.broadcast(rows).to(dtype)
+    x, y = (part.contiguous().to(communicator.device) for part in (rows[:, :-1], rows[:, -1:]))
+    weight, bias = state.start
+    return x, y, make_model(weight.tolist(), bias, device=communicator.device, dtype=dtype)
 
 
-def hand_rows(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def manual_rows(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The rows as paper has them: a = (x, 1), (rows, num_features + 1), and y as a vector (rows,)."""
     return with_constant(x), y[:, 0].contiguous()
 
@@ -56,8 +56,8 @@ def rows_of_steps(
     if isinstance(block.rows, slice):
         sizes = block.micro_batch_sizes[0]
         pieces = list(zip(cut(x[block.rows], sizes), cut(y[block.rows], sizes), strict=True))
-        for step, step_rows in enumerate(block.step_rows, start=block.first_step):
-            yield step, pieces, step_rows
+        for step, num_samples in enumerate(block.num_samples, start=block.first_step):
+            yield step, pieces, num_samples
         return
     rows = torch.from_numpy(block.rows)
     if x.is_cuda:
@@ -65,9 +65,9 @@ def rows_of_steps(
     rows = rows.to(x.device)
     flat_sizes = [size for sizes in block.micro_batch_sizes for size in sizes]
     pairs = zip(cut(x.index_select(0, rows), flat_sizes), cut(y.index_select(0, rows), flat_sizes), strict=True)
-    steps = zip(block.micro_batch_sizes, block.step_rows, strict=True)
-    for step, (sizes, step_rows) in enumerate(steps, start=block.first_step):
-        yield step, list(islice(pairs, len(sizes))), step_rows
+    steps = zip(block.micro_batch_sizes, block.num_samples, strict=True)
+    for step, (sizes, num_samples) in enumerate(steps, start=block.first_step):
+        yield step, list(islice(pairs, len(sizes))), num_samples
 
 
 def torch_dtype(choice: Literal["auto", "float32", "float64"], device: torch.device) -> torch.dtype:

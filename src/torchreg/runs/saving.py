@@ -22,7 +22,7 @@ class Saver:
     def __init__(
         self,
         config: TrainConfig,
-        contract: Mapping[str, Any],
+        run_signature: Mapping[str, Any],
         directory: RunDirectory | None,
         model: nn.Linear,
         optimizer: torch.optim.Optimizer | None,
@@ -32,7 +32,7 @@ class Saver:
         """`sessions` are the processes that the run has had so far, this one last, as the record tells them."""
         self._every = config.checkpoint_every
         self._keep = config.keep_checkpoints
-        self._contract = contract
+        self._run_signature = run_signature
         self._directory = directory
         self._model = model
         self._optimizer = optimizer
@@ -64,7 +64,7 @@ class Saver:
         there = {"metrics_bytes": num_bytes, "metrics_sha256": sha256, "sessions": list(self._sessions)}
         saved = Checkpoint(
             step=num_steps,
-            contract=self._contract,
+            run_signature=self._run_signature,
             progress={**progress, **there},
             versions=versions(),
             tensors=tensors,

@@ -26,19 +26,19 @@ from torchreg.theory import (
     largest_stable_world_size,
 )
 
-DEFAULT_RATE = 0.05
-SEQUENTIAL_LEFT_OUT = (
+DEFAULT_LEARNING_RATE = 0.05
+SEQUENTIAL_NOT_PREDICTED = (
     f"update_order is sequential, which is predicted up to {MAX_SEQUENTIAL} features: the forecast is that of the "
     "simultaneous order"
 )
 _SAFE_FRACTION = 0.5  # of the stability limit: the default's and the cap's distance from it
-_EXPLODING_FACTOR = 1_000.0  # times the loss at the start, and at the mean of the target
+_DIVERGENCE_FACTOR = 1_000.0  # times the loss at the start, and at the mean of the target
 _LOG_LINES = 40
 _MAX_LOG_EVERY = 1_000
 
 
 @dataclass(frozen=True)
-class Problem:
+class LeastSquares:
     """What a configuration's table decides, at any world size: the right answer, and how SGD moves towards it.
 
     `moments` and `closed_form` are in the data's units, `rows` and `start` (weight, bias) in the model's, and
@@ -54,7 +54,7 @@ class Problem:
     start_error: Matrix
 
     @classmethod
-    def of(cls, config: TrainConfig) -> Problem:
+    def of(cls, config: TrainConfig) -> LeastSquares:
         """Read the table and solve it. Raises `ValueError` for data that cannot be trained on."""
         table = read(config)
         moments = _moments(table)
@@ -76,7 +76,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class RunState:
     """Everything that the loop needs besides the rows and the model; the same on every rank.
 
     `moments` and `closed_form` are in the data's units, `start` is in the model's, and `standardizer` maps between
@@ -96,19 +96,19 @@ class Prepared:
     num_steps: int
     log_every: int
     start: tuple[Matrix, float]
-    exploding_loss: float
+    divergence_threshold: float
     warnings: tuple[str, ...]
-    contract: dict[str, Any]
+    run_signature: dict[str, Any]
     """All that the numbers of the run depend on, as plain JSON: a checkpoint is of this run if its contract is equal.
     The world size is not in it."""
 
 
-def prepare(config: TrainConfig, world_size: int, problem: Problem | None = None) -> tuple[Prepared, Table]:
+def prepare(config: TrainConfig, world_size: int, problem: LeastSquares | None = None) -> tuple[RunState, Table]:
     """Read the data (unless `problem` has it), derive the batches and choose the rates of a run.
 
     Raises `ValueError` with the field, its value and the remedy for what cannot work.
     """
-    problem = problem or Problem.of(config)
+    problem = problem or LeastSquares.of(config)
     table, best = problem.table, problem.closed_form
     if config.target_excess is not None and best.loss == 0:
         raise ValueError(
@@ -123,16 +123,16 @@ def prepare(config: TrainConfig, world_size: int, problem: Problem | None = None
         micro_batch_size=config.micro_batch_size,
         sampling=config.sampling,
         seed=config.seed,
-        ordered=config.reduction == "ordered",
+        ordered=config.reduction == "reproducible",
     )
     num_steps = _num_steps(config, plan)
-    schedule, dynamics, warnings = _rates(config, problem, plan, num_steps)
+    schedule, dynamics, warnings = _learning_rates(config, problem, plan, num_steps)
     # One step sees at most num_rows / global_batch_size times the loss on all rows.
     at_start = best.loss + problem.moments.excess(
         np.full(table.num_features, config.initial_weight), config.initial_bias
     )
     worst_start = max(at_start, float(table.target.var()))
-    prepared = Prepared(
+    state = RunState(
         feature_names=table.feature_names,
         target_name=table.target_name,
         fingerprint=table.fingerprint(),
@@ -146,25 +146,25 @@ def prepare(config: TrainConfig, world_size: int, problem: Problem | None = None
         num_steps=num_steps,
         log_every=config.log_every or min(_MAX_LOG_EVERY, math.ceil(num_steps / _LOG_LINES)),
         start=problem.start,
-        exploding_loss=_EXPLODING_FACTOR * worst_start * table.num_rows / plan.global_batch_size,
+        divergence_threshold=_DIVERGENCE_FACTOR * worst_start * table.num_rows / plan.global_batch_size,
         warnings=(*warnings, *([best.warning] if best.warning else [])),
-        contract={},
+        run_signature={},
     )
-    return replace(prepared, contract=_contract(config, prepared)), table
+    return replace(state, run_signature=_run_signature(config, state)), table
 
 
-def _contract(config: TrainConfig, prepared: Prepared) -> dict[str, Any]:
-    plan = prepared.plan
+def _run_signature(config: TrainConfig, state: RunState) -> dict[str, Any]:
+    plan = state.plan
     same = (
         "standardize", "optimizer", "update_order", "reduction", "sampling", "seed", "initial_weight", "initial_bias",
         "target_excess", "log_full_loss", "dtype",
     )  # fmt: skip
     return {
-        "data_fingerprint": prepared.fingerprint,
+        "data_fingerprint": state.fingerprint,
         "global_batch_size": plan.global_batch_size,
         "micro_batch_size": plan.micro_batch_size if plan.ordered else None,  # else it changes the rounding alone
         **{name: getattr(config, name) for name in same},
-        **prepared.schedule.signature(),
+        **state.schedule.signature(),
     }
 
 
@@ -178,20 +178,20 @@ def scale_at(config: TrainConfig, global_batch_size: int) -> float:
     return lr_scale(config.lr_scaling, global_batch_size, config.reference_batch_size)
 
 
-def base_rates(config: TrainConfig, problem: Problem) -> tuple[float, float]:
+def base_learning_rates(config: TrainConfig, problem: LeastSquares) -> tuple[float, float]:
     """The rates of weight and bias at the reference batch size, before any lowering for stability.
 
     By default the same share of the curvature in the weight's and in the bias's direction.
     """
     mean_square = float(np.sum(problem.rows.feature_unit**2))
-    return config.base_learning_rate or (DEFAULT_RATE / mean_square, DEFAULT_RATE)
+    return config.base_learning_rate or (DEFAULT_LEARNING_RATE / mean_square, DEFAULT_LEARNING_RATE)
 
 
-def stable_world_size(config: TrainConfig, problem: Problem, local_batch_size: int) -> int:
+def stable_world_size(config: TrainConfig, problem: LeastSquares, local_batch_size: int) -> int:
     """The most ranks at which the configuration's rates are stable, with `local_batch_size` rows each."""
     return largest_stable_world_size(
         problem.rows,
-        base_rates(config, problem),
+        base_learning_rates(config, problem),
         local_batch_size,
         lambda global_batch_size: scale_at(config, global_batch_size),
         config.update_order,
@@ -214,24 +214,24 @@ def _num_steps(config: TrainConfig, plan: BatchPlan) -> int:
     return min(limit for limit in limits if limit is not None)
 
 
-def _rates(
-    config: TrainConfig, problem: Problem, plan: BatchPlan, num_steps: int
+def _learning_rates(
+    config: TrainConfig, problem: LeastSquares, plan: BatchPlan, num_steps: int
 ) -> tuple[Schedule, Dynamics, tuple[str, ...]]:
     """The schedule, the dynamics of its base rates, and what to tell the user."""
 
     scale = scale_at(config, plan.global_batch_size)
-    base = base_rates(config, problem)
+    base = base_learning_rates(config, problem)
     dynamics = Dynamics.of(problem.rows, base, plan.global_batch_size, config.update_order, plan.sampling)
     limit = dynamics.largest_multiplier() / scale
 
-    warnings: tuple[str, ...] = () if dynamics.order == config.update_order else (SEQUENTIAL_LEFT_OUT,)
+    warnings: tuple[str, ...] = () if dynamics.order == config.update_order else (SEQUENTIAL_NOT_PREDICTED,)
     lower = not config.base_learning_rate and limit * _SAFE_FRACTION < 1
     if config.base_learning_rate and limit < 1:
         told = _unstable(config, problem, plan, limit, dynamics.criterion)
         if config.on_unstable == "refuse":
             raise ValueError(f"{told}; lower base_learning_rate, or see it diverge with --on-unstable warn")
         lower = config.on_unstable == "cap"
-        warnings += (f"{told}; {'the rates are lowered to half the limit' if lower else 'expect divergence'}",)
+        warnings += (f"{told}; {'the learning_rates are lowered to half the limit' if lower else 'expect divergence'}",)
     if lower:
         base = (base[0] * limit * _SAFE_FRACTION, base[1] * limit * _SAFE_FRACTION)
         dynamics = dynamics.times(limit * _SAFE_FRACTION)
@@ -241,17 +241,17 @@ def _rates(
         num_steps,
         warmup_steps=config.warmup_steps,
         decay=config.decay,
-        decay_floor=config.decay_floor,
+        decay_to=config.decay_to,
         decay_factor=config.decay_factor,
         decay_every=config.decay_every,
     )
     return schedule, dynamics, warnings
 
 
-def _unstable(config: TrainConfig, problem: Problem, plan: BatchPlan, limit: float, criterion: str) -> str:
+def _unstable(config: TrainConfig, problem: LeastSquares, plan: BatchPlan, limit: float, criterion: str) -> str:
     """What is wrong with the rates, with the limit and the largest world size that keeps within it."""
     scale = scale_at(config, plan.global_batch_size)
-    weight, bias = (rate * scale for rate in base_rates(config, problem))
+    weight, bias = (learning_rate * scale for learning_rate in base_learning_rates(config, problem))
     told = (
         f"scaled_learning_rate is {weight:.4g} (weight) and {bias:.4g} (bias) at global_batch_size "
         f"{plan.global_batch_size}, {1 / limit:.3g} times the stability limit ({criterion}) of {weight * limit:.4g} "

@@ -21,8 +21,8 @@ MOST_SOLVED_FEATURES = 1_024
 """Up to so many features, with four times as many rows, a launch checks its steps against the closed form; beyond,
 against the trajectory of gradient descent."""
 
-Combination = Literal["hand/allreduce", "hand/mpi", "sgd/ddp", "sgd/mpi"]
-COMBINATIONS: tuple[Combination, ...] = ("hand/allreduce", "hand/mpi", "sgd/ddp", "sgd/mpi")
+Combination = Literal["manual/allreduce", "manual/mpi", "sgd/ddp", "sgd/mpi"]
+COMBINATIONS: tuple[Combination, ...] = ("manual/allreduce", "manual/mpi", "sgd/ddp", "sgd/mpi")
 
 _START_UP_S = 15.0  # of a launch: imports, bring-up; an estimate
 _BESIDE_WINDOW_S = 0.5  # of a point: warm-up, check, run to the target; an estimate
@@ -31,7 +31,7 @@ _LARGEST = 10**9
 _LONGEST_FILE = 65_536  # bytes; one of a hundred numbers a key has two thousand
 _MEASURED_WITH = (  # what the numbers of a launch depend on: one campaign folder has one choice of these
     "global_batch_sizes", "local_batch_sizes", "num_features", "combinations", "window_s", "num_rows",
-    "base_learning_rate", "target_excess", "dtype", "device", "runtime", "machine", "without", "seed",
+    "base_learning_rate", "target_excess", "dtype", "device", "distributed", "machine", "without", "seed",
 )  # fmt: skip
 
 
@@ -96,7 +96,7 @@ class Campaign:
     device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = "auto"
     """Where to train. A launch whose ranks have another device is a failure, and no result."""
 
-    runtime: Literal["auto", "ezpz", "torch"] = "auto"
+    distributed: Literal["auto", "ezpz", "torch"] = "auto"
     """Who sets up several ranks."""
 
     seed: int = 0
@@ -177,7 +177,7 @@ class Campaign:
 class Setting:
     """What one point measures, at whatever world size; `sync` is none for a single rank."""
 
-    optimizer: Literal["hand", "sgd"]
+    optimizer: Literal["manual", "sgd"]
     sync: Literal["allreduce", "ddp", "mpi", "none"]
     num_features: int
     global_batch_size: int

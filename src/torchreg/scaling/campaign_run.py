@@ -24,12 +24,12 @@ from typing import Any, Literal
 import numpy as np
 
 from torchreg.core.files import create, write_atomically
-from torchreg.machines.launch_commands import LauncherName, allocated_hosts, launch_command, launcher_at_hand, words
+from torchreg.machines.launch_commands import LauncherName, allocated_hosts, available_launcher, launch_command, words
 from torchreg.runs.record import provenance, utc_now, write_json
 from torchreg.runs.stopping import StopRequest
-from torchreg.scaling import locks as claims
+from torchreg.scaling import locks as locks
 from torchreg.scaling.campaign import CAMPAIGN_FILE, Campaign, Launch, estimated_s, launches, read_campaign, to_yaml
-from torchreg.scaling.schema import KIND, SCHEMA_VERSION, check, sealed
+from torchreg.scaling.schema import KIND, SCHEMA_VERSION, check, checksummed
 from torchreg.scaling.sources import LAUNCH_FILE, LAUNCHES_FOLDER
 
 State = Literal["done", "failed", "running", "open"]
@@ -81,7 +81,7 @@ def state_of(folder: Path) -> State:
     try:
         record = check((folder / LAUNCH_FILE).read_bytes())
     except FileNotFoundError:
-        return "running" if claims.claimed_by(folder) else "open"
+        return "running" if locks.locked_by(folder) else "open"
     except (OSError, ValueError):
         return "failed"
     return "done" if record["status"] == "ok" else "failed"
@@ -166,7 +166,7 @@ def run_campaign(
     campaign = open_campaign(campaign, folder)
     durations_s: dict[int, float] = {}  # by world size, as measured in this run
     stopped = None
-    with claims.only_one_here(folder / LAUNCHES_FOLDER, stop.is_due) as lock:
+    with locks.only_one_here(folder / LAUNCHES_FOLDER, stop.is_due) as lock:
         if lock is None:
             stopped = stop.reason or f"another `scale run` measures in {folder} on this host, or its ranks still end"
         for number, launch in enumerate(todo, start=1):
@@ -182,9 +182,9 @@ def run_campaign(
                 stopped = f"{remaining_s:.0f} s are left, and the next launch takes about {expected_s:.0f} s"
             if stopped or lock is None:
                 break
-            claim = claims.claim(place)
+            claim = locks.claim(place)
             if claim is None:
-                say(f"elsewhere    {launch.id}: {claims.claimed_by(place)}")
+                say(f"elsewhere    {launch.id}: {locks.locked_by(place)}")
                 continue
             try:
                 if state_of(place) == "done":  # another job ended it between the look and the claim
@@ -224,7 +224,7 @@ def command_of(
 
 def launcher_of(campaign: Campaign) -> LauncherName:
     """The launcher that a campaign names, or the one at hand."""
-    return launcher_at_hand() if campaign.launcher == "auto" else campaign.launcher
+    return available_launcher() if campaign.launcher == "auto" else campaign.launcher
 
 
 def _run_launch(
@@ -233,7 +233,7 @@ def _run_launch(
     folder: Path,
     command: Sequence[str],
     stop: StopRequest,
-    claim: claims.Claim,
+    claim: locks.LaunchLock,
     lock: int,
 ) -> dict[str, Any] | None:
     """Run one launch to its record; None where `stop` came first or another job took it over: nothing is recorded."""
@@ -283,14 +283,14 @@ def _run_launch(
         "started_utc": started,
         "wall_s": time.monotonic() - start_s,
         "start_up_s": None,
-        "runtime": None,
+        "distributed": None,
         "provenance": provenance(started),
         "dtype": None,
         "points": [],
         "allreduce": [],
         **({} if reason or measured is None else measured),
     }
-    record = sealed(record)
+    record = checksummed(record)
     write_json(place / LAUNCH_FILE, record)
     (place / measured_file(launched_at)).unlink(missing_ok=True)
     return record
@@ -302,7 +302,7 @@ def measured_file(launched_at: str) -> str:
 
 
 def _wait(
-    process: subprocess.Popen[bytes], timeout_s: float, stop: StopRequest, claim: claims.Claim
+    process: subprocess.Popen[bytes], timeout_s: float, stop: StopRequest, claim: locks.LaunchLock
 ) -> Literal["ended", "timeout", "stopped"]:
     end_s = time.monotonic() + timeout_s
     try:

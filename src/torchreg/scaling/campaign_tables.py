@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchreg.scaling import locks as claims
+from torchreg.scaling import locks as locks
 from torchreg.scaling.campaign import Campaign, Launch, estimated_s, launches, node_hours, settings
 from torchreg.scaling.campaign_run import Outcome, State, campaign_of, state_of
 from torchreg.scaling.schema import check
@@ -90,7 +90,7 @@ def _status(place: Path, launch: Launch) -> LaunchStatus:
             wall_s = record["wall_s"]
             told = f"{wall_s:.0f} s" if state == "done" else str(record["reason"])
     elif state == "running":
-        told = claims.claimed_by(place) or ""
+        told = locks.locked_by(place) or ""
     return LaunchStatus(launch.id, launch.world_size, launch.num_nodes, state, wall_s, told)
 
 

@@ -120,7 +120,7 @@ class Model:
     columns: Callable[[Array], Array]
 
     def fitted(self, observations: Observations, at: Array, together: npt.NDArray[np.int64] | None = None) -> Fit:
-        """Fit it; `at` are the sizes, (num_places, …), and those of one number in `together` are held out as one."""
+        """Fit the sizes `at`, (num_places, …); those of one number in `together` are held out as one."""
         columns = self.columns(at)
         found = regress(observations, columns, np.arange(len(at)) if together is None else together)
         within = fit_from_zero(observations, columns)

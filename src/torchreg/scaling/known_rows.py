@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchreg.data.table import Standardizer, load_table
-from torchreg.distributed.communicator import Runtime
+from torchreg.distributed.communicator import Communicator
 from torchreg.scaling.campaign import MOST_SOLVED_FEATURES
 from torchreg.scaling.loop import StepLoop
 from torchreg.theory import Matrix, Moments
@@ -27,16 +27,17 @@ _SAFE = 0.1  # of the rate at which a single row could make a step unstable
 class Rows:
     """Rows to measure on, and what full-batch gradient descent on them does.
 
-    `x` (num_rows, num_features) and `y` (num_rows, 1) are on the device. `safe_rate` is stable for any batch.
+    `x` (num_rows, num_features) and `y` (num_rows, 1) are on the device. `safe_learning_rate` is stable for any batch.
     From zeros, as NumPy reckons, full-batch steps are at `early` (num_features + 1,) after the first few at half of
-    `check_rate`, where a wrong size of the gradient shows, and at `end` after `check_steps` more at `check_rate`.
+    `check_learning_rate`, where a wrong size of the gradient shows, and at `end` after `check_steps` more at
+    `check_learning_rate`.
     `moments` know the closed form; None where it costs too much.
     """
 
     x: Tensor
     y: Tensor
-    safe_rate: float
-    check_rate: float
+    safe_learning_rate: float
+    check_learning_rate: float
     check_steps: int
     early: Matrix
     end: Matrix
@@ -49,7 +50,7 @@ class Rows:
         return self.moments.excess(theta[:-1], float(theta[-1])) / self.moments.closed_form().loss
 
 
-def make_rows(num_rows: int, num_features: int, runtime: Runtime, dtype: torch.dtype) -> Rows:
+def make_rows(num_rows: int, num_features: int, communicator: Communicator, dtype: torch.dtype) -> Rows:
     """The rows for a number of features, made on the main rank.
 
     For one feature the built-in houses, standardised; for more, rows of normal noise, which are quick to make and well
@@ -61,16 +62,16 @@ def make_rows(num_rows: int, num_features: int, runtime: Runtime, dtype: torch.d
         made.append(_houses(num_rows) if num_features == 1 else _noise(num_rows, num_features))
         return _reckon(*made[0])
 
-    reckoned = runtime.from_main(reckon)
+    reckoned = communicator.from_main(reckon)
     both = torch.empty(num_rows, num_features + 1, dtype=torch.float64)
     if made:
         both[:, :-1], both[:, -1] = (torch.from_numpy(part) for part in made[0])
-    both = runtime.broadcast(both.to(dtype).to(runtime.device))
+    both = communicator.broadcast(both.to(dtype).to(communicator.device))
     return Rows(both[:, :-1].contiguous(), both[:, -1:].contiguous(), *reckoned)
 
 
 def _houses(num_rows: int) -> tuple[Matrix, Matrix]:
-    table = load_table("builtin", num_rows=num_rows)
+    table = load_table("synthetic", num_rows=num_rows)
     price = table.target[:, 0]
     return Standardizer.of(table.features, standardize=True).apply(table.features), price / price.std()
 
@@ -82,31 +83,31 @@ def _noise(num_rows: int, num_features: int) -> tuple[Matrix, Matrix]:
 
 
 def _reckon(features: Matrix, target: Matrix) -> tuple[float, float, int, Matrix, Matrix, Moments | None]:
-    """`Rows` from `safe_rate` on: the trajectory of full-batch gradient descent, in NumPy, without torch."""
+    """`Rows` from `safe_learning_rate` on: the trajectory of full-batch gradient descent, in NumPy, without torch."""
     num_rows, num_features = features.shape
     a = np.column_stack([features, np.ones(num_rows)])
-    safe_rate = _SAFE / float(np.square(a).sum(axis=1).max())
+    safe_learning_rate = _SAFE / float(np.square(a).sum(axis=1).max())
     if num_features <= min(MOST_SOLVED_FEATURES, num_rows // 4):
         moments = Moments.of(features, target[:, None])
         curvature = np.linalg.eigvalsh(a.T @ a / num_rows)
-        rate = 1 / float(curvature[0] + curvature[-1])  # the quickest constant one
+        learning_rate = 1 / float(curvature[0] + curvature[-1])  # the quickest constant one
         contraction = float((curvature[-1] - curvature[0]) / (curvature[-1] + curvature[0]))
         fewest, most = _CHECK_STEPS
         # The excess shrinks by contraction² a step.
         needed = math.log(_SOLVED) / (2 * math.log(max(contraction, 1e-9)))
         num_steps = min(most, max(fewest, math.ceil(needed)))
     else:
-        moments, rate, num_steps = None, 0.5 / _largest_curvature(a), _CHECK_STEPS[0]
+        moments, learning_rate, num_steps = None, 0.5 / _largest_curvature(a), _CHECK_STEPS[0]
 
-    def descend(theta: Matrix, count: int, rate: float) -> Matrix:
+    def descend(theta: Matrix, count: int, learning_rate: float) -> Matrix:
         for _ in range(count):
-            theta = theta - 2 * rate / num_rows * (a.T @ (a @ theta - target))
+            theta = theta - 2 * learning_rate / num_rows * (a.T @ (a @ theta - target))
         return theta
 
-    early = descend(np.zeros(num_features + 1), _EARLY_STEPS, rate / 2)
+    early = descend(np.zeros(num_features + 1), _EARLY_STEPS, learning_rate / 2)
     if moments:
         moments.closed_form()  # solved here once, and not on every rank
-    return safe_rate, rate, num_steps, early, descend(early, num_steps, rate), moments
+    return safe_learning_rate, learning_rate, num_steps, early, descend(early, num_steps, learning_rate), moments
 
 
 def _largest_curvature(a: Matrix) -> float:
@@ -117,7 +118,7 @@ def _largest_curvature(a: Matrix) -> float:
     return 1.2 * float(np.linalg.norm(vector))
 
 
-def check(loop: StepLoop, rows: Rows, runtime: Runtime) -> dict[str, Any]:
+def check(loop: StepLoop, rows: Rows, communicator: Communicator) -> dict[str, Any]:
     """Did the step that was timed compute the right thing on every rank?
 
     All ranks must have the same parameters after the window; then full-batch descent with the same step must be where
@@ -125,10 +126,10 @@ def check(loop: StepLoop, rows: Rows, runtime: Runtime) -> dict[str, Any]:
     """
     replica = loop.parameters()
     loop.begin_at_zero()
-    early = loop.descend(_EARLY_STEPS, rows.check_rate / 2)
-    end = loop.descend(rows.check_steps, rows.check_rate)
-    pairs = ((replica, runtime.from_main(lambda: replica)), (early, rows.early), (end, rows.end))
-    worst = max(max(runtime.gather(_difference(own, right))) for own, right in pairs)
+    early = loop.descend(_EARLY_STEPS, rows.check_learning_rate / 2)
+    end = loop.descend(rows.check_steps, rows.check_learning_rate)
+    pairs = ((replica, communicator.from_main(lambda: replica)), (early, rows.early), (end, rows.end))
+    worst = max(max(communicator.gather(_difference(own, right))) for own, right in pairs)
     tolerance = 1e-9 if rows.x.dtype == torch.float64 else 1e-3
     predicted, excess = rows.excess(rows.end), rows.excess(end)
     solves = predicted is not None and predicted <= _NEAR

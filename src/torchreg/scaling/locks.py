@@ -21,7 +21,7 @@ from typing import Any
 
 from torchreg.core.files import create, write_atomically
 
-CLAIM_FILE = "claim.json"
+LOCK_FILE = "claim.json"
 
 _LIFETIME_S = 300.0  # of a claim that is not renewed; clocks of two hosts differ by less
 _RENEW_EVERY_S = 30.0
@@ -48,7 +48,7 @@ def only_one_here(folder: Path, give_up: Callable[[], bool]) -> Iterator[int | N
 
 
 @dataclass
-class Claim:
+class LaunchLock:
     """A launch's folder, claimed for this process; see `claim`."""
 
     path: Path
@@ -74,26 +74,26 @@ class Claim:
             self.path.unlink(missing_ok=True)
 
 
-def claim(folder: Path) -> Claim | None:
-    """Claim a launch's folder for this process; None where another one has it.
+def claim(folder: Path) -> LaunchLock | None:
+    """LaunchLock a launch's folder for this process; None where another one has it.
 
     A claim is void when its owner, on this host, is gone; when it is of this job on another host, where the job ran
     before it was started again; and when it was not renewed in time.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / CLAIM_FILE
+    path = folder / LOCK_FILE
     content = {**_identity(), "id": uuid.uuid4().hex, "pid": os.getpid(), "until": time.time() + _LIFETIME_S}
     for _ in range(2):
         if create(path, json.dumps(content).encode()):
-            return Claim(path, content)
+            return LaunchLock(path, content)
         if not _clear_void(path):
             return None
     return None
 
 
-def claimed_by(folder: Path) -> str | None:
+def locked_by(folder: Path) -> str | None:
     """Who runs the launch of a folder just now; None if nobody."""
-    path = folder / CLAIM_FILE
+    path = folder / LOCK_FILE
     if _is_void(path):
         return None
     content = _read(path) or {}
@@ -168,7 +168,7 @@ def _take_lock(path: Path, give_up: Callable[[], bool]) -> int | None:
         else:
             with contextlib.suppress(FileNotFoundError):  # its last owner has just removed it
                 if path.stat().st_ino == os.fstat(descriptor).st_ino:
-                    _clear_own_claims(path.parent)
+                    _clear_own_locks(path.parent)
                     return descriptor
         os.close(descriptor)
         if give_up() or time.monotonic() > end_s:
@@ -176,10 +176,10 @@ def _take_lock(path: Path, give_up: Callable[[], bool]) -> int | None:
         time.sleep(_POLL_S)
 
 
-def _clear_own_claims(launches: Path) -> None:
+def _clear_own_locks(launches: Path) -> None:
     """Whoever made claims under this lock is gone."""
     own = _identity()
-    for path in launches.glob(f"*/{CLAIM_FILE}"):
+    for path in launches.glob(f"*/{LOCK_FILE}"):
         content = _read(path) or {}
         if all(content.get(name) == own[name] for name in own):
             path.unlink(missing_ok=True)

@@ -12,9 +12,9 @@ from torchreg.core.batches import BatchPlan
 from torchreg.core.model import make_model
 from torchreg.core.optim import make_sgd
 from torchreg.core.schedule import Schedule
-from torchreg.distributed.communicator import AnySync, Runtime
+from torchreg.distributed.communicator import AnySync, Communicator
 from torchreg.runs.ordered import MicroBatches
-from torchreg.runs.rows import hand_rows
+from torchreg.runs.rows import manual_rows
 from torchreg.runs.run import TakesNote, TakeStep, make_step, run_steps
 from torchreg.runs.step_errors import MOST_WAITING, StepErrors
 from torchreg.scaling.campaign import Setting
@@ -24,14 +24,14 @@ from torchreg.theory import Matrix
 class LossSums:
     """What training does with losses between two lines of metrics: it adds them up over ranks, many at once."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self._waiting = StepErrors(runtime)
+    def __init__(self, communicator: Communicator) -> None:
+        self._waiting = StepErrors(communicator)
 
-    def note(self, step: int, error: Tensor, step_rows: int) -> bool:
+    def note(self, step: int, error: Tensor, num_samples: int) -> bool:
         """Take the squared error of a step; there is never a reason to stop."""
         waiting = self._waiting
         waiting.errors.append(error)
-        waiting.step_rows.append(step_rows)
+        waiting.num_samples.append(num_samples)
         return len(waiting.errors) == MOST_WAITING and self._flush()
 
     def _flush(self) -> bool:
@@ -43,7 +43,7 @@ class LossSums:
 class Nothing:
     """No metrics, and nothing to save."""
 
-    def note(self, step: int, error: Tensor, step_rows: int) -> bool:
+    def note(self, step: int, error: Tensor, num_samples: int) -> bool:
         """Let the squared error go."""
         return False
 
@@ -59,7 +59,7 @@ class Nothing:
 class StepLoop:
     """The training loop of `train`, as often as asked: rows, rates, steps, and their losses to `metrics`.
 
-    Steps go on where the last call ended. `x` and `y` are as `take_step` wants them, see `hand_rows`.
+    Steps go on where the last call ended. `x` and `y` are as `take_step` wants them, see `manual_rows`.
     """
 
     plan: BatchPlan
@@ -69,28 +69,35 @@ class StepLoop:
     model: torch.nn.Linear
     take_step: TakeStep
     schedule: Schedule
-    by_hand: bool
+    is_manual: bool
     metrics: TakesNote
     num_steps: int = 0
 
     @classmethod
     def of(
-        cls, setting: Setting, x: Tensor, y: Tensor, rate: float, runtime: Runtime, *, averaged: bool = True
+        cls,
+        setting: Setting,
+        x: Tensor,
+        y: Tensor,
+        learning_rate: float,
+        communicator: Communicator,
+        *,
+        averaged: bool = True,
     ) -> StepLoop:
         """The loop of a setting, from zeros, on rows x (num_rows, num_features) and y (num_rows, 1).
 
         Without averaging, ranks train alone, on the same rows as with it.
         """
-        plan = BatchPlan.derive(len(x), runtime.world_size, global_batch_size=setting.global_batch_size)
-        model = make_model([0.0] * setting.num_features, 0.0, device=runtime.device, dtype=x.dtype)
-        by_hand = setting.optimizer == "hand"
-        sgd = None if by_hand else make_sgd(model, (rate, rate))
-        sync: AnySync = ("allreduce" if by_hand else "ddp") if setting.sync == "none" else setting.sync
-        together = runtime if averaged else runtime.alone()
+        plan = BatchPlan.derive(len(x), communicator.world_size, global_batch_size=setting.global_batch_size)
+        model = make_model([0.0] * setting.num_features, 0.0, device=communicator.device, dtype=x.dtype)
+        is_manual = setting.optimizer == "manual"
+        sgd = None if is_manual else make_sgd(model, (learning_rate, learning_rate))
+        sync: AnySync = ("allreduce" if is_manual else "ddp") if setting.sync == "none" else setting.sync
+        together = communicator if averaged else communicator.alone()
         take_step = make_step(sgd, sync, model, together)
-        x, y = hand_rows(x, y) if by_hand else (x, y)
-        schedule = Schedule((rate, rate), 1.0, num_steps=1)  # constant
-        return cls(plan, runtime.rank, x, y, model, take_step, schedule, by_hand, LossSums(together))
+        x, y = manual_rows(x, y) if is_manual else (x, y)
+        schedule = Schedule((learning_rate, learning_rate), 1.0, num_steps=1)  # constant
+        return cls(plan, communicator.rank, x, y, model, take_step, schedule, is_manual, LossSums(together))
 
     def take_steps(self, count: int) -> None:
         """Take so many steps."""
@@ -99,11 +106,11 @@ class StepLoop:
     def take_rows(self, count: int) -> None:
         """Take the rows of so many steps, and do nothing with them."""
         nothing = torch.zeros((), device=self.x.device)
-        self._run(count, lambda rates, micro_batches, step_rows: nothing, Nothing())
+        self._run(count, lambda learning_rates, micro_batches, num_samples: nothing, Nothing())
 
     def _run(self, count: int, take_step: TakeStep, metrics: TakesNote) -> None:
         steps = range(self.num_steps, self.num_steps + count)
-        with torch.inference_mode() if self.by_hand else nullcontext():
+        with torch.inference_mode() if self.is_manual else nullcontext():
             run_steps(self.plan, self.schedule, steps, self.rank, self.x, self.y, take_step, metrics, Nothing())
         self.num_steps = steps.stop
 
@@ -119,11 +126,11 @@ class StepLoop:
             self.model.weight.zero_()
             self.model.bias.zero_()
 
-    def descend(self, num_steps: int, rate: float) -> Matrix:
+    def descend(self, num_steps: int, learning_rate: float) -> Matrix:
         """Full-batch gradient descent by the same step; the parameters at its end."""
-        share = self.plan.share(len(self.x), self.rank)
-        rows: MicroBatches = [(self.x[share], self.y[share])]
-        with torch.inference_mode() if self.by_hand else nullcontext():
+        shard = self.plan.shard(len(self.x), self.rank)
+        rows: MicroBatches = [(self.x[shard], self.y[shard])]
+        with torch.inference_mode() if self.is_manual else nullcontext():
             for _ in range(num_steps):
-                self.take_step((rate, rate), rows, len(self.x))
+                self.take_step((learning_rate, learning_rate), rows, len(self.x))
         return self.parameters()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchreg.distributed.communicator import AnySync, Runtime
+from torchreg.distributed.communicator import AnySync, Communicator
 from torchreg.distributed.timing import elapsed_on_ranks, steps_for, time_all_reduce, time_window, warm_up
 from torchreg.runs.record import machine_facts
 from torchreg.runs.rows import torch_dtype
@@ -29,53 +29,55 @@ _ALL_REDUCE_S = 0.05  # of repetitions at each size, about
 _MOST_REPEATS = 50
 
 
-def measure_launch(campaign: Campaign, launch: Launch, runtime: Runtime, folder: Path) -> dict[str, Any]:
+def measure_launch(campaign: Campaign, launch: Launch, communicator: Communicator, folder: Path) -> dict[str, Any]:
     """Measure every setting of a launch, in an order drawn from its seed; `folder` takes the runs to the target.
 
     Raises `AgreedError`, on every rank, for what cannot be measured here.
     """
-    dtype = torch_dtype(campaign.dtype, runtime.device)
-    by_mpi = runtime.mpi_comm is not None and runtime.device.type == "cpu"
-    chosen = settings(campaign, runtime.world_size, by_mpi=by_mpi)
-    runtime.from_main(lambda: _refuse(campaign, launch, runtime, by_mpi=by_mpi))
-    rows = {count: make_rows(campaign.effective_num_rows, count, runtime, dtype) for count in campaign.num_features}
+    dtype = torch_dtype(campaign.dtype, communicator.device)
+    by_mpi = communicator.mpi_comm is not None and communicator.device.type == "cpu"
+    chosen = settings(campaign, communicator.world_size, by_mpi=by_mpi)
+    communicator.from_main(lambda: _refuse(campaign, launch, communicator, by_mpi=by_mpi))
+    rows = {
+        count: make_rows(campaign.effective_num_rows, count, communicator, dtype) for count in campaign.num_features
+    }
     order = np.random.default_rng(launch.seed).permutation(len(chosen)).tolist()
     points: list[dict[str, Any]] = []
     for place, number in enumerate(order):
         setting = chosen[number]
         run = None
         if setting.num_features <= MOST_TARGET_FEATURES:
-            run = partial(run_to_target, campaign, launch, setting, runtime, folder)
-        measured = _measure_point(setting, rows[setting.num_features], runtime, campaign.window_s, run)
+            run = partial(run_to_target, campaign, launch, setting, communicator, folder)
+        measured = _measure_point(setting, rows[setting.num_features], communicator, campaign.window_s, run)
         points.append({**asdict(setting), "order": place, **measured})
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "points": points,
-        "allreduce": _all_reduce(runtime, dtype, launch.seed, by_mpi=by_mpi),
-        "runtime": runtime.evidence(campaign.runtime),
-        "machine_facts": _facts(runtime),
+        "allreduce": _all_reduce(communicator, dtype, launch.seed, by_mpi=by_mpi),
+        "distributed": communicator.evidence(campaign.distributed),
+        "machine_facts": _facts(communicator),
     }
 
 
-def _facts(runtime: Runtime) -> dict[str, str | None]:
+def _facts(communicator: Communicator) -> dict[str, str | None]:
     """What the hosts of all ranks have; where they differ, all that there is."""
-    of_ranks = runtime.gather(machine_facts())
+    of_ranks = communicator.gather(machine_facts())
     found = {name: sorted({value for facts in of_ranks if (value := facts[name])}) for name in of_ranks[0]}
     return {name: ", ".join(values) or None for name, values in found.items()}
 
 
-def _refuse(campaign: Campaign, launch: Launch, runtime: Runtime, *, by_mpi: bool) -> None:
-    found = (runtime.num_nodes, runtime.world_size)
+def _refuse(campaign: Campaign, launch: Launch, communicator: Communicator, *, by_mpi: bool) -> None:
+    found = (communicator.num_nodes, communicator.world_size)
     if found != (launch.num_nodes, launch.world_size):
         raise ValueError(
             f"launch is {launch.id}, and what the launcher started are {found[1]} ranks on {found[0]} nodes: see "
             "launcher and launcher_args"
         )
-    devices = sorted({place.device.split(":")[0] for place in runtime.places})
+    devices = sorted({place.device.split(":")[0] for place in communicator.placements})
     if campaign.device not in ("auto", *devices) or len(devices) > 1:
         raise ValueError(f"device is {campaign.device}, and the ranks have {', '.join(devices)}: nothing is measured")
     wanted = [combination for combination in campaign.combinations if combination.endswith("/mpi")]
-    if wanted and not by_mpi and runtime.world_size > 1:
+    if wanted and not by_mpi and communicator.world_size > 1:
         raise ValueError(
             f"combinations has {wanted[0]}, and these ranks have no MPI for CPU tensors: start them with mpiexec on "
             "the CPU, or leave it out"
@@ -83,34 +85,34 @@ def _refuse(campaign: Campaign, launch: Launch, runtime: Runtime, *, by_mpi: boo
 
 
 def _measure_point(
-    setting: Setting, rows: Rows, runtime: Runtime, window_s: float, run: Callable[[], dict[str, Any]] | None
+    setting: Setting, rows: Rows, communicator: Communicator, window_s: float, run: Callable[[], dict[str, Any]] | None
 ) -> dict[str, Any]:
     """Time a setting's steps, with averaging and without, and its `run` to the target; then check the step itself.
 
     After the warm-up: steps without averaging, half a window with it, the run, the other half, steps without averaging.
     What drifts meanwhile is then the same for all three.
     """
-    loop = StepLoop.of(setting, rows.x, rows.y, rows.safe_rate, runtime)
-    num_warmup_steps, step_time_s = warm_up(runtime, loop.take_steps, window_s)
+    loop = StepLoop.of(setting, rows.x, rows.y, rows.safe_learning_rate, communicator)
+    num_warmup_steps, step_time_s = warm_up(communicator, loop.take_steps, window_s)
     alone = None
-    if runtime.world_size > 1:
-        alone = StepLoop.of(setting, rows.x, rows.y, rows.safe_rate, runtime, averaged=False)
+    if communicator.world_size > 1:
+        alone = StepLoop.of(setting, rows.x, rows.y, rows.safe_learning_rate, communicator, averaged=False)
     local_times_s: list[list[float]] = []
     half = 0
     if alone:
-        _, local_step_time_s = warm_up(runtime, alone.take_steps, window_s / 4)
+        _, local_step_time_s = warm_up(communicator, alone.take_steps, window_s / 4)
         half = steps_for(window_s / 8, local_step_time_s)
-        local_times_s.append(elapsed_on_ranks(runtime, partial(alone.take_steps, half)))
+        local_times_s.append(elapsed_on_ranks(communicator, partial(alone.take_steps, half)))
     gc.collect()
-    halves = [time_window(runtime, loop.take_steps, window_s / 2, step_time_s)]
+    halves = [time_window(communicator, loop.take_steps, window_s / 2, step_time_s)]
     target = run() if run else None
-    halves.append(time_window(runtime, loop.take_steps, window_s / 2, step_time_s))
+    halves.append(time_window(communicator, loop.take_steps, window_s / 2, step_time_s))
     num_steps = sum(count for count, _ in halves)
     times_s = [sum(both) for both in zip(*(times for _, times in halves), strict=True)]
     if alone:
-        local_times_s.append(elapsed_on_ranks(runtime, partial(alone.take_steps, half)))
+        local_times_s.append(elapsed_on_ranks(communicator, partial(alone.take_steps, half)))
     rows_steps = min(num_steps, steps_for(window_s / 10, step_time_s))
-    rows_time_s = max(elapsed_on_ranks(runtime, partial(loop.take_rows, rows_steps))) / rows_steps
+    data_time_s = max(elapsed_on_ranks(communicator, partial(loop.take_rows, rows_steps))) / rows_steps
     slowest = int(np.argmax(times_s))
     return {
         "local_batch_size": loop.plan.local_batch_size,
@@ -124,33 +126,33 @@ def _measure_point(
             "median": float(np.median(times_s)) / num_steps,
             "max": max(times_s) / num_steps,
             "slowest_rank": slowest,
-            "slowest_host": runtime.places[slowest].host,
+            "slowest_host": communicator.placements[slowest].host,
         },
         "local_step_time_s": sum(map(max, local_times_s)) / (2 * half) if alone else None,
-        "rows_time_s": rows_time_s,
+        "data_time_s": data_time_s,
         "throughput": setting.global_batch_size * num_steps / max(times_s),
-        "check": check(loop, rows, runtime),
+        "check": check(loop, rows, communicator),
         "target": target,
     }
 
 
-def _all_reduce(runtime: Runtime, dtype: torch.dtype, seed: int, *, by_mpi: bool) -> list[dict[str, Any]]:
+def _all_reduce(communicator: Communicator, dtype: torch.dtype, seed: int, *, by_mpi: bool) -> list[dict[str, Any]]:
     """The time to add up messages of many sizes over ranks, by each way that there is, in an order drawn by `seed`."""
-    if runtime.world_size == 1:
+    if communicator.world_size == 1:
         return []
     ways: list[AnySync] = ["allreduce", "mpi"] if by_mpi else ["allreduce"]
     cases = [(sync, num_bytes) for sync in ways for num_bytes in ALL_REDUCE_BYTES]
     measured = []
     for place in np.random.default_rng(seed).permutation(len(cases)).tolist():
         sync, num_bytes = cases[place]
-        once_s = time_all_reduce(runtime, sync, num_bytes, 3, dtype)
+        once_s = time_all_reduce(communicator, sync, num_bytes, 3, dtype)
         num_repeats = max(10, min(_MOST_REPEATS, int(_ALL_REDUCE_S / once_s)))
         measured.append(
             {
-                "way": "MPI" if sync == "mpi" else runtime.backend,
+                "way": "MPI" if sync == "mpi" else communicator.backend,
                 "sync": sync,
                 "message_bytes": num_bytes,
-                "time_s": time_all_reduce(runtime, sync, num_bytes, num_repeats, dtype),
+                "time_s": time_all_reduce(communicator, sync, num_bytes, num_repeats, dtype),
                 "num_repeats": num_repeats,
             }
         )

@@ -20,9 +20,9 @@ from torchreg.scaling.merging import merge
 from torchreg.scaling.sources import LAUNCH_FILE, LOGS, SUFFIX, File, distinct, has_text, launch_id, place
 
 __all__ = [
+    "Excluded",
     "Failure",
     "Launch",
-    "LeftOut",
     "Records",
     "allreduce_table",
     "launches_table",
@@ -54,7 +54,7 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class Excluded:
     """Something that is in no statistics: the file, what it is, the reason, and whether it is a failed check."""
 
     file: Path
@@ -65,12 +65,12 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Records:
-    """What the directories hold: `launches` went well, `failed` did not, `left_out` cannot be used."""
+    """What the directories hold: `launches` went well, `failed` did not, `excluded` cannot be used."""
 
     sources: tuple[Path, ...]
     launches: tuple[Launch, ...]
     failed: tuple[Failure, ...]
-    left_out: tuple[LeftOut, ...]
+    excluded: tuple[Excluded, ...]
 
 
 def read_records(folders: Sequence[Path]) -> Records:
@@ -81,21 +81,21 @@ def read_records(folders: Sequence[Path]) -> Records:
     sources = distinct(folders)
     launches: list[Launch] = []
     failed: list[Failure] = []
-    left_out: list[LeftOut] = []
+    excluded: list[Excluded] = []
     for name, folder in place(sources).items():
         log = next((folder.path / log for log in LOGS if has_text(folder.path / log)), None)
         for file in folder.files:
             try:
                 content = _checked(file, folder.path)
             except ValueError as error:
-                left_out.append(LeftOut(file.path, "record", str(error)))
+                excluded.append(Excluded(file.path, "record", str(error)))
                 continue
             if content["status"] == "failed":
                 failed.append(Failure(name, folder.source, file.path, log, content))
             else:
                 launches.append(Launch(name, folder.source, file.path, content))
-                left_out += _failed_checks(file.path, name, content)
-    return Records(tuple(sources), tuple(launches), tuple(failed), tuple(left_out))
+                excluded += _failed_checks(file.path, name, content)
+    return Records(tuple(sources), tuple(launches), tuple(failed), tuple(excluded))
 
 
 def _checked(file: File, folder: Path) -> dict[str, Any]:
@@ -110,12 +110,12 @@ def _checked(file: File, folder: Path) -> dict[str, Any]:
     return content
 
 
-def _failed_checks(path: Path, name: str, content: Mapping[str, Any]) -> Iterator[LeftOut]:
+def _failed_checks(path: Path, name: str, content: Mapping[str, Any]) -> Iterator[Excluded]:
     for point in content["points"]:
         if not point["check"]["passed"]:
             check = point["check"]
             setting = f"{point['optimizer']}/{point['sync']}, num_features {point['num_features']}"
-            yield LeftOut(
+            yield Excluded(
                 path,
                 f"point {setting}, global_batch_size {point['global_batch_size']} of {name}",
                 f"wrong result: {check['told']} (difference {_shown(check['difference'])}, allowed "
@@ -177,18 +177,18 @@ def _launch_row(one: Launch | Failure) -> dict[str, Any]:
     }
     if isinstance(one, Failure):
         return row
-    provenance, runtime = content["provenance"], content["runtime"]
+    provenance, communicator = content["provenance"], content["distributed"]
     run_fields = "launcher requested effective ezpz_version backend mpi_library nccl_version"
     facts, environment = content.get("machine_facts") or {}, sorted(provenance["environment"].items())
-    devices = {place["device_name"] for place in runtime["places"] if place.get("device_name")}
+    devices = {place["device_name"] for place in communicator["placements"] if place.get("device_name")}
     return row | {
-        **{key: runtime[key] for key in run_fields.split()},
-        "device_name": ", ".join(sorted(devices)) or runtime["device_name"],
+        **{key: communicator[key] for key in run_fields.split()},
+        "device_name": ", ".join(sorted(devices)) or communicator["device_name"],
         **{key: facts.get(key) for key in FACTS},
         "placement": " ".join(f"{name}={value}" for name, value in environment if _PLACEMENT.fullmatch(name)) or None,
         "without": " ".join(sorted(content["campaign"].get("without") or [])) or None,
         # Of a node whose ranks compute on them.
-        "num_cpus": runtime.get("num_cpus") if runtime["places"][0]["device"] == "cpu" else None,
+        "num_cpus": communicator.get("num_cpus") if communicator["placements"][0]["device"] == "cpu" else None,
         **{key: provenance[key] for key in ("python", "platform", "job_id", "finished_utc")},
         **{key: provenance["libraries"].get(key) for key in ("torch", "numpy")},
         **{key: provenance["source"][key] for key in ("commit", "dirty")},
@@ -205,7 +205,7 @@ _SETTING = ["optimizer", "sync", "num_features", "global_batch_size"]
 _POINT_FIELDS: dict[str, type] = {
     "optimizer": str, "sync": str, "num_features": int, "global_batch_size": int, "local_batch_size": float,
     "message_bytes": int, "order": int, "num_warmup_steps": int, "num_steps": int, "window_s": float,
-    "step_time_s": float, "local_step_time_s": float, "rows_time_s": float, "throughput": float,
+    "step_time_s": float, "local_step_time_s": float, "data_time_s": float, "throughput": float,
 }  # fmt: skip
 _RANK_FIELDS: dict[str, type] = {"min": float, "median": float, "max": float, "slowest_rank": int, "slowest_host": str}
 _CHECK_FIELDS: dict[str, type] = {"passed": bool, "difference": float, "tolerance": float, "excess": float, "told": str}

@@ -45,7 +45,7 @@ class Observations:
 
     times: Vector
     blocks: npt.NDArray[np.int64]
-    places: npt.NDArray[np.int64]
+    placements: npt.NDArray[np.int64]
 
     @property
     def num_blocks(self) -> int:
@@ -129,8 +129,8 @@ def observe(
     for value, _, place in rows:
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"times has {value:g} s at {what} {sizes[place]}: leave out launches without a valid time")
-    values, blocks, places = zip(*rows, strict=True)
-    return Observations(np.array(values, dtype=np.float64), np.array(blocks), np.array(places)), sizes
+    values, blocks, placements = zip(*rows, strict=True)
+    return Observations(np.array(values, dtype=np.float64), np.array(blocks), np.array(placements)), sizes
 
 
 def regress(observations: Observations, columns: Array, together: npt.NDArray[np.int64]) -> Regression:
@@ -138,14 +138,14 @@ def regress(observations: Observations, columns: Array, together: npt.NDArray[np
 
     Places with the same number in `together` (num_places,) are left out together, and predicted from the others.
     """
-    blocks, places = observations.blocks, observations.places
+    blocks, placements = observations.blocks, observations.placements
     lengths = _lengths(columns)
-    scaled = (columns / lengths)[places]
+    scaled = (columns / lengths)[placements]
     masks = np.vstack(
         [
             np.ones((1, len(blocks)), dtype=bool),
             blocks != np.arange(observations.num_blocks)[:, None],
-            together[places] != np.unique(together)[:, None],
+            together[placements] != np.unique(together)[:, None],
         ]
     )
     coefficients = _fit(scaled, observations.times, masks)
@@ -156,7 +156,7 @@ def regress(observations: Observations, columns: Array, together: npt.NDArray[np
         without_block / lengths,
         _held_out_error(observations, columns, together, without_size / lengths),
         blocks,
-        columns[places] / fitted[:, None],
+        columns[placements] / fitted[:, None],
     )
 
 
@@ -166,7 +166,7 @@ def fit_from_zero(observations: Observations, columns: Array) -> Vector:
     every = np.ones((1, len(observations.times)), dtype=bool)
     while True:
         lengths = _lengths(columns[:, kept])
-        found = _fit((columns[:, kept] / lengths)[observations.places], observations.times, every)[0]
+        found = _fit((columns[:, kept] / lengths)[observations.placements], observations.times, every)[0]
         if len(kept) == 1 or not found.min() < 0:  # also if it is NaN
             coefficients = np.zeros(columns.shape[1])
             coefficients[kept] = found / lengths
@@ -186,7 +186,7 @@ def _held_out_error(
     size_of = dict(zip(np.unique(together).tolist(), without_size, strict=True))
     errors = []
     for place, size in enumerate(together.tolist()):
-        median = np.median(observations.times[observations.places == place])
+        median = np.median(observations.times[observations.placements == place])
         errors.append(abs(float(columns[place] @ size_of[size] / median) - 1))
     return max(errors) if np.isfinite(errors).all() else None
 

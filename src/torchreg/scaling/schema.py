@@ -31,16 +31,16 @@ from torchreg.scaling.rules import (
 
 KIND = "scale-launch"
 SCHEMA_VERSION = 1
-SEAL = "sha256"
+CHECKSUM = "sha256"
 
 
-def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+def checksummed(record: Mapping[str, Any]) -> dict[str, Any]:
     """The record as JSON will give it back, with the SHA-256 of its content: whoever writes a launch.json seals it.
 
     A flipped bit can turn 0.0012 into 0.0082, which is as good a time as any other; the seal tells.
     """
-    content = {key: value for key, value in json.loads(to_json(record)).items() if key != SEAL}
-    return {**content, SEAL: _digest(content)}
+    content = {key: value for key, value in json.loads(to_json(record)).items() if key != CHECKSUM}
+    return {**content, CHECKSUM: _digest(content)}
 
 
 def check(text: bytes) -> dict[str, Any]:
@@ -58,10 +58,10 @@ def check(text: bytes) -> dict[str, Any]:
     version = record.get("schema_version")
     if version != SCHEMA_VERSION or isinstance(version, bool):
         raise ValueError(_other_version(version))
-    if not isinstance(record.get(SEAL), str):
-        raise ValueError(f"partial: {SEAL}, the seal of a finished record, is missing")
-    if _digest({key: value for key, value in record.items() if key != SEAL}) != record[SEAL]:
-        raise ValueError(f"damaged: the content is not what was written ({SEAL} differs)")
+    if not isinstance(record.get(CHECKSUM), str):
+        raise ValueError(f"partial: {CHECKSUM}, the seal of a finished record, is missing")
+    if _digest({key: value for key, value in record.items() if key != CHECKSUM}) != record[CHECKSUM]:
+        raise ValueError(f"damaged: the content is not what was written ({CHECKSUM} differs)")
     is_failed = record.get("status") == "failed"
     for problem in problems_of(record, _FAILED if is_failed else _OK, ""):
         raise ValueError(problem)
@@ -168,7 +168,7 @@ _POINT = {
         "slowest_host": text(),
     },
     "local_step_time_s": or_null(_DURATION),
-    "rows_time_s": _SECONDS,
+    "data_time_s": _SECONDS,
     "throughput": _POSITIVE,
     "check": {
         "passed": flag,
@@ -187,7 +187,7 @@ _OK = {
     "started_utc": iso_time,
     "wall_s": _SECONDS,
     "start_up_s": or_null(_SECONDS),
-    "runtime": {
+    "distributed": {
         "launcher": text(),
         "requested": text(),
         "effective": text(),
@@ -200,7 +200,7 @@ _OK = {
         "device_name": or_null(text()),
         "num_cpus": Optional(or_null(whole_number())),
         "cpus_per_rank": Optional(or_null(whole_number())),
-        "places": Each(
+        "placements": Each(
             {
                 "rank": whole_number(0),
                 "host": text(),
@@ -250,13 +250,16 @@ def _contradictions(record: Mapping[str, Any], is_failed: bool) -> Iterator[str]
     if is_failed:
         return
     for field in ("world_size", "num_nodes"):
-        if record["runtime"][field] != launch[field]:
-            yield f"runtime.{field} is {record['runtime'][field]}, and {launch[field]} were asked for (launch.{field})"
-    if len(record["runtime"]["places"]) != world_size:
-        yield f"partial: runtime.places has {len(record['runtime']['places'])} of {world_size} ranks"
-    wanted, devices = record["campaign"].get("device"), sorted({_kind_of(one) for one in record["runtime"]["places"]})
+        if record["distributed"][field] != launch[field]:
+            yield f"distributed.{field} is {record['distributed'][field]}, and {launch[field]} were asked for (launch.{field})"
+    if len(record["distributed"]["placements"]) != world_size:
+        yield f"partial: distributed.placements has {len(record['distributed']['placements'])} of {world_size} ranks"
+    wanted, devices = (
+        record["campaign"].get("device"),
+        sorted({_kind_of(one) for one in record["distributed"]["placements"]}),
+    )
     if wanted not in (None, "auto") and devices != [wanted]:
-        yield f"runtime.places has {', '.join(devices)}, and {wanted} was asked for (campaign.device)"
+        yield f"distributed.places has {', '.join(devices)}, and {wanted} was asked for (campaign.device)"
     if not record["points"] and not record["allreduce"]:
         yield "partial: points and allreduce are empty"
     seen = set()

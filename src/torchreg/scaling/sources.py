@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchreg.scaling.locks import CLAIM_FILE
+from torchreg.scaling.locks import LOCK_FILE
 
 LAUNCHES_FOLDER = "launches"
 LAUNCH_FILE = "launch.json"
@@ -127,7 +127,7 @@ def _tries(folder: Path) -> Iterator[File]:
             yield read_file(folder / name)
     if LAUNCH_FILE in names:
         yield read_file(folder / LAUNCH_FILE)
-    elif CLAIM_FILE in names:
+    elif LOCK_FILE in names:
         yield File(folder, problem="partial: claimed and not finished: it still runs, or was killed")
     else:
         yield File(folder, problem=f"partial: no {LAUNCH_FILE}")

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torchreg.distributed.communicator import Runtime
+from torchreg.distributed.communicator import Communicator
 from torchreg.runs.config import TrainConfig
 from torchreg.runs.record import read_metrics
 from torchreg.runs.run import train
@@ -28,7 +28,7 @@ _MOST_RUNS = 5
 
 
 def run_to_target(
-    campaign: Campaign, launch: Launch, setting: Setting, runtime: Runtime, folder: Path
+    campaign: Campaign, launch: Launch, setting: Setting, communicator: Communicator, folder: Path
 ) -> dict[str, Any]:
     """Train, as a user would, until the loss is within the target; beside it what theory predicts of that.
 
@@ -51,7 +51,7 @@ def run_to_target(
         runs_dir=str(folder / "runs"),
         overwrite=True,
     )
-    forecast = runtime.from_main(lambda: prepare(config, runtime.world_size)[0].forecast)
+    forecast = communicator.from_main(lambda: prepare(config, communicator.world_size)[0].forecast)
     predicted = forecast.steps_to_target
     answer: dict[str, Any] = {
         "target_excess": campaign.target_excess,
@@ -66,16 +66,16 @@ def run_to_target(
     log_every = max(1, predicted // _LINES)
     if log_every > MOST_WAITING:
         log_every -= log_every % MOST_WAITING  # losses are added up then anyway
-    train(replace(config, max_steps=log_every, log_every=log_every), runtime)  # first uses cost more
+    train(replace(config, max_steps=log_every, log_every=log_every), communicator)  # first uses cost more
     # Half as long again, so that a run that is late gets there too.
     config = replace(config, max_steps=math.ceil(1.5 * predicted) + 10, log_every=log_every)
     steps, total_s, num_runs = 0.0, 0.0, 0
     while total_s < _LEAST_SHARE * campaign.window_s and num_runs < _MOST_RUNS:
-        result = train(config, runtime)
+        result = train(config, communicator)
         crossing: Callable[[], tuple[float, float] | None] = partial(
             _crossing, Path(result.run_dir), result.closed_form_loss, campaign.target_excess
         )
-        reached = runtime.from_main(crossing) if result.stopped_by == "target" else None
+        reached = communicator.from_main(crossing) if result.stopped_by == "target" else None
         if reached is None:
             return answer
         steps, time_s = reached
@@ -90,7 +90,7 @@ def _crossing(run: Path, best_loss: float, target_excess: float) -> tuple[float,
     if len(lines) < 2:
         return None
     before, after = (math.log(line["full_loss"] / best_loss - 1) for line in lines[-2:])
-    share = (before - math.log(target_excess)) / (before - after)
+    shard = (before - math.log(target_excess)) / (before - after)
     steps = [line["step"] + 1 for line in lines[-2:]]
     times = [line["time_s"] for line in lines[-2:]]
-    return steps[0] + share * (steps[1] - steps[0]), times[0] + share * (times[1] - times[0])
+    return steps[0] + shard * (steps[1] - steps[0]), times[0] + shard * (times[1] - times[0])

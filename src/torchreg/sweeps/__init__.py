@@ -1,38 +1,38 @@
 """Many runs that differ in one thing: batch sizes, or the rungs of a learning-rate ladder; what was predicted of them.
 
-A sweep is a folder: `sweep.json` (what it is), `cells/<name>/` (the record of one run each), and `cells.csv` and
+A sweep is a folder: `sweep.json` (what it is), `trials/<name>/` (the record of one run each), and `trials.csv` and
 `curves.csv`, which are made from the records alone. A finished cell is not run again.
 
-- `cells`: which runs a sweep is made of;
+- `trials`: which runs a sweep is made of;
 - `run`: running those that are not finished;
 - `tables`: records in, tables out.
 """
 
 from torchreg.sweeps.sweep import run_sweep
 from torchreg.sweeps.sweep_tables import (
-    CELLS_FOLDER,
     GROUP,
-    cells_table,
+    TRIALS_FOLDER,
     curves_table,
-    ladder_lines,
+    lr_scaling_lines,
     read_sweep,
     summary,
     summary_lines,
+    trials_table,
 )
-from torchreg.sweeps.trials import Cell, batch_cells, ladder_cells, ladder_limit
+from torchreg.sweeps.trials import Cell, batch_trials, lr_scaling_limit, lr_scaling_trials
 
 __all__ = [
-    "CELLS_FOLDER",
     "GROUP",
+    "TRIALS_FOLDER",
     "Cell",
-    "batch_cells",
-    "cells_table",
+    "batch_trials",
     "curves_table",
-    "ladder_cells",
-    "ladder_limit",
-    "ladder_lines",
+    "lr_scaling_limit",
+    "lr_scaling_lines",
+    "lr_scaling_trials",
     "read_sweep",
     "run_sweep",
     "summary",
     "summary_lines",
+    "trials_table",
 ]

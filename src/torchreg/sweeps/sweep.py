@@ -10,13 +10,13 @@ from typing import Literal
 
 from torchreg.console import Reporter
 from torchreg.core.files import read_regular
-from torchreg.distributed.communicator import Runtime
+from torchreg.distributed.communicator import Communicator
 from torchreg.distributed.rendezvous import AgreedError
 from torchreg.runs.config import TrainConfig
 from torchreg.runs.record import (
     RECORD_FILE,
     SCHEMA_VERSION,
-    claim_folder,
+    create_run_folder,
     machine_facts,
     provenance,
     read_metrics,
@@ -27,27 +27,27 @@ from torchreg.runs.run import train
 from torchreg.runs.setup import prepare
 from torchreg.runs.stopping import StopRequest
 from torchreg.sweeps.sweep_tables import (
-    CELLS_FILE,
-    CELLS_FOLDER,
     CURVES_FILE,
     SWEEP_FILE,
-    cells_table,
+    TRIALS_FILE,
+    TRIALS_FOLDER,
     curves_table,
     read_sweep,
+    trials_table,
 )
 from torchreg.sweeps.trials import Cell
 
 _NOT_COMPARED = (  # no number depends on them
-    "name", "runs_dir", "overwrite", "runtime", "timeout_s", "plot",
+    "name", "runs_dir", "overwrite", "distributed", "timeout_s", "plot",
     "resume", "checkpoint_every", "checkpoint_every_s", "keep_checkpoints", "time_limit_s",
 )  # fmt: skip
 
 
 def run_sweep(
-    kind: Literal["batch", "ladder"],
+    kind: Literal["batch", "lr-scaling"],
     config: TrainConfig,
     make_cells: Callable[[], list[Cell]],
-    runtime: Runtime,
+    communicator: Communicator,
     reporter: Reporter,
     stop: StopRequest | None = None,
     *,
@@ -60,7 +60,7 @@ def run_sweep(
     other data.
     """
     started = utc_now()
-    workers = runtime.alone() if farm else runtime
+    workers = communicator.alone() if farm else communicator
     folder = Path(config.runs_dir) / (config.name or f"sweep-{kind}")
 
     def begin() -> tuple[int, list[Cell]]:
@@ -69,40 +69,40 @@ def run_sweep(
             _, table = prepare(some, workers.world_size)  # tells bad input before the first run
         _refuse_another_kind(folder, kind, overwrite=config.overwrite)
         states = [_is_finished(folder, cell, table.fingerprint(), overwrite=config.overwrite) for cell in cells]
-        claim_folder(config.runs_dir, folder.name, "sweep", overwrite=True)
+        create_run_folder(config.runs_dir, folder.name, "sweep", overwrite=True)
         content = {
             "schema_version": SCHEMA_VERSION,
             "kind": kind,
             "config": asdict(config),
-            "cells": [{"name": cell.name, "multiplier": cell.multiplier} for cell in cells],
+            "trials": [{"name": cell.name, "multiplier": cell.multiplier} for cell in cells],
             "machine_facts": machine_facts(),
             "provenance": provenance(started),
         }
         write_json(folder / SWEEP_FILE, content)
         return len(cells), [cell for cell, finished in zip(cells, states, strict=True) if not finished]
 
-    num_cells, pending = runtime.from_main(begin)
-    reporter.say(f"sweep        {num_cells} runs, {num_cells - len(pending)} of them finished before")
+    num_trials, pending = communicator.from_main(begin)
+    reporter.say(f"sweep        {num_trials} runs, {num_trials - len(pending)} of them finished before")
     is_stopped = False
-    for done, cell in enumerate(runtime.deal(pending) if farm else pending, start=1):
+    for done, cell in enumerate(communicator.deal(pending) if farm else pending, start=1):
         try:
-            result = train(replace(cell.config, runs_dir=str(folder / CELLS_FOLDER)), workers, stop=stop)
+            result = train(replace(cell.config, runs_dir=str(folder / TRIALS_FOLDER)), workers, stop=stop)
         except AgreedError as error:
-            if farm and runtime.world_size > 1:  # the other ranks know nothing of it, so it has to end them
+            if farm and communicator.world_size > 1:  # the other ranks know nothing of it, so it has to end them
                 raise ValueError(str(error)) from error
             raise
         is_stopped = result.stopped_by == "request"
         if is_stopped:
             break
         reporter.progress(done, len(pending), result.loss)
-    is_stopped = any(runtime.gather(is_stopped))
+    is_stopped = any(communicator.gather(is_stopped))
     reporter.close()
     if is_stopped:
         return None
-    if runtime.is_main:
-        cells_table(folder).to_csv(folder / CELLS_FILE, index=False)
+    if communicator.is_main:
+        trials_table(folder).to_csv(folder / TRIALS_FILE, index=False)
         curves_table(folder).to_csv(folder / CURVES_FILE, index=False)
-    runtime.barrier()
+    communicator.barrier()
     return folder
 
 
@@ -120,7 +120,7 @@ def _refuse_another_kind(folder: Path, kind: str, *, overwrite: bool) -> None:
 
 def _is_finished(folder: Path, cell: Cell, fingerprint: str, *, overwrite: bool) -> bool:
     """Whether the cell's record and metrics are there; unreadable ones are as good as none."""
-    path = folder / CELLS_FOLDER / cell.name / RECORD_FILE
+    path = folder / TRIALS_FOLDER / cell.name / RECORD_FILE
     try:
         record = json.loads(read_regular(path))
         before, data = record["config"], record["derived"]["data_fingerprint"]

@@ -14,8 +14,8 @@ from torchreg.core.files import read_regular
 from torchreg.runs.record import RECORD_FILE, read_metrics
 
 SWEEP_FILE = "sweep.json"
-CELLS_FOLDER = "cells"
-CELLS_FILE = "cells.csv"
+TRIALS_FOLDER = "trials"
+TRIALS_FILE = "trials.csv"
 CURVES_FILE = "curves.csv"
 
 GROUP = ["standardize", "update_order", "global_batch_size", "multiplier", "warmup_steps"]
@@ -28,11 +28,11 @@ def read_sweep(folder: Path) -> dict[str, Any]:
     return content
 
 
-def cells_table(folder: Path) -> pd.DataFrame:
+def trials_table(folder: Path) -> pd.DataFrame:
     """One row a run: what it was, where it ended, and what was predicted; excess losses are fractions of the best."""
     rows = []
-    for cell in read_sweep(folder)["cells"]:
-        record = json.loads(read_regular(folder / CELLS_FOLDER / cell["name"] / RECORD_FILE))
+    for cell in read_sweep(folder)["trials"]:
+        record = json.loads(read_regular(folder / TRIALS_FOLDER / cell["name"] / RECORD_FILE))
         config, result, forecast = record["config"], record["result"], record["forecast"]
         curve = forecast["curve"] or {}
         rows.append(
@@ -61,8 +61,8 @@ def cells_table(folder: Path) -> pd.DataFrame:
 def curves_table(folder: Path) -> pd.DataFrame:
     """One row a logged step of every run: steps and epochs done, excess loss on all rows as a fraction of the best."""
     frames = []
-    for name, best in cells_table(folder)[["name", "closed_form_loss"]].itertuples(index=False):
-        metrics = pd.DataFrame(read_metrics(folder / CELLS_FOLDER / name))
+    for name, best in trials_table(folder)[["name", "closed_form_loss"]].itertuples(index=False):
+        metrics = pd.DataFrame(read_metrics(folder / TRIALS_FOLDER / name))
         if "full_loss" not in metrics:  # diverged before the first line
             continue
         frames.append(
@@ -97,7 +97,7 @@ def summary_lines(summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     weights = [column for column in summary.columns if column.startswith("weight_")]
     lines = []
     for row in summary.to_dict("records"):
-        line = {"batch": f"{row['global_batch_size']}", "rates": f"× {row['multiplier']:.4g}"}
+        line = {"batch": f"{row['global_batch_size']}", "learning_rates": f"× {row['multiplier']:.4g}"}
         line |= {"steps": f"{row['num_steps']}", "of limit": f"{row['of_limit']:.3g}"}
         stable, converged = row["of_limit"] < 1, row["num_diverged"] == 0
         if len(weights) == 1:
@@ -112,9 +112,18 @@ def summary_lines(summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     return list(lines[0][1]), [_marked(list(line.values()), converged) for converged, line in lines]
 
 
-def ladder_lines(summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+def lr_scaling_lines(summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     """The same for a ladder: a row a rung, without and with warm-up."""
-    columns = ["features", "order", "rates", "batch", "of limit", "predicted, % above best", "measured", "with warm-up"]
+    columns = [
+        "features",
+        "order",
+        "learning_rates",
+        "batch",
+        "of limit",
+        "predicted, % above best",
+        "measured",
+        "with warm-up",
+    ]
     rows = []
     for (standardize, order, batch, multiplier), rungs in summary.groupby(GROUP[:-1], sort=False):
         cold, warm = rungs.sort_values("warmup_steps").to_dict("records")

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torchreg.runs.config import TrainConfig
-from torchreg.runs.setup import Problem, base_rates, scale_at
+from torchreg.runs.setup import LeastSquares, base_learning_rates, scale_at
 from torchreg.theory import Dynamics
 
 _AROUND_LIMIT = (0.97, 1.03)
-_LADDER_WARMUP_STEPS = 100
+_LR_SCALING_WARMUP_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Cell:
         return self.config.name
 
 
-def batch_cells(config: TrainConfig, batch_sizes: Iterable[int], num_seeds: int) -> list[Cell]:
+def batch_trials(config: TrainConfig, batch_sizes: Iterable[int], num_seeds: int) -> list[Cell]:
     """A run for each global batch size and seed, all over as many epochs, with rates by the configuration's rule.
 
     Raises `ValueError` for a configuration that leaves nothing to vary.
@@ -44,7 +44,7 @@ def batch_cells(config: TrainConfig, batch_sizes: Iterable[int], num_seeds: int)
     ]
 
 
-def ladder_cells(config: TrainConfig, multipliers: Sequence[float], num_seeds: int) -> list[Cell]:
+def lr_scaling_trials(config: TrainConfig, multipliers: Sequence[float], num_seeds: int) -> list[Cell]:
     """(reference batch, base rates) × each multiplier, raw and standardised, in both update orders, warmed up and not.
 
     The batch grows with the rates to the last multiple of the reference batch that the data has rows for; from there on
@@ -57,15 +57,15 @@ def ladder_cells(config: TrainConfig, multipliers: Sequence[float], num_seeds: i
     cells = []
     for standardize in (False, True):
         variant = replace(config, standardize=standardize, lr_scaling="linear", on_unstable="warn")
-        problem = Problem.of(variant)
+        problem = LeastSquares.of(variant)
         if standardize:
             variant = replace(variant, base_learning_rate=None)
-        variant = replace(variant, base_learning_rate=base_rates(variant, problem))
+        variant = replace(variant, base_learning_rate=base_learning_rates(variant, problem))
         for order in ("simultaneous", "sequential"):
             ordered = replace(variant, update_order=order)
-            for rung in multipliers or _rungs(ladder_limit(ordered, problem)):
+            for rung in multipliers or _rungs(lr_scaling_limit(ordered, problem)):
                 on_rung, multiplier = _on_rung(ordered, rung, problem)
-                for warmup_steps in (0, config.warmup_steps or _LADDER_WARMUP_STEPS):
+                for warmup_steps in (0, config.warmup_steps or _LR_SCALING_WARMUP_STEPS):
                     features = "standardised" if standardize else "raw"
                     name = f"{features}-{order}-{multiplier:.5g}-warmup-{warmup_steps}"
                     cells += [
@@ -91,13 +91,16 @@ def _refuse_batch_size(config: TrainConfig, instead: str) -> None:
         )
 
 
-def ladder_limit(config: TrainConfig, problem: Problem) -> float:
+def lr_scaling_limit(config: TrainConfig, problem: LeastSquares) -> float:
     """The multiplier from which on a ladder is unstable: the limit of the batch size that the ladder has there."""
-    limit, rates = 1.0, base_rates(config, problem)
+    limit, learning_rates = 1.0, base_learning_rates(config, problem)
     for _ in range(8):  # the limit hardly depends on the batch size, so a few rounds settle it
         batch_size = _on_rung(config, limit, problem)[0].global_batch_size
         assert batch_size
-        before, limit = limit, Dynamics.of(problem.rows, rates, batch_size, config.update_order).largest_multiplier()
+        before, limit = (
+            limit,
+            Dynamics.of(problem.rows, learning_rates, batch_size, config.update_order).largest_multiplier(),
+        )
         if abs(limit - before) < 1e-6 * limit:
             break
     return limit
@@ -110,7 +113,7 @@ def _rungs(limit: float) -> list[float]:
     return sorted([*doubling, *(limit * side for side in _AROUND_LIMIT)])
 
 
-def _on_rung(config: TrainConfig, multiplier: float, problem: Problem) -> tuple[TrainConfig, float]:
+def _on_rung(config: TrainConfig, multiplier: float, problem: LeastSquares) -> tuple[TrainConfig, float]:
     """The configuration of a rung, and its multiplier, which has to make a whole number of rows."""
     reference = config.reference_batch_size
     batch_size = max(1, round(multiplier * reference))
@@ -119,7 +122,7 @@ def _on_rung(config: TrainConfig, multiplier: float, problem: Problem) -> tuple[
         return replace(config, global_batch_size=batch_size), batch_size / reference
     batch_size = min(largest, problem.table.num_rows)
     more = multiplier * reference / batch_size
-    weight, bias = base_rates(config, problem)
+    weight, bias = base_learning_rates(config, problem)
     return replace(config, global_batch_size=batch_size, base_learning_rate=(weight * more, bias * more)), multiplier
 
 

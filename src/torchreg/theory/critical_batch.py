@@ -18,7 +18,7 @@ _TRIED_MULTIPLIERS = np.geomspace(0.95, 1 / 64, 25)  # of the stability limit
 
 def largest_stable_world_size(
     rows: RowGradients,
-    base_rates: tuple[float, float],
+    base_learning_rates: tuple[float, float],
     local_batch_size: int,
     scale: Callable[[int], float],
     order: Order = "simultaneous",
@@ -33,7 +33,9 @@ def largest_stable_world_size(
 
     def is_stable(world_size: int) -> bool:
         batch_size = world_size * local_batch_size
-        return scale(batch_size) < Dynamics.of(rows, base_rates, batch_size, order, sampling).largest_multiplier()
+        return (
+            scale(batch_size) < Dynamics.of(rows, base_learning_rates, batch_size, order, sampling).largest_multiplier()
+        )
 
     low, high = 0, max(1, rows.num_rows // local_batch_size)
     if is_stable(high):
@@ -61,7 +63,7 @@ class CriticalBatch:
 
 def critical_batch_size(
     rows: RowGradients,
-    rates: tuple[float, float],
+    learning_rates: tuple[float, float],
     start: Matrix,
     target_excess: float,
     order: Order = "simultaneous",
@@ -76,7 +78,7 @@ def critical_batch_size(
     """
     num_rows = rows.num_rows
     batch_sizes = [2**i for i in range(num_rows.bit_length()) if 2**i <= num_rows]
-    best = [_fewest_steps(Dynamics.of(rows, rates, size, order), start, target_excess) for size in batch_sizes]
+    best = [_fewest_steps(Dynamics.of(rows, learning_rates, size, order), start, target_excess) for size in batch_sizes]
     steps = [found[0] for found in best]
     critical = None
     for size, now, doubled in zip(batch_sizes, steps, steps[1:], strict=False):

@@ -83,7 +83,7 @@ class Dynamics:
     def of(
         cls,
         rows: RowGradients,
-        rates: tuple[float, float],
+        learning_rates: tuple[float, float],
         global_batch_size: int,
         order: Order = "simultaneous",
         sampling: Sampling = "random",
@@ -95,11 +95,15 @@ class Dynamics:
         computed with: so far apart that one of them vanishes beside the other, or without a limit in float64.
         """
         # The mean does not depend on the batches.
-        key = (rates, order) if rows.covariance is None else (rates, order, global_batch_size, sampling, seed)
+        key = (
+            (learning_rates, order)
+            if rows.covariance is None
+            else (learning_rates, order, global_batch_size, sampling, seed)
+        )
         if key in rows.known:
             return rows.known[key]
         num_rows, num_features = rows.num_rows, len(rows.feature_unit)
-        maps = step_maps(rows, rates, global_batch_size, order, seed)
+        maps = step_maps(rows, learning_rates, global_batch_size, order, seed)
         steps_per_epoch, remainder, shuffled = math.ceil(num_rows / global_batch_size), 0, None
         if sampling == "shuffle" and maps.covariance is not None:
             remainder = num_rows % global_batch_size
@@ -120,7 +124,7 @@ class Dynamics:
             groups=maps.groups if len(maps.groups) > 1 else (),
             steps_per_epoch=steps_per_epoch,
             shuffled=shuffled,
-            short=cls.of(rows, rates, remainder, order, seed=seed) if remainder else None,
+            short=cls.of(rows, learning_rates, remainder, order, seed=seed) if remainder else None,
         )
         return rows.known[key]
 
@@ -286,9 +290,9 @@ class Dynamics:
             return
         yield state
         if self.modes:
-            rates, _ = self.modes.of(self.scale * start)
+            learning_rates, _ = self.modes.of(self.scale * start)
             for k in factors:
-                state = state - k * self.rate_unit * rates * state
+                state = state - k * self.rate_unit * learning_rates * state
                 yield state
             return
         change, maps, before = (

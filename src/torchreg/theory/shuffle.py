@@ -69,10 +69,10 @@ class ShuffledEpochs:
     def _start(self) -> Matrix:
         """The states at the start of an epoch, where w is 0, from the coordinates of E[z zᵀ]."""
         p = len(self.mean_q) - 1
-        places = np.append(np.arange(p), 2 * p)
+        placements = np.append(np.arange(p), 2 * p)
         basis = symmetric_basis(p + 1).reshape(-1, p + 1, p + 1)
         states = np.zeros((len(basis), 2 * p + 1, 2 * p + 1))
-        states[:, places[:, None], places] = basis
+        states[:, placements[:, None], placements] = basis
         return np.asarray(symmetric_basis(2 * p + 1) @ states.reshape(len(basis), -1).T)
 
     @cached_property

@@ -40,7 +40,7 @@ class StepMaps:
 
 
 def step_maps(
-    rows: RowGradients, rates: tuple[float, float], global_batch_size: int, order: Order, seed: int
+    rows: RowGradients, learning_rates: tuple[float, float], global_batch_size: int, order: Order, seed: int
 ) -> StepMaps:
     """The maps of a step with these rates of the weight and of the bias at k = 1.
 
@@ -48,10 +48,10 @@ def step_maps(
     have a stability limit in float64.
     """
     num_rows, q = rows.num_rows, rows.mean.shape[1]
-    root_rates = np.sqrt(np.array([rates[0]] * (q - 2) + [rates[1]]))
-    lengths = np.append(rows.feature_unit, 1.0) * root_rates
+    sqrt_learning_rates = np.sqrt(np.array([learning_rates[0]] * (q - 2) + [learning_rates[1]]))
+    lengths = np.append(rows.feature_unit, 1.0) * sqrt_learning_rates
     unit = float(lengths.max())
-    given = f"base_learning_rate is {rates[0]:.4g} (weight) and {rates[1]:.4g} (bias)"
+    given = f"base_learning_rate is {learning_rates[0]:.4g} (weight) and {learning_rates[1]:.4g} (bias)"
     if lengths.min() < _NARROWEST * unit:
         raise ValueError(
             f"{given}, too far apart to be computed with, for features of size {rows.feature_unit.max():.3g}: bring "
@@ -69,7 +69,7 @@ def step_maps(
     scaling = np.outer(factor[:-1], factor, out=mean_q[:-1])
     scaling *= 2
     scaling *= rows.mean
-    maps = StepMaps(rate_unit, unit / (root_rates * rows.error_unit), mean_q)
+    maps = StepMaps(rate_unit, unit / (sqrt_learning_rates * rows.error_unit), mean_q)
     # A = (I − kBQ)(I − kWQ) in the sequential order, W and B keeping the weight's rows and the bias's:
     # I − kQ + k² BQWQ.
     twice = np.zeros((q, q) if order == "sequential" else (0, 0))
@@ -80,8 +80,8 @@ def step_maps(
         return maps
     scaling = 2 * np.outer(factor[:-1], factor)
     phi = max(0.0, (num_rows - global_batch_size) / (global_batch_size * (num_rows - 1)))
-    of_rows = rows.covariance * scaling.ravel() * scaling.reshape(-1, 1)
-    of_batch = phi * of_rows
+    of_samples = rows.covariance * scaling.ravel() * scaling.reshape(-1, 1)
+    of_batch = phi * of_samples
     squares = pairs(mean_q, mean_q)
     squares[:-1, :-1] += of_batch.reshape(q - 1, q, q - 1, q).transpose(0, 2, 1, 3)
     mean_maps, square_maps = [-mean_q], [-on_symmetric(both_ways(mean_q, np.eye(q))), on_symmetric(squares)]
@@ -97,7 +97,7 @@ def step_maps(
         square_maps += [np.mean([group[j] for group in groups], axis=0) for j in (2, 3)]
     return replace(
         maps,
-        covariance=of_rows.reshape(q - 1, q, q - 1, q),
+        covariance=of_samples.reshape(q - 1, q, q - 1, q),
         mean_maps=tuple(mean_maps),
         square_maps=tuple(square_maps),
         groups=tuple(groups),

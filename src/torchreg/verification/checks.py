@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torchreg.distributed.communicator import Runtime
+from torchreg.distributed.communicator import Communicator
 
 _MOST_NAMED = 3  # ranks that a row names; there may be thousands
 
@@ -22,18 +22,18 @@ class Check:
     expected: str
 
 
-def agree(runtime: Runtime, area: str, name: str, problem: str | None, measured: str, expected: str) -> Check:
+def agree(communicator: Communicator, area: str, name: str, problem: str | None, measured: str, expected: str) -> Check:
     """The row of a check that each rank has made for itself: it fails if any rank has a problem, which is named.
 
     `measured` is the main rank's; ranks with a problem tell theirs instead.
     """
-    problems = runtime.gather(problem)
+    problems = communicator.gather(problem)
     found = [
         f"rank {place.rank} ({place.host}): {text}"
-        for place, text in zip(runtime.places, problems, strict=True)
+        for place, text in zip(communicator.placements, problems, strict=True)
         if text is not None
     ]
-    if len(found) == runtime.world_size > 1 and len(set(problems)) == 1:
+    if len(found) == communicator.world_size > 1 and len(set(problems)) == 1:
         found = [f"every rank: {problem}"]
     if not found:
         return Check(area, name, "PASS", measured, expected)

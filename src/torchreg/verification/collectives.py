@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from torchreg.distributed.communicator import AnySync, Runtime
+from torchreg.distributed.communicator import AnySync, Communicator
 from torchreg.distributed.timing import time_all_reduce
 from torchreg.verification.checks import Check, agree, skipped
 
@@ -19,35 +19,40 @@ _TIMED_BYTES = (8, 1 << 16, 1 << 22)
 _REPEATS = {8: 50, 1 << 16: 20, 1 << 22: 5}
 
 
-def collective_checks(runtime: Runtime, *, quick: bool) -> Iterator[Check]:
+def collective_checks(communicator: Communicator, *, quick: bool) -> Iterator[Check]:
     """Known integers through each collective, then latency and bandwidth of each way to average."""
-    if runtime.world_size == 1:
+    if communicator.world_size == 1:
         yield skipped(_AREA, "all", "one rank has nobody to talk to")
         return
     sizes = _QUICK_SIZES if quick else _SIZES
-    dtypes = [dtype for dtype in _DTYPES if not (runtime.device.type == "mps" and dtype == torch.float64)]
+    dtypes = [dtype for dtype in _DTYPES if not (communicator.device.type == "mps" and dtype == torch.float64)]
     cases = [(dtype, size) for dtype in dtypes for size in sizes]
-    for sync in _ways(runtime):
+    for sync in _ways(communicator):
         name = "all-reduce" + (" by MPI" if sync == "mpi" else "")
-        wrong = [told for dtype, size in cases if (told := _all_reduce(runtime, sync, dtype, size))]
-        yield _row(runtime, name, wrong, len(cases))
-    wrong = [told for dtype, size in cases if (told := _broadcast(runtime, dtype, size))]
-    yield _row(runtime, "broadcast", wrong, len(cases))
-    few = [(dtype, min(size, (1 << 22) // runtime.world_size)) for dtype, size in cases]
-    wrong = [told for dtype, size in few if (told := _gather(runtime, dtype, size))]
-    yield _row(runtime, "gather", wrong, len(cases))
-    for sync in _ways(runtime):
-        yield _timing(runtime, sync, quick=quick)
+        wrong = [told for dtype, size in cases if (told := _all_reduce(communicator, sync, dtype, size))]
+        yield _row(communicator, name, wrong, len(cases))
+    wrong = [told for dtype, size in cases if (told := _broadcast(communicator, dtype, size))]
+    yield _row(communicator, "broadcast", wrong, len(cases))
+    few = [(dtype, min(size, (1 << 22) // communicator.world_size)) for dtype, size in cases]
+    wrong = [told for dtype, size in few if (told := _gather(communicator, dtype, size))]
+    yield _row(communicator, "gather", wrong, len(cases))
+    for sync in _ways(communicator):
+        yield _timing(communicator, sync, quick=quick)
 
 
-def _ways(runtime: Runtime) -> list[AnySync]:
-    by_mpi = runtime.mpi_comm is not None and runtime.device.type == "cpu"
+def _ways(communicator: Communicator) -> list[AnySync]:
+    by_mpi = communicator.mpi_comm is not None and communicator.device.type == "cpu"
     return ["allreduce", "mpi"] if by_mpi else ["allreduce"]
 
 
-def _row(runtime: Runtime, name: str, wrong: list[str], num_cases: int) -> Check:
+def _row(communicator: Communicator, name: str, wrong: list[str], num_cases: int) -> Check:
     return agree(
-        runtime, _AREA, name, wrong[0] if wrong else None, f"{num_cases} of {num_cases} cases exact", "exact integers"
+        communicator,
+        _AREA,
+        name,
+        wrong[0] if wrong else None,
+        f"{num_cases} of {num_cases} cases exact",
+        "exact integers",
     )
 
 
@@ -57,10 +62,10 @@ def _numbers(rank: int, size: int, dtype: torch.dtype, device: torch.device) -> 
 
 
 def _differing(answer: Tensor, expected: Tensor, what: str) -> str | None:
-    places = (answer != expected).nonzero()
-    if not len(places):
+    placements = (answer != expected).nonzero()
+    if not len(placements):
         return None
-    first = tuple(places[0].tolist())
+    first = tuple(placements[0].tolist())
     return f"{what}: {answer[first].item():g} in place {first[-1]}, not {expected[first].item():g}"
 
 
@@ -68,35 +73,37 @@ def _what(dtype: torch.dtype, size: int) -> str:
     return f"{size} × {str(dtype).removeprefix('torch.')}"
 
 
-def _all_reduce(runtime: Runtime, sync: AnySync, dtype: torch.dtype, size: int) -> str | None:
-    buffer = _numbers(runtime.rank, size, dtype, runtime.device)
-    runtime.add_over_ranks(buffer, sync)()
-    total = sum(rank % 16 + 1 for rank in range(runtime.world_size))
-    return _differing(buffer, _numbers(0, size, dtype, runtime.device) * total, _what(dtype, size))
+def _all_reduce(communicator: Communicator, sync: AnySync, dtype: torch.dtype, size: int) -> str | None:
+    buffer = _numbers(communicator.rank, size, dtype, communicator.device)
+    communicator.all_reduce(buffer, sync)()
+    total = sum(rank % 16 + 1 for rank in range(communicator.world_size))
+    return _differing(buffer, _numbers(0, size, dtype, communicator.device) * total, _what(dtype, size))
 
 
-def _broadcast(runtime: Runtime, dtype: torch.dtype, size: int) -> str | None:
-    buffer = _numbers(runtime.rank, size, dtype, runtime.device)
-    runtime.broadcast(buffer)
-    return _differing(buffer, _numbers(0, size, dtype, runtime.device), _what(dtype, size))
+def _broadcast(communicator: Communicator, dtype: torch.dtype, size: int) -> str | None:
+    buffer = _numbers(communicator.rank, size, dtype, communicator.device)
+    communicator.broadcast(buffer)
+    return _differing(buffer, _numbers(0, size, dtype, communicator.device), _what(dtype, size))
 
 
-def _gather(runtime: Runtime, dtype: torch.dtype, size: int) -> str | None:
-    gathered = runtime.gather_tensors(_numbers(runtime.rank, size, dtype, runtime.device))
-    expected = torch.stack([_numbers(rank, size, dtype, runtime.device) for rank in range(runtime.world_size)])
+def _gather(communicator: Communicator, dtype: torch.dtype, size: int) -> str | None:
+    gathered = communicator.gather_tensors(_numbers(communicator.rank, size, dtype, communicator.device))
+    expected = torch.stack(
+        [_numbers(rank, size, dtype, communicator.device) for rank in range(communicator.world_size)]
+    )
     return _differing(gathered, expected, _what(dtype, size))
 
 
-def _timing(runtime: Runtime, sync: AnySync, *, quick: bool) -> Check:
+def _timing(communicator: Communicator, sync: AnySync, *, quick: bool) -> Check:
     """The median over repetitions of the slowest rank's time, for a few sizes."""
     told = []
     for num_bytes in _TIMED_BYTES[: 2 if quick else None]:
-        median_s = time_all_reduce(runtime, sync, num_bytes, 3 if quick else _REPEATS[num_bytes])
+        median_s = time_all_reduce(communicator, sync, num_bytes, 3 if quick else _REPEATS[num_bytes])
         told.append(f"{_size(num_bytes)} {_time(median_s)}")
         if num_bytes == _TIMED_BYTES[-1]:
             told[-1] += f" ({num_bytes / median_s / 1e9:.2g} GB/s)"
     name = "all-reduce time" + (" by MPI" if sync == "mpi" else "")
-    return agree(runtime, _AREA, name, None, ", ".join(told), "(median, slowest rank)")
+    return agree(communicator, _AREA, name, None, ", ".join(told), "(median, slowest rank)")
 
 
 def _size(num_bytes: int) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchreg.core import batches, model, optim
 from torchreg.core.batches import BatchPlan
-from torchreg.distributed.communicator import Runtime
+from torchreg.distributed.communicator import Communicator
 from torchreg.runs import rows
 from torchreg.runs import run as train
 
@@ -21,7 +21,7 @@ DEFECTS: tuple[Defect, ...] = get_args(Defect)
 
 
 @contextmanager
-def injected(defect: Defect | None, runtime: Runtime) -> Iterator[None]:
+def injected(defect: Defect | None, communicator: Communicator) -> Iterator[None]:
     """Inside, the stack has the defect, and training, which knows nothing of it, goes wrong."""
     if defect is None:
         yield
@@ -32,17 +32,17 @@ def injected(defect: Defect | None, runtime: Runtime) -> Iterator[None]:
         "skewed-start": _skewed_start,
         "stale-rank": _stale_rank,
     }
-    with put_in[defect](runtime):
+    with put_in[defect](communicator):
         yield
 
 
 @contextmanager
-def _wrong_average(_: Runtime) -> Iterator[None]:
+def _wrong_average(_: Communicator) -> Iterator[None]:
     """Every sum over ranks comes out a thousandth too large, whoever makes it."""
-    add_over_ranks, wrap = Runtime.add_over_ranks, Runtime.wrap
+    all_reduce, wrap = Communicator.all_reduce, Communicator.wrap
 
-    def wrong_sum(self: Runtime, buffer: Tensor, *rest: Any) -> Callable[[], None]:
-        add = add_over_ranks(self, buffer, *rest)
+    def wrong_sum(self: Communicator, buffer: Tensor, *rest: Any) -> Callable[[], None]:
+        add = all_reduce(self, buffer, *rest)
 
         def add_wrongly() -> None:
             add()
@@ -51,14 +51,14 @@ def _wrong_average(_: Runtime) -> Iterator[None]:
 
         return add_wrongly
 
-    def wrong_wrap(self: Runtime, model: nn.Module, *rest: Any) -> nn.Module:
+    def wrong_wrap(self: Communicator, model: nn.Module, *rest: Any) -> nn.Module:
         wrapped = wrap(self, model, *rest)
         if self.world_size > 1:
             for parameter in model.parameters():
                 parameter.register_post_accumulate_grad_hook(_enlarge)
         return wrapped
 
-    with patch.object(Runtime, "add_over_ranks", wrong_sum), patch.object(Runtime, "wrap", wrong_wrap):
+    with patch.object(Communicator, "all_reduce", wrong_sum), patch.object(Communicator, "wrap", wrong_wrap):
         yield
 
 
@@ -68,26 +68,26 @@ def _enlarge(parameter: Tensor) -> None:
 
 
 @contextmanager
-def _duplicate_rows(_: Runtime) -> Iterator[None]:
+def _duplicate_rows(_: Communicator) -> Iterator[None]:
     """The last rank trains on the first one's rows, and nobody on its own."""
-    share = BatchPlan.share
+    shard = BatchPlan.shard
 
-    def wrong_share(self: BatchPlan, num_rows: int, rank: int) -> slice:
-        return share(self, num_rows, 0 if rank == self.world_size - 1 else rank)
+    def wrong_shard(self: BatchPlan, num_rows: int, rank: int) -> slice:
+        return shard(self, num_rows, 0 if rank == self.world_size - 1 else rank)
 
     batches._group_shape.cache_clear()
-    with patch.object(BatchPlan, "share", wrong_share):
+    with patch.object(BatchPlan, "shard", wrong_shard):
         yield
     batches._group_shape.cache_clear()
 
 
 @contextmanager
-def _skewed_start(runtime: Runtime) -> Iterator[None]:
+def _skewed_start(communicator: Communicator) -> Iterator[None]:
     """The last rank starts from another model."""
 
     def wrong_model(*arguments: Any, **options: Any) -> nn.Linear:
         made = model.make_model(*arguments, **options)
-        if runtime.rank == runtime.world_size - 1:
+        if communicator.rank == communicator.world_size - 1:
             with torch.no_grad():
                 made.bias.add_(1.0)
         return made
@@ -97,10 +97,10 @@ def _skewed_start(runtime: Runtime) -> Iterator[None]:
 
 
 @contextmanager
-def _stale_rank(runtime: Runtime) -> Iterator[None]:
+def _stale_rank(communicator: Communicator) -> Iterator[None]:
     """The last rank misses one update."""
     with ExitStack() as stack:
-        if runtime.rank == runtime.world_size - 1:
+        if communicator.rank == communicator.world_size - 1:
             stack.enter_context(patch.object(train, "descend", _missing_one(optim.descend)))
             stack.enter_context(patch.object(torch.optim.SGD, "step", _missing_one(torch.optim.SGD.step)))
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torchreg.distributed.communicator import Runtime
+from torchreg.distributed.communicator import Communicator
 from torchreg.verification.checks import Check
 from torchreg.verification.collectives import collective_checks
 from torchreg.verification.defects import Defect, injected
@@ -13,14 +13,16 @@ from torchreg.verification.known_answers import training_checks
 from torchreg.verification.topology import topology_checks
 
 
-def verify(runtime: Runtime, runs_dir: str, *, quick: bool = False, defect: Defect | None = None) -> Iterator[Check]:
+def verify(
+    communicator: Communicator, runs_dir: str, *, quick: bool = False, defect: Defect | None = None
+) -> Iterator[Check]:
     """Check a stack, on all ranks together; every rank gets the same rows.
 
     Checkpoints are tried in `runs_dir`. `quick` leaves out long messages and some combinations. With a `defect` the
     stack is broken on purpose.
     """
-    with injected(defect, runtime):
-        yield from topology_checks(runtime)
-        yield from collective_checks(runtime, quick=quick)
-        yield from training_checks(runtime, quick=quick)
-        yield from file_checks(runtime, runs_dir)
+    with injected(defect, communicator):
+        yield from topology_checks(communicator)
+        yield from collective_checks(communicator, quick=quick)
+        yield from training_checks(communicator, quick=quick)
+        yield from file_checks(communicator, runs_dir)
