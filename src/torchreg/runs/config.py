@@ -236,8 +236,8 @@ class TrainConfig:
         if self.data != "synthetic" and (self.num_rows or self.num_features):
             field = "num_rows" if self.num_rows else "num_features"
             raise ValueError(
-                f"{field} is {getattr(self, field)} and data is {self.data}: only the built-in data can be made "
-                "to size; leave it out or choose --data synthetic"
+                f"{field} is {getattr(self, field)} and data is {self.data}: only the synthetic table has a "
+                "size to choose; omit it or choose --data synthetic"
             )
         if self.data == "synthetic" and (self.features or self.target):
             raise ValueError(
