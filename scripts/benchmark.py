@@ -356,7 +356,7 @@ def work(options: Options, answer: Path) -> None:
     import torch.distributed as dist
     from torch._C._distributed_c10d import HashStore
 
-    from torchreg.distributed.communicator import init_distributed
+    from torchreg.distributed.init import init_distributed
 
     torch.set_num_threads(1)
     with init_distributed(distributed="torch", device="cpu", sync="mpi") as communicator:
@@ -372,7 +372,7 @@ def work(options: Options, answer: Path) -> None:
         excluded: dict[str, str] = {}
         seconds = {dtype: measure(communicator, dtype, options, excluded) for dtype in options.dtypes}
         if communicator.is_main:
-            mpi = communicator.evidence("torch")["mpi_library"]
+            mpi = communicator.provenance("torch")["mpi_library"]
             answer.write_text(json.dumps({"seconds_a_step": seconds, "excluded": excluded, "mpi": mpi}))
         if communicator.world_size == 1:
             dist.destroy_process_group()

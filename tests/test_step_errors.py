@@ -2,7 +2,7 @@
 
 import torch
 
-from torchreg.distributed.communicator import init_distributed
+from torchreg.distributed.init import init_distributed
 from torchreg.runs.step_errors import StepErrors
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchreg.core.batches import BatchPlan
     from torchreg.data.table import Table, load_table
-    from torchreg.distributed.communicator import Communicator, init_distributed
+    from torchreg.distributed.communicator import Communicator
+    from torchreg.distributed.init import init_distributed
     from torchreg.runs.config import RECIPES, TrainConfig, with_recipe
     from torchreg.runs.result import Result
     from torchreg.runs.setup import LeastSquares

@@ -18,7 +18,7 @@ torch.cuda.get_device_properties = lambda device: SimpleNamespace(uuid=uuids[dev
 torch.cuda.get_device_name = lambda device: "Fake GPU"
 dist.init_process_group = lambda backend, **options: make_group(backend.replace(",cuda:nccl", ""), **options)
 
-from torchreg.distributed.communicator import init_distributed  # noqa: E402
+from torchreg.distributed.init import init_distributed  # noqa: E402
 from torchreg.distributed.rendezvous import AgreedError  # noqa: E402
 
 try:

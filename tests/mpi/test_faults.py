@@ -86,7 +86,7 @@ def test_what_a_rank_raises_is_told_once_with_rank_and_host(fault, rank, sync, r
 
 AT_THE_EDGES = f"""
 import os, signal, sys
-from torchreg.distributed.communicator import init_distributed
+from torchreg.distributed.init import init_distributed
 from torchreg.distributed import rendezvous
 if sys.argv[1] == "beginning" and os.environ["PMI_RANK"] == "1":
     rendezvous._is_one_node = lambda *_: os.kill(os.getpid(), {signal.SIGSTOP:d})

@@ -31,7 +31,7 @@ def test_a_rank_of_srun_trains(run, tmp_path):
 
 COMPILED_WITH_NCCL = """
 import torch.distributed as dist
-from torchreg.distributed.communicator import init_distributed
+from torchreg.distributed.init import init_distributed
 dist.is_backend_available = dist.is_nccl_available = lambda *_: True
 with init_distributed(device="cpu", runtime="torch") as runtime:
     print(dist.get_backend_config())
@@ -161,7 +161,7 @@ def test_ranks_meet_where_plain_torch_meets(address, before, run, tmp_path):
 
 SLOW_TO_PREPARE = """
 import time
-from torchreg.distributed.communicator import init_distributed
+from torchreg.distributed.init import init_distributed
 with init_distributed(device="cpu", runtime="torch", timeout_s=3) as runtime:
     print(runtime.from_main(lambda: time.sleep(7) or "prepared"))
 """
@@ -177,7 +177,7 @@ def test_ranks_do_not_wait_for_a_main_rank_that_is_stopped(tmp_path, run):
     script = tmp_path / "stopped.py"
     script.write_text(
         "import os, signal\n"
-        "from torchreg.distributed.communicator import init_distributed\n"
+        "from torchreg.distributed.init import init_distributed\n"
         'with init_distributed(device="cpu", runtime="torch", timeout_s=3) as runtime:\n'
         "    runtime.from_main(lambda: os.kill(os.getpid(), signal.SIGSTOP))\n"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from torchreg.distributed.communicator import init_distributed
+from torchreg.distributed.init import init_distributed
 from torchreg.runs.run import train
 
 from .worker import bits, configurations, ordered_configurations
@@ -133,7 +133,7 @@ def test_bad_input_is_told_once_and_ends_all_ranks_with_exit_code_2(options, par
 
 FAILING = """
 import sys
-from torchreg.distributed.communicator import init_distributed
+from torchreg.distributed.init import init_distributed
 with init_distributed(sync="ddp", device="cpu", runtime="torch") as runtime:
     if runtime.rank == 1:
         raise OSError("the disk of rank 1 is gone")
@@ -156,7 +156,7 @@ def test_a_failure_on_one_rank_ends_all_with_its_reason_once(launcher, run, tmp_
 
 KILLED = """
 import os, signal
-from torchreg.distributed.communicator import init_distributed
+from torchreg.distributed.init import init_distributed
 with init_distributed(sync="ddp", device="cpu", runtime="torch") as runtime:
     if runtime.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -199,7 +199,7 @@ def test_torchrun_with_mpi_averaging_is_refused(run, tmp_path):
 LISTENING = """
 import os
 from pathlib import Path
-from torchreg.distributed.communicator import init_distributed
+from torchreg.distributed.init import init_distributed
 
 with init_distributed(sync="ddp", device="cpu", runtime="torch") as runtime:
     runtime.barrier()

@@ -1,6 +1,6 @@
-"""Who started this process, read from the environment that each launcher leaves: a pure function.
+"""Detect the launcher of this process from the environment variables that it sets. Pure functions.
 
-`LAUNCHERS` has one row for each launcher; what each sets, and what it does not, is in `tests/test_launcher.py`.
+`LAUNCHERS` has one row per launcher; `tests/distributed/test_launcher.py` shows what each of them sets, and what not.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Launcher:
-    """What the launcher says about this process.
+    """The launcher of this process, and the numbers that it gives.
 
-    `local_rank` and `local_world_size` are None where it does not say: the ranks of a host are then counted.
+    `local_rank` and `local_world_size` are None where the launcher sets none: the ranks of a host are then counted.
     """
 
     name: str
@@ -34,7 +34,7 @@ NO_LAUNCHER = Launcher("none", 0, 1, 0, 1, uses_mpi=False)
 
 
 class Variables(NamedTuple):
-    """The environment variables of a launcher. Where there are several for one number, the first that is set counts."""
+    """The environment variables of a launcher. Of several for one number, the first that is set counts."""
 
     name: str
     rank: str
@@ -42,29 +42,28 @@ class Variables(NamedTuple):
     local_rank: tuple[str, ...] = ()
     local_world_size: tuple[str, ...] = ()
     uses_mpi: bool = False
-    step: str | None = None
+    required: str | None = None
     """A variable without which the others are not this launcher's."""
 
 
-# Name, and what its variables begin with.
-_OF_ONE_FORM = (
-    ("Open MPI mpiexec", "OMPI_COMM_WORLD_", True),
-    ("MVAPICH mpirun", "MV2_COMM_WORLD_", True),
-    ("MVAPICH mpirun", "MVP_COMM_WORLD_", True),  # since 3.0
-    ("jsrun", "JSM_NAMESPACE_", True),
-    ("horovodrun", "HOROVOD_", False),
-)
+def _prefixed(name: str, prefix: str, *, uses_mpi: bool = True) -> Variables:
+    """The row of a launcher whose variables differ from others' in their prefix alone."""
+    rank, size, local_rank, local_size = (prefix + end for end in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+    return Variables(name, rank, (size,), (local_rank,), (local_size,), uses_mpi)
+
+
 _EXPORTED = Variables("RANK and WORLD_SIZE", "RANK", ("WORLD_SIZE",), ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE",))
 _SRUN = "srun"
 
-# An inner launcher comes before the outer one that it may have been started by.
+# An inner launcher precedes the outer one that may have started it.
 LAUNCHERS = (
-    _EXPORTED._replace(name="torchrun", step="TORCHELASTIC_RUN_ID"),
+    _EXPORTED._replace(name="torchrun", required="TORCHELASTIC_RUN_ID"),
     Variables("PALS mpiexec", "PALS_RANKID", ("PMI_SIZE",), ("PALS_LOCAL_RANKID",), ("PMI_LOCAL_SIZE",), True),
-    *(
-        Variables(name, f"{start}RANK", (f"{start}SIZE",), (f"{start}LOCAL_RANK",), (f"{start}LOCAL_SIZE",), uses_mpi)
-        for name, start, uses_mpi in _OF_ONE_FORM
-    ),
+    _prefixed("Open MPI mpiexec", "OMPI_COMM_WORLD_"),
+    _prefixed("MVAPICH mpirun", "MV2_COMM_WORLD_"),
+    _prefixed("MVAPICH mpirun", "MVP_COMM_WORLD_"),  # since 3.0
+    _prefixed("jsrun", "JSM_NAMESPACE_"),
+    _prefixed("horovodrun", "HOROVOD_", uses_mpi=False),
     # Flux and Slurm set PMI_RANK and PMI_SIZE too; MPI_LOCALRANKID is hydra's own.
     Variables(
         "MPICH mpiexec", "PMI_RANK", ("PMI_SIZE",), ("MPI_LOCALRANKID",), ("MPI_LOCALNRANKS",), True, "MPI_LOCALRANKID"
@@ -80,23 +79,25 @@ _SIGNS_OF_MPI = "PALS_RANKID", "PMI_RANK", "PMI_FD", "PMIX_RANK", "ALPS_APP_PE",
 
 
 def detect_launcher(environ: Mapping[str, str]) -> Launcher:
-    """The launcher of the process whose environment this is.
+    """The launcher of the process with this environment.
 
-    Raises `ValueError` when a number is malformed or missing, and when RANK and WORLD_SIZE, left over from an earlier
-    run, name another rank than the launcher does.
+    Raises `ValueError` when a number is malformed or missing, and when RANK and WORLD_SIZE, left from an earlier run,
+    contradict the launcher.
     """
-    found = next((_read(environ, row) for row in LAUNCHERS if _is_there(environ, row)), NO_LAUNCHER)
+    found = next((_read(environ, row) for row in LAUNCHERS if _is_present(environ, row)), NO_LAUNCHER)
     if found.name == "torchrun" or "RANK" not in environ:
         if found.is_none and environ.get("WORLD_SIZE", "1") != "1":
             raise ValueError(f"WORLD_SIZE is {environ['WORLD_SIZE']!r} and RANK is not set: set both, or unset it")
         return found
     exported = _read(environ, _EXPORTED)
-    if not found.is_none and (exported.rank, exported.world_size) != (found.rank, found.world_size):
+    if found.is_none:
+        return exported
+    if (exported.rank, exported.world_size) != (found.rank, found.world_size):
         raise ValueError(
-            f"{found.name} says rank {found.rank} of {found.world_size}, but RANK and WORLD_SIZE say "
-            f"{exported.rank} of {exported.world_size}: unset RANK, WORLD_SIZE and LOCAL_RANK"
+            f"{found.name} started rank {found.rank} of {found.world_size}, but RANK is {exported.rank} and WORLD_SIZE "
+            f"is {exported.world_size}: unset RANK, WORLD_SIZE and LOCAL_RANK"
         )
-    return exported if found.is_none else found
+    return found
 
 
 def sign_of_mpi(environ: Mapping[str, str]) -> str | None:
@@ -112,8 +113,8 @@ def _is_slurm_step(environ: Mapping[str, str]) -> bool:
     return int(step) < _FIRST_SPECIAL_SLURM_STEP if step.isdecimal() else "SLURM_JOB_ID" not in environ
 
 
-def _is_there(environ: Mapping[str, str], row: Variables) -> bool:
-    if row.rank not in environ or (row.step is not None and row.step not in environ):
+def _is_present(environ: Mapping[str, str], row: Variables) -> bool:
+    if row.rank not in environ or (row.required is not None and row.required not in environ):
         return False
     if row.name == _SRUN:
         return _is_slurm_step(environ)
@@ -140,5 +141,5 @@ def _read(environ: Mapping[str, str], row: Variables) -> Launcher:
             f"known: set {size_variable}, or unset {row.rank}"
         )
     if rank >= world_size:
-        raise ValueError(f"{row.name} says rank {rank} of {world_size}: unset {row.rank} and {size_variable}")
+        raise ValueError(f"{row.name} started rank {rank} of {world_size}: unset {row.rank} and {size_variable}")
     return Launcher(row.name, rank, world_size, number(row.local_rank), number(row.local_world_size), row.uses_mpi)

@@ -140,7 +140,7 @@ def make_record(
         "forecast": asdict(state.forecast),
         "warnings": state.warnings,
         "run_signature": state.run_signature,
-        "distributed": communicator.evidence(config.distributed),
+        "distributed": communicator.provenance(config.distributed),
         "sessions": list(sessions),
         "machine_facts": machine_facts(),
         "provenance": provenance(str(sessions[-1]["started_utc"])),

@@ -20,7 +20,8 @@ from torchreg.core.model import WeightAndBias, add_gradient, squared_error
 from torchreg.core.optim import descend, make_sgd, set_learning_rates
 from torchreg.core.schedule import Schedule
 from torchreg.data.table import Table
-from torchreg.distributed.communicator import AddOverRanks, AnySync, Communicator, init_distributed
+from torchreg.distributed.communicator import AddOverRanks, AnySync, Communicator
+from torchreg.distributed.init import init_distributed
 from torchreg.distributed.ordered import OrderedGradients, OrderedSum
 from torchreg.runs.config import TrainConfig
 from torchreg.runs.logger import Metrics

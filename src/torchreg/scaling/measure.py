@@ -54,7 +54,7 @@ def measure_launch(campaign: Campaign, launch: Launch, communicator: Communicato
         "dtype": str(dtype).removeprefix("torch."),
         "points": points,
         "allreduce": _all_reduce(communicator, dtype, launch.seed, by_mpi=by_mpi),
-        "distributed": communicator.evidence(campaign.distributed),
+        "distributed": communicator.provenance(campaign.distributed),
         "machine_facts": _facts(communicator),
     }
 
