@@ -8,7 +8,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any, Literal, TypeVar, cast
@@ -23,12 +23,10 @@ from torchreg.distributed import ezpz, mpi
 from torchreg.distributed.devices import device_name, own_cpus
 from torchreg.distributed.failure import Failure, one_line
 from torchreg.distributed.launcher import Launcher
-from torchreg.distributed.ordered import DDP_BUCKET_BYTES, OrderedGradients, sum_in_order
 from torchreg.distributed.rendezvous import AgreedError
 from torchreg.distributed.watchdog import Watchdog, heartbeat
 
 T = TypeVar("T")
-AddOverRanks = Callable[[], None]
 AnySync = Literal["ddp", "allreduce", "mpi"]
 
 _uses: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)  # of the store, by topic: each has its own keys
@@ -65,6 +63,8 @@ class Communicator:
     mpi_comm: Any
     failure: Failure | None = None
     watchdog: Watchdog | None = None
+    over_mpi: bool = False
+    """Whether `all_reduce` and the gradients of `wrap` go through mpi4py instead of torch.distributed."""
 
     @property
     def is_main(self) -> bool:
@@ -75,11 +75,6 @@ class Communicator:
     def num_nodes(self) -> int:
         """The number of hosts that ranks run on."""
         return len({placement.host for placement in self.placements})
-
-    @property
-    def quick_sync(self) -> AnySync:
-        """The quickest way to add up a few numbers over ranks, whoever averages the gradients."""
-        return "mpi" if self.mpi_comm is not None and self.device.type == "cpu" else "allreduce"
 
     def describe(self) -> str:
         """One line: ranks and nodes, launcher, distributed, backend, devices."""
@@ -92,7 +87,7 @@ class Communicator:
             f"device {', '.join(devices)}{f' × {self.world_size}' if self.world_size > 1 else ''}"
         )
 
-    def provenance(self, requested: str) -> dict[str, Any]:
+    def describe_environment(self, requested: str) -> dict[str, Any]:
         """A record's entries on the ranks; `requested` is the `distributed` of the configuration."""
         return {
             "launcher": self.launcher.name,
@@ -232,6 +227,7 @@ class Communicator:
             mpi_comm=None,
             failure=None,
             watchdog=None,
+            over_mpi=False,
         )
 
     def barrier(self) -> None:
@@ -239,46 +235,34 @@ class Communicator:
         if self.world_size > 1:
             dist.barrier()
 
-    def all_reduce(self, buffer: Tensor, sync: AnySync = "allreduce") -> AddOverRanks:
-        """A function that replaces `buffer` by its sum over ranks, in place.
+    def using(self, sync: AnySync) -> Communicator:
+        """The same ranks, with `all_reduce` and `wrap` through mpi4py if `sync` is `mpi`, else torch.distributed."""
+        return replace(self, over_mpi=sync == "mpi")
 
-        `mpi` reduces the tensor's own memory through mpi4py (CPU only), others through torch.distributed.
-        """
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Replace the tensor on every rank by its sum over ranks. mpi4py reduces CPU tensors only."""
         if self.world_size == 1:
-            return lambda: None
-        if sync == "mpi":
+            return
+        if self.over_mpi:
             assert self.watchdog is not None
-            return mpi.summation(self.mpi_comm, buffer, self.watchdog)
-        return lambda: cast(None, dist.all_reduce(buffer))
+            mpi.all_reduce(self.mpi_comm, tensor, self.watchdog)
+        else:
+            dist.all_reduce(tensor)
 
-    def wrap(self, model: nn.Module, sync: AnySync, ordered: OrderedGradients | None = None) -> nn.Module:
-        """The model with its gradients averaged over ranks in every backward: DistributedDataParallel.
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model as DistributedDataParallel, which averages gradients over ranks in backward.
 
-        ezpz makes it where ezpz is the runtime. With `mpi` a communication hook averages through mpi4py.
-        With `ordered` a hook adds gradients up in the order of micro-batches instead.
+        ezpz makes it where ezpz is used. With `over_mpi` a communication hook averages through mpi4py.
         """
         if self.world_size == 1:
             return model
-        if ordered and sum(p.numel() * p.element_size() for p in model.parameters()) > DDP_BUCKET_BYTES:
-            raise AgreedError(
-                f"reduction is reproducible, and the model's gradients are more than {DDP_BUCKET_BYTES} bytes, which "
-                "DDP reduces in several pieces: choose --optimizer manual"
-            )
         if self.name == "ezpz":
             wrapped = cast(DistributedDataParallel, ezpz.wrap(model))
         else:
             wrapped = DistributedDataParallel(model, None if self.device.type == "cpu" else [self.device])
-        if ordered:
-            wrapped.register_comm_hook(ordered, sum_in_order)
-        elif sync == "mpi":
+        if self.over_mpi:
             wrapped.register_comm_hook((self.mpi_comm, self.watchdog), mpi.average_gradients)
         return wrapped
-
-    def averaging(self, model: nn.Module, *, now: bool) -> AbstractContextManager[Any]:
-        """A context whose backward averages gradients over ranks now, or leaves them to a later micro-batch."""
-        if now or not isinstance(model, DistributedDataParallel):
-            return nullcontext()
-        return model.no_sync()
 
     def __enter__(self) -> Communicator:
         return self

@@ -102,6 +102,7 @@ def init_distributed(
                 mpi_comm=mpi_comm,
                 failure=failure,
                 watchdog=watchdog,
+                over_mpi=mpi_comm is not None and device_type == "cpu",
             )
         failure.hosts = [each.host for each in placements]
         if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:

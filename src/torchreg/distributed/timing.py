@@ -83,13 +83,13 @@ def time_all_reduce(
 ) -> float:
     """The median over repetitions of the slowest rank's seconds to all-reduce `num_bytes`."""
     buffer = torch.zeros(max(1, num_bytes // dtype.itemsize), dtype=dtype, device=communicator.device)
-    reduce = communicator.all_reduce(buffer, sync)
+    communicator = communicator.using(sync)
     times = []
     for _ in range(num_repeats + 2):  # the first two set up connections and buffers
         communicator.barrier()
         communicator.synchronize()
         start_s = time.perf_counter()
-        reduce()
+        communicator.all_reduce(buffer)
         communicator.synchronize()
         times.append(time.perf_counter() - start_s)
     return statistics.median(max(each) for each in zip(*communicator.gather(times[2:]), strict=True))
