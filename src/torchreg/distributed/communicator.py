@@ -60,7 +60,7 @@ class Communicator:
     ezpz_version: str | None
     backend: str
     placements: tuple[Placement, ...]
-    mpi_comm: Any
+    mpi_comm: Any = None
     failure: Failure | None = None
     watchdog: Watchdog | None = None
     over_mpi: bool = False
@@ -185,12 +185,9 @@ class Communicator:
         return items
 
     def gather_tensors(self, tensor: Tensor) -> Tensor:
-        """Every rank's tensor, all of one shape, as (world_size, *shape)."""
+        """Every rank's tensor, all of one shape, as (world_size, *shape). For several ranks."""
         gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        if self.world_size > 1:
-            dist.all_gather(gathered, tensor)
-        else:
-            gathered[0].copy_(tensor)
+        dist.all_gather(gathered, tensor)
         return torch.stack(gathered)
 
     def synchronize(self) -> None:
@@ -217,18 +214,8 @@ class Communicator:
 
     def alone(self) -> Communicator:
         """This rank as a world of its own, on its own device, without communication."""
-        return replace(
-            self,
-            rank=0,
-            world_size=1,
-            name="single",
-            backend="none",
-            placements=(replace(self.placements[self.rank], rank=0, local_rank=0),),
-            mpi_comm=None,
-            failure=None,
-            watchdog=None,
-            over_mpi=False,
-        )
+        placement = replace(self.placements[self.rank], rank=0, local_rank=0)
+        return Communicator(self.launcher, 0, 1, self.device, "single", self.ezpz_version, "none", (placement,))
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -34,44 +34,44 @@ NO_LAUNCHER = Launcher("none", 0, 1, 0, 1, uses_mpi=False)
 
 
 class Variables(NamedTuple):
-    """The environment variables of a launcher. Of several for one number, the first that is set counts."""
+    """The environment variables of a launcher. The row counts only where those of `required` are set too."""
 
     name: str
     rank: str
-    world_size: tuple[str, ...]
-    local_rank: tuple[str, ...] = ()
-    local_world_size: tuple[str, ...] = ()
+    world_size: str
+    local_rank: str = ""
+    local_world_size: str = ""
     uses_mpi: bool = False
-    required: str | None = None
-    """A variable without which the others are not this launcher's."""
+    required: tuple[str, ...] = ()
 
 
 def _prefixed(name: str, prefix: str, *, uses_mpi: bool = True) -> Variables:
-    """The row of a launcher whose variables differ from others' in their prefix alone."""
-    rank, size, local_rank, local_size = (prefix + end for end in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
-    return Variables(name, rank, (size,), (local_rank,), (local_size,), uses_mpi)
+    local_rank, local_size = f"{prefix}LOCAL_RANK", f"{prefix}LOCAL_SIZE"
+    return Variables(name, f"{prefix}RANK", f"{prefix}SIZE", local_rank, local_size, uses_mpi)
 
 
-_EXPORTED = Variables("RANK and WORLD_SIZE", "RANK", ("WORLD_SIZE",), ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE",))
-_SRUN = "srun"
+_EXPORTED = Variables("RANK and WORLD_SIZE", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_SRUN = Variables("srun", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")  # no plain number of the ranks of a host
 
-# An inner launcher precedes the outer one that may have started it.
+# An inner launcher precedes the outer one that may have started it. srun --mpi=cray_shasta sets PALS_RANKID, and some
+# launchers PMI_RANK, without a size: another row has the size.
 LAUNCHERS = (
-    _EXPORTED._replace(name="torchrun", required="TORCHELASTIC_RUN_ID"),
-    Variables("PALS mpiexec", "PALS_RANKID", ("PMI_SIZE",), ("PALS_LOCAL_RANKID",), ("PMI_LOCAL_SIZE",), True),
+    _EXPORTED._replace(name="torchrun", required=("TORCHELASTIC_RUN_ID",)),
+    Variables("PALS mpiexec", "PALS_RANKID", "PMI_SIZE", "PALS_LOCAL_RANKID", "PMI_LOCAL_SIZE", True, ("PMI_SIZE",)),
     _prefixed("Open MPI mpiexec", "OMPI_COMM_WORLD_"),
     _prefixed("MVAPICH mpirun", "MV2_COMM_WORLD_"),
     _prefixed("MVAPICH mpirun", "MVP_COMM_WORLD_"),  # since 3.0
     _prefixed("jsrun", "JSM_NAMESPACE_"),
     _prefixed("horovodrun", "HOROVOD_", uses_mpi=False),
-    # Flux and Slurm set PMI_RANK and PMI_SIZE too; MPI_LOCALRANKID is hydra's own.
     Variables(
-        "MPICH mpiexec", "PMI_RANK", ("PMI_SIZE",), ("MPI_LOCALRANKID",), ("MPI_LOCALNRANKS",), True, "MPI_LOCALRANKID"
+        *("MPICH mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+        uses_mpi=True,
+        required=("PMI_SIZE", "MPI_LOCALRANKID"),  # Flux and Slurm set PMI_SIZE too; the other is hydra's own
     ),
-    Variables("flux", "FLUX_TASK_RANK", ("FLUX_JOB_SIZE",), ("FLUX_TASK_LOCAL_ID",)),
-    # srun sets no plain number of the ranks of a host.
-    Variables(_SRUN, "SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), ("SLURM_LOCALID",)),
-    Variables("PMI launcher", "PMI_RANK", ("PMI_SIZE",), uses_mpi=True),
+    Variables("flux", "FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID"),
+    _SRUN._replace(world_size="SLURM_STEP_NUM_TASKS", required=("SLURM_STEP_NUM_TASKS",)),  # SLURM_NTASKS: of the job
+    _SRUN,
+    Variables("PMI launcher", "PMI_RANK", "PMI_SIZE", uses_mpi=True, required=("PMI_SIZE",)),
 )
 
 _FIRST_SPECIAL_SLURM_STEP = 0xFFFFFFF0  # the batch script, salloc's shell and others: not started by srun
@@ -114,18 +114,14 @@ def _is_slurm_step(environ: Mapping[str, str]) -> bool:
 
 
 def _is_present(environ: Mapping[str, str], row: Variables) -> bool:
-    if row.rank not in environ or (row.required is not None and row.required not in environ):
+    if row.name == _SRUN.name and not _is_slurm_step(environ):
         return False
-    if row.name == _SRUN:
-        return _is_slurm_step(environ)
-    # srun --mpi=cray_shasta sets PALS_RANKID, and some launchers PMI_RANK, without a size: another row has the size.
-    return row.rank not in ("PALS_RANKID", "PMI_RANK") or row.world_size[0] in environ
+    return all(name in environ for name in (row.rank, *row.required))
 
 
 def _read(environ: Mapping[str, str], row: Variables) -> Launcher:
-    def number(variables: tuple[str, ...]) -> int | None:
-        variable = next((name for name in variables if name in environ), None)
-        if variable is None:
+    def number(variable: str) -> int | None:
+        if variable not in environ:
             return None
         if not environ[variable].isdecimal():
             raise ValueError(
@@ -133,13 +129,12 @@ def _read(environ: Mapping[str, str], row: Variables) -> Launcher:
             )
         return int(environ[variable])
 
-    rank, world_size = number((row.rank,)), number(row.world_size)
-    size_variable = row.world_size[-1]
+    rank, world_size = number(row.rank), number(row.world_size)
     if rank is None or world_size is None:
         raise ValueError(
-            f"{row.rank} is {environ[row.rank]} and {size_variable} is not set, so that the number of ranks is not "
-            f"known: set {size_variable}, or unset {row.rank}"
+            f"{row.rank} is {environ[row.rank]} and {row.world_size} is not set, so that the number of ranks is not "
+            f"known: set {row.world_size}, or unset {row.rank}"
         )
     if rank >= world_size:
-        raise ValueError(f"{row.name} started rank {rank} of {world_size}: unset {row.rank} and {size_variable}")
+        raise ValueError(f"{row.name} started rank {rank} of {world_size}: unset {row.rank} and {row.world_size}")
     return Launcher(row.name, rank, world_size, number(row.local_rank), number(row.local_world_size), row.uses_mpi)
