@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -54,15 +53,6 @@ class Failure:
     hosts: Sequence[str] = ()
     _ending: threading.Lock = field(default_factory=threading.Lock)
     _devnull: int = field(default_factory=lambda: os.open(os.devnull, os.O_WRONLY))  # later none may be free
-
-    def __enter__(self) -> None:
-        """The body initialises the ranks; an error ends them all, unless it is one that the user can fix."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is not None and not isinstance(error, ValueError):
-            self.end(error)
 
     def end(self, error: BaseException) -> NoReturn:
         """End this process, and with it all ranks, after reporting the reason if no other rank has reported one."""

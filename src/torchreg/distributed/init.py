@@ -17,7 +17,7 @@ from torchreg.distributed import ezpz, mpi
 from torchreg.distributed.communicator import AnySync, Communicator, Placement
 from torchreg.distributed.devices import choose_device_type, device_name, own_cpus, take_device, threads_for
 from torchreg.distributed.failure import Failure
-from torchreg.distributed.launcher import detect_launcher
+from torchreg.distributed.launcher import Launcher, detect_launcher
 from torchreg.distributed.rendezvous import agree_with_mpi, connect, exchange
 from torchreg.distributed.watchdog import Watchdog, exit_after
 
@@ -44,72 +44,81 @@ def init_distributed(
     """
     launcher = detect_launcher(os.environ)
     with exit_after(timeout_s, launcher.rank) if launcher.world_size > 1 else nullcontext():
-        launcher, mpi_comm = agree_with_mpi(launcher, sync, os.environ)
-    rank, world_size, host = launcher.rank, launcher.world_size, socket.gethostname()
-    if mpi_comm is not None and world_size > 1:
+        launcher, comm = agree_with_mpi(launcher, sync, os.environ)
+    if comm is not None and launcher.world_size > 1:
         mpi.finalize_within(timeout_s)
     device_type, device_error = "cpu", None
     try:
-        device_type = choose_device_type(device, sync, world_size, dtype)
+        device_type = choose_device_type(device, sync, launcher.world_size, dtype)
     except ValueError as error:
-        if world_size == 1:
+        if launcher.world_size == 1:
             raise
         device_error = str(error)  # raised on all ranks, once they are connected
-    ezpz_version = ezpz.find_ezpz(distributed) if world_size > 1 or distributed == "ezpz" else None
-    if world_size == 1:
+    ezpz_version = ezpz.find_ezpz(distributed) if launcher.world_size > 1 or distributed == "ezpz" else None
+    if launcher.world_size == 1:
         torch_device, device_id = take_device(device_type, 0)
-        placement = Placement(0, host, 0, str(torch_device), device_name(torch_device), device_id)
-        return Communicator(launcher, 0, 1, torch_device, "single", None, "none", (placement,), mpi_comm)
-
-    failure = Failure(rank, host, mpi_comm)
+        placement = Placement(0, socket.gethostname(), 0, str(torch_device), device_name(torch_device), device_id)
+        return Communicator(launcher, 0, 1, torch_device, "single", None, "none", (placement,), comm)
+    failure = Failure(launcher.rank, socket.gethostname(), comm)
     watchdog = Watchdog(timeout_s, failure.end)
-    address = f" at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}" if mpi_comm is None else ""
-    with failure:
-        with watchdog.limit(f"to connect{address}", _MAIN_RANK_FIRST_S if rank else 0.0):
-            failure.store = store = connect(launcher, mpi_comm, timeout_s)
-            ask = partial(exchange, store, launcher=launcher, timeout_s=timeout_s)
-            facts = {
-                "host": host,
-                "cpus": own_cpus(),
-                "device": device_type,
-                "device_error": device_error,
-                "job": next((f"{name}={os.environ[name]}" for name in _JOB_IDS if name in os.environ), None),
-                "options": {name: str(value) for name, value in (run or {}).items()},
-            }
-            shared = ask("torchreg/join", item=facts, answer=_join)
-            local_rank = shared["local_rank"] if launcher.local_rank is None else launcher.local_rank
-            torch_device, device_id = take_device(device_type, local_rank)
-            ask("torchreg/device", item=[host, device_type, device_id], answer=_require_distinct_devices)
-            dist.init_process_group(
-                _BACKENDS[device_type],
-                store=store,
-                rank=rank,
-                world_size=world_size,
-                timeout=timedelta(seconds=timeout_s),
-            )
-            placement = Placement(rank, host, local_rank, str(torch_device), device_name(torch_device), device_id)
-            placements: list[Any] = [None] * world_size
-            dist.all_gather_object(placements, placement)
-            communicator = Communicator(
-                launcher=launcher,
-                rank=rank,
-                world_size=world_size,
-                device=torch_device,
-                name="ezpz" if ezpz_version else "torch",
-                ezpz_version=ezpz_version,
-                backend="MPI" if sync == "mpi" else {"cuda": "nccl", "xpu": "xccl"}.get(device_type, "gloo"),
-                placements=tuple(placements),
-                mpi_comm=mpi_comm,
-                failure=failure,
-                watchdog=watchdog,
-                over_mpi=mpi_comm is not None and device_type == "cpu",
-            )
-        failure.hosts = [each.host for each in placements]
-        if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(shared["num_threads"])
-        if ezpz_version:
-            ezpz.adopt(rank, world_size, torch_device, timeout_s)
-    return communicator
+    facts = {
+        "host": failure.host,
+        "cpus": own_cpus(),
+        "device": device_type,
+        "device_error": device_error,
+        "job": next((f"{name}={os.environ[name]}" for name in _JOB_IDS if name in os.environ), None),
+        "options": {name: str(value) for name, value in (run or {}).items()},
+    }
+    try:
+        return _connect(launcher, failure, watchdog, facts, sync, ezpz_version)
+    except ValueError:
+        raise
+    except BaseException as error:  # noqa: BLE001 - whatever it is, it ends all ranks
+        failure.end(error)
+
+
+def _connect(
+    launcher: Launcher,
+    failure: Failure,
+    watchdog: Watchdog,
+    facts: dict[str, Any],
+    sync: AnySync,
+    ezpz_version: str | None,
+) -> Communicator:
+    """Connect several ranks: exchange their facts, take the device, make the process group."""
+    rank, world_size, comm, device_type = launcher.rank, launcher.world_size, failure.comm, facts["device"]
+    address = f" at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}" if comm is None else ""
+    with watchdog.limit(f"to connect{address}", _MAIN_RANK_FIRST_S if rank else 0.0):
+        failure.store = store = connect(launcher, comm, watchdog.timeout_s)
+        ask = partial(exchange, store, launcher, watchdog.timeout_s)
+        shared = ask("torchreg/join", facts, _join)
+        local_rank = shared["local_rank"] if launcher.local_rank is None else launcher.local_rank
+        device, device_id = take_device(device_type, local_rank)
+        ask("torchreg/device", [failure.host, device_type, device_id], _require_distinct_devices)
+        timeout = timedelta(seconds=watchdog.timeout_s)
+        dist.init_process_group(_BACKENDS[device_type], store=store, rank=rank, world_size=world_size, timeout=timeout)
+        placements: list[Any] = [None] * world_size
+        own = Placement(rank, failure.host, local_rank, str(device), device_name(device), device_id)
+        dist.all_gather_object(placements, own)
+    failure.hosts = [placement.host for placement in placements]
+    if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(shared["num_threads"])
+    if ezpz_version:
+        ezpz.adopt(rank, world_size, device, watchdog.timeout_s)
+    return Communicator(
+        launcher,
+        rank,
+        world_size,
+        device,
+        name="ezpz" if ezpz_version else "torch",
+        ezpz_version=ezpz_version,
+        backend="MPI" if sync == "mpi" else {"cuda": "nccl", "xpu": "xccl"}.get(device_type, "gloo"),
+        placements=tuple(placements),
+        mpi_comm=comm,
+        failure=failure,
+        watchdog=watchdog,
+        over_mpi=comm is not None and device_type == "cpu",
+    )
 
 
 def _join(ranks: list[Any]) -> list[dict[str, int]]:

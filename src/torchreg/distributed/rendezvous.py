@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -104,12 +104,7 @@ def connect(launcher: Launcher, comm: Any, timeout_s: float) -> Store:
 
 
 def exchange(
-    store: Store,
-    topic: str,
-    launcher: Launcher,
-    timeout_s: float,
-    item: Any,
-    answer: Callable[[list[Any]], Sequence[Any]],
+    store: Store, launcher: Launcher, timeout_s: float, topic: str, item: Any, answer: Callable[[list[Any]], list[Any]]
 ) -> Any:
     """Gather every rank's item on the main rank, and return this rank's part of `answer(items)`. All are JSON.
 
@@ -138,13 +133,13 @@ def exchange(
             store.set(f"{key}/answer", json.dumps(each))
     _wait_for(store, f"{topic}/{rank}/answer", math.inf)  # the watchdog ends this wait
     reason, answered = json.loads(store.get(f"{topic}/{rank}/answer"))
-    if reason:
-        store.add(f"{topic}/read", 1)
-        deadline_s = time.monotonic() + _READ_WITHIN_S
-        while rank == 0 and store.add(f"{topic}/read", 0) < world_size and time.monotonic() < deadline_s:
-            time.sleep(0.01)  # the store ends with this process
-        raise AgreedError(reason)
-    return answered
+    if not reason:
+        return answered
+    store.add(f"{topic}/read", 1)
+    deadline_s = time.monotonic() + _READ_WITHIN_S
+    while rank == 0 and store.add(f"{topic}/read", 0) < world_size and time.monotonic() < deadline_s:
+        time.sleep(0.01)  # the store ends with this process
+    raise AgreedError(reason)
 
 
 def _wait_for(store: Store, key: str, deadline_s: float) -> bool:

@@ -27,7 +27,7 @@ class Watchdog:
 
     def __init__(self, timeout_s: float, expired: Callable[[TimeoutError], object]) -> None:
         self.call: object | None = None
-        """A fresh object for each call, None between calls. All-reduces set it directly: `limit` takes a microsecond."""
+        """A fresh object for each call, None between calls. All-reduces set it directly: `limit` takes longer."""
         self._what = _ALL_REDUCE
         self.timeout_s = timeout_s
         self._grace_s = 0.0
