@@ -45,11 +45,11 @@ _MODULE_OF = {
     "LeastSquares": "runs.setup",
     "Result": "runs.result",
     "RowGradients": "theory",
-    "Communicator": "distributed.distributed",
+    "Communicator": "distributed.communicator",
     "Table": "data.table",
     "TrainConfig": "runs.config",
     "load_table": "data.table",
-    "init_distributed": "distributed.distributed",
+    "init_distributed": "distributed.init",
     "with_recipe": "runs.config",
 }
 

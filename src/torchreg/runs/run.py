@@ -81,13 +81,9 @@ def train(
     session = {"started_utc": utc_now(), **describe_session(communicator)}
     state, table, directory = set_up(config, communicator)
     with directory or nullcontext():
-        for message in state.messages:
-            reporter.say(message)
+        report(state, reporter)
         if state.finished:
             return state.finished
-        reporter.say(f"forecast     {state.forecast.told()}")
-        for warning in state.warnings:
-            reporter.warn(warning)
 
         x, y = to_device(table, state, communicator)
         model = seams.model(make_model(*state.start, device=communicator.device, dtype=x.dtype))
@@ -95,7 +91,9 @@ def train(
         saved = state.checkpoint
         if saved:
             load_tensors(saved.tensors, model, optimizer)
-        step = seams.step(make_step(config, state.plan, model, optimizer, communicator))
+        carrier = communicator.using(config.effective_sync)
+        sequential = config.update_order == "sequential"
+        step = seams.step(make_step(model, optimizer, state.plan, carrier, sequential=sequential))
         loader = seams.loader(state.plan, communicator.rank, *((x, y) if optimizer else manual_samples(x, y)))
         first_step = saved.step if saved else 0
         sessions = [*(saved.progress["sessions"] if saved else []), session | {"first_step": first_step}]
@@ -129,6 +127,16 @@ def set_up(config: TrainConfig, communicator: Communicator) -> tuple[RunState, T
 
     state = communicator.from_main(on_main)
     return state, *main
+
+
+def report(state: RunState, reporter: Reporter) -> None:
+    """Report how the run was resumed, what is predicted of it, and what may be wrong with it."""
+    for message in state.messages:
+        reporter.say(message)
+    if not state.finished:
+        reporter.say(f"forecast     {state.forecast.told()}")
+        for warning in state.warnings:
+            reporter.warn(warning)
 
 
 def torch_dtype(choice: Literal["auto", "float32", "float64"], device: torch.device) -> torch.dtype:
@@ -176,24 +184,24 @@ def load_tensors(tensors: Mapping[str, Any], model: nn.Linear, optimizer: torch.
 
 
 def make_step(
-    config: TrainConfig,
-    plan: BatchPlan,
     model: nn.Linear,
     optimizer: torch.optim.SGD | None,
+    plan: BatchPlan,
     communicator: Communicator,
+    *,
+    sequential: bool = False,
 ) -> Step:
-    """The step of one of the combinations of optimizer, sync and reduction. Without an optimizer it is the manual one.
+    """The step that an optimizer, the plan's reduction and the communicator's carrier make.
 
-    The manual step takes the samples as `manual_samples` arranges them.
+    Without an optimizer it is the manual step, which takes the samples as `manual_samples` arranges them.
     """
-    communicator = communicator.using(config.effective_sync)
     num_micro_batches = plan.num_micro_batches if plan.reproducible else None
     parameters = FlatParameters.of(model) if optimizer is None else None
     like = torch.cat([parameter.detach().view(-1) for parameter in model.parameters()])
     reduction = Reduction(communicator, like, num_micro_batches)
     if parameters:
         gradient = FlatParameters(reduction.gradient)
-        return partial(manual_step, parameters, gradient, reduction, sequential=config.update_order == "sequential")
+        return partial(manual_step, parameters, gradient, reduction, sequential=sequential)
     assert optimizer
     if plan.reproducible:
         return partial(sgd_step, optimizer, partial(reproducible_gradient, model, reduction))
