@@ -11,7 +11,7 @@ import torch
 
 _VISIBLE_CUDA = "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"
 _VISIBLE_XPU = ("ZE_AFFINITY_MASK",)
-_DRIVERS = "/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/kfd"  # NVIDIA's, in a container too; AMD's
+DRIVERS = "/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/kfd"  # NVIDIA's, in a container too; AMD's
 
 
 def choose_device_type(device: str, sync: str, world_size: int, dtype: str = "auto") -> str:
@@ -43,7 +43,7 @@ def choose_device_type(device: str, sync: str, world_size: int, dtype: str = "au
 def why_not_a_gpu(device: str, environ: Mapping[str, str]) -> str | None:
     """Why `auto` is the CPU on a machine with a GPU driver; None where there is no driver, or the GPU is hidden."""
     hidden = any(environ.get(name) in ("", "-1") for name in (*_VISIBLE_CUDA, *_VISIBLE_XPU))
-    driver = next((path for path in _DRIVERS if os.path.exists(path)), None)
+    driver = next((path for path in DRIVERS if os.path.exists(path)), None)
     if device != "auto" or hidden or driver is None:
         return None
     return (
