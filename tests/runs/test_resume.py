@@ -196,12 +196,12 @@ def test_it_says_where_it_goes_on_and_the_record_tells_of_both_processes():
     assert json.loads((run / "config.json").read_text()) == record["config"]
 
 
-def test_without_a_checkpoint_it_begins_anew(uninterrupted):
+def test_without_a_checkpoint_it_starts_from_scratch(uninterrupted):
     _, said = resumed(SAVING)
-    assert "resumed      no checkpoint yet: from step 0" in said
+    assert "resumed      no checkpoint yet: from scratch" in said
     killed_after(7, replace(SAVING, name="young"))
     result, said = resumed(replace(SAVING, name="young"))
-    assert "resumed      no checkpoint yet: from step 0" in said
+    assert "resumed      no checkpoint yet: from scratch" in said
     assert [line["step"] for line in read_metrics(Path(result.run_dir))] == list(range(4, 45, 5))
 
 
