@@ -1,4 +1,4 @@
-"""If these fail, ranks that share a GPU or a core, or a host that is counted twice, go unnoticed: slow or wrong runs."""
+"""If these fail, ranks that share a GPU or a core, or a host counted twice, go unnoticed: slow or wrong runs."""
 
 import os
 from dataclasses import dataclass, field
