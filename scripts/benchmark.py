@@ -357,7 +357,7 @@ def work(options: Options, answer: Path) -> None:
     import torch.distributed as dist
     from torch._C._distributed_c10d import HashStore
 
-    from torchreg.distributed.communicator import init_distributed
+    from torchreg.distributed.init import init_distributed
 
     torch.set_num_threads(1)
     with init_distributed(distributed="torch", device="cpu", sync="mpi") as communicator:

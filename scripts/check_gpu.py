@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from torchreg.core.model import add_gradient, make_model, squared_error
-from torchreg.distributed.communicator import init_distributed
+from torchreg.distributed.init import init_distributed
 from torchreg.runs.config import TrainConfig, with_recipe
 from torchreg.runs.environment import versions
 from torchreg.runs.result import Result
@@ -273,11 +273,10 @@ def two_ranks(device: str) -> Iterator[Row]:
 
 def one_of_two(device: str) -> Iterator[Row]:
     """A rank of `two_ranks`: every way that devices have, against one rank."""
-    from torchreg.distributed import communicator as ranks
-    from torchreg.distributed import rendezvous
+    from torchreg.distributed import init
 
-    rendezvous._BACKENDS[device] = f"cpu:gloo,{device}:gloo" if device != "cpu" else "cpu:gloo"
-    ranks._each_its_own = lambda devices: [None] * len(devices)
+    init._BACKENDS[device] = f"cpu:gloo,{device}:gloo" if device != "cpu" else "cpu:gloo"
+    init._require_distinct_devices = lambda devices: [None] * len(devices)
     with (
         tempfile.TemporaryDirectory() as folder,
         init_distributed(device=device, distributed="torch", timeout_s=60) as communicator,  # type: ignore[arg-type]

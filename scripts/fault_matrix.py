@@ -1,15 +1,15 @@
-"""What happens when a rank raises, is killed or stopped, or a node's cable is cut, under each launcher that is here.
+"""What happens when a rank raises, is killed or stopped, or a node's link is cut, under each available launcher.
 
     python scripts/fault_matrix.py --syncs mpi ddp
 
-Every case is a real `torchreg train` whose rank brings the fault upon itself in the middle of training. Printed is a
-Markdown table. Make-believe nodes (root only) come from the script that TORCHREG_HOSTS_LAB names; without it, or
-without a launcher, those cases are left out with the reason.
+Every case is a real `torchreg train` in which one rank causes the fault itself, in the middle of training. The output
+is a Markdown table. Simulated nodes (root only) come from the script that TORCHREG_HOSTS_LAB names; without it, or
+without a launcher, those cases are excluded, with the reason.
 """
 
 from __future__ import annotations
 
-import functools
+import itertools
 import json
 import os
 import re
@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
@@ -52,12 +53,12 @@ class Case:
     optimizer: Literal["sgd", "manual"]
     timeout_s: float = 10.0
     resume: bool = False
-    """Let a stopped rank go on once the others have ended: torchrun waits 30 s before it kills a stopped one."""
+    """Continue a stopped rank once the others have ended: torchrun waits 30 s before it kills a stopped one."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a case came to. Seconds count from the fault."""
+    """The outcome of a case. Seconds count from the fault."""
 
     exit_code: int | None  # None: the launcher had to be killed
     output: str
@@ -68,10 +69,10 @@ class Outcome:
 
     @property
     def reasons(self) -> list[str]:
-        """The lines in which torchreg tells why it ends."""
+        """The lines in which torchreg reports why it ends."""
         return re.findall(r"^torchreg: error.*", self.output, re.MULTILINE)
 
-    def told(self) -> str:
+    def reported(self) -> str:
         """The reason that was printed: torchreg's, or the launcher's where it ended all ranks first."""
         if self.reasons:
             return " / ".join(self.reasons)
@@ -83,25 +84,25 @@ class Outcome:
 
 
 class Nodes:
-    """The script that makes make-believe nodes on this machine, and what may be missing for it."""
+    """The script that simulates nodes on this machine, and what may be missing for it."""
 
     def __init__(self) -> None:
         beside = Path(__file__).resolve().parents[2] / "shared" / "lab" / "hosts"
         self.script = Path(os.environ.get("TORCHREG_HOSTS_LAB", beside))
 
     def missing(self) -> str | None:
-        """Why there can be no make-believe nodes here; None where there can."""
+        """Why nodes cannot be simulated here; None where they can."""
         if not self.script.is_file():
-            return f"no script for make-believe nodes at {self.script}: set TORCHREG_HOSTS_LAB"
+            return f"no script that simulates nodes at {self.script}: set TORCHREG_HOSTS_LAB"
         if os.geteuid() != 0:
-            return "make-believe nodes need root"
+            return "simulated nodes need root"
         if not all(map(shutil.which, ("ip", "unshare", "nsenter"))):
-            return "make-believe nodes need iproute2 and util-linux"
+            return "simulated nodes need iproute2 and util-linux"
         probe = subprocess.run(["unshare", "--net", "--uts", "true"], capture_output=True, text=True, check=False)
         if probe.returncode != 0:
             return f"no network namespaces here: {probe.stderr.strip()}"
         if "trg-" in subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout:
-            return "somebody else's make-believe nodes are up: `hosts down` removes them"
+            return "another process's simulated nodes are up: `hosts down` removes them"
         return None
 
     @contextmanager
@@ -136,15 +137,15 @@ def command(case: Case, nodes: Nodes) -> list[str]:
 
 
 def run_case(case: Case, folder: Path, nodes: Nodes | None = None) -> Outcome:
-    """Run one case in an empty folder. Nothing is left running; make-believe nodes must be up where it needs them."""
+    """Run one case in an empty folder. Nothing is left running; simulated nodes must be up where it needs them."""
     nodes = nodes or Nodes()
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {
         **os.environ,
         "PATH": path,
         "OMP_NUM_THREADS": "1",
-        "UCX_TLS": "tcp",  # make-believe nodes share a kernel: UCX would reach the other node through its shared memory
-        CASE_VARIABLE: json.dumps({"folder": str(folder), **asdict(case)}),  # `_mark` is how it begins
+        "UCX_TLS": "tcp",  # simulated nodes share a kernel: UCX would reach the other node through its shared memory
+        CASE_VARIABLE: json.dumps({"folder": str(folder), **asdict(case)}),  # `_mark` is its start
     }
     segments = shared_memory()
     with (folder / "output").open("w") as output:
@@ -186,7 +187,7 @@ def _watch(case: Case, folder: Path, launcher: subprocess.Popen[bytes], nodes: N
 
 
 def what_was_lost(folder: Path) -> str:
-    """What a user lost: nothing but the steps since the last checkpoint, if every checkpoint is whole."""
+    """What a user lost: only the steps since the last checkpoint, if every checkpoint is complete."""
     last = 0
     for path in sorted((folder / "runs" / "case" / "checkpoints").glob("step-*.pt")):
         try:
@@ -197,7 +198,7 @@ def what_was_lost(folder: Path) -> str:
 
 
 def processes_of(folder: Path) -> list[int]:
-    """Processes with this case in their environment, on whichever make-believe node."""
+    """Processes with this case in their environment, on whichever simulated node."""
     return [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and is_running(int(entry), folder)]
 
 
@@ -221,7 +222,7 @@ def shared_memory() -> set[Path]:
 
 
 def remove_unused(segments: set[Path]) -> None:
-    """Remove those that no process maps: killed ranks leave theirs in /dev/shm."""
+    """Remove those that no process maps: killed ranks do not remove theirs from /dev/shm."""
     maps = ""
     for file in Path("/proc").glob("[0-9]*/maps"):
         try:
@@ -257,41 +258,38 @@ def _wait_until(condition: Callable[[], bool], within_s: float) -> bool:
 
 
 def work(case: dict[str, Any]) -> int:
-    """A rank's part: `torchreg train`, in which the rank of the case comes to grief at step 200."""
-    import torchreg.runs.run
+    """A rank's part: `torchreg train`, in which the fault happens on the rank of the case at step 200."""
     from torchreg.cli import main as torchreg_main
-    from torchreg.distributed import mpi
+    from torchreg.distributed.launcher import detect_launcher
+    from torchreg.runs import run
 
-    folder = Path(case["folder"])
-    make_step, average = torchreg.runs.run.make_step, mpi.average_gradients
+    folder, rank = Path(case["folder"]), detect_launcher(os.environ).rank
+    is_victim, backwards = rank == case["rank"], itertools.count()
 
-    def faulty_make_step(sgd: Any, sync: Any, model: Any, communicator: Any, **options: Any) -> Any:
-        (folder / f"rank.{communicator.rank}").write_text(str(os.getpid()))
-        is_victim, calls = communicator.rank == case["rank"], iter(range(1_000_000))
+    def faulty_model(model: Any) -> Any:
+        (folder / f"rank.{rank}").write_text(str(os.getpid()))
         if is_victim and case["fault"] == "hook":
+            model.weight.register_hook(faulty_hook)
+        return model
 
-            @functools.wraps(average)
-            def faulty_average(state: Any, bucket: Any) -> Any:
-                if next(calls) == FAULT_STEP:
-                    come_to_grief("defect", folder)
-                return average(state, bucket)
+    def faulty_hook(gradient: Any) -> None:
+        if next(backwards) == FAULT_STEP:
+            cause("defect", folder)
 
-            mpi.average_gradients = faulty_average
-        take_step = make_step(sgd, sync, model, communicator, **options)
+    def faulty_step(step: Any) -> Any:
+        def step_with_fault(batch: Any, learning_rates: Any) -> Any:
+            if is_victim and case["fault"] != "hook" and batch.step == FAULT_STEP:
+                cause(case["fault"], folder)
+            return step(batch, learning_rates)
 
-        def faulty_step(*arguments: Any) -> Any:
-            if is_victim and case["fault"] != "hook" and next(calls) == FAULT_STEP:
-                come_to_grief(case["fault"], folder)
-            return take_step(*arguments)
+        return step_with_fault
 
-        return faulty_step
-
-    with patch.object(torchreg.runs.run, "make_step", faulty_make_step):
+    with patch.object(run, "train", partial(run.train, seams=run.Seams(model=faulty_model, step=faulty_step))):
         return torchreg_main(["train", *sys.argv[1:]])
 
 
-def come_to_grief(fault: Fault, folder: Path) -> None:
-    """Bring the fault upon this process; a cable is cut by whoever sees the file."""
+def cause(fault: Fault, folder: Path) -> None:
+    """Cause the fault in this process. A link is cut by the launching process, once the file exists."""
     (folder / "fault").touch()
     if fault == "raise":
         raise OSError(28, "No space left on device")
@@ -314,7 +312,7 @@ class Options:
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """All that can be: a cable needs nodes, MPI needs mpiexec."""
+    """All that are possible: a link needs nodes, MPI needs mpiexec."""
     for launcher in options.launchers:
         on_nodes = launcher == "mpiexec on 2 nodes"
         for fault in options.faults:
@@ -331,9 +329,9 @@ def row(case: Case, outcome: Outcome) -> str:
     who = "node n2" if case.fault == "cut" else f"rank {case.rank}"
     code = "hung, killed" if outcome.exit_code is None else f"exit {outcome.exit_code}"
     ranks = "never" if outcome.ranks_end_s is None else f"{outcome.ranks_end_s:.1f}"
-    told = outcome.told().replace("|", "/")
+    reported = outcome.reported().replace("|", "/")
     fields = [
-        *(f"{case.fault} {who}", case.launcher, f"{case.optimizer}/{case.sync}", f"{code}: {told}", ranks),
+        *(f"{case.fault} {who}", case.launcher, f"{case.optimizer}/{case.sync}", f"{code}: {reported}", ranks),
         *(f"{outcome.launcher_end_s:.1f}", " / ".join(outcome.left) or "none", outcome.lost),
     ]
     return f"| {' | '.join(fields)} |"
@@ -363,7 +361,7 @@ def main() -> int:
         print(row(case, outcome), flush=True)
     for launcher, reason in excluded.items():
         if reason and launcher in options.launchers:
-            print(f"\nLeft out: {launcher} ({reason}).")
+            print(f"\nExcluded: {launcher} ({reason}).")
     return 0
 
 

@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from torchreg.distributed.communicator import Communicator, init_distributed
+from torchreg.distributed.communicator import Communicator
+from torchreg.distributed.init import init_distributed
 from torchreg.runs.config import RECIPES, Sampling, TrainConfig, UpdateOrder
 from torchreg.runs.record import read_metrics
 from torchreg.runs.run import train

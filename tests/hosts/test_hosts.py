@@ -21,7 +21,9 @@ def test_a_cut_cable_ends_the_ranks_on_both_sides_within_the_time_out(optimizer,
     assert outcome.exit_code != 0
     assert outcome.left == ()
     assert len(outcome.reasons) == 1, outcome.output
-    assert re.search(r"error on rank [01] \(n1\): .*; no word from rank 2 \(n2\), rank 3 \(n2\)", outcome.reasons[0])
+    assert re.search(
+        r"error on rank [01] \(n1\): .*; no response from rank 2 \(n2\), rank 3 \(n2\)", outcome.reasons[0]
+    )
 
 
 CAMPAIGN = """

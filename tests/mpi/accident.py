@@ -1,7 +1,7 @@
 """`torchreg` with an accident: python accident.py WHAT RANK,… STEP [torchreg's arguments].
 
-WHAT befalls the ranks when they have taken so many steps: the name of a signal, `SIGTERMs` for one every few
-milliseconds until the process is gone, or `remove` for the run's folder.
+WHAT happens to these ranks after STEP: the name of a signal, `SIGTERMs` for one every few milliseconds until the
+process has ended, or `remove` for the run's folder.
 """
 
 import os
@@ -9,28 +9,32 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 from torchreg.cli import command
-from torchreg.runs.logger import Logger
+from torchreg.runs import run
 
-what, ranks, num_steps = sys.argv[1], sys.argv[2].split(","), int(sys.argv[3])
+what, ranks, accident_step = sys.argv[1], sys.argv[2].split(","), int(sys.argv[3])
 is_hit = os.environ.get("PMI_RANK", os.environ.get("RANK")) in ranks
-log = Logger.__call__
 
 
-def log_and_suffer(self, batch, squared_error):
-    if is_hit and batch.step == num_steps:
-        if what == "remove":
-            shutil.rmtree(Path("runs"))
-        elif what == "SIGTERMs":
-            again = f"while kill -TERM {os.getpid()}; do sleep 0.003; done"
-            subprocess.Popen(["sh", "-c", again], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        else:
-            os.kill(os.getpid(), signal.Signals[what])
-    return log(self, batch, squared_error)
+def with_accident(step):
+    def step_with_accident(batch, learning_rates):
+        squared_error = step(batch, learning_rates)
+        if is_hit and batch.step == accident_step:
+            if what == "remove":
+                shutil.rmtree(Path("runs"))
+            elif what == "SIGTERMs":
+                again = f"while kill -TERM {os.getpid()}; do sleep 0.003; done"
+                subprocess.Popen(["sh", "-c", again], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            else:
+                os.kill(os.getpid(), signal.Signals[what])
+        return squared_error
+
+    return step_with_accident
 
 
-Logger.__call__ = log_and_suffer
+run.train = partial(run.train, seams=run.Seams(step=with_accident))
 sys.argv[1:] = sys.argv[4:]
 sys.exit(command())

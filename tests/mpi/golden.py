@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from torchreg.distributed.communicator import init_distributed
+from torchreg.distributed.init import init_distributed
 from torchreg.runs.config import TrainConfig
 from torchreg.runs.record import read_metrics
 from torchreg.runs.run import train

@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from torchreg.distributed.communicator import init_distributed
+from torchreg.distributed.init import init_distributed
 from torchreg.scaling.campaign import Campaign, launches
 from torchreg.scaling.measure import measure_launch
 from torchreg.verification.defects import injected

@@ -1,5 +1,6 @@
 """If these fail, ranks that cannot work together train apart, wait for a time-out, or never start."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -8,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-FAKE_GPUS = [sys.executable, str(Path(__file__).parent / "fake_gpus.py")]
+from torchreg.distributed import devices
+from torchreg.distributed.init import init_distributed
+
 TRAIN = ["torchreg", "train", "--device", "cpu", "--distributed", "torch", "--max-steps", "3", "--name", "met"]
 
 
-def test_ranks_started_by_hand_train_together(start_ranks, tmp_path):
+def test_ranks_with_an_address_and_no_launcher_train_together(start_ranks, tmp_path):
     # Case L4: without LOCAL_RANK each was a one-rank run of its own.
     ends = start_ranks(TRAIN, [{}, {}])
     assert [end.returncode for end in ends] == [0, 0], ends
@@ -29,52 +32,57 @@ def test_a_rank_of_srun_trains(run, tmp_path):
     assert "launcher srun" in done.stdout
 
 
-COMPILED_WITH_NCCL = """
-import torch.distributed as dist
-from torchreg.distributed.communicator import init_distributed
-dist.is_backend_available = dist.is_nccl_available = lambda *_: True
-with init_distributed(device="cpu", runtime="torch") as runtime:
-    print(dist.get_backend_config())
-"""
-
-
-def test_the_group_has_the_backends_of_its_device_only(start_ranks):
+MEETINGS = {
     # Case L1: torch's CUDA build has NCCL, and refuses it on a machine without a GPU.
-    ends = start_ranks([sys.executable, "-c", COMPILED_WITH_NCCL], [{}, {}])
-    assert [end.stdout.strip() for end in ends] == ["cpu:gloo", "cpu:gloo"], ends
-
-
-@pytest.mark.parametrize(
-    ("ranks", "answers"),
-    [
-        # One GPU each, by a launcher's binding: number 0 of every rank (case L8; ROCm's variables too).
-        ([{"FAKE_GPUS": "a", "ROCR_VISIBLE_DEVICES": "0"}, {"FAKE_GPUS": "b"}], ["cuda:0|a", "cuda:0|b"]),
-        # All GPUs visible to all: the local rank's own.
-        ([{"FAKE_GPUS": "a,b", "LOCAL_RANK": "0"}, {"FAKE_GPUS": "a,b", "LOCAL_RANK": "1"}], ["cuda:0|a", "cuda:1|b"]),
-        # Two GPUs each: no rank beyond the count of devices.
-        ([{"FAKE_GPUS": "a,b"}, {"FAKE_GPUS": "c,d"}], ["cuda:0|a", "cuda:1|d"]),
-    ],
-)
-def test_each_rank_takes_a_gpu_of_its_own(ranks, answers, start_ranks):
-    ends = start_ranks(FAKE_GPUS, ranks)
-    assert [end.stdout.strip() for end in ends] == [f"{answer}|Fake GPU|Fake GPU" for answer in answers], ends
-
-
-@pytest.mark.parametrize(
-    ("ranks", "reason"),
-    [
-        ([{"FAKE_GPUS": "a"}] * 2, "rank 0 and rank 1 (HOST) have one cuda device (a): start 1 rank on this host"),
-        ([{"FAKE_GPUS": "a"}, {}], "device is cuda on rank 0 (HOST) and cpu on rank 1 (HOST): name one with --device"),
-        ([{"FAKE_GPUS": "a", "DEVICE": "cuda"}, {"DEVICE": "cuda"}], "rank 1 (HOST): device is cuda, and torch"),
-    ],
-    ids=["one GPU for two", "no GPU on one rank", "a driver that is broken on one rank"],
-)
-def test_ranks_that_cannot_have_a_gpu_each_are_all_refused_with_their_hosts(ranks, reason, start_ranks):
+    "compiled with NCCL": ([{"NCCL": "1", "DEVICE": "cpu"}] * 2, ["cpu|cpu:gloo", "cpu|cpu:gloo"]),
+    # A launcher's binding: each rank sees one GPU, at index 0 (case L8; ROCm's variables too).
+    "one GPU each": (
+        [{"FAKE_GPUS": "a", "ROCR_VISIBLE_DEVICES": "0"}, {"FAKE_GPUS": "b"}],
+        ["cuda:0|a|Fake GPU|Fake GPU", "cuda:0|b|Fake GPU|Fake GPU"],
+    ),
+    "all GPUs visible": (
+        [{"FAKE_GPUS": "a,b", "LOCAL_RANK": "0"}, {"FAKE_GPUS": "a,b", "LOCAL_RANK": "1"}],
+        ["cuda:0|a|Fake GPU|Fake GPU", "cuda:1|b|Fake GPU|Fake GPU"],
+    ),
+    "two GPUs each": (
+        [{"FAKE_GPUS": "a,b"}, {"FAKE_GPUS": "c,d"}],
+        ["cuda:0|a|Fake GPU|Fake GPU", "cuda:1|d|Fake GPU|Fake GPU"],
+    ),
     # NCCL would end the job with "invalid usage", or ranks of two kinds of device would wait for each other (case L5).
-    ends = start_ranks(FAKE_GPUS, ranks)
-    assert [end.returncode for end in ends] == [2] * len(ranks), ends
-    for end in ends:
-        assert reason.replace("HOST", os.uname().nodename) in end.stdout
+    "one GPU for two": (
+        [{"FAKE_GPUS": "a"}] * 2,
+        "rank 0 and rank 1 (HOST) have one cuda device (a): start 1 rank on this host",
+    ),
+    "no GPU on one rank": (
+        [{"FAKE_GPUS": "a"}, {}],
+        "device is cuda on rank 0 (HOST) and cpu on rank 1 (HOST): name one with --device",
+    ),
+    "a broken driver on one rank": (
+        [{"FAKE_GPUS": "a", "DEVICE": "cuda"}, {"DEVICE": "cuda"}],
+        "rank 1 (HOST): device is cuda, and torch",
+    ),
+    # Case L7: two jobs on one host and one MASTER_PORT trained each other's runs.
+    "two jobs": (
+        [{"PBS_JOBID": "17.host"}, {"PBS_JOBID": "18.host"}],
+        "job is PBS_JOBID=17.host on rank 0 (HOST) and PBS_JOBID=18.host on rank 1 (HOST): two jobs have one "
+        "MASTER_ADDR and MASTER_PORT; choose another MASTER_PORT",
+    ),
+    "other options": (
+        [{"OPTION": "a"}, {"OPTION": "b"}],
+        "option is a on rank 0 (HOST) and b on rank 1 (HOST): start all ranks with the same options",
+    ),
+}
+
+
+def test_ranks_agree_on_devices_jobs_and_options_or_are_all_refused_with_the_reason(start_ranks):
+    scenarios = json.dumps([ranks for ranks, _ in MEETINGS.values()])
+    ends = start_ranks([sys.executable, str(Path(__file__).parent / "meetings.py")], [{}, {}], SCENARIOS=scenarios)
+    answers = dict(zip(MEETINGS, zip(*(end.stdout.splitlines() for end in ends), strict=True), strict=True))
+    for name, (_, expected) in MEETINGS.items():
+        if isinstance(expected, list):
+            assert list(answers[name]) == expected, name
+        else:
+            assert all(expected.replace("HOST", os.uname().nodename) in answer for answer in answers[name]), answers
 
 
 def test_options_that_differ_between_ranks_are_refused_by_name(start_ranks):
@@ -87,45 +95,40 @@ def test_options_that_differ_between_ranks_are_refused_by_name(start_ranks):
     assert ends[1].stderr == ""
 
 
-def test_a_rank_of_another_job_is_refused_by_the_jobs_names(start_ranks):
-    # Case L7: two jobs on one host and one MASTER_PORT trained each other's runs.
-    ends = start_ranks(TRAIN, [{"PBS_JOBID": "17.host"}, {"PBS_JOBID": "18.host"}])
-    assert [end.returncode for end in ends] == [2, 2], ends
-    assert "job is PBS_JOBID=17.host on rank 0 (" in ends[0].stderr
-    assert "choose another MASTER_PORT" in ends[0].stderr
-
-
-def test_a_second_rank_of_one_number_is_refused_and_the_first_goes_on(start_ranks):
+def test_a_second_rank_of_one_number_is_refused_and_the_first_continues(start_ranks):
     ends = start_ranks(TRAIN, [{}, {"RANK": "1"}, {"RANK": "1"}], WORLD_SIZE="2")
     codes = [end.returncode for end in ends]
     assert sorted(codes) == [0, 0, 2], ends
     assert "this is a second rank 1 of 2" in ends[codes.index(2)].stderr
 
 
-def test_a_rank_that_does_not_come_is_named_in_one_line(start_ranks):
-    # "waited for the other ranks" of a job of a thousand does not say where to look.
-    ends = start_ranks([*TRAIN, "--timeout-s", "10"], [{}, {"RANK": "2"}], WORLD_SIZE="3")
+def test_a_rank_that_does_not_join_is_named_in_one_line(start_ranks):
+    # "waited for the other ranks" of a job of a thousand does not name the host to look at.
+    ends = start_ranks([*TRAIN, "--timeout-s", "8"], [{}, {"RANK": "2"}], WORLD_SIZE="3")
     assert [end.returncode for end in ends] == [1, 1], ends
     assert ends[0].stderr.count("\n") == 1, ends
-    assert "waited 10 s for rank 1 of 3 to come" in ends[0].stderr
-    assert ends[1].stderr.count("\n") <= 1, "no launcher ends it: it may say that the main rank is gone"
+    assert "waited 8 s for rank 1 of 3 to join" in ends[0].stderr
+    assert ends[1].stderr.count("\n") <= 1, "no launcher ends it: it may report that the main rank is gone"
 
 
-def test_a_port_that_is_none_is_refused(start_ranks):
+@pytest.mark.parametrize("port", ["99999", "0", "x"])
+def test_a_port_that_is_none_is_refused(port, monkeypatch):
     # Case W5.
-    ports = "99999", "0", "x"
-    ends = start_ranks(TRAIN, [{"MASTER_PORT": port} for port in ports])
-    assert [end.returncode for end in ends] == [2, 2, 2], ends
-    for port, end in zip(ports, ends, strict=True):
-        assert f"MASTER_PORT is '{port}': it must be a number from 1 to 65535" in end.stderr
+    variables = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    for name, value in {**variables, "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"MASTER_PORT is '{port}': it must be a number from 1 to 65535"):
+        init_distributed(device="cpu", distributed="torch")
 
 
-@pytest.mark.parametrize("sign", ["PALS_RANKID", "ALPS_APP_PE"])
-def test_a_rank_of_a_launcher_that_mpi_does_not_know_is_refused(sign, run, tmp_path):
+def test_a_rank_of_a_launcher_that_mpi_does_not_know_is_refused(run, tmp_path):
     # N silent copies of a one-rank run are the worst failure of all (case L4).
-    done = run(*TRAIN, cwd=tmp_path, **{sign: "3"})
-    assert done.returncode == 2
-    assert f"{sign} says rank 3, but MPI" in done.stderr
+    signs = "PALS_RANKID", "ALPS_APP_PE"
+    started = " ".join(f"{sign}=3 {' '.join(TRAIN)} & pids+=($!);" for sign in signs)
+    done = run("bash", "-c", f'{started} for pid in "${{pids[@]}}"; do wait $pid; echo $?; done', cwd=tmp_path)
+    assert done.stdout.split() == ["2", "2"]
+    for sign in signs:
+        assert f"{sign} is 3, but MPI" in done.stderr
     assert not (tmp_path / "runs").exists()
 
 
@@ -144,55 +147,39 @@ def in_namespace(*commands):
     [("::1", ["ip addr del 127.0.0.1/8 dev lo"]), ("127.0.0.1", ["hostname nobody-knows-this"])],
     ids=["IPv6 only", "host name that does not resolve"],
 )
-def test_ranks_meet_where_plain_torch_meets(address, before, run, tmp_path):
+def test_ranks_connect_where_plain_torch_does(address, before, run, tmp_path):
     # Case L6.
     ranks = f"RANK=1 {' '.join(TRAIN)} & RANK=0 {' '.join(TRAIN)}; wait $!"
-    done = run(
-        *in_namespace(*before, ranks),
-        cwd=tmp_path,
-        WORLD_SIZE="2",
-        MASTER_ADDR=address,
-        MASTER_PORT="29811",
-        timeout_s=60,
-    )
+    address = {"WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": "29811"}
+    done = run(*in_namespace(*before, ranks), cwd=tmp_path, timeout_s=60, **address)
     assert done.returncode == 0, done.stderr
     assert "2 ranks on 1 node" in done.stdout
 
 
-SLOW_TO_PREPARE = """
-import time
-from torchreg.distributed.communicator import init_distributed
-with init_distributed(device="cpu", runtime="torch", timeout_s=3) as runtime:
-    print(runtime.from_main(lambda: time.sleep(7) or "prepared"))
+BUSY_THEN_STOPPED = """
+import os, signal, time
+from torchreg.distributed.init import init_distributed
+with init_distributed(device="cpu", distributed="torch", timeout_s=3) as communicator:
+    print(communicator.from_main(lambda: time.sleep(5) or "prepared"), flush=True)
+    communicator.from_main(lambda: os.kill(os.getpid(), signal.SIGSTOP))
 """
 
 
-def test_ranks_wait_for_a_main_rank_that_is_busy_longer_than_the_time_out(start_ranks):
+def test_ranks_wait_for_a_busy_main_rank_longer_than_the_time_out_and_not_for_a_stopped_one(tmp_path, run):
     # Case W2: a table that takes longer than --timeout-s to read was "lost the other ranks".
-    ends = start_ranks([sys.executable, "-c", SLOW_TO_PREPARE], [{}, {}])
-    assert [end.stdout.strip() for end in ends] == ["state", "state"], ends
-
-
-def test_ranks_do_not_wait_for_a_main_rank_that_is_stopped(tmp_path, run):
-    script = tmp_path / "stopped.py"
-    script.write_text(
-        "import os, signal\n"
-        "from torchreg.distributed.communicator import init_distributed\n"
-        'with init_distributed(device="cpu", runtime="torch", timeout_s=3) as runtime:\n'
-        "    runtime.from_main(lambda: os.kill(os.getpid(), signal.SIGSTOP))\n"
-    )
+    script = tmp_path / "busy.py"
+    script.write_text(BUSY_THEN_STOPPED)
     done = run("mpiexec", "-n", "3", sys.executable, str(script), cwd=tmp_path, timeout_s=60)
+    assert done.stdout.split().count("prepared") == 3, done.stderr
     assert done.returncode not in (0, None)
     assert "waited 3 s for the other ranks to prepare the run" in done.stderr
 
 
-def test_auto_on_a_machine_with_a_driver_says_why_it_is_the_cpu(monkeypatch, tmp_path):
-    # A job that paid for GPUs trained on CPUs, and nothing said so.
-    from torchreg.distributed import devices
-
-    monkeypatch.setattr(devices, "_DRIVERS", (str(tmp_path),))
+def test_auto_on_a_machine_with_a_driver_explains_why_it_is_the_cpu(monkeypatch, tmp_path):
+    # A job that paid for GPUs trained on CPUs, silently.
+    monkeypatch.setattr(devices, "DRIVERS", (str(tmp_path),))
     assert f"this machine has a GPU driver ({tmp_path})" in devices.why_not_a_gpu("auto", {})
     assert devices.why_not_a_gpu("cpu", {}) is None
     assert devices.why_not_a_gpu("auto", {"CUDA_VISIBLE_DEVICES": ""}) is None
-    monkeypatch.setattr(devices, "_DRIVERS", (str(tmp_path / "none"),))
+    monkeypatch.setattr(devices, "DRIVERS", (str(tmp_path / "none"),))
     assert devices.why_not_a_gpu("auto", {}) is None

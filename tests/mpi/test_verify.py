@@ -1,68 +1,80 @@
-"""If these fail, `torchreg verify` passes a stack that trains wrongly, or condemns one that is right."""
+"""If these fail, `torchreg verify` passes a stack that trains wrongly, or fails one that is right."""
 
 import json
-import sys
+from pathlib import Path
 
 import pytest
 
+from torchreg.cli import main
+
 from .test_ranks import launch
 
-QUICK = ("-m", "torchreg", "verify", "--quick", "--json", "--distributed", "torch")
+QUICK = ("-m", "torchreg", "verify", "--quick", "--distributed", "torch")
+WORKER = str(Path(__file__).parent / "verify_worker.py")
 
 
-def checks_of(done):
-    """The JSON on stdout; MPICH's mpiexec prints lines of its own behind it when a rank's exit code is not 0."""
-    content, _ = json.JSONDecoder().raw_decode(done.stdout)
-    return content
+def status_of(checks):
+    return {(check["area"], check["name"]): check["status"] for check in checks}
 
 
 @pytest.mark.parametrize(("launcher", "num_ranks"), [("mpiexec", 3), ("torchrun", 2)])
 def test_a_right_stack_passes(launcher, num_ranks, run, tmp_path):
-    done = run(*launch(launcher, num_ranks), *QUICK, cwd=tmp_path)
+    done = run(*launch(launcher, num_ranks), *QUICK, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    content = checks_of(done)
+    content = json.loads(done.stdout)
     assert content["passed"] is True
-    status = {(check["area"], check["name"]): check["status"] for check in content["checks"]}
+    status = status_of(content["checks"])
     assert set(status.values()) == {"PASS", "SKIP"}
     assert status["topology", "world size"] == "PASS"
     assert status["invariance", "sgd × ddp, reproducible"] == "PASS"
-    assert status["right answer", "all rows"] == "PASS"
+    assert status["closed form", "full batch"] == "PASS"
     assert status["files", "shared checkpoint"] == "PASS"
     assert (("invariance", "manual × mpi, fast") in status) == (launcher == "mpiexec")
     assert not any((tmp_path / "runs").iterdir()), "the checks leave nothing behind"
 
 
+@pytest.fixture(scope="module")
+def status_with(run, tmp_path_factory):
+    """The status of each check with each defect, on two ranks."""
+    done = run(*launch("mpiexec", 2), WORKER, cwd=tmp_path_factory.mktemp("defects"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {defect: status_of(checks) for defect, checks in json.loads(done.stdout).items()}
+
+
+TRAINED = {
+    ("invariance", f"{combination}, {reduction}")
+    for combination in ("sgd × ddp", "sgd × mpi", "manual × allreduce", "manual × mpi")
+    for reduction in ("fast", "reproducible")
+}
+FAST_DDP = {("invariance", "sgd × ddp, fast"), ("invariance", "sgd × mpi, fast")}
+
+
 @pytest.mark.parametrize(
-    ("defect", "failing", "passing"),
+    ("defect", "failing"),
     [
-        ("wrong-average", ("collectives", "all-reduce"), ("same start", "parameters")),
-        ("duplicate-rows", ("invariance", "manual × allreduce, fast"), ("collectives", "all-reduce")),
-        ("skewed-start", ("same start", "parameters"), ("same start", "rows")),
-        ("stale-rank", ("invariance", "sgd × ddp, fast"), ("same start", "parameters")),
+        ("wrong-average", {("collectives", "all-reduce"), ("collectives", "all-reduce by MPI"), *TRAINED}),
+        ("duplicate-shard", {*TRAINED, ("closed form", "full batch")}),
+        # DistributedDataParallel broadcasts the main rank's parameters when it is made.
+        ("skewed-start", {("initial state", "parameters"), *(TRAINED - FAST_DDP), ("closed form", "full batch")}),
+        ("stale-rank", {*TRAINED, ("closed form", "full batch"), ("closed form", "mini-batches")}),
     ],
 )
-def test_an_injected_defect_fails_at_the_right_row(defect, failing, passing, run, tmp_path):
-    done = run(*launch("mpiexec", 2), *QUICK, "--inject", defect, cwd=tmp_path)
-    assert done.returncode == 1, done.stdout + done.stderr
-    content = checks_of(done)
-    status = {(check["area"], check["name"]): check["status"] for check in content["checks"]}
-    assert content["passed"] is False
-    assert status[failing] == "FAIL"
-    assert status[passing] == "PASS"
+def test_an_injected_defect_fails_the_right_checks_and_no_others(defect, failing, status_with):
+    status = status_with[defect]
+    assert {check for check, outcome in status.items() if outcome == "FAIL"} == failing
+    assert status["initial state", "data"] == "PASS"
 
 
-def test_the_table_says_what_is_wrong(run, tmp_path):
-    command = ("-m", "torchreg", "verify", "--quick", "--distributed", "torch", "--inject", "skewed-start")
-    done = run(*launch("mpiexec", 2), *command, cwd=tmp_path)
+def test_the_table_names_what_fails(run, tmp_path):
+    done = run(*launch("mpiexec", 2), *QUICK, "--inject", "skewed-start", cwd=tmp_path)
     assert done.returncode == 1
     assert "does NOT train correctly" in done.stdout
-    assert "same start: parameters" in done.stdout
-    assert done.stdout.count("verdict") == 1, "the main rank alone speaks"
+    assert "initial state: parameters" in done.stdout
+    assert done.stdout.count("verdict") == 1, "the main rank alone prints"
 
 
-def test_one_process_needs_no_others(run, tmp_path):
-    done = run(sys.executable, *QUICK, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    done = run(sys.executable, *QUICK, "--inject", "stale-rank", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "inject is stale-rank, which needs other ranks" in done.stderr
+def test_one_process_needs_no_others(capsys):
+    assert main(["verify", "--quick", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["passed"] is True
+    assert main(["verify", "--quick", "--inject", "stale-rank"]) == 2
+    assert "inject is stale-rank, which needs other ranks" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from torchreg.distributed.communicator import init_distributed
+from torchreg.distributed.init import init_distributed
 from torchreg.runs.config import TrainConfig
 from torchreg.runs.record import read_metrics
 from torchreg.runs.result import Result

@@ -3,7 +3,7 @@
 import torch
 
 from torchreg.core.batches import Batch
-from torchreg.distributed.communicator import init_distributed
+from torchreg.distributed.init import init_distributed
 from torchreg.runs.logger import LossBuffer
 
 

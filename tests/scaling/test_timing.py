@@ -8,7 +8,7 @@ from torchreg.runs.step_errors import StepErrors
 
 from torchreg.data.table import Standardizer, load_table
 from torchreg.distributed import timing
-from torchreg.distributed.communicator import init_distributed
+from torchreg.distributed.init import init_distributed
 from torchreg.runs.config import TrainConfig
 from torchreg.runs.run import train
 from torchreg.scaling import measure, target

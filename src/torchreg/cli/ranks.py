@@ -13,7 +13,8 @@ from dataclasses import asdict
 from typing import TypeVar
 
 from torchreg.cli.options import EXIT_BAD_INPUT, EXIT_FAILED
-from torchreg.distributed.communicator import Communicator, init_distributed
+from torchreg.distributed.communicator import Communicator
+from torchreg.distributed.init import init_distributed
 from torchreg.distributed.devices import why_not_a_gpu
 from torchreg.distributed.failure import FORWARDED_WITHIN_S, one_line
 from torchreg.distributed.launcher import detect_launcher

@@ -22,7 +22,7 @@ class VerifyArguments:
     json: bool = False
     """Print the checks as one JSON object on stdout, and nothing else there."""
 
-    inject: Literal["wrong-average", "duplicate-rows", "skewed-start", "stale-rank"] | None = None
+    inject: Literal["wrong-average", "duplicate-shard", "skewed-start", "stale-rank"] | None = None
     """Break the stack on purpose, to see the checks fail."""
 
     runs_dir: str = "runs"
@@ -46,7 +46,8 @@ def run(argv: list[str]) -> int:
     from torchreg.cli.ranks import on_all_ranks, open_ranks
     from torchreg.console import show_lines, show_table
     from torchreg.runs.record import to_json
-    from torchreg.verification import lines, table, verify
+    from torchreg.verification.checks import lines, table
+    from torchreg.verification.verify import verify
 
     communicator = open_ranks(config)
     if arguments.inject and communicator.world_size == 1:

@@ -1,9 +1,8 @@
-"""Who am I, which device, how gradients are averaged: the only home of ezpz, torch.distributed and mpi4py.
+"""Ranks, devices and communication: the only package that uses ezpz, torch.distributed and mpi4py.
 
-- `rendezvous`: how ranks find each other and become a process group;
-- `ezpz`: everything that torchreg knows about ezpz;
-- `devices`: which device a rank computes on;
-- `watchdog`, `failure`: what ends a wait for ranks that are gone, and all ranks when one fails;
-- `reproducible`: sums whose bits do not depend on the number of ranks;
-- `ranks`: the `Communicator` that the rest of the package sees, and `init_distributed()`.
+- `launcher`: which launcher started this process, and its rank;
+- `rendezvous`: how ranks find each other; `devices`: the device of a rank; `init`: `init_distributed()`;
+- `communicator`: the `Communicator` that the rest of the package uses; `mpi`, `ezpz`: what it needs of these packages;
+- `watchdog`: time limits for calls that have none; `failure`: how all ranks end when one fails;
+- `timing`: clocks across ranks.
 """

@@ -1,16 +1,15 @@
-"""The `Communicator`: this process's place among the ranks, its device, and the ways to talk to the others."""
+"""The `Communicator`: this process among the ranks, its device, and collective operations."""
 
 from __future__ import annotations
 
 import gc
 import itertools
 import os
-import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from types import TracebackType
 from typing import Any, Literal, TypeVar, cast
 
@@ -21,31 +20,21 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.nn.parallel import DistributedDataParallel
 
 from torchreg.distributed import ezpz, mpi
-from torchreg.distributed.devices import choose_device_type, device_name, own_cpus, take_device, threads_for
+from torchreg.distributed.devices import device_name, own_cpus
 from torchreg.distributed.failure import Failure, one_line
-from torchreg.distributed.launcher import Launcher, detect_launcher
-from torchreg.distributed.rendezvous import (
-    AgreedError,
-    agree_with_mpi,
-    ask_main_rank,
-    init_process_group,
-    meet,
-    own_job,
-)
-from torchreg.distributed.watchdog import Watchdog, beating, exit_after
+from torchreg.distributed.launcher import Launcher
+from torchreg.distributed.rendezvous import AgreedError
+from torchreg.distributed.watchdog import Watchdog, heartbeat
 
 T = TypeVar("T")
 AnySync = Literal["ddp", "allreduce", "mpi"]
 
-_MAIN_RANK_FIRST_S = 5.0  # it knows which ranks are missing
-
-_deals = itertools.count()  # so that every `deal` of a process counts by itself
-_works = itertools.count()  # and every wait for the main rank
+_uses: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)  # of the store, by topic: each has its own keys
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a rank runs. `device_id` tells an accelerator from all others of its host; it is empty for a CPU."""
+    """Where a rank runs. `device_id` identifies an accelerator among all of its host; it is empty for a CPU."""
 
     rank: int
     host: str
@@ -59,38 +48,37 @@ class Placement:
 class Communicator:
     """This process among the ranks. Made by `init_distributed()`, used as a context manager.
 
-    `name` is `ezpz`, `torch`, or `single` (one process, no process group); `backend` is what carries gradients:
-    gloo, nccl, xccl, MPI, or none. `placements` is the map rank → host → device.
+    `name` is `ezpz`, `torch`, or `single` (one process, no process group); `backend` carries the gradients: gloo, nccl,
+    xccl, MPI, or none. `placements` maps ranks to hosts and devices.
     """
 
     launcher: Launcher
     rank: int
     world_size: int
-    local_rank: int
     device: torch.device
     name: Literal["single", "torch", "ezpz"]
     ezpz_version: str | None
     backend: str
     placements: tuple[Placement, ...]
-    mpi_comm: Any
+    mpi_comm: Any = None
     failure: Failure | None = None
     watchdog: Watchdog | None = None
     over_mpi: bool = False
-    """Whether `all_reduce` and the gradients of `wrap` go through mpi4py; else through torch.distributed."""
+    """Whether `all_reduce` and the gradients of `wrap` go through mpi4py instead of torch.distributed."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which reads, writes and speaks."""
+        """Whether this is rank 0, which reads, writes and prints."""
         return self.rank == 0
 
     @property
     def num_nodes(self) -> int:
-        """Hosts that ranks run on."""
-        return len({place.host for place in self.placements})
+        """The number of hosts that ranks run on."""
+        return len({placement.host for placement in self.placements})
 
     def describe(self) -> str:
-        """The bring-up in one line: launcher, runtime, backend, ranks × nodes, devices."""
-        devices = sorted({place.device.split(":")[0] for place in self.placements})
+        """One line: ranks and nodes, launcher, distributed, backend, devices."""
+        devices = sorted({placement.device.split(":")[0] for placement in self.placements})
         nodes = f"{self.num_nodes} node{'s' * (self.num_nodes > 1)}"
         ezpz = f" {self.ezpz_version}" if self.ezpz_version else ""
         ranks = f"{self.world_size} rank{'s' * (self.world_size > 1)} on {nodes}"
@@ -100,7 +88,7 @@ class Communicator:
         )
 
     def describe_environment(self, requested: str) -> dict[str, Any]:
-        """What a record says about the ranks, beside what was requested."""
+        """A record's entries on the ranks; `requested` is the `distributed` of the configuration."""
         return {
             "launcher": self.launcher.name,
             "requested": requested,
@@ -114,13 +102,13 @@ class Communicator:
             "device_name": device_name(self.device),
             "num_cpus": os.cpu_count(),
             "cpus_per_rank": own_cpus().bit_count(),
-            "placements": [asdict(place) for place in self.placements],
+            "placements": [asdict(placement) for placement in self.placements],
         }
 
     def from_main(self, work: Callable[[], T]) -> T:
-        """What `work` returns on the main rank, on every rank.
+        """The result of `work` on the main rank, on every rank.
 
-        What the user can mend (`ValueError`, `OSError`) becomes the same `AgreedError` on every rank.
+        Errors that the user can fix (`ValueError`, `OSError`) become the same `AgreedError` on every rank.
         """
         answer: list[Any] = [None, None]
         with self._while_main_works():
@@ -137,59 +125,78 @@ class Communicator:
 
     @contextmanager
     def _while_main_works(self) -> Iterator[None]:
-        """On the main rank, the body; others wait for its end, however long, as long as the main rank is alive.
+        """Run the body on the main rank; others wait for its end, however long, while the main rank is alive.
 
         A collective operation would wait for `timeout_s` at most.
         """
-        if self.failure is None or self.watchdog is None or self.failure.store is None:
+        if self.watchdog is None:
             yield
             return
-        store = PrefixStore(f"torchreg/main/{next(_works)}", self.failure.store)
+        store = self._store("main")
         if self.is_main:
-            with beating(lambda: store.add("beat", 1)):
+            with heartbeat(lambda: store.add("beat", 1)):
                 yield
             store.set("done", "")
             return
         yield
-        beat, heard_s, pause_s = -1, time.monotonic(), 0.001
+        beat, last_beat_s, pause_s = -1, time.monotonic(), 0.001
         while True:
-            with self.watchdog.over("to prepare the run"):
+            with self.watchdog.limit("to prepare the run"):
                 if store.check(["done"]):
                     return
-                last, beat = beat, store.add("beat", 0)
+                previous, beat = beat, store.add("beat", 0)
             now_s = time.monotonic()
-            heard_s = heard_s if beat == last else now_s
-            if now_s - heard_s > self.watchdog.timeout_s:
+            last_beat_s = last_beat_s if beat == previous else now_s
+            if now_s - last_beat_s > self.watchdog.timeout_s:
                 raise TimeoutError(f"waited {self.watchdog.timeout_s:g} s for rank 0 to prepare the run")
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 0.1)
 
+    def deal(self, items: Sequence[T]) -> Iterator[T]:
+        """Each item to one rank, whichever asks for it first. All ranks must pass the same items in the same order."""
+        if self.watchdog is None:
+            yield from items
+            return
+        store, number = self._store("deal"), 0
+        while True:
+            with self.watchdog.limit("to deal work"):  # the store has no time-out for this
+                number = store.add("num_dealt", 1) - 1
+            if number >= len(items):
+                return
+            yield items[number]
+
+    def _store(self, topic: str) -> PrefixStore:
+        """The key-value store of all ranks, with keys of its own for each use of a topic."""
+        assert self.failure is not None
+        assert self.failure.store is not None
+        return PrefixStore(f"torchreg/{topic}/{next(_uses[topic])}", self.failure.store)
+
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """The main rank's values in every rank's tensor, in place."""
+        """Replace the tensor by the main rank's, in place."""
         if self.world_size > 1:
             dist.broadcast(tensor, src=0)
         return tensor
 
     def gather(self, item: T) -> list[T]:
-        """What every rank has, in the order of ranks, on every rank."""
-        return _gather(item, self.world_size) if self.world_size > 1 else [item]
+        """Every rank's item, in the order of ranks, on every rank."""
+        items: list[Any] = [item] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(items, item)
+        return items
 
     def gather_tensors(self, tensor: Tensor) -> Tensor:
-        """Every rank's tensor, all of one shape, as (world_size, *shape)."""
+        """Every rank's tensor, all of one shape, as (world_size, *shape). For several ranks."""
         gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        if self.world_size > 1:
-            dist.all_gather(gathered, tensor)
-        else:
-            gathered[0].copy_(tensor)
+        dist.all_gather(gathered, tensor)
         return torch.stack(gathered)
 
     def synchronize(self) -> None:
-        """Wait until the device has done what it was given."""
+        """Wait until the device has finished its work."""
         if self.device.type != "cpu":
             torch.get_device_module(self.device).synchronize()
 
     def world_sizes(self) -> dict[str, int]:
-        """The world size as each part of the stack has it, by the part's name."""
+        """The world size according to the launcher, MPI and torch, by name."""
         sizes = {"launcher": self.launcher.world_size}
         if self.mpi_comm is not None:
             sizes["MPI"] = self.mpi_comm.Get_size()
@@ -206,47 +213,21 @@ class Communicator:
         return values.item()
 
     def alone(self) -> Communicator:
-        """This rank as a world of its own, on its own device: it talks to nobody."""
-        place = replace(self.placements[self.rank], rank=0)
-        return replace(
-            self,
-            rank=0,
-            world_size=1,
-            local_rank=0,
-            name="single",
-            backend="none",
-            placements=(place,),
-            mpi_comm=None,
-            failure=None,
-            watchdog=None,
-            over_mpi=False,
-        )
-
-    def deal(self, items: Sequence[T]) -> Iterator[T]:
-        """Each item to one rank, whichever asks for it first. All ranks must deal the same items in the same order."""
-        if self.world_size == 1:
-            yield from items
-            return
-        store = PrefixStore(f"torchreg/deal/{next(_deals)}", dist.distributed_c10d._get_default_store())
-        while (number := self._next(store)) < len(items):
-            yield items[number]
-
-    def _next(self, store: PrefixStore) -> int:
-        assert self.watchdog is not None
-        with self.watchdog.over("to deal work"):  # the store has no time-out for this
-            return store.add("dealt", 1) - 1
+        """This rank as a world of its own, on its own device, without communication."""
+        placement = replace(self.placements[self.rank], rank=0, local_rank=0)
+        return Communicator(self.launcher, 0, 1, self.device, "single", self.ezpz_version, "none", (placement,))
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait for all ranks."""
         if self.world_size > 1:
             dist.barrier()
 
     def using(self, sync: AnySync) -> Communicator:
-        """The same ranks, whose `all_reduce` and `wrap` go through what `sync` names."""
+        """The same ranks, with `all_reduce` and `wrap` through mpi4py if `sync` is `mpi`, else torch.distributed."""
         return replace(self, over_mpi=sync == "mpi")
 
     def all_reduce(self, tensor: Tensor) -> None:
-        """Replace the tensor on every rank by its sum over ranks. Through mpi4py the tensor is on the CPU."""
+        """Replace the tensor on every rank by its sum over ranks. mpi4py reduces CPU tensors only."""
         if self.world_size == 1:
             return
         if self.over_mpi:
@@ -256,9 +237,9 @@ class Communicator:
             dist.all_reduce(tensor)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model with its gradients averaged over ranks in every backward: DistributedDataParallel.
+        """The model as DistributedDataParallel, which averages gradients over ranks in backward.
 
-        ezpz makes it where ezpz sets up the ranks. Through MPI a communication hook averages with mpi4py.
+        ezpz makes it where ezpz is used. With `over_mpi` a communication hook averages through mpi4py.
         """
         if self.world_size == 1:
             return model
@@ -281,136 +262,8 @@ class Communicator:
         agreed = error is None or isinstance(error, AgreedError) or (isinstance(error, SystemExit) and not error.code)
         if error is not None and not agreed:
             self.failure.end(error)
-        with self.watchdog.over("to end"):
+        with self.watchdog.limit("to end"):
             if self.mpi_comm is not None and error is None:
-                self.mpi_comm.Barrier()  # MPI_Finalize would wait just as long, but nothing can be told there
+                self.mpi_comm.Barrier()  # MPI_Finalize would wait just as long, but report nothing
             gc.collect()  # a DDP model that outlives its process group ends the process by std::terminate
             dist.destroy_process_group()
-
-
-def init_distributed(
-    *,
-    distributed: Literal["auto", "ezpz", "torch"] = "auto",
-    device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = "auto",
-    sync: AnySync = "ddp",
-    dtype: Literal["auto", "float32", "float64"] = "auto",
-    timeout_s: float = 300.0,
-    run: Mapping[str, object] | None = None,
-) -> Communicator:
-    """Bring up this process among its ranks: find the launcher, choose the device, make the process group.
-
-    `run` has what must be equal on all ranks, by name. Raises `ValueError` for what the user can fix: launchers that
-    disagree, a missing package or device; and as an `AgreedError` where all ranks have met, with the hosts of those
-    that differ.
-    """
-    launcher = detect_launcher(os.environ)
-    with exit_after(timeout_s, launcher.rank) if launcher.world_size > 1 else nullcontext():
-        launcher, mpi_comm = agree_with_mpi(launcher, sync, os.environ)
-    if mpi_comm is not None and launcher.world_size > 1:
-        mpi.finalize_within(timeout_s)
-    device_type, problem = "cpu", None
-    try:
-        device_type = choose_device_type(device, sync, launcher.world_size, dtype)
-    except ValueError as error:
-        if launcher.world_size == 1:
-            raise
-        problem = str(error)
-    ezpz_version = None
-    if launcher.world_size > 1 or distributed == "ezpz":
-        ezpz_version = ezpz.find_ezpz(distributed)
-    host = socket.gethostname()
-    if launcher.world_size == 1:
-        torch_device, device_id = take_device(device_type, 0)
-        place = Placement(0, host, 0, str(torch_device), device_name(torch_device), device_id)
-        return Communicator(launcher, 0, 1, 0, torch_device, "single", None, "none", (place,), mpi_comm)
-
-    failure = Failure(launcher.rank, host, mpi_comm)
-    watchdog = Watchdog(timeout_s, failure.end)
-    address = f" at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}" if mpi_comm is None else ""
-    with failure:
-        with watchdog.over(f"to come together{address}", _MAIN_RANK_FIRST_S if launcher.rank else 0.0):
-            failure.store = store = meet(launcher, mpi_comm, timeout_s)
-            agree = partial(ask_main_rank, store, launcher=launcher, timeout_s=timeout_s)
-            facts = {"host": host, "cpus": own_cpus(), "device": device_type, "problem": problem, "job": own_job()}
-            options = {name: str(value) for name, value in (run or {}).items()}
-            shared = agree("torchreg/join", item=facts | {"options": options}, answer=_join)
-            local_rank = shared["local_rank"] if launcher.local_rank is None else launcher.local_rank
-            torch_device, device_id = take_device(device_type, local_rank)
-            agree("torchreg/device", item=[host, device_type, device_id], answer=_each_its_own)
-            init_process_group(launcher, store, device_type, timeout_s)
-            place = Placement(launcher.rank, host, local_rank, str(torch_device), device_name(torch_device), device_id)
-            placements = _gather(place, launcher.world_size)
-        failure.hosts = [each.host for each in placements]
-        if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(shared["num_threads"])
-        if ezpz_version:
-            ezpz.adopt(launcher.rank, launcher.world_size, torch_device, timeout_s)
-    return Communicator(
-        launcher=launcher,
-        rank=launcher.rank,
-        world_size=launcher.world_size,
-        local_rank=local_rank,
-        device=torch_device,
-        name="ezpz" if ezpz_version else "torch",
-        ezpz_version=ezpz_version,
-        backend="MPI" if sync == "mpi" else {"cuda": "nccl", "xpu": "xccl"}.get(device_type, "gloo"),
-        placements=tuple(placements),
-        mpi_comm=mpi_comm,
-        failure=failure,
-        watchdog=watchdog,
-        over_mpi=mpi_comm is not None and device_type == "cpu",
-    )
-
-
-def _join(ranks: list[Any]) -> list[dict[str, int]]:
-    """The local rank and the number of threads of each rank. Raises `ValueError` where ranks cannot work together."""
-    hosts = [each["host"] for each in ranks]
-    another_port = "two jobs have one MASTER_ADDR and MASTER_PORT; choose another MASTER_PORT"
-    _require_equal("job", {rank: each["job"] for rank, each in enumerate(ranks) if each["job"]}, hosts, another_port)
-    for name in sorted(set().union(*(each["options"] for each in ranks))):
-        values = {rank: each["options"].get(name, "unknown") for rank, each in enumerate(ranks)}
-        _require_equal(name, values, hosts, "start all ranks with the same options")
-    for rank, each in enumerate(ranks):
-        if each["problem"]:
-            raise ValueError(f"rank {rank} ({each['host']}): {each['problem']}")
-    devices = {rank: each["device"] for rank, each in enumerate(ranks)}
-    _require_equal("device", devices, hosts, "name one with --device, or leave out the host")
-    cpus_of: dict[str, list[int]] = {}
-    for each in ranks:
-        cpus_of.setdefault(each["host"], []).append(each["cpus"])
-    return [
-        {
-            "local_rank": hosts[:rank].count(each["host"]),
-            "num_threads": threads_for(each["cpus"], cpus_of[each["host"]]),
-        }
-        for rank, each in enumerate(ranks)
-    ]
-
-
-def _require_equal(name: str, values: Mapping[int, object], hosts: Sequence[str], remedy: str) -> None:
-    """Raises `ValueError`, naming two ranks that differ. `values` are those of some ranks, by rank."""
-    first = next(iter(values), 0)
-    for rank, value in values.items():
-        if value != values[first]:
-            here, there = f"rank {first} ({hosts[first]})", f"rank {rank} ({hosts[rank]})"
-            raise ValueError(f"{name} is {values[first]} on {here} and {value} on {there}: {remedy}")
-
-
-def _each_its_own(devices: list[Any]) -> list[None]:
-    """Raises `ValueError` where two ranks of a host compute on one accelerator."""
-    first: dict[tuple[str, ...], int] = {}
-    for rank, (host, device_type, identity) in enumerate(devices):
-        other = first.setdefault((host, identity), rank)
-        if identity and other != rank:
-            num_here = len({i for h, _, i in devices if h == host})
-            raise ValueError(
-                f"rank {other} and rank {rank} ({host}) have one {device_type} device ({identity}): start {num_here} "
-                f"rank{'s' * (num_here > 1)} on this host, or choose --device cpu"
-            )
-    return [None] * len(devices)
-
-
-def _gather(item: T, world_size: int) -> list[T]:
-    items: list[Any] = [None] * world_size
-    dist.all_gather_object(items, item)
-    return items

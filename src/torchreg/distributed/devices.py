@@ -1,4 +1,4 @@
-"""Which device a rank computes on."""
+"""The device that a rank computes on."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 
 import torch
 
-_XPU = ("ZE_AFFINITY_MASK",)
-_VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", *_XPU)
-_DRIVERS = "/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/kfd"  # NVIDIA's, in a container too; AMD's
+_VISIBLE_CUDA = "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"
+_VISIBLE_XPU = ("ZE_AFFINITY_MASK",)
+DRIVERS = "/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/kfd"  # NVIDIA's, in a container too; AMD's
 
 
 def choose_device_type(device: str, sync: str, world_size: int, dtype: str = "auto") -> str:
-    """The kind of device for the user's choice. `auto` is the first that is there and does what is asked of it.
+    """The type of device for the user's choice; `auto` is the first available one that supports the other options.
 
-    Raises `ValueError` for one that is not there, or that cannot do what is asked of it.
+    Raises `ValueError` for a device that is not available, or does not support them.
     """
-    present = {
+    available = {
         "cuda": torch.cuda.is_available(),
         "xpu": hasattr(torch, "xpu") and torch.xpu.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -27,8 +27,8 @@ def choose_device_type(device: str, sync: str, world_size: int, dtype: str = "au
     }
     if device == "auto":
         unable = {"cuda", "xpu", "mps"} if sync == "mpi" else {"mps"} if world_size > 1 or dtype == "float64" else set()
-        device = next(name for name in present if present[name] and name not in unable)
-    if not present[device]:
+        device = next(name for name in available if available[name] and name not in unable)
+    if not available[device]:
         raise ValueError(f"device is {device}, and torch {torch.__version__} sees none here: choose --device cpu")
     if device == "mps" and world_size > 1:
         raise ValueError(f"device is mps, which trains on one rank only, not {world_size}: choose --device cpu")
@@ -41,9 +41,9 @@ def choose_device_type(device: str, sync: str, world_size: int, dtype: str = "au
 
 
 def why_not_a_gpu(device: str, environ: Mapping[str, str]) -> str | None:
-    """Why `auto` is the CPU on a machine that has the driver of a GPU; None where it has none, or the GPU is hidden."""
-    hidden = any(environ.get(name) in ("", "-1") for name in _VISIBLE_DEVICES)
-    driver = next((path for path in _DRIVERS if os.path.exists(path)), None)
+    """Why `auto` is the CPU on a machine with a GPU driver; None where there is no driver, or the GPU is hidden."""
+    hidden = any(environ.get(name) in ("", "-1") for name in (*_VISIBLE_CUDA, *_VISIBLE_XPU))
+    driver = next((path for path in DRIVERS if os.path.exists(path)), None)
     if device != "auto" or hidden or driver is None:
         return None
     return (
@@ -55,7 +55,7 @@ def why_not_a_gpu(device: str, environ: Mapping[str, str]) -> str | None:
 def take_device(device_type: str, local_rank: int) -> tuple[torch.device, str]:
     """Make a device of this host the current one of this process: the device, and its identity.
 
-    The identity is the same for two ranks that compute on one device, whatever each of them sees of the host.
+    Two ranks that compute on one device have the same identity, whatever each of them sees of the host.
     """
     if device_type in ("cpu", "mps"):
         return torch.device(device_type), ""
@@ -66,48 +66,42 @@ def take_device(device_type: str, local_rank: int) -> tuple[torch.device, str]:
 
 
 def device_identity(device: torch.device, environ: Mapping[str, str]) -> str:
-    """What tells an accelerator from all others of its host, whatever number this process has for it."""
-    names = "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"
-    visible = next((environ[name] for name in (names if device.type == "cuda" else _XPU) if environ.get(name)), "")
+    """The identity of an accelerator among all of its host, whatever its index in this process."""
+    names = _VISIBLE_CUDA if device.type == "cuda" else _VISIBLE_XPU
+    visible = next((environ[name] for name in names if environ.get(name)), "")
     listed = visible.split(",")
     number = listed[device.index].strip() if device.index < len(listed) and visible else str(device.index)
     # Tiles of one XPU, and the parts of a GPU in MIG mode, may have one UUID.
     if device.type == "cuda" and not number.startswith("MIG"):
-        properties = torch.cuda.get_device_properties(device)
-        return str(getattr(properties, "uuid", number))
+        return str(getattr(torch.cuda.get_device_properties(device), "uuid", number))
     return number
 
 
 def own_cpus() -> int:
-    """The CPUs that this process may run on, as the bits of a number."""
+    """CPU affinity of this process as an integer bit mask."""
     if hasattr(os, "sched_getaffinity"):
         return sum(1 << cpu for cpu in os.sched_getaffinity(0))
     return (1 << (os.cpu_count() or 1)) - 1
 
 
 def threads_for(own: int, of_node: Sequence[int]) -> int:
-    """How many threads a rank should compute with, from its CPUs and those of all ranks of its node, itself included.
+    """Intra-op threads of a rank, from its CPU affinity and that of all ranks of its node, itself included.
 
-    Ranks that are bound have their CPUs for themselves; others share them.
+    Ranks that are bound have their CPUs for themselves; others divide them.
     """
-    sharing = sum(bool(own & other) for other in of_node)
-    return max(1, own.bit_count() // sharing)
+    overlapping = sum(bool(own & other) for other in of_node)
+    return max(1, own.bit_count() // overlapping)
 
 
 def device_name(device: torch.device) -> str:
-    """What the device calls itself."""
-    if device.type == "cpu":
-        return _cpu_model() or platform.processor() or platform.machine()
+    """The model of the device."""
     if device.type == "mps":
         return "Apple GPU"
-    return str(torch.get_device_module(device).get_device_name(device))
-
-
-def _cpu_model() -> str | None:
-    """What Linux calls the CPU."""
+    if device.type != "cpu":
+        return str(torch.get_device_module(device).get_device_name(device))
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return None
+    except OSError:  # not Linux
+        lines = []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else None
+    return (models and models[0]) or platform.processor() or platform.machine()

@@ -1,7 +1,7 @@
-"""Everything that torchreg knows about ezpz (github.com/saforem2/ezpz).
+"""Everything that torchreg needs of ezpz (github.com/saforem2/ezpz).
 
-torchreg makes the process group; `ezpz.setup_torch()` adopts the group that it finds, and ezpz then makes the
-DistributedDataParallel model. ezpz is imported only on several ranks: it brings transformers and wandb along.
+torchreg makes the process group; `ezpz.setup_torch()` adopts the group that exists, and ezpz then makes the
+DistributedDataParallel model. ezpz is imported only on several ranks: it imports transformers and wandb.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from torch import nn
 def find_ezpz(choice: Literal["auto", "ezpz", "torch"]) -> str | None:
     """The version of the real ezpz if it is to be used, or None for torch alone.
 
-    Raises `ValueError` when another package of that name is installed (PyPI's ezpz crops images), or when
-    ezpz is asked for and there is none.
+    Raises `ValueError` when another package of that name is installed (PyPI's ezpz crops images), or when ezpz is
+    chosen and not installed.
     """
     if choice == "torch":
         return None
@@ -43,9 +43,9 @@ def find_ezpz(choice: Literal["auto", "ezpz", "torch"]) -> str | None:
     except importlib.metadata.PackageNotFoundError:
         version = "of no known version"
     try:
-        is_real = hasattr(_ezpz(), "setup_torch")
+        is_real = hasattr(_import_ezpz(), "setup_torch")
     except ImportError as error:
-        raise ValueError(f"ezpz {version} cannot be imported ({error}): mend it, or --distributed torch") from error
+        raise ValueError(f"ezpz {version} cannot be imported ({error}): fix it, or --distributed torch") from error
     if not is_real:
         raise ValueError(
             f"the installed package ezpz {version} has no setup_torch: it is another package of that name (PyPI's "
@@ -56,38 +56,35 @@ def find_ezpz(choice: Literal["auto", "ezpz", "torch"]) -> str | None:
 
 
 def adopt(rank: int, world_size: int, device: torch.device, timeout_s: float) -> None:
-    """Let ezpz adopt the process group that is there; LOCAL_RANK becomes the index of this rank's device."""
+    """Let ezpz adopt the default process group; LOCAL_RANK becomes the index of this rank's device."""
     os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_RANK=str(device.index or 0),
-        TORCH_DEVICE=device.type,
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(device.index or 0), TORCH_DEVICE=device.type
     )
     if not {"PBS_JOBID", "SLURM_JOB_ID"} & os.environ.keys():
         os.environ.setdefault("EZPZ_SCHEDULER", "UNKNOWN")  # it takes any sbatch on the PATH for a job of Slurm
-    with _quiet(), tempfile.NamedTemporaryFile("w", suffix=".hostfile") as hostfile:
+    with _without_logs(), tempfile.NamedTemporaryFile("w", suffix=".hostfile") as hostfile:
         os.environ.setdefault("HOSTFILE", hostfile.name)  # else ezpz writes ./hostfile
-        _ezpz().setup_torch(timeout=int(timeout_s))
+        _import_ezpz().setup_torch(timeout=int(timeout_s))
         if os.environ["HOSTFILE"] == hostfile.name:
             del os.environ["HOSTFILE"]
 
 
 def wrap(model: nn.Module) -> nn.Module:
     """The model as DistributedDataParallel, made by ezpz."""
-    with _quiet():
-        wrapped: nn.Module = _ezpz().wrap_model(model, use_fsdp=False)
+    with _without_logs():
+        wrapped: nn.Module = _import_ezpz().wrap_model(model, use_fsdp=False)
     return wrapped
 
 
-def _ezpz() -> ModuleType:
+def _import_ezpz() -> ModuleType:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the dependencies' deprecations are not the user's
+        warnings.simplefilter("ignore")  # deprecations in its dependencies
         return importlib.import_module("ezpz")
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep ezpz's log lines off stdout, which belongs to the result, and undo its changes of warning filters."""
+def _without_logs() -> Iterator[None]:
+    """Keep ezpz's log lines off stdout, which is for results, and undo its changes of warning filters."""
     previous = logging.root.manager.disable
     with warnings.catch_warnings():
         logging.disable(logging.WARNING)

@@ -1,6 +1,6 @@
-"""Who started this process, read from the environment that each launcher leaves: a pure function.
+"""Detect the launcher of this process from the environment variables that it sets. Pure functions.
 
-`LAUNCHERS` has one row for each launcher; what each sets, and what it does not, is in `tests/test_launcher.py`.
+`LAUNCHERS` has one row per launcher; `tests/distributed/test_launcher.py` shows what each of them sets, and what not.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Launcher:
-    """What the launcher says about this process.
+    """The launcher of this process, and the numbers that it gives.
 
-    `local_rank` and `local_world_size` are None where it does not say: the ranks of a host are then counted.
+    `local_rank` and `local_world_size` are None where the launcher sets none: the ranks of a host are then counted.
     """
 
     name: str
@@ -34,45 +34,44 @@ NO_LAUNCHER = Launcher("none", 0, 1, 0, 1, uses_mpi=False)
 
 
 class Variables(NamedTuple):
-    """The environment variables of a launcher. Where there are several for one number, the first that is set counts."""
+    """The environment variables of a launcher. The row counts only where those of `required` are set too."""
 
     name: str
     rank: str
-    world_size: tuple[str, ...]
-    local_rank: tuple[str, ...] = ()
-    local_world_size: tuple[str, ...] = ()
+    world_size: str
+    local_rank: str = ""
+    local_world_size: str = ""
     uses_mpi: bool = False
-    step: str | None = None
-    """A variable without which the others are not this launcher's."""
+    required: tuple[str, ...] = ()
 
 
-# Name, and what its variables begin with.
-_OF_ONE_FORM = (
-    ("Open MPI mpiexec", "OMPI_COMM_WORLD_", True),
-    ("MVAPICH mpirun", "MV2_COMM_WORLD_", True),
-    ("MVAPICH mpirun", "MVP_COMM_WORLD_", True),  # since 3.0
-    ("jsrun", "JSM_NAMESPACE_", True),
-    ("horovodrun", "HOROVOD_", False),
-)
-_EXPORTED = Variables("RANK and WORLD_SIZE", "RANK", ("WORLD_SIZE",), ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE",))
-_SRUN = "srun"
+def _prefixed(name: str, prefix: str, *, uses_mpi: bool = True) -> Variables:
+    local_rank, local_size = f"{prefix}LOCAL_RANK", f"{prefix}LOCAL_SIZE"
+    return Variables(name, f"{prefix}RANK", f"{prefix}SIZE", local_rank, local_size, uses_mpi)
 
-# An inner launcher comes before the outer one that it may have been started by.
+
+_EXPORTED = Variables("RANK and WORLD_SIZE", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_SRUN = Variables("srun", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")  # no plain number of the ranks of a host
+
+# An inner launcher precedes the outer one that may have started it. srun --mpi=cray_shasta sets PALS_RANKID, and some
+# launchers PMI_RANK, without a size: another row has the size.
 LAUNCHERS = (
-    _EXPORTED._replace(name="torchrun", step="TORCHELASTIC_RUN_ID"),
-    Variables("PALS mpiexec", "PALS_RANKID", ("PMI_SIZE",), ("PALS_LOCAL_RANKID",), ("PMI_LOCAL_SIZE",), True),
-    *(
-        Variables(name, f"{start}RANK", (f"{start}SIZE",), (f"{start}LOCAL_RANK",), (f"{start}LOCAL_SIZE",), uses_mpi)
-        for name, start, uses_mpi in _OF_ONE_FORM
-    ),
-    # Flux and Slurm set PMI_RANK and PMI_SIZE too; MPI_LOCALRANKID is hydra's own.
+    _EXPORTED._replace(name="torchrun", required=("TORCHELASTIC_RUN_ID",)),
+    Variables("PALS mpiexec", "PALS_RANKID", "PMI_SIZE", "PALS_LOCAL_RANKID", "PMI_LOCAL_SIZE", True, ("PMI_SIZE",)),
+    _prefixed("Open MPI mpiexec", "OMPI_COMM_WORLD_"),
+    _prefixed("MVAPICH mpirun", "MV2_COMM_WORLD_"),
+    _prefixed("MVAPICH mpirun", "MVP_COMM_WORLD_"),  # since 3.0
+    _prefixed("jsrun", "JSM_NAMESPACE_"),
+    _prefixed("horovodrun", "HOROVOD_", uses_mpi=False),
     Variables(
-        "MPICH mpiexec", "PMI_RANK", ("PMI_SIZE",), ("MPI_LOCALRANKID",), ("MPI_LOCALNRANKS",), True, "MPI_LOCALRANKID"
+        *("MPICH mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+        uses_mpi=True,
+        required=("PMI_SIZE", "MPI_LOCALRANKID"),  # Flux and Slurm set PMI_SIZE too; the other is hydra's own
     ),
-    Variables("flux", "FLUX_TASK_RANK", ("FLUX_JOB_SIZE",), ("FLUX_TASK_LOCAL_ID",)),
-    # srun sets no plain number of the ranks of a host.
-    Variables(_SRUN, "SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), ("SLURM_LOCALID",)),
-    Variables("PMI launcher", "PMI_RANK", ("PMI_SIZE",), uses_mpi=True),
+    Variables("flux", "FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID"),
+    _SRUN._replace(world_size="SLURM_STEP_NUM_TASKS", required=("SLURM_STEP_NUM_TASKS",)),  # SLURM_NTASKS: of the job
+    _SRUN,
+    Variables("PMI launcher", "PMI_RANK", "PMI_SIZE", uses_mpi=True, required=("PMI_SIZE",)),
 )
 
 _FIRST_SPECIAL_SLURM_STEP = 0xFFFFFFF0  # the batch script, salloc's shell and others: not started by srun
@@ -80,23 +79,25 @@ _SIGNS_OF_MPI = "PALS_RANKID", "PMI_RANK", "PMI_FD", "PMIX_RANK", "ALPS_APP_PE",
 
 
 def detect_launcher(environ: Mapping[str, str]) -> Launcher:
-    """The launcher of the process whose environment this is.
+    """The launcher of the process with this environment.
 
-    Raises `ValueError` when a number is malformed or missing, and when RANK and WORLD_SIZE, left over from an earlier
-    run, name another rank than the launcher does.
+    Raises `ValueError` when a number is malformed or missing, and when RANK and WORLD_SIZE, left from an earlier run,
+    contradict the launcher.
     """
-    found = next((_read(environ, row) for row in LAUNCHERS if _is_there(environ, row)), NO_LAUNCHER)
+    found = next((_read(environ, row) for row in LAUNCHERS if _is_present(environ, row)), NO_LAUNCHER)
     if found.name == "torchrun" or "RANK" not in environ:
         if found.is_none and environ.get("WORLD_SIZE", "1") != "1":
             raise ValueError(f"WORLD_SIZE is {environ['WORLD_SIZE']!r} and RANK is not set: set both, or unset it")
         return found
     exported = _read(environ, _EXPORTED)
-    if not found.is_none and (exported.rank, exported.world_size) != (found.rank, found.world_size):
+    if found.is_none:
+        return exported
+    if (exported.rank, exported.world_size) != (found.rank, found.world_size):
         raise ValueError(
-            f"{found.name} says rank {found.rank} of {found.world_size}, but RANK and WORLD_SIZE say "
-            f"{exported.rank} of {exported.world_size}: unset RANK, WORLD_SIZE and LOCAL_RANK"
+            f"{found.name} started rank {found.rank} of {found.world_size}, but RANK is {exported.rank} and WORLD_SIZE "
+            f"is {exported.world_size}: unset RANK, WORLD_SIZE and LOCAL_RANK"
         )
-    return exported if found.is_none else found
+    return found
 
 
 def sign_of_mpi(environ: Mapping[str, str]) -> str | None:
@@ -112,19 +113,15 @@ def _is_slurm_step(environ: Mapping[str, str]) -> bool:
     return int(step) < _FIRST_SPECIAL_SLURM_STEP if step.isdecimal() else "SLURM_JOB_ID" not in environ
 
 
-def _is_there(environ: Mapping[str, str], row: Variables) -> bool:
-    if row.rank not in environ or (row.step is not None and row.step not in environ):
+def _is_present(environ: Mapping[str, str], row: Variables) -> bool:
+    if row.name == _SRUN.name and not _is_slurm_step(environ):
         return False
-    if row.name == _SRUN:
-        return _is_slurm_step(environ)
-    # srun --mpi=cray_shasta sets PALS_RANKID, and some launchers PMI_RANK, without a size: another row has the size.
-    return row.rank not in ("PALS_RANKID", "PMI_RANK") or row.world_size[0] in environ
+    return all(name in environ for name in (row.rank, *row.required))
 
 
 def _read(environ: Mapping[str, str], row: Variables) -> Launcher:
-    def number(variables: tuple[str, ...]) -> int | None:
-        variable = next((name for name in variables if name in environ), None)
-        if variable is None:
+    def number(variable: str) -> int | None:
+        if variable not in environ:
             return None
         if not environ[variable].isdecimal():
             raise ValueError(
@@ -132,13 +129,12 @@ def _read(environ: Mapping[str, str], row: Variables) -> Launcher:
             )
         return int(environ[variable])
 
-    rank, world_size = number((row.rank,)), number(row.world_size)
-    size_variable = row.world_size[-1]
+    rank, world_size = number(row.rank), number(row.world_size)
     if rank is None or world_size is None:
         raise ValueError(
-            f"{row.rank} is {environ[row.rank]} and {size_variable} is not set, so that the number of ranks is not "
-            f"known: set {size_variable}, or unset {row.rank}"
+            f"{row.rank} is {environ[row.rank]} and {row.world_size} is not set, so that the number of ranks is not "
+            f"known: set {row.world_size}, or unset {row.rank}"
         )
     if rank >= world_size:
-        raise ValueError(f"{row.name} says rank {rank} of {world_size}: unset {row.rank} and {size_variable}")
+        raise ValueError(f"{row.name} started rank {rank} of {world_size}: unset {row.rank} and {row.world_size}")
     return Launcher(row.name, rank, world_size, number(row.local_rank), number(row.local_world_size), row.uses_mpi)

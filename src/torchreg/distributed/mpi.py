@@ -1,4 +1,4 @@
-"""Everything that torchreg does through mpi4py, which is imported when it is first needed."""
+"""Everything that torchreg needs of mpi4py, which is imported when it is first used."""
 
 # No `from __future__ import annotations`: DistributedDataParallel reads the hook's annotations as types.
 import atexit
@@ -36,7 +36,7 @@ def mpi_library() -> str:
 
 
 def finalize_within(timeout_s: float) -> None:
-    """See to it that MPI_Finalize, which waits for all ranks, takes no longer than `timeout_s` when Python ends."""
+    """Limit MPI_Finalize, which waits for all ranks when Python ends, to `timeout_s`."""
     atexit.unregister(_finalize)
     atexit.register(_finalize, timeout_s)
 
@@ -53,26 +53,18 @@ def all_reduce(comm: Any, tensor: Tensor, watchdog: Watchdog) -> None:
     """Replace a CPU tensor by its sum over ranks, in its own memory."""
     from mpi4py import MPI
 
+    if tensor.device.type != "cpu":
+        raise ValueError(f"sync is mpi and the tensor is on {tensor.device}: mpi4py reduces CPU tensors")
     watchdog.call = object()
-    comm.Allreduce(MPI.IN_PLACE, _memory(tensor))
+    comm.Allreduce(MPI.IN_PLACE, tensor.numpy())
     watchdog.call = None
 
 
 def average_gradients(state: tuple[Any, Watchdog], bucket: GradBucket) -> torch.futures.Future[Tensor]:
     """A communication hook of DistributedDataParallel that averages a bucket through mpi4py."""
-    from mpi4py import MPI
-
     comm, watchdog = state
     gradient = bucket.buffer()
-    watchdog.call = object()
-    comm.Allreduce(MPI.IN_PLACE, _memory(gradient))
-    watchdog.call = None
+    all_reduce(comm, gradient, watchdog)
     done: torch.futures.Future[Tensor] = torch.futures.Future()
     done.set_result(gradient.div_(comm.Get_size()))
     return done
-
-
-def _memory(tensor: Tensor) -> Any:
-    if tensor.device.type != "cpu":
-        raise ValueError(f"sync is mpi and the tensor is on {tensor.device}: mpi4py reduces CPU tensors")
-    return tensor.numpy()

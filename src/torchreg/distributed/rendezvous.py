@@ -1,4 +1,4 @@
-"""How ranks find each other, agree, and become a process group."""
+"""How ranks find each other: the launcher confirmed by MPI, and a key-value store that all ranks reach."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
-import torch.distributed as dist
 from torch._C._distributed_c10d import Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
@@ -24,23 +23,21 @@ from torchreg.distributed.launcher import Launcher, sign_of_mpi
 from torchreg.distributed.mpi import import_mpi, mpi_library
 
 _ALCF_NODE = re.compile(r"x\d+c\d+s\d+b\d+n\d+")
-_BACKENDS = {"cpu": "cpu:gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
 _NOT_STARTED_BY_MPI = "torchrun", "RANK and WORLD_SIZE", "horovodrun"
-_JOB_IDS = "PBS_JOBID", "SLURM_JOB_ID", "FLUX_JOB_ID", "LSB_JOBID", "TORCHELASTIC_RUN_ID"
 _SCONTROL_WITHIN_S = 10.0
-_LONGEST_PAUSE_S = 0.1  # between two looks at the store
+_LONGEST_PAUSE_S = 0.1  # between two requests for a key
 _READ_WITHIN_S = 2.0
 
 
 class AgreedError(ValueError):
-    """An error that every rank raises together, so that each can leave in good order; the main rank reports it."""
+    """An error that every rank raises together, so that all can exit in order; the main rank reports it."""
 
 
 def agree_with_mpi(launcher: Launcher, sync: str, environ: Mapping[str, str]) -> tuple[Launcher, Any]:
     """The launcher, confirmed by MPI, and MPI's world communicator (None where MPI has no part in this run).
 
-    Raises `ValueError` when the launcher and MPI name different ranks or world sizes: the launcher's MPI is
-    then not the one that mpi4py was built for, and each rank would train alone.
+    Raises `ValueError` when the launcher and MPI have different ranks or world sizes: the launcher's MPI is then not
+    the one that mpi4py was built for, and each rank would train alone.
     """
     sign = sign_of_mpi(environ) if launcher.is_none else None
     has_address = "MASTER_ADDR" in environ and "MASTER_PORT" in environ
@@ -52,37 +49,37 @@ def agree_with_mpi(launcher: Launcher, sync: str, environ: Mapping[str, str]) ->
         mpi = import_mpi(f"{launcher.name} started {launcher.world_size} ranks")
     elif launcher.world_size == 1 or launcher.name in _NOT_STARTED_BY_MPI:
         return launcher, None
-    else:  # MPI launchers with an address, srun and Flux: MPI is asked where it is there
+    else:  # MPI launchers with an address, srun and Flux: MPI confirms where it can be imported
         try:
             mpi = import_mpi("")
         except ValueError:
             return launcher, None
     comm = mpi.COMM_WORLD
     rank, size = comm.Get_rank(), comm.Get_size()
+    reported = f"but MPI ({mpi_library()}) reports rank {rank} of {size}"
     if sign and environ[sign].isdecimal() and sign != "PMI_FD" and int(environ[sign]) != rank:
         raise ValueError(
-            f"{sign} says rank {environ[sign]}, but MPI ({mpi_library()}) says rank {rank} of {size}: use the launcher "
-            "of the MPI that mpi4py was built for"
+            f"{sign} is {environ[sign]}, {reported}: use the launcher of the MPI that mpi4py was built for"
         )
     if sign and size > 1:
         return Launcher("MPI", rank, size, None, None, uses_mpi=True), comm
     if (rank, size) != (launcher.rank, launcher.world_size):
-        who = "no launcher is seen, so this is rank 0 of 1" if launcher.is_none else (
-            f"{launcher.name} says rank {launcher.rank} of {launcher.world_size}"
-        )  # fmt: skip
+        started = f"{launcher.name} started rank {launcher.rank} of {launcher.world_size}"
         remedy = {
             **dict.fromkeys(_NOT_STARTED_BY_MPI, "start with mpiexec, or choose --sync ddp or allreduce"),
             "srun": "set SLURM_MPI_TYPE (or srun --mpi) to the plug-in of mpi4py's MPI, pmi2 for MPICH or pmix for "
             "Open MPI, as `srun --mpi=list` names it",
         }.get(launcher.name, "use the mpiexec of the MPI that mpi4py was built for")
-        raise ValueError(f"{who}, but MPI ({mpi_library()}) says rank {rank} of {size}: {remedy}")
+        raise ValueError(
+            f"{'no launcher is detected (rank 0 of 1)' if launcher.is_none else started}, {reported}: {remedy}"
+        )
     return launcher, comm
 
 
-def meet(launcher: Launcher, comm: Any, timeout_s: float) -> Store:
+def connect(launcher: Launcher, comm: Any, timeout_s: float) -> Store:
     """The key-value store that all ranks reach. On one node every socket of it, and of gloo, is on loopback.
 
-    Raises `ValueError` where ranks have no way to exchange an address.
+    Raises `ValueError` where ranks cannot exchange an address.
     """
     timeout = timedelta(seconds=timeout_s)
     one_node = _is_one_node(launcher, comm)
@@ -93,42 +90,31 @@ def meet(launcher: Launcher, comm: Any, timeout_s: float) -> Store:
     if launcher.name == "torchrun":  # its agent has a store already
         store: Store = next(rendezvous("env://", launcher.rank, launcher.world_size, timeout=timeout))[0]
         return store
-    return _make_store(launcher, comm, timeout, one_node)
+    is_main, address, port = launcher.rank == 0, "", 0
+    if comm is None:
+        address, port = _address_without_mpi(launcher, os.environ)
+    elif is_main and not one_node:  # it alone looks up its names
+        address = _reachable_name()
+    if one_node:
+        address = _loopback()
+    server = _serve(launcher, address, port, timeout) if is_main else None
+    if comm is not None:
+        address, port = comm.bcast((address, server.port) if server else None)
+    return server or TCPStore(address, port, launcher.world_size, is_master=False, timeout=timeout)
 
 
-def init_process_group(launcher: Launcher, store: Store, device_type: str, timeout_s: float) -> None:
-    """Make the default process group: gloo for CPU tensors, and NCCL or XCCL for those of the device, if it has one.
-
-    torch builds that were compiled with NCCL refuse it on machines without a GPU.
-    """
-    timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group(
-        _BACKENDS[device_type], store=store, rank=launcher.rank, world_size=launcher.world_size, timeout=timeout
-    )
-
-
-def own_job() -> str | None:
-    """The scheduler's job that this process belongs to, where the environment names one."""
-    return next((f"{name}={os.environ[name]}" for name in _JOB_IDS if name in os.environ), None)
-
-
-def ask_main_rank(
-    store: Store,
-    topic: str,
-    launcher: Launcher,
-    timeout_s: float,
-    item: Any,
-    answer: Callable[[list[Any]], Sequence[Any]],
+def exchange(
+    store: Store, launcher: Launcher, timeout_s: float, topic: str, item: Any, answer: Callable[[list[Any]], list[Any]]
 ) -> Any:
-    """Bring every rank's item to the main rank, whose `answer` has one for each rank; items and answers are JSON.
+    """Gather every rank's item on the main rank, and return this rank's part of `answer(items)`. All are JSON.
 
     Each rank makes a few requests to the store, however many ranks there are. A `ValueError` of `answer` becomes an
-    `AgreedError` on every rank. Raises `TimeoutError` on the main rank, naming the ranks that did not come.
+    `AgreedError` on every rank. Raises `TimeoutError` on the main rank, with the ranks that did not join.
     """
     rank, world_size = launcher.rank, launcher.world_size
-    mine = json.dumps([os.urandom(8).hex(), socket.gethostname(), item])
-    first = store.compare_set(f"{topic}/{rank}", "", mine).decode()
-    if first != mine:
+    own = json.dumps([os.urandom(8).hex(), socket.gethostname(), item])
+    first = store.compare_set(f"{topic}/{rank}", "", own).decode()
+    if first != own:
         raise ValueError(
             f"this is a second rank {rank} of {world_size}, and the first is on {json.loads(first)[1]}: two runs have "
             "one MASTER_ADDR and MASTER_PORT; choose another MASTER_PORT"
@@ -138,7 +124,7 @@ def ask_main_rank(
         keys = [f"{topic}/{other}" for other in range(world_size)]
         if not all(_wait_for(store, key, deadline_s) for key in keys):
             missing = ", ".join(str(other) for other, key in enumerate(keys) if not store.check([key]))
-            raise TimeoutError(f"waited {timeout_s:g} s for rank {missing} of {world_size} to come")
+            raise TimeoutError(f"waited {timeout_s:g} s for rank {missing} of {world_size} to join")
         try:
             answers = [[None, each] for each in answer([json.loads(store.get(key))[2] for key in keys])]
         except ValueError as error:
@@ -146,20 +132,20 @@ def ask_main_rank(
         for key, each in zip(keys, answers, strict=True):
             store.set(f"{key}/answer", json.dumps(each))
     _wait_for(store, f"{topic}/{rank}/answer", math.inf)  # the watchdog ends this wait
-    problem, answered = json.loads(store.get(f"{topic}/{rank}/answer"))
-    if problem:
-        store.add(f"{topic}/read", 1)
-        deadline_s = time.monotonic() + _READ_WITHIN_S
-        while rank == 0 and store.add(f"{topic}/read", 0) < world_size and time.monotonic() < deadline_s:
-            time.sleep(0.01)  # the store ends with this process
-        raise AgreedError(problem)
-    return answered
+    reason, answered = json.loads(store.get(f"{topic}/{rank}/answer"))
+    if not reason:
+        return answered
+    store.add(f"{topic}/read", 1)
+    deadline_s = time.monotonic() + _READ_WITHIN_S
+    while rank == 0 and store.add(f"{topic}/read", 0) < world_size and time.monotonic() < deadline_s:
+        time.sleep(0.01)  # the store ends with this process
+    raise AgreedError(reason)
 
 
 def _wait_for(store: Store, key: str, deadline_s: float) -> bool:
-    """Whether a key is there by the deadline, on the monotonic clock.
+    """Whether a key is set by the deadline, on the monotonic clock.
 
-    It looks again and again: a blocking wait would keep the store from the thread that reports a failure.
+    This polls: a blocking wait would keep the store from the thread that reports a failure.
     """
     pause_s = 0.001
     while not store.check([key]):
@@ -195,45 +181,28 @@ def _loopback() -> str:
 def _is_own(address: str) -> bool:
     """Whether an address or a name is one of this host's own."""
     try:
-        family, kind, protocol, _, where = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, own = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
-            probe.bind(where)
+            probe.bind(own)
     except OSError:
         return False
     return True
 
 
-def _make_store(launcher: Launcher, comm: Any, timeout: timedelta, one_node: bool) -> Store:
-    is_main, own = launcher.rank == 0, _loopback()
-    if comm is not None:
-        store, address = None, ""
-        if is_main:  # it alone looks up its names
-            address = own if one_node else _reachable_name()
-            store = _serve(launcher, address, 0, timeout)
-        address, port = comm.bcast((address, store.port) if store else None)
-        return store or TCPStore(address, port, launcher.world_size, is_master=False, timeout=timeout)
-    address, port = _address_without_mpi(launcher, os.environ)
-    address = own if one_node else address
-    if is_main:
-        return _serve(launcher, address, port, timeout)
-    return TCPStore(address, port, launcher.world_size, is_master=False, timeout=timeout)
-
-
 def _serve(launcher: Launcher, address: str, port: int, timeout: timedelta) -> TCPStore:
-    """The main rank's store, for ranks that come to `address`.
+    """The main rank's store, for ranks that connect to `address`.
 
-    TCPStore itself would listen on every interface: on one node it gets a loopback socket. Beyond that all of this
-    host's addresses will do, since the name that others use may not be known here.
+    TCPStore itself would listen on every interface: on one node it gets a loopback socket. Otherwise it listens on all
+    of this host's addresses, since the name that other ranks use may be unknown here.
     """
     own = _loopback()
     try:
         family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
     except OSError:
         family = socket.AF_INET
+    interface = own if _is_loopback(address) else ""
     try:
-        listener = socket.create_server(
-            (own if _is_loopback(address) else "", port), family=family, backlog=launcher.world_size
-        )
+        listener = socket.create_server((interface, port), family=family, backlog=launcher.world_size)
     except OSError as error:
         raise ValueError(
             f"MASTER_PORT is {port}, which is taken ({os.strerror(error.errno or 0)}): choose another"
@@ -261,23 +230,18 @@ def _address_without_mpi(launcher: Launcher, environ: Mapping[str, str]) -> tupl
         step = int(environ.get("SLURM_STEP_ID", "0"))
         return first_slurm_node(nodes), 20_000 + (int(environ["SLURM_JOB_ID"]) * 37 + step) % 20_000
     raise ValueError(
-        f"{launcher.name} started {launcher.world_size} ranks, which need an address to meet at: install mpi4py, or "
+        f"{launcher.name} started {launcher.world_size} ranks, which need an address to connect to: install mpi4py, or "
         "set MASTER_ADDR and MASTER_PORT"
     )
 
 
 def first_slurm_node(nodes: str) -> str:
-    """The first host of a Slurm node list: nid001 of "nid[001-004,007],login1". Slurm itself is asked first."""
+    """The first host of a Slurm node list: nid001 of "nid[001-004,007],login1". scontrol is tried first."""
     if scontrol := shutil.which("scontrol"):
-        asked = subprocess.run(
-            [scontrol, "show", "hostnames", nodes],
-            capture_output=True,
-            text=True,
-            timeout=_SCONTROL_WITHIN_S,
-            check=False,
-        )
-        if asked.returncode == 0 and asked.stdout.split():
-            return asked.stdout.split()[0]
+        command = [scontrol, "show", "hostnames", nodes]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SCONTROL_WITHIN_S, check=False)
+        if done.returncode == 0 and done.stdout.split():
+            return done.stdout.split()[0]
     match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)
     if not match:
         raise ValueError(f"SLURM_JOB_NODELIST is {nodes!r}: it must be a Slurm node list")
@@ -285,7 +249,7 @@ def first_slurm_node(nodes: str) -> str:
 
 
 def _reachable_name() -> str:
-    """This host's name on the fast network. MASTER_ADDR counts where it is this host: it may be left over."""
+    """This host's name on the fast network. MASTER_ADDR counts where it is this host: it may be left from elsewhere."""
     host = socket.gethostname()
     names = [os.environ.get("MASTER_ADDR", "")]
     if _ALCF_NODE.fullmatch(host):

@@ -1,4 +1,4 @@
-"""An honest clock: ranks start together, devices finish what they were given, and the slowest rank's time counts.
+"""Timing across ranks: they start together, devices finish their work, and the slowest rank's time counts.
 
 Hoefler & Belli (2015), "Scientific Benchmarking of Parallel Computing Systems", rules 8 to 10.
 """
@@ -18,15 +18,15 @@ from torchreg.distributed.communicator import AnySync, Communicator
 TakeSteps = Callable[[int], None]
 
 _FIRST_STEPS = 5
-_AGREE = 0.1  # two chunks of steps whose times differ by less are of the same speed
-_WARMUP_SHARE = 0.1  # of the window, at least
-_MOST_WARMUP_SHARE = 0.5
+_SETTLED = 0.1  # relative difference of the step times of two chunks, at most
+_LEAST_WARMUP = 0.1  # of the window
+_MOST_WARMUP = 0.5
 _CHUNKS = 4  # of a window, about
 _LEAST_CHUNK = 50  # of a window, one part
 
 
 def elapsed_on_ranks(communicator: Communicator, work: Callable[[], None]) -> list[float]:
-    """Each rank's seconds for `work`, which all begin together after a barrier; the same list on every rank."""
+    """Each rank's seconds for `work`, which all start after a barrier; the same list on every rank."""
     communicator.synchronize()
     communicator.barrier()
     start_s = time.perf_counter()
@@ -37,7 +37,7 @@ def elapsed_on_ranks(communicator: Communicator, work: Callable[[], None]) -> li
 
 
 def warm_up(communicator: Communicator, take_steps: TakeSteps, window_s: float) -> tuple[int, float]:
-    """Take steps until their speed has settled; how many that were, and the last chunk's seconds a step.
+    """Take steps until their time has settled: the number of steps, and the last chunk's seconds per step.
 
     Chunks double until two in a row differ by less than a tenth, and a tenth of a window is over; no longer than half a
     window in all.
@@ -46,24 +46,24 @@ def warm_up(communicator: Communicator, take_steps: TakeSteps, window_s: float) 
     while True:
         chunk_s = max(elapsed_on_ranks(communicator, partial(take_steps, count)))
         num_steps, total_s, step_time_s = num_steps + count, total_s + chunk_s, chunk_s / count
-        settled = abs(step_time_s - before_s) < _AGREE * before_s and total_s >= _WARMUP_SHARE * window_s
-        if settled or total_s + 2 * chunk_s > _MOST_WARMUP_SHARE * window_s:
+        settled = abs(step_time_s - before_s) < _SETTLED * before_s and total_s >= _LEAST_WARMUP * window_s
+        if settled or total_s + 2 * chunk_s > _MOST_WARMUP * window_s:
             return num_steps, step_time_s
         count, before_s = 2 * count, step_time_s
 
 
 def steps_for(duration_s: float, step_time_s: float) -> int:
-    """How many steps last about so long."""
+    """The number of steps that last about `duration_s`."""
     return max(1, math.ceil(duration_s / step_time_s))
 
 
 def time_window(
     communicator: Communicator, take_steps: TakeSteps, window_s: float, step_time_s: float
 ) -> tuple[int, list[float]]:
-    """A window of at least `window_s` of steps: how many steps, and each rank's seconds.
+    """Time at least `window_s` of steps: the number of steps, and each rank's seconds.
 
-    Steps are taken about a quarter of a window at a time, and then what is missing; after each the ranks agree, by one
-    small reduction, how long they have taken. Those reductions are in the time: a few in a second.
+    Steps are taken about a quarter of a window at a time, and then what is missing; after each chunk the ranks agree on
+    the time so far. These reductions are included in the time: a few per second.
     """
     num_steps, own_s = 0, 0.0
     communicator.synchronize()
@@ -81,7 +81,7 @@ def time_window(
 def time_all_reduce(
     communicator: Communicator, sync: AnySync, num_bytes: int, num_repeats: int, dtype: torch.dtype = torch.float32
 ) -> float:
-    """The median over repetitions of the slowest rank's seconds to sum `num_bytes` over ranks."""
+    """The median over repetitions of the slowest rank's seconds to all-reduce `num_bytes`."""
     buffer = torch.zeros(max(1, num_bytes // dtype.itemsize), dtype=dtype, device=communicator.device)
     communicator = communicator.using(sync)
     times = []

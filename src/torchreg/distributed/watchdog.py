@@ -1,4 +1,4 @@
-"""Calls that wait for other ranks and have no time-out of their own: a thread sees how long each of them takes.
+"""Time limits for calls that wait for other ranks and have no time-out of their own.
 
 MPI waits for ever for a rank that was stopped or cut off, and so does a request to the store of a stopped main rank.
 """
@@ -13,21 +13,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 _ALL_REDUCE = "in an all-reduce"
-_BEAT_S = 1.0
+_HEARTBEAT_S = 1.0
 _STDERR = 2  # the descriptor: sys.stderr may be anything
 
 
 class Watchdog:
     """Calls `expired` with the reason, from a thread of its own, once a call has waited `timeout_s` seconds.
 
-    Time counts while this process runs only: a job that is suspended as a whole goes on when it is resumed.
+    Time counts only while this process runs: a job that is suspended as a whole continues when it is resumed.
     """
 
     __slots__ = ("_expired", "_grace_s", "_poll_s", "_what", "call", "timeout_s")
 
     def __init__(self, timeout_s: float, expired: Callable[[TimeoutError], object]) -> None:
         self.call: object | None = None
-        """A fresh object for each call, None between calls. The hot path sets it itself: `over` takes a microsecond."""
+        """A fresh object for each call, None between calls. All-reduces set it directly: `limit` takes longer."""
         self._what = _ALL_REDUCE
         self.timeout_s = timeout_s
         self._grace_s = 0.0
@@ -36,10 +36,10 @@ class Watchdog:
         threading.Thread(target=self._watch, name="torchreg watchdog", daemon=True).start()
 
     @contextmanager
-    def over(self, what: str, grace_s: float = 0.0) -> Iterator[None]:
-        """Watch the calls in the body, as one; `what` ends the sentence that begins «waited for the other ranks».
+    def limit(self, what: str, grace_s: float = 0.0) -> Iterator[None]:
+        """Limit the calls in the body, taken together, to the time-out; `what` completes "waited for the other ranks".
 
-        After `grace_s` more than the time-out, where another rank may have more to say.
+        `grace_s` is added to the time-out where another rank may report more.
         """
         self._grace_s, self._what, self.call = grace_s, what, object()
         try:
@@ -48,7 +48,7 @@ class Watchdog:
             self.call, self._what, self._grace_s = None, _ALL_REDUCE, 0.0
 
     def _watch(self) -> None:
-        seen: object | None = None  # held, so that no later call can be the same object
+        seen: object | None = None  # a reference, so that no later call can be the same object
         num_polls = 0
         while num_polls * self._poll_s < self.timeout_s + self._grace_s:
             time.sleep(self._poll_s)
@@ -59,13 +59,13 @@ class Watchdog:
 
 
 @contextmanager
-def beating(beat: Callable[[], object]) -> Iterator[None]:
-    """Call `beat` about every second while the body runs, from a thread: this process is alive."""
+def heartbeat(beat: Callable[[], object]) -> Iterator[None]:
+    """Call `beat` about every second while the body runs, from a thread."""
     done = threading.Event()
 
     def run() -> None:
         with suppress(RuntimeError):  # the store is gone: this process is about to end
-            while not done.wait(_BEAT_S):
+            while not done.wait(_HEARTBEAT_S):
                 beat()
 
     thread = threading.Thread(target=run, name="torchreg heartbeat", daemon=True)
@@ -79,14 +79,13 @@ def beating(beat: Callable[[], object]) -> Iterator[None]:
 
 @contextmanager
 def exit_after(seconds: float, rank: int) -> Iterator[None]:
-    """End this process if the body takes longer than `seconds`; rank 0 tells where it was, or rank 1 a second later.
+    """End this process if the body takes longer than `seconds`; rank 0 prints a traceback, or rank 1 a second later.
 
-    For MPI_Init and MPI_Finalize, in which mpi4py keeps the interpreter's lock: no Python thread runs, and all that
-    can be told is a traceback.
+    For MPI_Init and MPI_Finalize, in which mpi4py keeps the interpreter's lock: no Python thread can run.
     """
     turn = min(rank, 2)
-    with open(os.devnull, "w") as nowhere:
-        faulthandler.dump_traceback_later(seconds + turn, exit=True, file=_STDERR if turn < 2 else nowhere)
+    with open(os.devnull, "w") as devnull:
+        faulthandler.dump_traceback_later(seconds + turn, exit=True, file=_STDERR if turn < 2 else devnull)
         try:
             yield
         finally:

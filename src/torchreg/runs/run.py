@@ -27,7 +27,8 @@ from torchreg.core.train import (
     sgd_step,
 )
 from torchreg.data.table import Table
-from torchreg.distributed.communicator import Communicator, init_distributed
+from torchreg.distributed.communicator import Communicator
+from torchreg.distributed.init import init_distributed
 from torchreg.distributed.rendezvous import AgreedError
 from torchreg.runs.config import TrainConfig
 from torchreg.runs.logger import Logger

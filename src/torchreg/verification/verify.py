@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torchreg.distributed.communicator import Communicator
 from torchreg.verification.checks import Check
 from torchreg.verification.collectives import collective_checks
-from torchreg.verification.defects import Defect, injected
+from torchreg.verification.defects import Defect, inject
 from torchreg.verification.file_checks import file_checks
 from torchreg.verification.known_answers import training_checks
 from torchreg.verification.topology import topology_checks
@@ -18,11 +18,10 @@ def verify(
 ) -> Iterator[Check]:
     """Check a stack, on all ranks together; every rank gets the same rows.
 
-    Checkpoints are tried in `runs_dir`. `quick` leaves out long messages and some combinations. With a `defect` the
-    stack is broken on purpose.
+    Checkpoints are written in `runs_dir`. `quick` skips long messages and some combinations. A `defect` is injected.
     """
-    with injected(defect, communicator):
-        yield from topology_checks(communicator)
-        yield from collective_checks(communicator, quick=quick)
-        yield from training_checks(communicator, quick=quick)
-        yield from file_checks(communicator, runs_dir)
+    communicator, seams = inject(defect, communicator)
+    yield from topology_checks(communicator)
+    yield from collective_checks(communicator, quick=quick)
+    yield from training_checks(communicator, seams, quick=quick)
+    yield from file_checks(communicator, runs_dir)

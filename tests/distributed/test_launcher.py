@@ -159,7 +159,7 @@ def test_pals_without_its_own_local_rank_leaves_it_open():
 @pytest.mark.parametrize("name", ["PALS mpiexec", "Open MPI mpiexec", "MPICH mpiexec", "srun"])
 def test_variables_left_over_from_another_launcher_are_refused(name):
     stale = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    with pytest.raises(ValueError, match=r"says rank 3 of 4, but RANK and WORLD_SIZE say 0 of 1"):
+    with pytest.raises(ValueError, match=r"started rank 3 of 4, but RANK is 0 and WORLD_SIZE is 1"):
         detect_launcher({**ENVIRONMENTS[name], **stale})
 
 

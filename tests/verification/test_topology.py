@@ -1,4 +1,4 @@
-"""If these fail, ranks that share a GPU or a core, or a host that is there twice, go unnoticed: slow or wrong runs."""
+"""If these fail, ranks that share a GPU or a core, or a host counted twice, go unnoticed: slow or wrong runs."""
 
 import os
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from torchreg.verification import topology
 
 @dataclass
 class Ranks:
-    """What the checks see of a runtime whose other ranks are made up: `others` answer `gather` in turn."""
+    """What the checks see of a communicator, with simulated other ranks: `gather` returns their `masks`."""
 
     hosts: tuple[str, ...] = ("n1", "n1")
     local_ranks: tuple[int, ...] = (0, 1)
@@ -63,7 +63,7 @@ def unbound(monkeypatch):
 UNBOUND = (("n1", frozenset({0, 1}), False), ("n1", frozenset({0, 1}), False))
 
 
-def test_a_right_topology_passes():
+def test_a_correct_topology_passes():
     rows = list(topology.topology_checks(Ranks(masks=UNBOUND)))
     assert [row.status for row in rows] == ["PASS", "PASS", "SKIP", "SKIP"]
 
@@ -78,10 +78,10 @@ def test_a_host_that_is_counted_twice_is_named():
     # The launcher meant two hosts with one rank each, but both ranks are on n1.
     row = check(Ranks(promised=1, masks=UNBOUND), "ranks on hosts")
     assert row.status == "FAIL"
-    assert "2 ranks are on this host, and MPICH mpiexec says 1: a host is counted twice" in row.measured
+    assert "2 ranks are on this host, and MPICH mpiexec started 1: a host is counted twice" in row.measured
 
 
-def test_a_local_rank_that_is_there_twice_is_named():
+def test_a_local_rank_that_occurs_twice_is_named():
     row = check(Ranks(local_ranks=(0, 0), masks=UNBOUND), "ranks on hosts")
     assert (row.status, "local ranks here are [0, 0]" in row.measured) == ("FAIL", True)
 

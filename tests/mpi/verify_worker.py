@@ -1,0 +1,13 @@
+"""A rank that verifies its stack once with each defect: the checks of each, as JSON on the main rank's stdout."""
+
+import json
+from dataclasses import asdict
+
+from torchreg.distributed.init import init_distributed
+from torchreg.verification.defects import DEFECTS
+from torchreg.verification.verify import verify
+
+with init_distributed(sync="mpi", device="cpu", distributed="torch") as communicator:
+    checks = {defect: list(verify(communicator, "runs", quick=True, defect=defect)) for defect in DEFECTS}
+    if communicator.is_main:
+        print(json.dumps({defect: [asdict(check) for check in found] for defect, found in checks.items()}))
