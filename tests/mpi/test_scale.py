@@ -21,7 +21,7 @@ local_batch_sizes: [32]
 num_features: [1, 40]
 repeats: 1
 window_s: 0.03
-runtime: torch
+distributed: torch
 base_learning_rate: 0.01
 """
 

@@ -56,13 +56,8 @@ def run_command(argv: list[str]) -> int:
     hosts = arguments.hosts.split(",") if arguments.hosts else launch_commands.allocated_hosts()
     launcher = launch_commands.available_launcher() if arguments.launcher == "auto" else arguments.launcher
     slurm_nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) if launcher == "srun" else 1
-    num_nodes, ranks_per_node = launch_commands.place_ranks(
-        arguments.machine,
-        num_nodes=arguments.num_nodes,
-        ranks_per_node=arguments.ranks_per_node,
-        num_ranks=arguments.num_ranks,
-        available_nodes=len(hosts) or slurm_nodes,
-    )
+    sizes = arguments.num_nodes, arguments.ranks_per_node, arguments.num_ranks
+    num_nodes, ranks_per_node = launch_commands.place_ranks(arguments.machine, *sizes, len(hosts) or slurm_nodes)
     tokens = launch_commands.launch_command(
         launcher,
         arguments.machine,

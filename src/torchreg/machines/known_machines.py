@@ -13,25 +13,13 @@ MachineName = Literal["generic", "polaris", "aurora", "perlmutter", "frontier", 
 class Machine:
     """What a launch needs on a machine. `rank_cpus` and `srun_options` bind a rank to the CPUs near its device."""
 
-    device: Literal["auto", "cuda", "xpu"] = "auto"
-    """Device type of its nodes, in torch's terms: ROCm is cuda. auto: any."""
-
-    ranks_per_node: int | None = None
-    """Devices of a node: default and maximum number of ranks. None: any number."""
-
-    rank_cpus: tuple[str, ...] = ()
-    """CPUs of each local rank, for PALS and srun."""
-
+    device: Literal["auto", "cuda", "xpu"] = "auto"  # of its nodes, in torch's terms: ROCm is cuda; auto: any
+    ranks_per_node: int | None = None  # devices of a node: default and maximum; None: any number
+    rank_cpus: tuple[str, ...] = ()  # of each local rank, for PALS and srun
     srun_options: tuple[str, ...] = ()
-
-    environment: Mapping[str, str] = field(default_factory=dict)
-    """Variables of every rank, under every launcher."""
-
-    environment_across_nodes: Mapping[str, str] = field(default_factory=dict)
-    """Variables of every rank in a launch on several nodes."""
-
-    library_path: tuple[str, ...] = ()
-    """Folders that are prepended to LD_LIBRARY_PATH."""
+    environment: Mapping[str, str] = field(default_factory=dict)  # of every rank, under every launcher
+    environment_across_nodes: Mapping[str, str] = field(default_factory=dict)  # in a launch on several nodes
+    library_path: tuple[str, ...] = ()  # folders that are prepended to LD_LIBRARY_PATH
 
 
 # Modules of sites enable the GPU support of Cray MPICH, which then aborts a process that does not link its GPU library,
@@ -48,7 +36,7 @@ _SLINGSHOT = {
 MACHINES: dict[MachineName, Machine] = {
     "generic": Machine(),
     # GPU k is near NUMA domain 3 - k. The list of CPUs keeps the order of the GPUs and gives a rank all sixteen threads
-    # of its domain. `--depth 8 --cpu-bind depth` would give it half of them, and needs the GPU order reversed: not both.
+    # of its domain. `--depth 8 --cpu-bind depth` would give it half of them, with the GPU order reversed: never both.
     # The job's own TMPDIR exists on its first node only. On one node NCCL's plug-in does not initialise, and NCCL fails
     # if it is named. Version 1.9.1, in the folder below, has this name; from 1.12 on "OFI" is accepted as well.
     "polaris": Machine(
@@ -77,7 +65,7 @@ MACHINES: dict[MachineName, Machine] = {
             "TMPDIR": "/tmp",
         },
     ),
-    # Slurm assigns cores from the first on, and GPU 3 is nearest to those: the GPU order is reversed. All four GPUs stay
+    # Slurm assigns cores from the first on, and GPU 3 is nearest to those: the GPU order is reversed. All four stay
     # visible to each rank (--gpu-bind none). The site's pytorch module configures NCCL.
     "perlmutter": Machine(
         device="cuda",

@@ -13,7 +13,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torchreg.machines.known_machines import MACHINES, MachineName
 
@@ -52,6 +52,7 @@ def launch_command(
     _check(launcher, machine, num_nodes, ranks_per_node, hosts)
     variables = _variables(machine, num_nodes, env or {}, without, library_path)
     host_list, cpus = ",".join(hosts), needs.rank_cpus[:ranks_per_node]
+    pals_cpus, srun_cpus = cpus and "list:" + ":".join(cpus), cpus and "mask_cpu:" + ",".join(map(_cpu_mask, cpus))
     mpiexec = ["mpiexec", "-n", str(num_ranks)]
     mpiexec_on_hosts = [*mpiexec, "--ppn", str(ranks_per_node), *_option("--hosts", host_list)]
     env_command = ["env", *variables] if variables else []
@@ -59,29 +60,20 @@ def launch_command(
         "none": env_command,
         "mpich": [*mpiexec_on_hosts, *extra, *_repeated("--env", variables)],
         # Without hosts PALS takes those of PBS_NODEFILE.
-        "pals": [
-            *mpiexec_on_hosts,
-            *_option("--cpu-bind", cpus and "list:" + ":".join(cpus)),
-            *extra,
-            *_repeated("--env", variables),
-        ],
+        "pals": [*mpiexec_on_hosts, *_option("--cpu-bind", pals_cpus), *extra, *_repeated("--env", variables)],
         # A host without a number has one slot. Open MPI passes on no variable by itself.
         "openmpi": [
-            *mpiexec,
-            *("--map-by", f"ppr:{ranks_per_node}:node"),
+            *(*mpiexec, "--map-by", f"ppr:{ranks_per_node}:node"),
             *_option("--host", ",".join(f"{host}:{ranks_per_node}" for host in hosts)),
-            *extra,
-            *_repeated("-x", ["PATH", *variables]),
+            *(*extra, *_repeated("-x", ["PATH", *variables])),
         ],
         # `env` before the program, because srun's own --export splits values at commas.
         "srun": [
             *("srun", "--nodes", str(num_nodes), "--ntasks", str(num_ranks), "--ntasks-per-node", str(ranks_per_node)),
             *_option("--nodelist", host_list),
-            "--kill-on-bad-exit=1",
-            *needs.srun_options,
-            *_option("--cpu-bind", cpus and "mask_cpu:" + ",".join(map(_cpu_mask, cpus))),
-            *extra,
-            *env_command,
+            *("--kill-on-bad-exit=1", *needs.srun_options),
+            *_option("--cpu-bind", srun_cpus),
+            *(*extra, *env_command),
         ],
     }
     return commands[launcher]
@@ -157,12 +149,7 @@ def split_options(field: str, options: str) -> list[str]:
 
 
 def place_ranks(
-    machine: MachineName,
-    *,
-    num_nodes: int | None,
-    ranks_per_node: int | None,
-    num_ranks: int | None,
-    available_nodes: int,
+    machine: MachineName, num_nodes: int | None, ranks_per_node: int | None, num_ranks: int | None, available_nodes: int
 ) -> tuple[int, int]:
     """`num_nodes` and `ranks_per_node`; what is not given follows from the rest and the machine.
 
@@ -196,11 +183,9 @@ def available_launcher(environ: Mapping[str, str] = os.environ) -> LauncherName:
     mpiexec = shutil.which("mpiexec", path=path)
     if mpiexec is None:
         return "none"
-    command = [mpiexec, "--version"]
+    options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
     try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_VERSION_TIMEOUT_S, check=False
-        )
+        done = subprocess.run([mpiexec, "--version"], timeout=_VERSION_TIMEOUT_S, check=False, **options)
     except subprocess.TimeoutExpired:
         raise ValueError(
             f"launcher is auto, and {mpiexec} --version did not end within {_VERSION_TIMEOUT_S:g} s: name the launcher"

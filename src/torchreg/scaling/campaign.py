@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -24,7 +24,6 @@ MOST_SOLVED_FEATURES = 1_024
 above, against the trajectory of gradient descent."""
 
 Combination = Literal["manual/allreduce", "manual/mpi", "sgd/ddp", "sgd/mpi"]
-COMBINATIONS: tuple[Combination, ...] = ("manual/allreduce", "manual/mpi", "sgd/ddp", "sgd/mpi")
 
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("nodes", "ranks_per_node", "global_batch_sizes", "local_batch_sizes", "num_features"), (1, 10**9)),
@@ -137,27 +136,21 @@ class Campaign:
             if isinstance(values, tuple) and len(set(values)) < len(values):
                 raise ValueError(f"{field} is {', '.join(map(str, values))}: give each number once")
         split_options("launcher_args", self.launcher_args)
-        for combination in self.combinations:
-            if combination != "all" and combination not in COMBINATIONS:
-                raise ValueError(f"combinations has {combination}: choose of all, {', '.join(COMBINATIONS)}")
-        for size in self.global_batch_sizes:
-            if size < self._max_world_size:
-                raise ValueError(
-                    f"global_batch_sizes has {size}, and the largest world size is {self._max_world_size}: some ranks "
-                    "would have no samples; give larger batches or fewer ranks"
-                )
+        max_world_size = max(self.nodes) * max(self.ranks_per_node)
+        if min(self.global_batch_sizes, default=max_world_size) < max_world_size:
+            raise ValueError(
+                f"global_batch_sizes has {min(self.global_batch_sizes)}, and the largest world size is "
+                f"{max_world_size}: some ranks would have no samples; give larger batches or fewer ranks"
+            )
         if self.num_rows is not None and self.num_rows < self._max_batch_size:
             raise ValueError(
                 f"num_rows is {self.num_rows}, and the largest global batch is {self._max_batch_size}: give more rows"
             )
 
     @property
-    def _max_world_size(self) -> int:
-        return max(self.nodes) * max(self.ranks_per_node)
-
-    @property
     def _max_batch_size(self) -> int:
-        return max((*self.global_batch_sizes, *(size * self._max_world_size for size in self.local_batch_sizes)))
+        max_world_size = max(self.nodes) * max(self.ranks_per_node)
+        return max((*self.global_batch_sizes, *(size * max_world_size for size in self.local_batch_sizes)))
 
     @property
     def effective_num_rows(self) -> int:
@@ -224,8 +217,8 @@ def settings(campaign: Campaign, world_size: int, *, by_mpi: bool = True) -> lis
     `by_mpi`: whether MPI can average gradients there, so that `all` combinations are all four.
     """
     batches = sorted({*campaign.global_batch_sizes, *(size * world_size for size in campaign.local_batch_sizes)})
-    is_all = "all" in campaign.combinations
-    chosen = [c for c in COMBINATIONS if c in campaign.combinations or (is_all and (by_mpi or not c.endswith("mpi")))]
+    available = [c for c in get_args(Combination) if by_mpi or not c.endswith("/mpi")]
+    chosen = available if "all" in campaign.combinations else sorted(set(campaign.combinations))
     pairs = dict.fromkeys(tuple(c.split("/")) if world_size > 1 else (c.split("/")[0], "none") for c in chosen)
     return [
         Setting(optimizer, sync, num_features, batch)  # type: ignore[arg-type]
@@ -236,13 +229,11 @@ def settings(campaign: Campaign, world_size: int, *, by_mpi: bool = True) -> lis
 
 
 def estimated_s(campaign: Campaign, launch: Launch) -> float:
-    """Estimated seconds of a launch: each point has a window with averaging and, on several ranks, half of one without.
-
-    The numbers are start-up (imports, process group), all-reduce measurements, and per point the warm-up, the check and
-    the run to the target.
-    """
-    windows = 1.0 if launch.world_size == 1 else 1.5
-    return 15.0 + 3.0 + (windows * campaign.window_s + 0.5) * len(settings(campaign, launch.world_size))
+    """Estimated seconds of a launch."""
+    windows = 1.0 if launch.world_size == 1 else 1.5  # with averaging, and half of one without
+    point_s = windows * campaign.window_s + 0.5  # warm-up, check, run to the target
+    start_up_s, all_reduce_s = 15.0, 3.0
+    return start_up_s + all_reduce_s + point_s * len(settings(campaign, launch.world_size))
 
 
 def node_hours(campaign: Campaign, chosen: Sequence[Launch]) -> float:

@@ -112,8 +112,8 @@ def run_campaign(
     folders = {launch.id: folder / LAUNCHES_FOLDER / launch.id for launch in todo}
     durations_s: dict[int, float] = {}  # by world size, as measured in this run
     stopped = None
-    with host_lock(folder / LAUNCHES_FOLDER, stop.is_due) as inherited:
-        if inherited is None:
+    with host_lock(folder / LAUNCHES_FOLDER, stop.is_due) as fd:
+        if fd is None:
             stopped = stop.reason or f"another `scale run` measures in {folder} on this host, or its ranks still end"
         for number, launch in enumerate(todo, start=1):
             state = state_of(folders[launch.id])
@@ -124,7 +124,7 @@ def run_campaign(
                 stopped = stop.reason
             elif left_s is not None and expected_s > left_s:
                 stopped = f"{left_s:.0f} s are left, and the next launch takes about {expected_s:.0f} s"
-            if stopped or inherited is None:
+            if stopped or fd is None:
                 break
             lock = lock_launch(folders[launch.id])
             if lock is None:
@@ -133,7 +133,7 @@ def run_campaign(
             try:
                 if state_of(folders[launch.id]) == "done":  # by another job, just before the lock was taken
                     continue
-                record = run_launch(campaign, launch, folders[launch.id], commands[launch.id], stop, lock, inherited)
+                record = run_launch(campaign, launch, commands[launch.id], folders[launch.id], stop, lock, fd)
             finally:
                 lock.release()
             if record is None:

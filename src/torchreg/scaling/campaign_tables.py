@@ -16,8 +16,7 @@ from torchreg.scaling.sources import LAUNCH_FILE, LAUNCHES_FOLDER
 
 _MAX_FAILURES = 5  # that are shown
 
-Table = tuple[list[str], list[list[str]]]
-"""Columns and rows."""
+Table = tuple[list[str], list[list[str]]]  # columns and rows
 
 
 def plan_table(campaign: Campaign) -> Table:

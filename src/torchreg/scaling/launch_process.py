@@ -25,8 +25,8 @@ _POLL_S = 0.1
 _END_WITHIN_S = 8.0  # a scheduler kills ten seconds after its signal
 _MAX_REASON_LENGTH = 300
 
-# Becomes the launcher. Its child in the background reads the standard input, which is closed when `scale run` has ended,
-# be it by SIGKILL, and then ends the launcher and all that it started on this host.
+# Becomes the launcher. A child in the background waits for the end of the standard input, which comes when `scale run`
+# ends, also by SIGKILL, and then ends the launcher and all that it started on this host.
 _LAUNCHER_WITH_WATCHDOG = """
 exec 3<&0 </dev/null
 (
@@ -34,10 +34,7 @@ exec 3<&0 </dev/null
         trap '' TERM INT HUP
         read -r line <&3
         kill -TERM 0
-        for second in 1 2 3 4 5 6 7 8; do
-            sleep 1
-            kill -0 $$ || break
-        done
+        for second in 1 2 3 4 5 6 7 8; do sleep 1; kill -0 $$ || break; done
         kill -KILL 0
     ) >/dev/null 2>&1 &
 )
@@ -49,32 +46,33 @@ exec "$@"
 def run_launch(
     campaign: Campaign,
     launch: Launch,
-    folder: Path,
     command: Sequence[str],
+    folder: Path,
     stop: StopRequest,
     lock: LaunchLock,
-    inherited: int,
+    fd: int,
 ) -> dict[str, Any] | None:
     """Run one launch in its folder and write its record; None, without a record, if `stop` is due or the lock is lost.
 
-    The ranks inherit the descriptor `inherited`. An earlier failure stays on record beside the new attempt.
-    """  # fmt: skip
+    The ranks inherit the file descriptor `fd`. The record of an earlier failure is kept beside the new one.
+    """
     if (folder / LAUNCH_FILE).exists():
         number = 1 + sum(1 for _ in folder.glob("launch.failed-*.json"))
         (folder / LAUNCH_FILE).rename(folder / f"launch.failed-{number}.json")
     for left in folder.glob("measured-*.json"):
         left.unlink()
     started_utc, start_s, launched_at = utc_now(), time.monotonic(), f"{time.time():.3f}"
+    arguments = ["sh", "-c", _LAUNCHER_WITH_WATCHDOG, "sh", *command, "--launched-at", launched_at]
     with (
         (folder / "stdout.log").open("wb") as out,
         (folder / "stderr.log").open("wb") as err,
         subprocess.Popen(
-            ["sh", "-c", _LAUNCHER_WITH_WATCHDOG, "sh", *command, "--launched-at", launched_at],
+            arguments,
             stdin=subprocess.PIPE,
             stdout=out,
             stderr=err,
             start_new_session=True,
-            pass_fds=(inherited,),
+            pass_fds=(fd,),
         ) as process,
     ):
         try:
@@ -88,8 +86,7 @@ def run_launch(
             _end_session(process)
     if not lock.is_held():
         return None
-    measured_path = folder / measured_file(launched_at)
-    measured, reason = {}, None
+    measured_path, measured, reason = folder / measured_file(launched_at), {}, None
     if is_timeout:
         reason = f"it had not ended after launch_timeout_s, {campaign.launch_timeout_s:g} s"
     elif process.returncode != 0:

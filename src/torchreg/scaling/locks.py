@@ -1,7 +1,7 @@
-"""Locks of a campaign: several jobs may share its folder, and each launch is run by one of them at a time.
+"""Locks of a campaign: several jobs may share its folder, and one of them at a time runs a launch.
 
-On one host a job runs one `scale run` at a time in a campaign, by a `flock` that its ranks inherit: it is held until the
-last of them has ended. Between hosts, where `flock` may be missing, each launch has a lock file that its owner renews.
+On one host a job runs one `scale run` at a time, by a `flock` that its ranks inherit and so hold until the last of them
+has ended. Between hosts, where `flock` may be missing, each launch has a lock file that its owner renews.
 """
 
 from __future__ import annotations
@@ -70,8 +70,7 @@ class LaunchLock:
     """The lock file of a launch, owned by this process; see `lock_launch`."""
 
     def __init__(self, path: Path, lock_id: str) -> None:
-        self._path, self._id = path, lock_id
-        self._renewed_s = time.monotonic()
+        self._path, self._id, self._renewed_s = path, lock_id, time.monotonic()
 
     def is_held(self) -> bool:
         """Whether the lock is still this process's; another one takes it over if this one is suspended too long."""
@@ -79,12 +78,11 @@ class LaunchLock:
 
     def renew(self) -> bool:
         """Extend the lock if that is due; False if another process has taken it over."""
-        if time.monotonic() < self._renewed_s + _RENEW_EVERY_S:
-            return True
-        if not self.is_held():
-            return False
-        os.utime(self._path)
-        self._renewed_s = time.monotonic()
+        if time.monotonic() > self._renewed_s + _RENEW_EVERY_S:
+            if not self.is_held():
+                return False
+            os.utime(self._path)
+            self._renewed_s = time.monotonic()
         return True
 
     def release(self) -> None:
@@ -96,8 +94,8 @@ class LaunchLock:
 def lock_launch(folder: Path) -> LaunchLock | None:
     """Lock a launch's folder for this process; None if another one has it.
 
-    A lock is stale if its owner, on this host, has ended; if it is of this job on another host, where the job ran before
-    it was restarted; and if it was not renewed in time.
+    A lock is stale if its owner, on this host, has ended; if it is of this job on another host, where the job ran
+    before a restart; and if it was not renewed in time.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, lock_id = folder / LOCK_FILE, uuid.uuid4().hex
@@ -109,10 +107,9 @@ def lock_launch(folder: Path) -> LaunchLock | None:
 
 def locked_by(folder: Path) -> str | None:
     """A description of the process that runs the launch of a folder; None if there is none."""
-    path = folder / LOCK_FILE
-    if _is_stale(path):
+    if _is_stale(folder / LOCK_FILE):
         return None
-    content = _read(path)
+    content = _read(folder / LOCK_FILE)
     job = f", job {content['job_id']}" if content.get("job_id") else ""
     return f"process {content.get('pid')} on {content.get('host')}{job}"
 
