@@ -5,6 +5,7 @@ Only `available_launcher` and `allocated_hosts` look at the machine.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -157,8 +158,9 @@ def place_ranks(
     `num_ranks` alone is spread evenly. Raises `ValueError` for numbers that contradict each other.
     """
     if num_nodes is None:
-        is_free = num_ranks is None or ranks_per_node is None
-        num_nodes = available_nodes if is_free else -(-num_ranks // max(1, ranks_per_node))
+        num_nodes = available_nodes
+        if num_ranks is not None and ranks_per_node is not None:
+            num_nodes = math.ceil(num_ranks / max(1, ranks_per_node))
     if ranks_per_node is None:
         machine_default = MACHINES[machine].ranks_per_node
         ranks_per_node = machine_default if num_ranks is None else max(1, num_ranks // max(1, num_nodes))

@@ -221,7 +221,7 @@ def settings(campaign: Campaign, world_size: int, *, by_mpi: bool = True) -> lis
     chosen = available if "all" in campaign.combinations else sorted(set(campaign.combinations))
     pairs = dict.fromkeys(tuple(c.split("/")) if world_size > 1 else (c.split("/")[0], "none") for c in chosen)
     return [
-        Setting(optimizer, sync, num_features, batch)  # type: ignore[arg-type]
+        Setting(optimizer, sync, num_features, batch)
         for num_features in campaign.num_features
         for batch in batches
         for optimizer, sync in pairs
