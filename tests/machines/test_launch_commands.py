@@ -51,9 +51,9 @@ def test_half_a_polaris_node_is_bound_to_the_cpus_of_its_first_gpus():
     assert tokens[:7] == ["mpiexec", "-n", "2", "--ppn", "2", "--cpu-bind", "list:24-31,56-63:16-23,48-55"]
 
 
-def test_nccl_can_be_left_to_itself_where_the_plugin_hangs():
+def test_variables_of_nccl_can_be_excluded_where_the_plugin_hangs():
     nccl = ["NCCL_NET_GDR_LEVEL", "NCCL_CROSS_NIC", "NCCL_COLLNET_ENABLE", "NCCL_NET"]
-    for num_nodes in (1, 2):  # a campaign leaves a variable out of all its launches
+    for num_nodes in (1, 2):  # a campaign excludes a variable from all its launches
         tokens = launch_command("pals", "polaris", num_nodes=num_nodes, ranks_per_node=4, without=nccl)
         assert "NCCL" not in " ".join(tokens)
         assert "FI_MR_CACHE_MONITOR=userfaultfd" in tokens
@@ -182,9 +182,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_does_not_fit_is_told_with_its_numbers(case):
-    options, told = BAD[case]
-    with pytest.raises(ValueError, match=told):
+def test_what_does_not_fit_is_reported_with_its_numbers(case):
+    options, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
         launch_command("mpich", **{"num_nodes": 2, "ranks_per_node": 2} | options)
 
 
@@ -195,7 +195,7 @@ def test_what_does_not_fit_is_told_with_its_numbers(case):
     ranks_per_node=st.integers(1, 4),
     value=st.text(st.characters(exclude_characters="\n\0", exclude_categories=["Cs"])),
 )
-def test_every_host_and_every_value_arrives_in_one_piece(launcher, machine, num_nodes, ranks_per_node, value):
+def test_every_host_and_every_value_arrives_whole(launcher, machine, num_nodes, ranks_per_node, value):
     hosts = [f"n{i}" for i in range(num_nodes)]
     tokens = launch_command(
         launcher,
@@ -271,7 +271,7 @@ def test_a_nodefile_gives_each_host_once_in_its_order(tmp_path):
     assert allocated_hosts({}) == ()
 
 
-def test_a_nodefile_that_says_nothing_is_told(tmp_path):
+def test_a_nodefile_without_hosts_is_reported(tmp_path):
     (tmp_path / "empty").write_text("\n")
     with pytest.raises(ValueError, match="empty, which names no host"):
         allocated_hosts({"PBS_NODEFILE": str(tmp_path / "empty")})
@@ -333,7 +333,7 @@ def test_the_command_with_nothing_to_print_prints_nothing(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_the_command_tells_what_is_wrong():
+def test_the_command_reports_what_is_wrong():
     with pytest.raises(ValueError, match="env has 'A': give NAME=VALUE"):
         run_command(["--num-ranks", "1", "--env", "A"])
     with pytest.raises(ValueError, match="hosts has ''"):

@@ -182,14 +182,9 @@ class Measure:
                 f"launch is {self.launch!r}, which is not in {self.dir}: see `torchreg scale status {self.dir}`"
             )
         folder = Path(self.dir, LAUNCHES_FOLDER, launch.id)
-        config = TrainConfig(
-            optimizer="manual",
-            device=MACHINES[campaign.machine].device if campaign.device == "auto" else campaign.device,
-            dtype=campaign.dtype,
-            distributed=campaign.distributed,
-            timeout_s=campaign.timeout_s,
-        )
-        communicator = open_ranks(config)
+        options = {name: getattr(campaign, name) for name in ("dtype", "distributed", "timeout_s")}
+        device = MACHINES[campaign.machine].device if campaign.device == "auto" else campaign.device
+        communicator = open_ranks(TrainConfig(optimizer="manual", device=device, **options))
         start_up_s = time.time() - self.launched_at
         measured = on_all_ranks(communicator, lambda: measure_launch(campaign, launch, communicator, folder))
         if communicator.is_main:

@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,13 +43,7 @@ exec "$@"
 
 
 def run_launch(
-    campaign: Campaign,
-    launch: Launch,
-    command: Sequence[str],
-    folder: Path,
-    stop: StopRequest,
-    lock: LaunchLock,
-    fd: int,
+    campaign: Campaign, launch: Launch, command: list[str], folder: Path, stop: StopRequest, lock: LaunchLock, fd: int
 ) -> dict[str, Any] | None:
     """Run one launch in its folder and write its record; None, without a record, if `stop` is due or the lock is lost.
 
@@ -67,12 +60,7 @@ def run_launch(
         (folder / "stdout.log").open("wb") as out,
         (folder / "stderr.log").open("wb") as err,
         subprocess.Popen(
-            arguments,
-            stdin=subprocess.PIPE,
-            stdout=out,
-            stderr=err,
-            start_new_session=True,
-            pass_fds=(fd,),
+            arguments, stdin=subprocess.PIPE, stdout=out, stderr=err, start_new_session=True, pass_fds=(fd,)
         ) as process,
     ):
         try:
@@ -112,7 +100,7 @@ def run_launch(
                 "without": list(campaign.without),
             },
             "launch": {"id": launch.id, "world_size": launch.world_size, **asdict(launch)},
-            "command": list(command),
+            "command": command,
             "started_utc": started_utc,
             "wall_s": time.monotonic() - start_s,
             "provenance": provenance(started_utc),
@@ -145,14 +133,8 @@ def _last_error(folder: Path) -> str:
     MPICH's launcher prints the cause first and then a call trace. Nothing on stderr means that a rank was killed, which
     its launcher reports in a banner on stdout.
     """
-    err, out = (
-        [
-            line.strip()
-            for line in (folder / log).read_text(encoding="utf-8", errors="replace").splitlines()
-            if line.strip()
-        ]
-        for log in ("stderr.log", "stdout.log")
-    )
+    texts = [(folder / log).read_text(encoding="utf-8", errors="replace") for log in ("stderr.log", "stdout.log")]
+    err, out = ([line.strip() for line in text.splitlines() if line.strip()] for text in texts)
     hydra = re.compile(r"\[(proxy:\S+|mpiexec)@")
     causes = [line for line in err if line.startswith("torchreg: error")]
     if err and hydra.match(err[-1]):
