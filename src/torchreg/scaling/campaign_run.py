@@ -34,15 +34,25 @@ State = Literal["done", "failed", "running", "open"]
 _MAY_CHANGE = ("repeats", "nodes", "ranks_per_node", "launcher", "launcher_args", "timeout_s", "launch_timeout_s")
 
 
-def state_of(folder: Path) -> State:
-    """The state of the launch of a folder; one with an invalid record has failed."""
+def status_of(folder: Path) -> tuple[State, float | None, str]:
+    """State of the launch of a folder, its wall time in seconds, and a message.
+
+    The message is the time that it took, why it failed, or which process runs it. An invalid record is a failure.
+    """
     try:
         record = check((folder / LAUNCH_FILE).read_bytes())
     except FileNotFoundError:
-        return "running" if locked_by(folder) else "open"
-    except (OSError, ValueError):
-        return "failed"
-    return "done" if record["status"] == "ok" else "failed"
+        owner = locked_by(folder)
+        return ("running", None, owner) if owner else ("open", None, "")
+    except (OSError, ValueError) as error:
+        return "failed", None, f"{LAUNCH_FILE} is not a record: {error}"
+    is_ok = record["status"] == "ok"
+    return ("done", record["wall_s"], f"{record['wall_s']:.0f} s") if is_ok else ("failed", None, record["reason"])
+
+
+def state_of(folder: Path) -> State:
+    """The state of the launch of a folder."""
+    return status_of(folder)[0]
 
 
 def campaign_of(folder: Path) -> Campaign:

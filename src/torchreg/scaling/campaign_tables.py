@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from torchreg.scaling.campaign import Campaign, Launch, estimated_s, launches, node_hours, settings
-from torchreg.scaling.campaign_run import State, campaign_of, state_of
-from torchreg.scaling.locks import locked_by
-from torchreg.scaling.schema import check
-from torchreg.scaling.sources import LAUNCH_FILE, LAUNCHES_FOLDER
+from torchreg.scaling.campaign_run import State, campaign_of, status_of
+from torchreg.scaling.sources import LAUNCHES_FOLDER
 
 _MAX_FAILURES = 5  # that are shown
 
@@ -61,28 +59,16 @@ def outcome_lines(states: Counter[State], stopped: str | None, folder: Path) -> 
 
 
 def status(folder: Path) -> list[dict[str, Any]]:
-    """Every launch of a campaign's folder: `id`, `world_size`, `num_nodes`, `state`, `wall_s` and a `message`.
+    """Every launch of a campaign's folder: `id`, `world_size`, `num_nodes`, and its `state`, `wall_s` and `message`.
 
-    The message is the time that it took, why it failed, or which process runs it. Raises `ValueError` if the folder has
-    no campaign.
+    Raises `ValueError` if the folder has no campaign.
     """
-    return [_status(folder / LAUNCHES_FOLDER / launch.id, launch) for launch in launches(campaign_of(folder))]
-
-
-def _status(folder: Path, launch: Launch) -> dict[str, Any]:
-    state = state_of(folder)
-    wall_s, message = None, locked_by(folder) or "" if state == "running" else ""
-    if state in ("done", "failed"):
-        try:
-            record = check((folder / LAUNCH_FILE).read_bytes())
-            wall_s = record["wall_s"]
-            message = f"{wall_s:.0f} s" if state == "done" else record["reason"]
-        except (OSError, ValueError) as error:
-            message = f"{LAUNCH_FILE} is no record: {error}"
-    return {
-        "id": launch.id, "world_size": launch.world_size, "num_nodes": launch.num_nodes, "state": state,
-        "wall_s": wall_s, "message": message,
-    }  # fmt: skip
+    found = []
+    for launch in launches(campaign_of(folder)):
+        fields = {"id": launch.id, "world_size": launch.world_size, "num_nodes": launch.num_nodes}
+        state, wall_s, message = status_of(folder / LAUNCHES_FOLDER / launch.id)
+        found.append({**fields, "state": state, "wall_s": wall_s, "message": message})
+    return found
 
 
 def status_table(found: Sequence[Mapping[str, Any]]) -> Table:
@@ -100,12 +86,14 @@ def status_table(found: Sequence[Mapping[str, Any]]) -> Table:
 
 def status_lines(found: Sequence[Mapping[str, Any]], folder: Path) -> list[str]:
     """Failures with their reasons, running launches, and what to do next."""
-    by_state = {state: [each for each in found if each["state"] == state] for state in ("failed", "running", "open")}
-    failed, running, num_open = by_state["failed"], by_state["running"], len(by_state["open"])
-    lines = [f"failed       {each['id']}: {each['message']}" for each in failed[:_MAX_FAILURES]]
+    failed, running = (
+        [f"{state:13}{each['id']}: {each['message']}" for each in found if each["state"] == state]
+        for state in ("failed", "running")
+    )
+    lines = failed[:_MAX_FAILURES]
     if len(failed) > _MAX_FAILURES:
         lines.append(f"failed       and {len(failed) - _MAX_FAILURES} more")
-    lines += [f"running      {each['id']}: {each['message']}" for each in running]
-    if num_open:
+    lines += running
+    if num_open := sum(each["state"] == "open" for each in found):
         lines.append(f"open         {num_open} of {len(found)} launches: run `torchreg scale run` again to resume")
     return [*lines, f"report       torchreg report {folder}"]
