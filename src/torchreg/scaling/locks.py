@@ -70,7 +70,7 @@ class LaunchLock:
     """The lock file of a launch, owned by this process; see `lock_launch`."""
 
     def __init__(self, path: Path, lock_id: str) -> None:
-        self._path, self._id, self._renewed_s = path, lock_id, time.monotonic()
+        self._path, self._id, self._renewed_s = path, lock_id, time.time()
 
     def is_held(self) -> bool:
         """Whether the lock is still this process's; another one takes it over if this one is suspended too long."""
@@ -78,11 +78,13 @@ class LaunchLock:
 
     def renew(self) -> bool:
         """Extend the lock if that is due; False if another process has taken it over."""
-        if time.monotonic() > self._renewed_s + _RENEW_EVERY_S:
+        now_s = time.time()  # not the monotonic clock, which may stand still while the computer sleeps
+        if now_s > self._renewed_s + _RENEW_EVERY_S:
             if not self.is_held():
                 return False
-            os.utime(self._path)
-            self._renewed_s = time.monotonic()
+            with contextlib.suppress(FileNotFoundError):  # taken over just now
+                os.utime(self._path, (now_s, now_s))
+            self._renewed_s = now_s
         return True
 
     def release(self) -> None:
