@@ -120,7 +120,7 @@ def wait_until(condition, within_s=60.0):
 
 
 def test_steps_to_the_target_are_those_of_theory(campaign):
-    # The learning rate is a tenth of the stability limit of a batch of 64: single runs differ from the mean by percents.
+    # The learning rate is a tenth of the stability limit of a batch of 64: single runs differ by percents.
     folder, _ = campaign
     targets = [p["target"] for ranks in (1, 2) for p in record(folder, ranks)["points"] if p["target"]]
     assert len(targets) == 8
