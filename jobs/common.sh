@@ -8,7 +8,7 @@ KILL_AFTER_S=${KILL_AFTER_S:-30} # from SIGTERM to SIGKILL for a launcher that d
 RESERVE_S=${RESERVE_S:-120}      # of the walltime, for the start of the ranks and the end of the job
 REQUEUE=${REQUEUE:-0}            # how many more jobs may follow by themselves
 LAUNCHER=${LAUNCHER:-auto}       # see torchreg scale command
-WITHOUT=${WITHOUT:-}             # names of the machine's variables to leave out
+WITHOUT=${WITHOUT:-}             # names of the machine's variables to exclude
 CONTAINER=${CONTAINER:-}         # what runs a program in a container, as in "singularity run FILE"
 VENV=${VENV-$PWD/.venv-$MACHINE} # made by jobs/setup.sh, or your own with torchreg in it; VENV= takes the python as it is
 [[ -z $VENV || $VENV == /* ]] || VENV=$PWD/$VENV
@@ -143,7 +143,7 @@ on_all_ranks() { # COMMAND ARGUMENTS...: that command of torchreg, under the lau
     run_to_end timeout --kill-after="$KILL_AFTER_S" "$TIMEOUT_S" "$@"
 }
 
-end_job() { # SCRIPT SETTINGS...: says what is next, submits SCRIPT again with SETTINGS if asked, and exits with `code`
+end_job() { # SCRIPT SETTINGS...: prints what is next, submits SCRIPT again with SETTINGS if asked, and exits with `code`
     local script=$1
     shift
     case $code in

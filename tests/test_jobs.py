@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from torchreg.machines.launch_commands import MACHINES
+from torchreg.machines.known_machines import MACHINES
 
 from .conftest import ROOT
 
@@ -98,11 +98,11 @@ class Job:
     def run(self, script: str, **variables: str) -> tuple[int, str, str]:
         """Exit code, stdout and stderr."""
         process = self.start(script, **variables)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=180)  # machines of CI are busy
         return process.returncode, out, err
 
     def end(self) -> None:
-        """Nothing of a failed test goes on: a script passes SIGTERM on."""
+        """End what a failed test has started: a script passes SIGTERM on."""
         for process in self.started:
             if process.poll() is None:
                 process.terminate()
@@ -121,30 +121,35 @@ def job(tmp_path):
 
 FAST = "--global-batch-size 64 --optimizer manual --sync mpi --distributed torch --log-every 100"
 SHORT = f"{FAST} --max-steps 100"
-LONG = f"{FAST} --max-steps 1000000000"
-A_WHILE = f"{FAST} --max-steps 15000 --checkpoint-every 1000 --keep-checkpoints 1"
+A_WHILE = f"{FAST} --max-steps 60000 --checkpoint-every 1000 --keep-checkpoints 1"
 WRONG = "--global-batch-size 0"
 
 
-@pytest.mark.parametrize(("script", "name"), [("polaris.pbs", "polaris"), ("aurora.pbs", "aurora")])
-def test_a_training_job_runs_to_its_end_on_every_rank(script, name, job):
-    code, out, err = job.run(script, TRAIN=SHORT)
+def test_a_training_job_runs_to_its_end_on_every_rank(job):
+    code, out, err = job.run("polaris.pbs", TRAIN=SHORT)
     assert (code, err) == (0, "")
     assert "ezpz is not installed here" in out
     assert "2 ranks on 1 node · launcher MPICH mpiexec" in out
     assert "+ mpiexec -n 2 --ppn 2 --hosts localhost --env " in out, "the host is listed four times, and is one node"
-    assert job.record(name)["result"]["num_steps"] == 100
-    modules = {"polaris": ["module use /soft/modulefiles", "module load conda"], "aurora": ["module load frameworks"]}
-    assert job.calls("module") == modules[name]
+    assert job.record("polaris")["result"]["num_steps"] == 100
+    assert job.calls("module") == ["module use /soft/modulefiles", "module load conda"]
     assert job.calls("qsub") == []
 
 
+def test_the_job_on_aurora_starts_the_same_command(job):
+    job.stand_in("mpiexec", "exit 0")
+    code, _, err = job.run("aurora.pbs", TRAIN=SHORT)
+    assert (code, err) == (0, "")
+    assert job.calls("module") == ["module load frameworks"]
+    (call,) = job.calls("mpiexec")
+    assert call.startswith("mpiexec -n 2 --ppn 2 --hosts localhost --env ")
+    assert " torchreg train --device cpu --name aurora --resume auto --time-limit-s " in call
+    assert call.endswith(SHORT)
+
+
 def test_the_job_on_perlmutter_runs_to_its_end(job):
-    # An srun that keeps to what the script may ask of it, and starts the ranks with mpiexec.
-    job.stand_in(
-        "srun",
-        'for ((i = 1; i <= $#; i++)); do [[ ${!i} == env ]] && exec mpiexec -n 2 "${@:i}"; done; exit 1',
-    )
+    # An srun that starts one rank.
+    job.stand_in("srun", 'for ((i = 1; i <= $#; i++)); do [[ ${!i} == env ]] && exec "${@:i}"; done; exit 1')
     end = str(int(time.time()) + 600)
     slurm = {"SLURM_SUBMIT_DIR": str(job.folder), "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1"}
     slurm |= {"SLURM_JOB_END_TIME": end, "LAUNCHER": "srun"}
@@ -169,8 +174,9 @@ TINY_CAMPAIGN = """\
 name: tiny
 machine: generic
 nodes: [1]
-ranks_per_node: [1, 2]
+ranks_per_node: [2]
 global_batch_sizes: [64]
+local_batch_sizes: []
 num_features: [1]
 combinations: [manual/mpi]
 repeats: 1
@@ -178,13 +184,13 @@ window_s: 0.05
 """
 
 
-def test_the_scaling_job_measures_and_reports_and_a_laptop_goes_on_with_its_files(job, run, tmp_path):
+def test_the_scaling_job_measures_and_reports_and_a_laptop_resumes_from_its_files(job, run, tmp_path):
     campaign, folder = tmp_path / "tiny.yaml", tmp_path / "tiny"
     campaign.write_text(TINY_CAMPAIGN)
     code, out, err = job.run("polaris_scaling.pbs", CAMPAIGN=str(campaign), DIR=str(folder))
     assert code == 0, out + err
     launches = {path.parent.name.split("-", 2)[2]: path for path in folder.glob("launches/*/launch.json")}
-    assert launches.keys() == {"nodes-1-ranks-1", "nodes-1-ranks-2"}
+    assert launches.keys() == {"nodes-1-ranks-2"}
     page = folder / "report/report.html"
     times = {path: path.stat().st_mtime_ns for path in (page, *launches.values())}
 
@@ -197,15 +203,16 @@ def test_the_scaling_job_measures_and_reports_and_a_laptop_goes_on_with_its_file
 
 def wait_for(folder, process):
     """The run has saved for the first time."""
-    for _ in range(1000):
+    for _ in range(5000):
         if folder.is_dir() and any(folder.glob("*.pt")):
             return
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
-    raise AssertionError(f"nothing in {folder} after 20 s")
+    raise AssertionError(f"nothing in {folder} after 100 s")
 
 
-def test_sigterm_saves_and_the_next_job_goes_on_to_the_end(job):
+def test_sigterm_saves_and_the_next_job_resumes_to_the_end(job):
+    job.variables["RANKS_PER_NODE"] = "1"  # tests/mpi/test_resume.py has several
     process = job.start("polaris.pbs", TRAIN=A_WHILE, REQUEUE="3")
     wait_for(job.folder / "runs/polaris/checkpoints", process)
     process.send_signal(signal.SIGTERM)
@@ -219,20 +226,21 @@ def test_sigterm_saves_and_the_next_job_goes_on_to_the_end(job):
     (checkpoint,) = (job.folder / "runs/polaris/checkpoints").iterdir()
     steps = int(checkpoint.stem.removeprefix("step-"))
 
-    assert 0 < steps < 15_000
+    assert 0 < steps < 60_000
 
     code, out, err = job.run("polaris.pbs", TRAIN=A_WHILE)
     assert (code, err) == (0, "")
     assert f"resumed      after {steps} steps" in out
-    assert job.record("polaris")["result"]["num_steps"] == 15_000
+    assert job.record("polaris")["result"]["num_steps"] == 60_000
 
 
 def test_a_job_out_of_time_is_submitted_again_as_it_was_and_not_for_ever(job):
-    # torchreg gets 60 - 57 s from when its ranks have met, and stops a tenth earlier.
+    job.stand_in("mpiexec", "exit 75")  # as torchreg does at its time limit
     times = {"WALLTIME": "00:01:00", "RESERVE_S": "57"}
-    code, out, _ = job.run("polaris.pbs", TRAIN=LONG, REQUEUE="1", NAME="long", **times)
+    code, out, _ = job.run("polaris.pbs", TRAIN=SHORT, REQUEUE="1", NAME="long", **times)
     assert code == 75, out
-    assert "the time limit is near" in out or "another rank was asked to stop" in out
+    (limit,) = re.findall(r" --time-limit-s (\d+) ", out)
+    assert 0 < int(limit) <= 60 - 57
     assert "submitted again, with 0 more to follow" in out
     (call,) = job.calls("qsub")
     assert call == (
@@ -273,7 +281,7 @@ def test_slurm_queues_the_job_again_when_time_is_over_and_not_for_ever(left_s, r
     assert ("job 7 is queued again" in out) == queued
 
 
-def test_the_walltime_is_what_pbs_says(job):
+def test_the_walltime_is_that_of_pbs(job):
     job.stand_in("qstat", "echo '    Resource_List.walltime = 00:01:30'")
     code, _, err = job.run("polaris.pbs", TRAIN=SHORT)
     assert code == 2
@@ -291,8 +299,8 @@ def test_a_launcher_that_hangs_is_ended(job):
     assert job.calls("qsub") == [], "it would hang again"
 
 
-@pytest.mark.parametrize(("content", "told"), [(None, "cannot be read"), ("", "names no host")])
-def test_a_nodefile_that_says_nothing_ends_the_job_with_one_line(content, told, job, tmp_path):
+@pytest.mark.parametrize(("content", "message"), [(None, "cannot be read"), ("", "names no host")])
+def test_a_nodefile_without_hosts_ends_the_job_with_one_line(content, message, job, tmp_path):
     nodefile = tmp_path / "cluster/nodes"
     nodefile.unlink()
     if content is not None:
@@ -300,12 +308,12 @@ def test_a_nodefile_that_says_nothing_ends_the_job_with_one_line(content, told, 
     code, out, err = job.run("polaris.pbs", TRAIN=SHORT)
     assert code == 2
     assert "mpiexec" not in out
-    assert err.startswith(f"torchreg: error: PBS_NODEFILE is {nodefile}, which {told}")
+    assert err.startswith(f"torchreg: error: PBS_NODEFILE is {nodefile}, which {message}")
     assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_submitted_from_a_wrong_folder_a_script_says_how_it_is_started(path, job, tmp_path):
+def test_submitted_from_a_wrong_folder_a_script_reports_how_to_start_it(path, job, tmp_path):
     """S10."""
     for folder in ("", str(tmp_path), str(tmp_path / "missing")):
         code, out, err = job.run(path.name, PBS_O_WORKDIR=folder, SLURM_SUBMIT_DIR=folder)
@@ -334,9 +342,9 @@ WITHOUT_SITE = {
 
 
 @pytest.mark.parametrize("case", WITHOUT_SITE)
-def test_what_a_site_lacks_is_said_in_one_line(case, job, tmp_path):
+def test_what_a_site_lacks_is_reported_in_one_line(case, job, tmp_path):
     """S10."""
-    lacking, variables, told = WITHOUT_SITE[case]
+    lacking, variables, message = WITHOUT_SITE[case]
     for name in lacking:
         (job.home / "bin" / name).unlink()
     job.stand_in("module", "[[ $2 != konda ]]")
@@ -354,13 +362,13 @@ def test_what_a_site_lacks_is_said_in_one_line(case, job, tmp_path):
         job.stand_in("python3", "[[ $1 == -V ]] && echo Python 3.6.15; exit 1")
     code, out, err = job.run("polaris.pbs", TRAIN=SHORT, **variables)
     assert (code, out, err.count("\n")) == (2, "", 1), err
-    assert told in err
+    assert message in err
 
 
 def test_the_machines_device_is_required(job):
-    """S7: a proof of the stack on CPUs would say that the GPUs of the node train correctly."""
+    """S7: a verification on CPUs would be taken for one of the node's GPUs."""
     del job.variables["DEVICE"]
-    code, out, err = job.run("polaris_verify.pbs", VERIFY="--quick --distributed torch")
+    code, out, err = job.run("polaris_verify.pbs", VERIFY="--quick --distributed torch", RANKS_PER_NODE="1")
     assert code == 2
     assert "device is cuda" in err
     assert "trains correctly" not in out
@@ -376,14 +384,15 @@ def test_jobs_and_campaigns_ask_for_the_same_device(machine, job):
 
 
 def test_bad_options_are_not_tried_again(job):
-    code, _, err = job.run("polaris.pbs", TRAIN=WRONG, REQUEUE="1")
+    code, _, err = job.run("polaris.pbs", TRAIN=WRONG, REQUEUE="1", RANKS_PER_NODE="1")
     assert code == 2
     assert "global_batch_size is 0" in err
     assert job.calls("qsub") == []
 
 
-def test_nccls_plugin_can_be_left_out(job):
-    _, out, _ = job.run("polaris.pbs", TRAIN=WRONG, WITHOUT="NCCL_NET NCCL_CROSS_NIC", NCCL_NET="AWS Libfabric")
+def test_nccls_plugin_can_be_excluded(job):
+    job.stand_in("mpiexec", "exit 0")
+    _, out, _ = job.run("polaris.pbs", TRAIN=SHORT, WITHOUT="NCCL_NET NCCL_CROSS_NIC", NCCL_NET="AWS Libfabric")
     assert "NCCL_NET_GDR_LEVEL=PHB" in out
     assert "NCCL_NET=" not in out
 
@@ -469,13 +478,13 @@ def test_a_venv_over_another_python_is_not_used(job, set_up):
     assert "run 'bash jobs/setup.sh polaris' again" in err
 
 
-def test_a_login_node_without_torch_or_with_a_wrong_name_is_told_in_one_line(job, set_up):
+def test_a_login_node_without_torch_or_with_a_wrong_name_is_reported_in_one_line(job, set_up):
     """S10."""
     job.stand_in("python3", "[[ $2 == *torch* ]] && exit 0; exec " + sys.executable + ' "$@"')
-    for arguments, told in ((["polaris"], "has no torch: name its module in MODULES"), ([], "the machine is ''")):
+    for arguments, message in ((["polaris"], "has no torch: name its module in MODULES"), ([], "the machine is ''")):
         done = set_up(*arguments)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-        assert told in done.stderr
+        assert message in done.stderr
 
 
 def test_a_program_in_a_container_is_started_through_it(job):
@@ -561,7 +570,7 @@ def test_nothing_personal_and_no_secret_is_in_a_job():
         assert re.search("^#(PBS -A |SBATCH --account=)YOUR_PROJECT$", path.read_text(), re.MULTILINE)
 
 
-def test_shellcheck_has_nothing_to_say():
+def test_shellcheck_finds_nothing():
     shellcheck = shutil.which("shellcheck") or str(Path(sys.executable).parent / "shellcheck")
     done = subprocess.run([shellcheck, *map(str, SHELL)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

@@ -1,4 +1,4 @@
-"""A launch's own work on a stack with a defect: what its checks say, as JSON on the main rank's stdout."""
+"""A launch measured with each of the given defects: its points, one JSON line a defect, on the main rank's stdout."""
 
 import json
 import sys
@@ -19,10 +19,9 @@ CAMPAIGN = Campaign(
     distributed="torch",
 )
 
-with (
-    init_distributed(sync="mpi", device="cpu", distributed="torch") as communicator,
-    injected(sys.argv[1], communicator),
-):
-    measured = measure_launch(CAMPAIGN, launches(CAMPAIGN)[0], communicator, Path("launch"))
-    if communicator.is_main:
-        print(json.dumps(measured["points"]))
+with init_distributed(sync="mpi", device="cpu", distributed="torch") as communicator:
+    for defect in sys.argv[1:]:
+        with injected(defect, communicator):
+            measured = measure_launch(CAMPAIGN, launches(CAMPAIGN)[0], communicator, Path("launch"))
+        if communicator.is_main:
+            print(json.dumps(measured["points"]))

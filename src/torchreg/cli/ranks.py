@@ -14,9 +14,9 @@ from typing import TypeVar
 
 from torchreg.cli.options import EXIT_BAD_INPUT, EXIT_FAILED
 from torchreg.distributed.communicator import Communicator
-from torchreg.distributed.init import init_distributed
 from torchreg.distributed.devices import why_not_a_gpu
 from torchreg.distributed.failure import FORWARDED_WITHIN_S, one_line
+from torchreg.distributed.init import init_distributed
 from torchreg.distributed.launcher import detect_launcher
 from torchreg.distributed.rendezvous import AgreedError
 from torchreg.runs.config import TrainConfig

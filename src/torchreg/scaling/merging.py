@@ -1,4 +1,4 @@
-"""Several campaign directories made one: jobs that measured parts of a campaign, or machines."""
+"""Merging campaign directories: of jobs that measured parts of a campaign, or of several machines."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from torchreg.scaling.sources import LAUNCHES_FOLDER, LOGS, Folder, distinct, ha
 
 
 def merge(out: Path, folders: Sequence[Path]) -> list[str]:
-    """Copy the launches of campaign directories into one, and say in lines what was done.
+    """Copy the launches of campaign directories into one; returns lines that describe what was done.
 
-    A launch that `out` has already is copied once; where two sources have different launches of one name, both are
-    kept, the second with `~2` behind its name. What is not finished, and links, are not copied. Merging again adds
-    what is new. Raises `ValueError` where `out` is something else than a campaign directory, or the directory in
-    which `scale run` measures another campaign.
+    A launch that `out` has already is copied once; of different launches with one name both are kept, the second with
+    `~2` appended. Unfinished launches and links are not copied. Merging again adds what is new. Raises `ValueError` if
+    `out` is not a campaign directory, or that of another campaign.
     """
     sources = [source for source in distinct(folders) if source.resolve() != out.resolve()]
     campaign = _one_campaign(sources)
@@ -33,7 +32,7 @@ def merge(out: Path, folders: Sequence[Path]) -> list[str]:
         _copy_launch(folder, out / LAUNCHES_FOLDER / name)
         copied[folder.source] += 1
         if name != folder.path.name:
-            lines.append(f"renamed      {folder.path} is {name}, for there is another launch of its name")
+            lines.append(f"renamed      {folder.path} is {name}, because another launch has its name")
     if campaign is not None and not (out / CAMPAIGN_FILE).exists():
         shutil.copyfile(sources[0] / CAMPAIGN_FILE, out / CAMPAIGN_FILE)
     for source, number in copied.items():
@@ -42,7 +41,7 @@ def merge(out: Path, folders: Sequence[Path]) -> list[str]:
 
 
 def _one_campaign(sources: Sequence[Path]) -> bytes | None:
-    """What the campaign file of all sources holds; None where they differ or one has none."""
+    """The content of the campaign file of all sources; None if they differ or one has none."""
     held = {read_file(source / CAMPAIGN_FILE) for source in sources}
     contents = {None if file.problem else file.content for file in held}
     return contents.pop() if len(contents) == 1 else None
@@ -52,7 +51,7 @@ def _refuse_other_data(out: Path, campaign: bytes | None) -> None:
     if not out.exists():
         return
     if not out.is_dir():
-        raise ValueError(f"out is {out}, which is no directory: give a new name")
+        raise ValueError(f"out is {out}, which is not a directory: give a new name")
     names = {path.name for path in out.iterdir()}
     if names and LAUNCHES_FOLDER not in names and CAMPAIGN_FILE not in names:
         raise ValueError(f"out is {out}, which holds other files than a campaign's: give a new name")
@@ -64,7 +63,7 @@ def _refuse_other_data(out: Path, campaign: bytes | None) -> None:
 
 
 def _copy_launch(folder: Folder, target: Path) -> None:
-    """The whole launch appears at once, or, where it is a later state of one that is there, record after record."""
+    """Copy a launch atomically, or, if it is a later state of one that is there, record by record."""
     building = target.with_name(f".{target.name}{PARTIAL}")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()

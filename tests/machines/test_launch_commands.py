@@ -12,14 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchreg.cli.launch_command import run_command
-from torchreg.machines.launch_commands import (
-    MACHINES,
-    allocated_hosts,
-    available_launcher,
-    choose_launcher,
-    launch_command,
-    place_ranks,
-)
+from torchreg.machines.known_machines import MACHINES
+from torchreg.machines.launch_commands import allocated_hosts, available_launcher, launch_command, place_ranks
 
 TWO_HOSTS = ("x3001c0s1b0n0", "x3001c0s7b0n0")
 
@@ -28,7 +22,7 @@ def test_polaris_under_pals():
     tokens = launch_command(
         "pals",
         "polaris",
-        num_ranks=8,
+        num_nodes=2,
         ranks_per_node=4,
         hosts=TWO_HOSTS,
         env={"OMP_NUM_THREADS": "8"},
@@ -39,12 +33,12 @@ def test_polaris_under_pals():
         *("--cpu-bind", "list:24-31,56-63:16-23,48-55:8-15,40-47:0-7,32-39"),
         *("--env", "NCCL_NET_GDR_LEVEL=PHB"),
         *("--env", "NCCL_CROSS_NIC=1"),
-        *("--env", "NCCL_COLLNET_ENABLE=1"),
         *("--env", "FI_CXI_DISABLE_HOST_REGISTER=1"),
-        *("--env", "FI_MR_CACHE_MONITOR=userfaultfd"),
         *("--env", "FI_CXI_DEFAULT_CQ_SIZE=131072"),
-        *("--env", "TMPDIR=/tmp"),
         *("--env", "MPICH_GPU_SUPPORT_ENABLED=0"),
+        *("--env", "NCCL_COLLNET_ENABLE=1"),
+        *("--env", "FI_MR_CACHE_MONITOR=userfaultfd"),
+        *("--env", "TMPDIR=/tmp"),
         *("--env", "NCCL_NET=AWS Libfabric"),
         "--env",
         "LD_LIBRARY_PATH=/soft/libraries/hwloc/lib:/soft/libraries/aws-ofi-nccl/v1.9.1-aws/lib:/opt/cray/lib",
@@ -53,35 +47,35 @@ def test_polaris_under_pals():
 
 
 def test_half_a_polaris_node_is_bound_to_the_cpus_of_its_first_gpus():
-    tokens = launch_command("pals", "polaris", num_ranks=2, ranks_per_node=2)
+    tokens = launch_command("pals", "polaris", num_nodes=1, ranks_per_node=2)
     assert tokens[:7] == ["mpiexec", "-n", "2", "--ppn", "2", "--cpu-bind", "list:24-31,56-63:16-23,48-55"]
 
 
-def test_nccl_can_be_left_to_itself_where_the_plugin_hangs():
+def test_variables_of_nccl_can_be_excluded_where_the_plugin_hangs():
     nccl = ["NCCL_NET_GDR_LEVEL", "NCCL_CROSS_NIC", "NCCL_COLLNET_ENABLE", "NCCL_NET"]
-    for num_nodes in (1, 2):  # a campaign leaves a variable out of all its launches
-        tokens = launch_command("pals", "polaris", num_ranks=4 * num_nodes, ranks_per_node=4, without=nccl)
+    for num_nodes in (1, 2):  # a campaign excludes a variable from all its launches
+        tokens = launch_command("pals", "polaris", num_nodes=num_nodes, ranks_per_node=4, without=nccl)
         assert "NCCL" not in " ".join(tokens)
         assert "FI_MR_CACHE_MONITOR=userfaultfd" in tokens
 
 
 def test_nccl_is_asked_for_the_plugin_across_nodes_only():
     """On one node the plug-in does not initialise, and NCCL ends the run where NCCL_NET names it."""
-    one, two = (launch_command("pals", "polaris", num_ranks=n, ranks_per_node=4) for n in (4, 8))
+    one, two = (launch_command("pals", "polaris", num_nodes=n, ranks_per_node=4) for n in (1, 2))
     assert "NCCL_NET=AWS Libfabric" in two
     assert "NCCL_NET=" not in " ".join(one)
-    asked = launch_command("pals", "polaris", num_ranks=4, ranks_per_node=4, env={"NCCL_NET": "OFI"})
+    asked = launch_command("pals", "polaris", num_nodes=1, ranks_per_node=4, env={"NCCL_NET": "OFI"})
     assert "NCCL_NET=OFI" in asked
 
 
 @pytest.mark.parametrize("machine", ["polaris", "perlmutter", "frontier", "lumi"])
 def test_cray_mpich_is_kept_from_asking_for_a_library_that_python_does_not_link(machine):
-    tokens = launch_command("srun", machine, num_ranks=1, ranks_per_node=1)
+    tokens = launch_command("srun", machine, num_nodes=1, ranks_per_node=1)
     assert "MPICH_GPU_SUPPORT_ENABLED=0" in tokens
 
 
 def test_aurora_under_pals():
-    tokens = launch_command("pals", "aurora", num_ranks=24, ranks_per_node=12, hosts=TWO_HOSTS)
+    tokens = launch_command("pals", "aurora", num_nodes=2, ranks_per_node=12, hosts=TWO_HOSTS)
     assert tokens == [
         *("mpiexec", "-n", "24", "--ppn", "12", "--hosts", "x3001c0s1b0n0,x3001c0s7b0n0", "--cpu-bind"),
         "list:4-7:8-11:12-15:16-19:20-23:24-27:56-59:60-63:64-67:68-71:72-75:76-79",
@@ -97,7 +91,7 @@ def test_aurora_under_pals():
 
 def test_perlmutter_under_slurm():
     tokens = launch_command(
-        "srun", "perlmutter", num_ranks=8, ranks_per_node=4, hosts=("nid001", "nid002"), extra=["--label"]
+        "srun", "perlmutter", num_nodes=2, ranks_per_node=4, hosts=("nid001", "nid002"), extra=["--label"]
     )
     assert tokens == [
         *("srun", "--nodes", "2", "--ntasks", "8", "--ntasks-per-node", "4", "--nodelist", "nid001,nid002"),
@@ -110,18 +104,18 @@ def test_perlmutter_under_slurm():
 
 def test_frontier_under_slurm():
     # The options of OLCF's guide to PyTorch.
-    tokens = launch_command("srun", "frontier", num_ranks=16, ranks_per_node=8)
+    tokens = launch_command("srun", "frontier", num_nodes=2, ranks_per_node=8)
     assert tokens == [
         *("srun", "--nodes", "2", "--ntasks", "16", "--ntasks-per-node", "8", "--kill-on-bad-exit=1"),
         *("--cpus-per-task", "7", "--gpus-per-task", "1", "--gpu-bind", "closest"),
-        *("env", "NCCL_SOCKET_IFNAME=hsn0", "NCCL_NET_GDR_LEVEL=PHB", "NCCL_CROSS_NIC=1"),
-        *("FI_CXI_DISABLE_HOST_REGISTER=1", "FI_CXI_DEFAULT_CQ_SIZE=131072", "MPICH_GPU_SUPPORT_ENABLED=0"),
+        *("env", "NCCL_NET_GDR_LEVEL=PHB", "NCCL_CROSS_NIC=1", "FI_CXI_DISABLE_HOST_REGISTER=1"),
+        *("FI_CXI_DEFAULT_CQ_SIZE=131072", "MPICH_GPU_SUPPORT_ENABLED=0", "NCCL_SOCKET_IFNAME=hsn0"),
     ]
 
 
 def test_lumi_under_slurm():
     # The masks of LUMI's guide to CPU-GPU binding: rank k near die k, without the first core of each L3 region.
-    tokens = launch_command("srun", "lumi", num_ranks=8, ranks_per_node=8)
+    tokens = launch_command("srun", "lumi", num_nodes=1, ranks_per_node=8)
     assert tokens[8:14] == [
         *("--gpus-per-node", "8", "--cpu-bind"),
         "mask_cpu:0xfe000000000000,0xfe00000000000000,0xfe0000,0xfe000000,0xfe,0xfe00,0xfe00000000,0xfe0000000000",
@@ -130,16 +124,16 @@ def test_lumi_under_slurm():
 
 
 def test_any_slurm_cluster():
-    tokens = launch_command("srun", num_ranks=6, ranks_per_node=2)
+    tokens = launch_command("srun", num_nodes=3, ranks_per_node=2)
     assert tokens == [
         *("srun", "--nodes", "3", "--ntasks", "6", "--ntasks-per-node", "2", "--kill-on-bad-exit=1"),
     ]
 
 
 def test_mpich_hydra():
-    assert launch_command("mpich", num_ranks=4, ranks_per_node=4) == ["mpiexec", "-n", "4", "--ppn", "4"]
+    assert launch_command("mpich", num_nodes=1, ranks_per_node=4) == ["mpiexec", "-n", "4", "--ppn", "4"]
     tokens = launch_command(
-        "mpich", num_ranks=4, ranks_per_node=2, hosts=("n1", "n2"), env={"A": "x y=z"}, extra=["-launcher", "ssh"]
+        "mpich", num_nodes=2, ranks_per_node=2, hosts=("n1", "n2"), env={"A": "x y=z"}, extra=["-launcher", "ssh"]
     )
     assert tokens == [
         *("mpiexec", "-n", "4", "--ppn", "2", "--hosts", "n1,n2", "-launcher", "ssh", "--env", "A=x y=z"),
@@ -149,39 +143,38 @@ def test_mpich_hydra():
 @pytest.mark.parametrize("machine", ["polaris", "aurora"])
 def test_hydra_never_sees_what_only_pals_knows(machine):
     # It ends with 255 for each of these.
-    tokens = launch_command("mpich", machine, num_ranks=2, ranks_per_node=2)
+    tokens = launch_command("mpich", machine, num_nodes=1, ranks_per_node=2)
     assert not {"--cpu-bind", "--depth", "--no-vni"} & set(tokens)
 
 
 def test_open_mpi():
-    tokens = launch_command("openmpi", num_ranks=4, ranks_per_node=2, hosts=("n1", "n2"), env={"A": "1"})
+    tokens = launch_command("openmpi", num_nodes=2, ranks_per_node=2, hosts=("n1", "n2"), env={"A": "1"})
     assert tokens == [
         *("mpiexec", "-n", "4", "--map-by", "ppr:2:node", "--host", "n1:2,n2:2", "-x", "PATH", "-x", "A=1"),
     ]
 
 
 def test_without_a_launcher_there_is_one_process():
-    assert launch_command("none", num_ranks=1, ranks_per_node=1) == []
-    assert launch_command("none", num_ranks=1, ranks_per_node=1, env={"A": "1"}) == ["env", "A=1"]
+    assert launch_command("none", num_nodes=1, ranks_per_node=1) == []
+    assert launch_command("none", num_nodes=1, ranks_per_node=1, env={"A": "1"}) == ["env", "A=1"]
     with pytest.raises(ValueError, match="num_ranks is 2 and launcher is none, which starts one process"):
-        launch_command("none", num_ranks=2, ranks_per_node=2)
+        launch_command("none", num_nodes=1, ranks_per_node=2)
 
 
 def test_what_the_user_sets_wins_over_the_machine():
-    tokens = launch_command("pals", "polaris", num_ranks=1, ranks_per_node=1, env={"NCCL_NET": "Socket"})
+    tokens = launch_command("pals", "polaris", num_nodes=1, ranks_per_node=1, env={"NCCL_NET": "Socket"})
     assert [token for token in tokens if token.startswith("NCCL_NET=")] == ["NCCL_NET=Socket"]
 
 
 BAD = {
-    "no ranks": ({"num_ranks": 0}, "num_ranks is 0"),
+    "no nodes": ({"num_nodes": 0}, "num_nodes is 0"),
     "negative": ({"ranks_per_node": -1}, "ranks_per_node is -1"),
-    "uneven": ({"num_ranks": 3}, "num_ranks is 3 and ranks_per_node is 2: give a multiple"),
     "a host twice": ({"hosts": ("n1", "n1")}, "hosts names n1 2 times"),
-    "too few hosts": ({"hosts": ("n1",)}, "hosts names 1, and 4 ranks at 2 a node need 2"),
-    "too many hosts": ({"hosts": ("n1", "n2", "n3")}, "hosts names 3, and 4 ranks at 2 a node need 2"),
+    "too few hosts": ({"hosts": ("n1",)}, "num_nodes is 2, and hosts names 1"),
+    "too many hosts": ({"hosts": ("n1", "n2", "n3")}, "num_nodes is 2, and hosts names 3"),
     "an empty host": ({"hosts": ("n1", "")}, "hosts has ''"),
     "two hosts in one": ({"hosts": ("n1", "n2,n3")}, "hosts has 'n2,n3'"),
-    "a crowded node": ({"machine": "polaris", "num_ranks": 16, "ranks_per_node": 8}, "a node of polaris has 4 devices"),
+    "an oversubscribed node": ({"machine": "polaris", "ranks_per_node": 8}, "a node of polaris has 4 devices"),
     "no such variable": ({"machine": "polaris", "without": ["NCCL"]}, "without names NCCL"),
     "an odd name": ({"env": {"A B": "1"}}, "env has the name 'A B'"),
     "two lines": ({"env": {"A": "1\n2"}}, "env has A with a line break"),
@@ -189,10 +182,10 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_does_not_fit_is_told_with_its_numbers(case):
-    options, told = BAD[case]
-    with pytest.raises(ValueError, match=told):
-        launch_command("mpich", **{"num_ranks": 4, "ranks_per_node": 2} | options)
+def test_what_does_not_fit_is_reported_with_its_numbers(case):
+    options, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        launch_command("mpich", **{"num_nodes": 2, "ranks_per_node": 2} | options)
 
 
 @given(
@@ -202,12 +195,12 @@ def test_what_does_not_fit_is_told_with_its_numbers(case):
     ranks_per_node=st.integers(1, 4),
     value=st.text(st.characters(exclude_characters="\n\0", exclude_categories=["Cs"])),
 )
-def test_every_host_and_every_value_arrives_in_one_piece(launcher, machine, num_nodes, ranks_per_node, value):
+def test_every_host_and_every_value_arrives_whole(launcher, machine, num_nodes, ranks_per_node, value):
     hosts = [f"n{i}" for i in range(num_nodes)]
     tokens = launch_command(
         launcher,
         machine,
-        num_ranks=num_nodes * ranks_per_node,
+        num_nodes=num_nodes,
         ranks_per_node=ranks_per_node,
         hosts=hosts,
         env={"VALUE": value},
@@ -225,40 +218,45 @@ VERSIONS = {
 }
 
 
-@pytest.mark.parametrize("launcher", VERSIONS)
-def test_mpiexec_is_told_by_what_it_says(launcher):
-    assert choose_launcher(VERSIONS[launcher], {}, has_srun=False) == launcher
+@pytest.fixture
+def launcher_with(tmp_path):
+    """The launcher of an environment whose mpiexec prints this version; None: there is no mpiexec."""
+
+    def detect(version, *, has_srun=False, **variables):
+        folder = tmp_path / "bin"
+        folder.mkdir(exist_ok=True)
+        if version is not None:
+            program(folder / "mpiexec", f"echo {shlex.quote(version)}")
+        if has_srun:
+            program(folder / "srun", "exit 1")
+        return available_launcher({"PATH": str(folder), **variables})
+
+    return detect
 
 
-def test_the_old_name_of_open_mpi():
-    assert choose_launcher("mpiexec (OpenRTE) 3.1.4", {}, has_srun=False) == "openmpi"
+def test_the_launcher_is_identified_by_the_version_of_mpiexec(launcher_with):
+    assert launcher_with(None) == "none"
+    for launcher, version in VERSIONS.items():
+        assert launcher_with(version) == launcher
+    assert launcher_with("mpiexec (OpenRTE) 3.1.4") == "openmpi", "its old name"
 
 
-def test_a_slurm_job_has_srun_whatever_mpiexec_there_is():
-    assert choose_launcher(VERSIONS["mpich"], {"SLURM_JOB_ID": "7"}, has_srun=True) == "srun"
-    assert choose_launcher(VERSIONS["mpich"], {"SLURM_JOB_ID": "7"}, has_srun=False) == "mpich"
-    assert choose_launcher(VERSIONS["mpich"], {}, has_srun=True) == "mpich", "a login node"
+def test_a_slurm_job_uses_srun_with_any_mpiexec(launcher_with):
+    assert launcher_with(VERSIONS["mpich"], SLURM_JOB_ID="7") == "mpich", "there is no srun"
+    assert launcher_with(VERSIONS["mpich"], has_srun=True) == "mpich", "a login node"
+    assert launcher_with(VERSIONS["mpich"], SLURM_JOB_ID="7", has_srun=True) == "srun"
 
 
-def test_an_mpich_of_the_users_own_on_a_pals_machine_is_mpich():
-    assert choose_launcher(VERSIONS["mpich"], {"LOADEDMODULES": "cray-pals/1.4.0"}, has_srun=False) == "mpich"
-    assert choose_launcher("1.9", {"LOADEDMODULES": "cray-pals/1.4.0"}, has_srun=False) == "pals"
+def test_an_mpich_of_the_users_own_on_a_pals_machine_is_mpich(launcher_with):
+    assert launcher_with(VERSIONS["mpich"], LOADEDMODULES="cray-pals/1.4.0") == "mpich"
+    assert launcher_with("1.9", LOADEDMODULES="cray-pals/1.4.0") == "pals"
 
 
-def test_an_mpiexec_that_nobody_knows_is_not_guessed_at():
-    intel = "Intel(R) MPI Library for Linux* OS, Version 2021.12 Build 20240213"
-    with pytest.raises(
-        ValueError, match=r"mpiexec says 'Intel.*name the launcher \(mpich, pals, openmpi, srun, none\)"
-    ):
-        choose_launcher(intel, {}, has_srun=False)
-
-
-def test_the_launcher_at_hand_is_asked(tmp_path):
-    assert available_launcher({"PATH": str(tmp_path)}) == "none"
-    program(tmp_path / "mpiexec", "echo 'mpiexec version 1.4.0'")
-    assert available_launcher({"PATH": str(tmp_path)}) == "pals"
-    program(tmp_path / "srun", "exit 1")
-    assert available_launcher({"PATH": str(tmp_path), "SLURM_JOB_ID": "7"}) == "srun"
+def test_an_unknown_mpiexec_is_an_error(launcher_with):
+    reason = r"mpiexec --version prints {}.*name the launcher \(mpich, pals, openmpi, srun, none\)"
+    for version in ("Intel(R) MPI Library for Linux* OS, Version 2021.12 Build 20240213", "Intel MPICH"):
+        with pytest.raises(ValueError, match=reason.format(f"'{version[:5]}")):
+            launcher_with(version)
 
 
 def program(path: Path, script: str) -> None:
@@ -273,7 +271,7 @@ def test_a_nodefile_gives_each_host_once_in_its_order(tmp_path):
     assert allocated_hosts({}) == ()
 
 
-def test_a_nodefile_that_says_nothing_is_told(tmp_path):
+def test_a_nodefile_without_hosts_is_reported(tmp_path):
     (tmp_path / "empty").write_text("\n")
     with pytest.raises(ValueError, match="empty, which names no host"):
         allocated_hosts({"PBS_NODEFILE": str(tmp_path / "empty")})
@@ -283,29 +281,33 @@ def test_a_nodefile_that_says_nothing_is_told(tmp_path):
         allocated_hosts({"PBS_JOBID": "7.polaris"})
 
 
-def placed(machine="generic", num_nodes=None, ranks_per_node=None, num_ranks=None, hosts=("n1", "n2", "n3")):
-    return place_ranks(machine, num_nodes=num_nodes, ranks_per_node=ranks_per_node, num_ranks=num_ranks, hosts=hosts)
+def placed(machine="generic", num_nodes=None, ranks_per_node=None, num_ranks=None, available_nodes=3):
+    return place_ranks(
+        machine,
+        num_nodes=num_nodes,
+        ranks_per_node=ranks_per_node,
+        num_ranks=num_ranks,
+        available_nodes=available_nodes,
+    )
 
 
-def test_what_is_not_given_follows_from_what_is():
-    assert placed(ranks_per_node=2) == (6, 2, ("n1", "n2", "n3"))
-    assert placed("polaris") == (12, 4, ("n1", "n2", "n3"))
-    assert placed("aurora", num_nodes=1) == (12, 12, ("n1",))
-    assert placed(num_ranks=4, ranks_per_node=2) == (4, 2, ("n1", "n2"))
-    assert placed(num_ranks=4, num_nodes=2) == (4, 2, ("n1", "n2"))
-    assert placed(num_ranks=6) == (6, 2, ("n1", "n2", "n3"))
-    assert placed(num_ranks=3, hosts=()) == (3, 3, ())
-    assert placed("perlmutter", num_nodes=2, hosts=()) == (8, 4, ())
-    assert placed("lumi", num_nodes=2, hosts=()) == (16, 8, ())
+def test_nodes_and_ranks_per_node_follow_from_what_is_given():
+    assert placed(ranks_per_node=2) == (3, 2)
+    assert placed("polaris") == (3, 4)
+    assert placed("aurora", num_nodes=1) == (1, 12)
+    assert placed(num_ranks=4, ranks_per_node=2) == (2, 2)
+    assert placed(num_ranks=4, num_nodes=2) == (2, 2)
+    assert placed(num_ranks=6) == (3, 2)
+    assert placed(num_ranks=3, available_nodes=1) == (1, 3)
+    assert placed("perlmutter", num_nodes=2, available_nodes=1) == (2, 4)
+    assert placed("lumi", num_nodes=2, available_nodes=1) == (2, 8)
 
 
-def test_what_contradicts_itself_is_told():
+def test_numbers_that_contradict_each_other_are_errors():
     with pytest.raises(ValueError, match="num_ranks is 5, num_nodes is 3 and ranks_per_node is 2"):
         placed(num_ranks=5, ranks_per_node=2)
     with pytest.raises(ValueError, match="num_ranks is 4, num_nodes is 3 and ranks_per_node is 1"):
         placed(num_ranks=4)
-    with pytest.raises(ValueError, match="num_nodes is 4, and there are 3 hosts"):
-        placed(num_nodes=4, ranks_per_node=1)
     with pytest.raises(ValueError, match="ranks_per_node is not given, and machine generic has no default"):
         placed()
 
@@ -331,10 +333,12 @@ def test_the_command_with_nothing_to_print_prints_nothing(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_the_command_tells_what_is_wrong():
+def test_the_command_reports_what_is_wrong():
     with pytest.raises(ValueError, match="env has 'A': give NAME=VALUE"):
         run_command(["--num-ranks", "1", "--env", "A"])
     with pytest.raises(ValueError, match="hosts has ''"):
         run_command(["--launcher", "mpich", "--ranks-per-node", "1", "--hosts", "n1,"])
+    with pytest.raises(ValueError, match="num_nodes is 4, and hosts names 2"):
+        run_command(["--launcher", "mpich", "--num-nodes", "4", "--ranks-per-node", "1", "--hosts", "n1,n2"])
     with pytest.raises(ValueError, match='extra is "\'open", which no shell could split'):
         run_command(["--num-ranks", "1", "--extra", "'open"])
