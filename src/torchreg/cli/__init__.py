@@ -29,7 +29,7 @@ COMMANDS = {
     "data": "show, fetch or make the data",
 }
 # What the extras bring: the name that is imported, and that of the package.
-_PACKAGES = {"yaml": "pyyaml"} | {name: name for name in ("jinja2", "matplotlib", "pyarrow", "scipy")}
+_PACKAGES = {"yaml": "pyyaml"} | {name: name for name in ("jinja2", "matplotlib", "msgspec", "pyarrow", "scipy")}
 _ON_ALL_RANKS = ("train", "sweep", "verify", "scale measure", "scale run")  # the last refuses to run on ranks
 _FORWARDED_WITHIN_S = 0.3  # a launcher drops what it has not yet passed on when the first rank ends the others
 _USAGE = """\

@@ -136,11 +136,11 @@ def check(loop: StepLoop, rows: Rows, communicator: Communicator) -> dict[str, A
     passed = worst <= tolerance and not (solves and excess is not None and excess > _NEAR + tolerance)
     what = "end at the closed form" if solves else "follow gradient descent"
     return {
-        "passed": passed,
-        "difference": worst if math.isfinite(worst) else None,
-        "tolerance": tolerance,
-        "excess": excess,
-        "told": f"{_EARLY_STEPS + rows.check_steps} full-batch steps {what if passed else f'do not {what}'}",
+        "check_passed": passed,
+        "check_difference": worst if math.isfinite(worst) else None,
+        "check_tolerance": tolerance,
+        "check_excess": excess,
+        "check_message": f"{_EARLY_STEPS + rows.check_steps} full-batch steps {what if passed else f'do not {what}'}",
     }
 
 

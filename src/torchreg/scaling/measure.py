@@ -22,7 +22,7 @@ from torchreg.runs.rows import torch_dtype
 from torchreg.scaling.campaign import Campaign, Launch, Setting, settings
 from torchreg.scaling.known_rows import Rows, check, make_rows
 from torchreg.scaling.loop import StepLoop
-from torchreg.scaling.target import MOST_TARGET_FEATURES, run_to_target
+from torchreg.scaling.target import MOST_TARGET_FEATURES, TARGET_FIELDS, run_to_target
 
 ALL_REDUCE_BYTES = (8, 64, 512, 4_096, 32_768, 262_144, 2_097_152)
 _ALL_REDUCE_S = 0.05  # of repetitions at each size, about
@@ -121,18 +121,16 @@ def _measure_point(
         "num_steps": num_steps,
         "window_s": max(times_s),
         "step_time_s": max(times_s) / num_steps,
-        "rank_step_time_s": {
-            "min": min(times_s) / num_steps,
-            "median": float(np.median(times_s)) / num_steps,
-            "max": max(times_s) / num_steps,
-            "slowest_rank": slowest,
-            "slowest_host": communicator.placements[slowest].host,
-        },
+        "rank_min_s": min(times_s) / num_steps,
+        "rank_median_s": float(np.median(times_s)) / num_steps,
+        "rank_max_s": max(times_s) / num_steps,
+        "slowest_rank": slowest,
+        "slowest_host": communicator.placements[slowest].host,
         "local_step_time_s": sum(map(max, local_times_s)) / (2 * half) if alone else None,
         "data_time_s": data_time_s,
         "throughput": setting.global_batch_size * num_steps / max(times_s),
-        "check": check(loop, rows, communicator),
-        "target": target,
+        **check(loop, rows, communicator),
+        **(target or dict.fromkeys(TARGET_FIELDS)),
     }
 
 
@@ -149,7 +147,7 @@ def _all_reduce(communicator: Communicator, dtype: torch.dtype, seed: int, *, by
         num_repeats = max(10, min(_MOST_REPEATS, int(_ALL_REDUCE_S / once_s)))
         measured.append(
             {
-                "way": "MPI" if sync == "mpi" else communicator.backend,
+                "backend": "MPI" if sync == "mpi" else communicator.backend,
                 "sync": sync,
                 "message_bytes": num_bytes,
                 "time_s": time_all_reduce(communicator, sync, num_bytes, num_repeats, dtype),

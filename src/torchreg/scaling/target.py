@@ -20,6 +20,14 @@ from torchreg.scaling.campaign import Campaign, Launch, Setting
 MOST_TARGET_FEATURES = 16
 """Beyond, theory predicts no noise and so no steps to a target."""
 
+TARGET_FIELDS = (
+    "target_excess",
+    "predicted_steps",
+    "measured_steps",
+    "measured_time_s",
+    "stability_limit",
+    "noise_floor",
+)
 _REFERENCE_BATCH_SIZE = 64
 _LINES = 4  # of metrics on the way, at least: more would cost a quick step a part of its time
 _MOST_STEPS = 20_000
