@@ -225,11 +225,12 @@ def fabric_loop(x: Any, y: Any, communicator: Any) -> TakeSteps:
 
 def torchreg_loop(x: Any, y: Any, communicator: Any, optimizer: Any, sync: Any, *, ordered: bool = False) -> TakeSteps:
     """torchreg's bare loop: rows, rates, step; no metrics. `reproducible` has one micro-batch on each rank."""
+    from torchreg.core.optim import make_sgd
+    from torchreg.runs.rows import manual_rows
+
     from torchreg.core.batches import BatchPlan
     from torchreg.core.model import make_model
-    from torchreg.core.optim import make_sgd
     from torchreg.core.schedule import Schedule
-    from torchreg.runs.rows import manual_rows
     from torchreg.runs.run import make_step
     from torchreg.scaling.loop import Nothing, StepLoop
 
@@ -372,7 +373,7 @@ def work(options: Options, answer: Path) -> None:
         excluded: dict[str, str] = {}
         seconds = {dtype: measure(communicator, dtype, options, excluded) for dtype in options.dtypes}
         if communicator.is_main:
-            mpi = communicator.evidence("torch")["mpi_library"]
+            mpi = communicator.describe_environment("torch")["mpi_library"]
             answer.write_text(json.dumps({"seconds_a_step": seconds, "excluded": excluded, "mpi": mpi}))
         if communicator.world_size == 1:
             dist.destroy_process_group()
@@ -437,7 +438,7 @@ def show(world_size: int, dtype: str, seconds: dict[str, list[float]]) -> list[d
 
 def main() -> int:
     """Measure, print, write; returns the exit code."""
-    from torchreg.runs.record import versions
+    from torchreg.runs.environment import versions
 
     options = tyro.cli(Options, description=__doc__)
     if ANSWER_VARIABLE in os.environ:

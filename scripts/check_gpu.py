@@ -33,7 +33,7 @@ from rich.table import Table
 from torchreg.core.model import add_gradient, make_model, squared_error
 from torchreg.distributed.communicator import init_distributed
 from torchreg.runs.config import TrainConfig, with_recipe
-from torchreg.runs.record import versions
+from torchreg.runs.environment import versions
 from torchreg.runs.result import Result
 from torchreg.runs.run import train
 from torchreg.scaling.campaign import Setting

@@ -19,9 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchreg.cli import main
+from torchreg.data import table as data
 from torchreg.data.synthetic import make_houses
 from torchreg.data.table import Standardizer, Table, load_table, write_table
-from torchreg.data import table as data
 
 from .conftest import REAL_TABLE
 

@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from torchreg.core.files import check_name, create, sync_folder, write_atomically
+from torchreg.core.checkpoint import sync_folder, write_atomically
+from torchreg.runs.files import check_name, create
 
 
 def refuse(number, monkeypatch, name="fsync"):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torchreg.core.optim import descend, make_sgd
 
 from torchreg.core.model import WeightAndBias, add_gradient, make_model, squared_error, with_constant
-from torchreg.core.optim import descend, make_sgd
 from torchreg.core.schedule import Schedule, lr_scale
 
 DTYPES = (torch.float32, torch.float64)

@@ -1,9 +1,9 @@
 """If these fail, logged losses are of other steps than they say, or a signal that was given once stays for ever."""
 
 import torch
+from torchreg.runs.step_errors import StepErrors
 
 from torchreg.distributed.communicator import init_distributed
-from torchreg.runs.step_errors import StepErrors
 
 
 def test_errors_are_told_in_their_order_and_a_signal_once():

@@ -14,7 +14,8 @@ import torch
 
 from torchreg.distributed.rendezvous import AgreedError
 from torchreg.runs.config import RECIPES, TrainConfig, from_json, with_recipe
-from torchreg.runs.record import provenance, read_metrics
+from torchreg.runs.environment import provenance
+from torchreg.runs.record import read_metrics
 from torchreg.runs.run import train
 from torchreg.theory import Moments
 

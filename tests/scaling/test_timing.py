@@ -4,13 +4,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torchreg.runs.step_errors import StepErrors
 
 from torchreg.data.table import Standardizer, load_table
 from torchreg.distributed import timing
 from torchreg.distributed.communicator import init_distributed
 from torchreg.runs.config import TrainConfig
 from torchreg.runs.run import train
-from torchreg.runs.step_errors import StepErrors
 from torchreg.scaling import measure, target
 from torchreg.scaling.campaign import Campaign, Launch, Setting
 from torchreg.scaling.known_rows import make_rows

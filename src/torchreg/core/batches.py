@@ -1,49 +1,50 @@
-"""Which rows, on which rank, in which step: a pure function of (seed, step), the same at every world size."""
+"""Which samples, on which rank, in which step: a pure function of (seed, step), the same at every world size."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
-from typing import Literal
+from itertools import accumulate, islice
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-Rows = NDArray[np.int64]
+if TYPE_CHECKING:  # a plan is made without torch
+    from torch import Tensor
+
+Indices = NDArray[np.int64]
 
 DEFAULT_LOCAL_BATCH_SIZE = 64
-DEFAULT_MICRO_BATCHES = 8  # of a step in ordered reduction: enough to share, few enough to be quick
+DEFAULT_MICRO_BATCHES = 8  # of a step in reproducible reduction: enough for many ranks, few enough to be fast
 
-_BLOCK_ROWS = 8_192  # rows gathered at once on one rank, about
-_BLOCK_STEPS = 1_024
+_CHUNK_SAMPLES = 8_192  # gathered at once on one rank, about
+_CHUNK_STEPS = 1_024
 _DRAWS = 64  # steps that share one generator in random sampling
 
 
-@dataclass(frozen=True)
-class Block:
-    """Some consecutive steps of one rank.
+class Batch(NamedTuple):
+    """What one rank needs for one step.
 
-    `rows` are the table's rows of all its steps, one after another; in `full` sampling a slice, the same rows in
-    every step. `micro_batch_sizes[i]` are the sizes of the pieces of step `first_step + i`
-    on this rank, at least one piece (of no rows where the share is empty, so that every rank takes part in
-    every step). `num_samples[i]` counts the rows of that step over all ranks.
+    `micro_batches` are this rank's, each x (samples, num_features) and y (samples, 1); a rank without samples has one
+    empty micro-batch, so that every rank takes part in every step. `num_samples` counts the samples of all ranks.
+    `first_micro_batch` is the position of this rank's first micro-batch among those of the step (0 in fast reduction).
     """
 
-    first_step: int
-    rows: Rows | slice
-    micro_batch_sizes: list[list[int]]
-    num_samples: list[int]
+    step: int
+    micro_batches: Sequence[tuple[Tensor, Tensor]]
+    num_samples: int
+    first_micro_batch: int
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The batch contract: which rows make a step, and how ranks share them.
+    """Which samples make a step, and how ranks shard them.
 
-    A step's rows depend on (seed, step) alone. Shares of ranks differ by at most one row; every row counts
-    exactly once an epoch in `shuffle` sampling, whose last batch may be short. Resuming needs only the step.
+    The samples of a step depend on (seed, step) alone. Shards differ by at most one sample; every row counts exactly
+    once an epoch in `shuffle` sampling, whose last batch may be short. Resuming needs only the step.
     """
 
     num_rows: int
@@ -52,8 +53,8 @@ class BatchPlan:
     micro_batch_size: int | None
     sampling: Literal["shuffle", "random", "full"]
     seed: int
-    ordered: bool = False
-    """Ranks share whole micro-batches, each of which then has the same rows at every world size."""
+    reproducible: bool = False
+    """Shards are whole micro-batches, each of which then has the same samples at every world size."""
 
     @classmethod
     def derive(
@@ -66,11 +67,11 @@ class BatchPlan:
         micro_batch_size: int | None = None,
         sampling: Literal["shuffle", "random", "full"] = "shuffle",
         seed: int = 0,
-        ordered: bool = False,
+        reproducible: bool = False,
     ) -> BatchPlan:
-        """The plan for one of `global_batch_size` and `local_batch_size` (by default 64 rows a rank).
+        """The plan for one of `global_batch_size` and `local_batch_size` (by default 64 samples on each rank).
 
-        `reproducible` cuts a step into micro-batches before ranks share them, by default into eight.
+        `reproducible` cuts a step into micro-batches before it is sharded, by default into eight.
 
         Raises `ValueError` with all the numbers when they cannot fit.
         """
@@ -78,34 +79,29 @@ class BatchPlan:
             raise ValueError(
                 f"global_batch_size is {global_batch_size} and local_batch_size is {local_batch_size}: give one of them"
             )
-        if sampling == "full":
-            batch_size = num_rows
-        elif global_batch_size is not None:
-            batch_size = global_batch_size
-        else:
-            local_batch_size = local_batch_size or DEFAULT_LOCAL_BATCH_SIZE
-            batch_size = local_batch_size * world_size
+        local_batch_size = local_batch_size or DEFAULT_LOCAL_BATCH_SIZE
+        batch_size = num_rows if sampling == "full" else global_batch_size or local_batch_size * world_size
         if batch_size > num_rows:
-            made_of = "" if global_batch_size else f" ({local_batch_size} rows a rank × {world_size} ranks)"
+            product = "" if global_batch_size else f" ({local_batch_size} samples × {world_size} ranks)"
             field = "global_batch_size" if global_batch_size else "local_batch_size"
             raise ValueError(
-                f"global_batch_size is {batch_size}{made_of}, more than the data's {num_rows} rows: "
+                f"global_batch_size is {batch_size}{product}, more than the data's {num_rows} rows: "
                 f"lower {field} or the number of ranks, or use more data"
             )
-        if ordered and micro_batch_size is None:
+        if reproducible and micro_batch_size is None:
             micro_batch_size = math.ceil(batch_size / DEFAULT_MICRO_BATCHES)
-        return cls(num_rows, world_size, batch_size, micro_batch_size, sampling, seed, ordered)
+        return cls(num_rows, world_size, batch_size, micro_batch_size, sampling, seed, reproducible)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of one pass: the short last batch counts in `shuffle`; `random` makes only whole ones."""
+        """Steps of one pass: the short last batch counts in `shuffle`; `random` takes only whole ones."""
         if self.sampling == "random":
             return self.num_rows // self.global_batch_size
         return math.ceil(self.num_rows / self.global_batch_size)
 
     @property
     def local_batch_size(self) -> int:
-        """The most rows that any rank has in one step."""
+        """The most samples that any rank has in one step."""
         shard = self.shard(self.global_batch_size, 0)
         return shard.stop - shard.start
 
@@ -114,69 +110,40 @@ class BatchPlan:
         """The most micro-batches that any rank has in one step."""
         return math.ceil(self.local_batch_size / (self.micro_batch_size or self.local_batch_size))
 
-    def shard(self, num_rows: int, rank: int) -> slice:
-        """A rank's part of `num_rows` rows: contiguous, the first ranks one row more where it does not divide.
+    @property
+    def num_micro_batches(self) -> int:
+        """The most micro-batches of one step over all ranks, with `reproducible`."""
+        return math.ceil(self.global_batch_size / (self.micro_batch_size or self.global_batch_size))
+
+    def shard(self, num_samples: int, rank: int) -> slice:
+        """A rank's part of `num_samples` samples: contiguous, the first ranks one more where it does not divide.
 
         With `reproducible` they have one micro-batch more.
         """
-        unit = self.micro_batch_size if self.ordered and self.micro_batch_size else 1
-        each, more = divmod(math.ceil(num_rows / unit), self.world_size)
+        unit = self.micro_batch_size if self.reproducible and self.micro_batch_size else 1
+        each, more = divmod(math.ceil(num_samples / unit), self.world_size)
         start = rank * each + min(rank, more)
         stop = start + each + (rank < more)
-        return slice(min(start * unit, num_rows), min(stop * unit, num_rows))
+        return slice(min(start * unit, num_samples), min(stop * unit, num_samples))
 
-    def pieces(self, num_samples: int, rank: int) -> tuple[int, int]:
-        """With `reproducible`: which micro-batch of a step is the rank's first, from 0, and how many the step has."""
-        assert self.micro_batch_size
-        return self.shard(num_samples, rank).start // self.micro_batch_size, math.ceil(
-            num_samples / self.micro_batch_size
-        )
-
-    def samples_of_step(self, step: int) -> Rows:
+    def samples_of_step(self, step: int) -> Indices:
         """The table's rows that make a step, over all ranks."""
-        group, place = divmod(step, self._steps_per_group)
-        start = place * self.global_batch_size
-        return self._group(group)[start : start + self.global_batch_size]
+        group, position = divmod(step, self.steps_per_group)
+        start = position * self.global_batch_size
+        return self.samples_of_group(group)[start : start + self.global_batch_size]
 
-    def blocks(self, rank: int, start: int, stop: int) -> Iterator[Block]:
-        """The steps start..stop−1 of one rank, in blocks whose rows are gathered at once."""
-        shape = _group_shape(self, rank)
-        while start < stop:
-            num_steps, num_rows = 0, 0
-            parts: list[Rows] = []
-            sizes: list[list[int]] = []
-            num_samples: list[int] = []
-            while start < stop and num_steps < _BLOCK_STEPS and num_rows < _BLOCK_ROWS:
-                group, place = divmod(start, shape.num_steps)
-                most = max(1, _BLOCK_ROWS // self.local_batch_size)
-                end = min(shape.num_steps, place + stop - start, place + most)
-                if self.sampling != "full":
-                    positions = shape.positions[shape.bounds[place] : shape.bounds[end]]
-                    parts.append(self._group(group)[positions])
-                    num_rows += len(positions)
-                sizes += shape.micro_batch_sizes[place:end]
-                num_samples += shape.num_samples[place:end]
-                num_steps += end - place
-                start += end - place
-            rows = self.shard(self.num_rows, rank) if self.sampling == "full" else np.concatenate(parts)
-            yield Block(start - num_steps, rows, sizes, num_samples)
-
-    def _num_samples(self, step: int) -> int:
+    def num_samples(self, step: int) -> int:
+        """How many samples a step has over all ranks."""
         if self.sampling == "shuffle" and (step + 1) % self.steps_per_epoch == 0:
             return self.num_rows - (self.steps_per_epoch - 1) * self.global_batch_size
         return self.global_batch_size
 
-    def _pieces(self, shard: slice) -> list[int]:
-        size = shard.stop - shard.start
-        piece = self.micro_batch_size or max(size, 1)
-        return [min(piece, size - start) for start in range(0, size, piece)] or [0]
-
     @property
-    def _steps_per_group(self) -> int:
-        """Steps whose rows are drawn together: an epoch, or a number of random draws."""
+    def steps_per_group(self) -> int:
+        """Steps whose samples are drawn together: an epoch, or a number of random draws."""
         return {"full": 1, "shuffle": self.steps_per_epoch, "random": _DRAWS}[self.sampling]
 
-    def _group(self, group: int) -> Rows:
+    def samples_of_group(self, group: int) -> Indices:
         """The rows of all steps of a group, one step after another, over all ranks."""
         if self.sampling == "full":
             return np.arange(self.num_rows)
@@ -185,43 +152,87 @@ class BatchPlan:
         return _draws(self.num_rows, self.global_batch_size, self.seed, group)
 
 
-@dataclass(frozen=True)
-class _GroupShape:
-    """What every group of steps looks like to one rank.
+class BatchLoader:
+    """This rank's batches, as tensors on its device.
 
-    Step i of a group has the rows `positions[bounds[i]:bounds[i + 1]]` of the group's rows.
+    `x` (num_rows, num_features) and `y` (num_rows, …) are the whole table on the device. The samples of many steps are
+    gathered at once, and micro-batches are views of them; with `reproducible` they are copies, because BLAS may round
+    differently where memory is aligned differently.
     """
 
-    num_steps: int
-    positions: Rows
-    bounds: list[int]
-    micro_batch_sizes: list[list[int]]
-    num_samples: list[int]
+    def __init__(self, plan: BatchPlan, rank: int, x: Tensor, y: Tensor) -> None:
+        self.plan = plan
+        self.tensors = (x, y)
+        # All groups of steps look alike. Step i of a group has the samples positions[bounds[i]:bounds[i + 1]] of it.
+        counts = [plan.num_samples(step) for step in range(plan.steps_per_group)]
+        shards = [plan.shard(count, rank) for count in counts]
+        starts = range(0, plan.global_batch_size * len(counts), plan.global_batch_size)
+        ranges = [np.arange(start + s.start, start + s.stop) for start, s in zip(starts, shards, strict=True)]
+        self._positions = np.concatenate(ranges)
+        self._bounds = [0, *accumulate(map(len, ranges))]
+        unit = plan.micro_batch_size if plan.reproducible and plan.micro_batch_size else plan.num_rows + 1
+        sizes = {(s.start, s.stop): _micro_batch_sizes(s.stop - s.start, plan.micro_batch_size) for s in shards}
+        self._steps = [(sizes[s.start, s.stop], n, s.start // unit) for s, n in zip(shards, counts, strict=True)]
+
+    def iterate(self, start: int, stop: int) -> Iterator[Batch]:
+        """The batches of steps start, …, stop − 1."""
+        if self.plan.sampling == "full":
+            ((sizes, num_samples, first),) = self._steps
+            shard = slice(int(self._positions[0]), int(self._positions[-1]) + 1) if len(self._positions) else slice(0)
+            micro_batches = list(self._cut([tensor[shard] for tensor in self.tensors], sizes))
+            for step in range(start, stop):
+                yield Batch(step, micro_batches, num_samples, first)
+            return
+        while start < stop:
+            steps, samples = self._chunk(start, stop)
+            pairs = self._cut(self._gather(samples), [size for sizes, _, _ in steps for size in sizes])
+            for sizes, num_samples, first in steps:
+                yield Batch(start, list(islice(pairs, len(sizes))), num_samples, first)
+                start += 1
+
+    def _chunk(self, start: int, stop: int) -> tuple[list[tuple[list[int], int, int]], Indices]:
+        """As many steps from `start` on as are gathered at once, and this rank's samples of them."""
+        steps: list[tuple[list[int], int, int]] = []
+        samples: list[Indices] = []
+        num_samples = 0
+        most = max(1, _CHUNK_SAMPLES // self.plan.local_batch_size)
+        while start < stop and len(steps) < _CHUNK_STEPS and num_samples < _CHUNK_SAMPLES:
+            group, first = divmod(start, len(self._steps))
+            end = min(len(self._steps), first + stop - start, first + most)
+            positions = self._positions[self._bounds[first] : self._bounds[end]]
+            samples.append(self.plan.samples_of_group(group)[positions])
+            steps += self._steps[first:end]
+            num_samples += len(positions)
+            start += end - first
+        return steps, np.concatenate(samples)
+
+    def _gather(self, samples: Indices) -> list[Tensor]:
+        import torch
+
+        indices, device = torch.from_numpy(samples), self.tensors[0].device
+        if device.type == "cuda":
+            indices = indices.pin_memory()  # from pageable memory the copy waits for the device
+        indices = indices.to(device, non_blocking=True)
+        return [tensor.index_select(0, indices) for tensor in self.tensors]
+
+    def _cut(self, tensors: Sequence[Tensor], sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        x, y = (tensor.split(sizes) for tensor in tensors)
+        pairs = zip(x, y, strict=True)
+        return ((a.clone(), b.clone()) for a, b in pairs) if self.plan.reproducible else pairs
 
 
-@lru_cache(maxsize=4)
-def _group_shape(plan: BatchPlan, rank: int) -> _GroupShape:
-    num_steps = plan._steps_per_group
-    num_samples = [plan._num_samples(step) for step in range(num_steps)]
-    shards = [plan.shard(count, rank) for count in num_samples]
-    starts = [step * plan.global_batch_size for step in range(num_steps)]
-    pieces = {(shard.start, shard.stop): plan._pieces(shard) for shard in shards}
-    return _GroupShape(
-        num_steps,
-        np.concatenate([np.arange(s + shard.start, s + shard.stop) for s, shard in zip(starts, shards, strict=True)]),
-        [0, *accumulate(shard.stop - shard.start for shard in shards)],
-        [pieces[shard.start, shard.stop] for shard in shards],
-        num_samples,
-    )
+def _micro_batch_sizes(num_samples: int, micro_batch_size: int | None) -> list[int]:
+    size = micro_batch_size or max(num_samples, 1)
+    return [min(size, num_samples - start) for start in range(0, num_samples, size)] or [0]
 
 
 @lru_cache(maxsize=2)
-def _permutation(num_rows: int, seed: int, epoch: int) -> Rows:
+def _permutation(num_rows: int, seed: int, epoch: int) -> Indices:
     return np.random.default_rng([seed, epoch]).permutation(num_rows)
 
 
 @lru_cache(maxsize=2)
-def _draws(num_rows: int, batch_size: int, seed: int, block: int) -> Rows:
-    generator = np.random.default_rng([seed, block])
+def _draws(num_rows: int, batch_size: int, seed: int, group: int) -> Indices:
+    generator = np.random.default_rng([seed, group])
     draws = [generator.choice(num_rows, batch_size, replace=False, shuffle=False) for _ in range(_DRAWS)]
     return np.concatenate(draws)

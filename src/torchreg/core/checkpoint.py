@@ -1,27 +1,29 @@
-"""Checkpoints: they appear whole or not at all, are checked before they are believed, and run no code when read.
+"""Checkpoints, and files that appear whole or not at all.
 
-A file is a line `torchreg checkpoint 2 <SHA-256 of what follows>`, a line of JSON, and the tensors as `torch.save`
-writes them, which are read with `weights_only`.
+A checkpoint is a line `torchreg checkpoint 3 <SHA-256 of what follows>`, a line of JSON, and the tensors as
+`torch.save` writes them. Its checksum is verified before it is used, and reading it runs no code (`weights_only`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
+import os
 import re
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+SCHEMA_VERSION = 3
+PARTIAL = ".part"
+"""The suffix of an unfinished file."""
 
-from torchreg.core.files import read_regular, sync_folder, write_atomically
-
-SCHEMA_VERSION = 2
-
+_NOT_SUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _MAGIC = "torchreg checkpoint"
 _FIRST_LINE = re.compile(rf"{_MAGIC} (\d{{1,9}}) ([0-9a-f]{{64}})")
 
@@ -30,9 +32,9 @@ _FIRST_LINE = re.compile(rf"{_MAGIC} (\d{{1,9}}) ([0-9a-f]{{64}})")
 class Checkpoint:
     """Where a run is after `step` steps.
 
-    `run_signature` is all that the run's numbers depend on: a run with another signature must not resume from here.
-    `progress` is what the record needs to resume, `tensors` the state of model and optimizer (nested dictionaries and lists
-    of tensors and numbers). Signature, progress and `versions` are plain JSON.
+    `run_signature` is all that the run's numbers depend on: a run with another one must not resume from here.
+    `progress` is what the record needs to resume. `tensors` is the state of model and optimizer: nested dictionaries
+    and lists of tensors and numbers. The other fields are plain JSON.
     """
 
     step: int
@@ -43,11 +45,12 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint, and remove all but the newest `keep` once it is safely there.
+    """Write a checkpoint; then remove all but the newest `keep`, and those of later steps, which could not be used.
 
-    Those of later steps go too: a run comes back to an earlier step only where it could not go on from them. Raises
-    `OSError` where it cannot be written; what was there before is then untouched.
+    Raises `OSError` where it cannot be written; earlier checkpoints are then untouched.
     """
+    import torch  # here, because commands that need no torch write files too
+
     tensors = io.BytesIO()
     torch.save(dict(checkpoint.tensors), tensors)
     plain = {name: getattr(checkpoint, name) for name in ("step", "run_signature", "progress", "versions")}
@@ -61,13 +64,15 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     up_to_this = [found for found in _newest_first(folder) if found.name <= path.name]
     for found in folder.glob("step-*"):
         if found not in up_to_this[:keep]:
-            with contextlib.suppress(OSError):  # what is in the way of nothing need not end the run
+            with contextlib.suppress(OSError):  # an old file that stays is no reason to end the run
                 found.unlink()
     return path
 
 
 def load(path: Path) -> Checkpoint:
-    """Read and check a checkpoint. Raises `ValueError` with the reason why it cannot be used."""
+    """Read and verify a checkpoint. Raises `ValueError` with the reason why it cannot be used."""
+    import torch
+
     try:
         content = read_regular(path)
     except OSError as error:
@@ -84,7 +89,7 @@ def load(path: Path) -> Checkpoint:
     try:
         plain = json.loads(plain_line)
         loaded = Checkpoint(**plain, tensors=torch.load(io.BytesIO(tensors), map_location="cpu", weights_only=True))
-    except Exception as error:  # torch's reader has no list of what a file made to mislead it can raise
+    except Exception as error:  # torch does not document what a malicious file can raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"its content cannot be read: {reason}") from error
     mappings = (loaded.run_signature, loaded.progress, loaded.versions, loaded.tensors)
@@ -94,7 +99,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def newest(folder: Path, reason_against: Callable[[Checkpoint], str | None]) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that can be gone on from, and why each newer one cannot."""
+    """The newest checkpoint without a `reason_against` it, and why each newer one cannot be used."""
     refused = []
     for path in _newest_first(folder):
         try:
@@ -109,16 +114,63 @@ def newest(folder: Path, reason_against: Callable[[Checkpoint], str | None]) -> 
     return None, refused
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """What differs between two contracts, in words; None if nothing does."""
-    plain = json.loads(json.dumps(dict(now)))
-    differing = [
-        f"{key} was {before.get(key)} and is {plain.get(key)}"
-        for key in sorted(before.keys() | plain.keys())
-        if before.get(key) != plain.get(key)
-    ]
-    return "; ".join(differing) or None
-
-
 def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.pt"), reverse=True) if folder.is_dir() else []
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file by way of a temporary one beside it: readers see the old file or the whole new one.
+
+    Raises `OSError` where it cannot be written; the old file is then untouched, and nothing unfinished stays.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        write_synced(partial, content)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_synced(path: Path, content: bytes, mode: str = "wb") -> None:
+    """Write a file, and bring it to disk."""
+    with path.open(mode) as file:
+        file.write(content)
+        file.flush()
+        sync(file.fileno())
+
+
+def sync(descriptor: int) -> None:
+    """Bring a file to disk, where the file system can: some network and FUSE file systems cannot.
+
+    Raises `OSError` where it can and fails.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut, where the file system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_regular(path: Path, num_bytes: int = -1) -> bytes:
+    """The content of a regular file, or its first `num_bytes`.
+
+    Raises `OSError` where it cannot be read, and for a FIFO or a device, which might never end.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(num_bytes)
+    finally:
+        os.close(descriptor)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from torchreg.core.files import write_atomically
+from torchreg.core.checkpoint import write_atomically
 from torchreg.data.synthetic import REAL_NUM_ROWS, make_houses
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from types import TracebackType
@@ -24,7 +24,6 @@ from torchreg.distributed import ezpz, mpi
 from torchreg.distributed.devices import choose_device_type, device_name, own_cpus, take_device, threads_for
 from torchreg.distributed.failure import Failure, one_line
 from torchreg.distributed.launcher import Launcher, detect_launcher
-from torchreg.distributed.ordered import DDP_BUCKET_BYTES, OrderedGradients, sum_in_order
 from torchreg.distributed.rendezvous import (
     AgreedError,
     agree_with_mpi,
@@ -36,7 +35,6 @@ from torchreg.distributed.rendezvous import (
 from torchreg.distributed.watchdog import Watchdog, beating, exit_after
 
 T = TypeVar("T")
-AddOverRanks = Callable[[], None]
 AnySync = Literal["ddp", "allreduce", "mpi"]
 
 _MAIN_RANK_FIRST_S = 5.0  # it knows which ranks are missing
@@ -77,6 +75,8 @@ class Communicator:
     mpi_comm: Any
     failure: Failure | None = None
     watchdog: Watchdog | None = None
+    over_mpi: bool = False
+    """Whether `all_reduce` and the gradients of `wrap` go through mpi4py; else through torch.distributed."""
 
     @property
     def is_main(self) -> bool:
@@ -87,11 +87,6 @@ class Communicator:
     def num_nodes(self) -> int:
         """Hosts that ranks run on."""
         return len({place.host for place in self.placements})
-
-    @property
-    def quick_sync(self) -> AnySync:
-        """The quickest way to add up a few numbers over ranks, whoever averages the gradients."""
-        return "mpi" if self.mpi_comm is not None and self.device.type == "cpu" else "allreduce"
 
     def describe(self) -> str:
         """The bring-up in one line: launcher, runtime, backend, ranks × nodes, devices."""
@@ -104,7 +99,7 @@ class Communicator:
             f"device {', '.join(devices)}{f' × {self.world_size}' if self.world_size > 1 else ''}"
         )
 
-    def evidence(self, requested: str) -> dict[str, Any]:
+    def describe_environment(self, requested: str) -> dict[str, Any]:
         """What a record says about the ranks, beside what was requested."""
         return {
             "launcher": self.launcher.name,
@@ -224,6 +219,7 @@ class Communicator:
             mpi_comm=None,
             failure=None,
             watchdog=None,
+            over_mpi=False,
         )
 
     def deal(self, items: Sequence[T]) -> Iterator[T]:
@@ -245,46 +241,34 @@ class Communicator:
         if self.world_size > 1:
             dist.barrier()
 
-    def all_reduce(self, buffer: Tensor, sync: AnySync = "allreduce") -> AddOverRanks:
-        """A function that replaces `buffer` by its sum over ranks, in place.
+    def using(self, sync: AnySync) -> Communicator:
+        """The same ranks, whose `all_reduce` and `wrap` go through what `sync` names."""
+        return replace(self, over_mpi=sync == "mpi")
 
-        `mpi` reduces the tensor's own memory through mpi4py (CPU only), others through torch.distributed.
-        """
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Replace the tensor on every rank by its sum over ranks. Through mpi4py the tensor is on the CPU."""
         if self.world_size == 1:
-            return lambda: None
-        if sync == "mpi":
+            return
+        if self.over_mpi:
             assert self.watchdog is not None
-            return mpi.summation(self.mpi_comm, buffer, self.watchdog)
-        return lambda: cast(None, dist.all_reduce(buffer))
+            mpi.all_reduce(self.mpi_comm, tensor, self.watchdog)
+        else:
+            dist.all_reduce(tensor)
 
-    def wrap(self, model: nn.Module, sync: AnySync, ordered: OrderedGradients | None = None) -> nn.Module:
+    def wrap(self, model: nn.Module) -> nn.Module:
         """The model with its gradients averaged over ranks in every backward: DistributedDataParallel.
 
-        ezpz makes it where ezpz is the runtime. With `mpi` a communication hook averages through mpi4py.
-        With `ordered` a hook adds gradients up in the order of micro-batches instead.
+        ezpz makes it where ezpz sets up the ranks. Through MPI a communication hook averages with mpi4py.
         """
         if self.world_size == 1:
             return model
-        if ordered and sum(p.numel() * p.element_size() for p in model.parameters()) > DDP_BUCKET_BYTES:
-            raise AgreedError(
-                f"reduction is reproducible, and the model's gradients are more than {DDP_BUCKET_BYTES} bytes, which "
-                "DDP reduces in several pieces: choose --optimizer manual"
-            )
         if self.name == "ezpz":
             wrapped = cast(DistributedDataParallel, ezpz.wrap(model))
         else:
             wrapped = DistributedDataParallel(model, None if self.device.type == "cpu" else [self.device])
-        if ordered:
-            wrapped.register_comm_hook(ordered, sum_in_order)
-        elif sync == "mpi":
+        if self.over_mpi:
             wrapped.register_comm_hook((self.mpi_comm, self.watchdog), mpi.average_gradients)
         return wrapped
-
-    def averaging(self, model: nn.Module, *, now: bool) -> AbstractContextManager[Any]:
-        """A context whose backward averages gradients over ranks now, or leaves them to a later micro-batch."""
-        if now or not isinstance(model, DistributedDataParallel):
-            return nullcontext()
-        return model.no_sync()
 
     def __enter__(self) -> Communicator:
         return self
@@ -374,6 +358,7 @@ def init_distributed(
         mpi_comm=mpi_comm,
         failure=failure,
         watchdog=watchdog,
+        over_mpi=mpi_comm is not None and device_type == "cpu",
     )
 
 

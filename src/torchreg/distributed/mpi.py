@@ -3,7 +3,6 @@
 # No `from __future__ import annotations`: DistributedDataParallel reads the hook's annotations as types.
 import atexit
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,18 +49,13 @@ def _finalize(timeout_s: float) -> None:
             MPI.Finalize()
 
 
-def summation(comm: Any, tensor: Tensor, watchdog: Watchdog) -> Callable[[], None]:
-    """A function that replaces a CPU tensor by its sum over ranks, in its own memory."""
+def all_reduce(comm: Any, tensor: Tensor, watchdog: Watchdog) -> None:
+    """Replace a CPU tensor by its sum over ranks, in its own memory."""
     from mpi4py import MPI
 
-    in_place, allreduce, memory = MPI.IN_PLACE, comm.Allreduce, _memory(tensor)
-
-    def all_reduce() -> None:
-        watchdog.call = object()
-        allreduce(in_place, memory)
-        watchdog.call = None
-
-    return all_reduce
+    watchdog.call = object()
+    comm.Allreduce(MPI.IN_PLACE, _memory(tensor))
+    watchdog.call = None
 
 
 def average_gradients(state: tuple[Any, Watchdog], bucket: GradBucket) -> torch.futures.Future[Tensor]:

@@ -81,15 +81,15 @@ def time_window(
 def time_all_reduce(
     communicator: Communicator, sync: AnySync, num_bytes: int, num_repeats: int, dtype: torch.dtype = torch.float32
 ) -> float:
-    """The median over repetitions of the slowest rank's seconds to add up `num_bytes` over ranks."""
+    """The median over repetitions of the slowest rank's seconds to sum `num_bytes` over ranks."""
     buffer = torch.zeros(max(1, num_bytes // dtype.itemsize), dtype=dtype, device=communicator.device)
-    add = communicator.all_reduce(buffer, sync)
+    communicator = communicator.using(sync)
     times = []
     for _ in range(num_repeats + 2):  # the first two set up connections and buffers
         communicator.barrier()
         communicator.synchronize()
         start_s = time.perf_counter()
-        add()
+        communicator.all_reduce(buffer)
         communicator.synchronize()
         times.append(time.perf_counter() - start_s)
     return statistics.median(max(each) for each in zip(*communicator.gather(times[2:]), strict=True))

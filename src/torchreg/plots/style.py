@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.cells import cell_len, set_cell_size
 
 from torchreg.console import printable
-from torchreg.core.files import PARTIAL
+from torchreg.core.checkpoint import PARTIAL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from torchreg.core.files import write_atomically
+from torchreg.core.checkpoint import write_atomically
 from torchreg.plots.pictures import Picture
 from torchreg.plots.rendering import inline_legend, inline_panels, picture_files
 from torchreg.reporting.page_parts import Section

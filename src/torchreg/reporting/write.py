@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from torchreg.core.files import write_atomically
+from torchreg.core.checkpoint import write_atomically
 from torchreg.runs.record import write_json
 from torchreg.scaling.records import Records, allreduce_table, launches_table, points_table
 

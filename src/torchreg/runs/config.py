@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from torchreg.core.files import check_name
+from torchreg.runs.files import check_name
 
 Optimizer = Literal["sgd", "manual"]
 Sync = Literal["auto", "ddp", "allreduce", "mpi"]

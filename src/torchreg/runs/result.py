@@ -1,4 +1,4 @@
-"""What a run ends with: the result that is printed, and the record that carries its evidence."""
+"""What a run ends with: the result that is printed, and the record with its provenance."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from torch import nn
+
 from torchreg.console import digits, equation
 from torchreg.distributed.communicator import Communicator
 from torchreg.runs.config import TrainConfig
-from torchreg.runs.logger import Metrics
-from torchreg.runs.record import SCHEMA_VERSION, machine_facts, provenance
+from torchreg.runs.environment import machine_facts, provenance
+from torchreg.runs.logger import Logger
+from torchreg.runs.record import SCHEMA_VERSION
 from torchreg.runs.setup import RunState
-from torchreg.theory import Matrix
 
 
 @dataclass(frozen=True)
@@ -47,25 +49,23 @@ class Result:
 
     @property
     def diverged(self) -> bool:
-        """Whether the loss became non-finite or exploded."""
+        """Whether the loss became non-finite or passed the divergence threshold."""
         return self.stopped_by == "divergence"
 
     def lines(self) -> list[str]:
-        """The result for a person: the fitted line, the closed form, the losses."""
+        """The result, human-readable: the fitted line, the closed form, the losses."""
         if self.stopped_by == "request":
-            return [f"stopped after {self.num_steps} steps, and saved; go on with --resume auto"]
+            return [f"stopped after {self.num_steps} steps, and saved: resume with --resume auto"]
         if self.diverged:
-            return [
-                f"diverged at step {self.diverged_at_step}: the loss is not finite or has exploded ({self.loss:.6g})"
-            ]
-        excess = "" if self.excess is None else f" ({100 * self.excess:.3g} % above the best possible)"
+            return [f"diverged at step {self.diverged_at_step}: the loss is not finite or too large ({self.loss:.6g})"]
+        excess = "" if self.excess is None else f" ({100 * self.excess:.3g} % above the optimum)"
         reached = " (target reached)" if self.stopped_by == "target" else ""
         names = (self.target_name, self.feature_names)
         return [
             f"fit          {equation(*names, self.weight, self.bias)}",
             f"closed form  {equation(*names, self.closed_form_weight, self.closed_form_bias)}",
             f"loss         {digits(self.loss)}{excess}",
-            f"best loss    {digits(self.closed_form_loss)}",
+            f"optimum      {digits(self.closed_form_loss)}",
             f"{self.num_steps} steps{reached}, {self.num_samples} samples in {self.train_time_s:.3g} s "
             f"({self.throughput:,.0f} samples/s)",
         ]
@@ -78,30 +78,32 @@ def result_of_record(record: Mapping[str, Any]) -> Result:
     return Result(**values | lists | {"loss": math.nan if values["loss"] is None else values["loss"]})
 
 
-def make_result(state: RunState, weight: Matrix, bias: float, metrics: Metrics, run_dir: str) -> Result:
-    """The result of a run that ended at `weight` (num_features,) and `bias`, in the data's units."""
+def make_result(state: RunState, model: nn.Linear, logger: Logger) -> Result:
+    """The result of a run that ended with this model."""
+    weight, bias = state.standardizer.parameters_out(model.weight.detach().cpu().double().numpy()[0], model.bias.item())
+    stopped_by = logger.rule.stopped_by
     best = state.closed_form
-    comparable = best.loss > 0 and metrics.stopped_by != "divergence"
+    comparable = best.loss > 0 and stopped_by != "divergence"
     return Result(
         feature_names=state.feature_names,
         target_name=state.target_name,
         weight=tuple(weight.tolist()),
         bias=bias,
-        loss=metrics.loss,
+        loss=logger.loss,
         closed_form_weight=tuple(best.weight.tolist()),
         closed_form_bias=best.bias,
         closed_form_loss=best.loss,
         excess=state.moments.excess(weight, bias) / best.loss if comparable else None,
-        stopped_by=metrics.stopped_by,
-        diverged_at_step=metrics.diverged_at_step,
+        stopped_by=stopped_by,
+        diverged_at_step=logger.rule.diverged_at_step,
         world_size=state.plan.world_size,
         global_batch_size=state.plan.global_batch_size,
         scaled_learning_rate=state.schedule.scaled,
-        num_steps=metrics.num_steps,
-        num_samples=metrics.num_samples,
-        train_time_s=metrics.train_time_s,
-        throughput=metrics.num_samples / metrics.train_time_s,
-        run_dir=run_dir,
+        num_steps=logger.num_steps,
+        num_samples=logger.num_samples,
+        train_time_s=logger.train_time_s,
+        throughput=logger.num_samples / logger.train_time_s,
+        run_dir=state.run_dir,
     )
 
 
@@ -110,10 +112,9 @@ def make_record(
     state: RunState,
     communicator: Communicator,
     result: Result,
-    dtype: str,
     sessions: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """The record of a run: its result, what was derived before the first step, and where it all comes from.
+    """The record of a run: its result, what was derived before the first step, and its provenance.
 
     `sessions` are the processes that it took, each with its first step; the last of them writes the record.
     """
@@ -135,12 +136,12 @@ def make_record(
             "log_every": state.log_every,
             "base_learning_rate": state.schedule.base,
             "scaled_learning_rate": state.schedule.scaled,
-            "dtype": dtype.removeprefix("torch."),
+            "dtype": state.run_signature["dtype"],
         },
         "forecast": asdict(state.forecast),
         "warnings": state.warnings,
         "run_signature": state.run_signature,
-        "distributed": communicator.evidence(config.distributed),
+        "distributed": communicator.describe_environment(config.distributed),
         "sessions": list(sessions),
         "machine_facts": machine_facts(),
         "provenance": provenance(str(sessions[-1]["started_utc"])),

@@ -1,16 +1,15 @@
-"""How a run begins: anew, from a checkpoint, or not at all because it is finished."""
+"""Set up a run: start from scratch, resume from a checkpoint, or return the result of a finished run."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from torchreg.core import checkpoint
-from torchreg.core.checkpoint import Checkpoint
-from torchreg.core.files import read_regular
+from torchreg.core.checkpoint import Checkpoint, read_regular
 from torchreg.data.table import Table
 from torchreg.runs.config import DEFAULT_EPOCHS, TrainConfig
 from torchreg.runs.record import CHECKPOINTS_FOLDER, CONFIG_FILE, RECORD_FILE, RunDirectory
@@ -18,69 +17,55 @@ from torchreg.runs.result import Result, result_of_record
 from torchreg.runs.setup import RunState, prepare
 
 
-@dataclass(frozen=True)
-class Beginning:
-    """What every rank needs to begin. `told` are lines for a person; a `finished` run is not begun."""
+def open_run(
+    config: TrainConfig, world_size: int, device_type: str, dtype: str
+) -> tuple[RunState, Table, RunDirectory]:
+    """Set up a run and its directory, on the main rank. Raises `ValueError` for what cannot work, and deletes nothing.
 
-    state: RunState
-    run_dir: str
-    checkpoint: Checkpoint | None
-    finished: Result | None
-    told: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A beginning, and what stays on the main rank."""
-
-    beginning: Beginning
-    table: Table
-    directory: RunDirectory
-
-
-def open_run(config: TrainConfig, world_size: int, device_type: str, dtype: str) -> Opened:
-    """Prepare a run and its folder, on the main rank. Raises `ValueError` for what cannot work, and loses nothing.
-
-    `dtype` is the precision that the configuration has on this device, which the run's numbers depend on. A run that
-    is resumed with `auto` keeps the one it has.
+    `dtype` is the precision that the configuration has on this device. A run that is resumed with `auto` keeps its own.
     """
     state, table = prepare(config, world_size)
     state = replace(state, run_signature=state.run_signature | {"dtype": dtype})
     directory = RunDirectory(config.runs_dir, config.name, overwrite=config.overwrite, resume=config.resume == "auto")
     try:
-        return Opened(_begin(config, state, directory, device_type), table, directory)
+        state = replace(state, run_dir=str(directory.path))
+        if config.resume == "auto":
+            state = _resume(config, state, directory, device_type)
+        if not state.finished:
+            if state.checkpoint:
+                directory.resume(state.checkpoint.progress["metrics_bytes"])
+            else:
+                directory.start()
+            directory.write_json(CONFIG_FILE, asdict(config))
     except BaseException:
         directory.close()
         raise
+    return state, table, directory
 
 
-def _begin(config: TrainConfig, state: RunState, directory: RunDirectory, device_type: str) -> Beginning:
-    told: list[str] = []
-    saved = None
-    if config.resume == "auto":
-        finished = _finished(directory.path, config, state)
-        if finished and (finished.stopped_by != "steps" or finished.num_steps == state.num_steps):
-            told = [f"finished     {directory.path} is a finished run: nothing to do"]
-            return Beginning(state, str(directory.path), None, finished, tuple(told))
-        saved, refused = checkpoint.newest(
-            directory.path / CHECKPOINTS_FOLDER,
-            lambda found: _differences(found.run_signature, config, state) or _lacks_metrics(found, directory),
-        )
-        told = [f"not used     {reason}" for reason in refused]
-        if saved is None and (refused or finished):
-            raise ValueError(
-                f"resume is auto, and no checkpoint of {directory.path} can be gone on from"
-                f"{f' ({refused[0]})' if refused else ''}: choose another --name, or begin anew with --overwrite"
-            )
-        told.append(_resumed(saved, device_type) if saved else "resumed      no checkpoint yet: from step 0")
+def _resume(config: TrainConfig, state: RunState, directory: RunDirectory, device_type: str) -> RunState:
+    """The state with the result of a finished run, or with the newest checkpoint that can be used, if there is one."""
+    finished = _finished(directory.path, config, state)
+    if finished and (finished.stopped_by != "steps" or finished.num_steps == state.num_steps):
+        message = f"finished     {directory.path} is a finished run: nothing to do"
+        return replace(state, finished=finished, messages=(message,))
+    saved, refused = checkpoint.newest(
+        directory.path / CHECKPOINTS_FOLDER,
+        lambda found: _differences(found.run_signature, config, state) or _lacks_metrics(found, directory),
+    )
+    messages = [f"not used     {reason}" for reason in refused]
     if saved:
         _refuse_fewer_steps(saved.step, directory.path, config, state)
-        state = replace(state, run_signature=dict(saved.run_signature))
-        directory.go_on(saved.progress["metrics_bytes"])
+        messages.append(_resumed(saved, device_type))
+        state = replace(state, checkpoint=saved, run_signature=dict(saved.run_signature))
+    elif refused or finished:
+        raise ValueError(
+            f"resume is auto, and no checkpoint of {directory.path} can be used"
+            f"{f' ({refused[0]})' if refused else ''}: choose another --name, or start from scratch with --overwrite"
+        )
     else:
-        directory.start()
-    directory.write_json(CONFIG_FILE, asdict(config))
-    return Beginning(state, str(directory.path), saved, None, tuple(told))
+        messages.append("resumed      no checkpoint yet: from scratch")
+    return replace(state, messages=tuple(messages))
 
 
 def _resumed(saved: Checkpoint, device_type: str) -> str:
@@ -109,11 +94,11 @@ def _finished(run: Path, config: TrainConfig, state: RunState) -> Result | None:
 
 
 def _differences(before: Mapping[str, Any], config: TrainConfig, state: RunState) -> str | None:
-    """What differs between the contract of a run so far and now, with the field that the user gave; None if nothing."""
+    """What differs between the signatures of a run so far and now, and the field that causes it; None if nothing."""
     now, plan = state.run_signature, state.plan
     if config.dtype == "auto" and before.get("dtype") in ("float32", "float64"):
         now = now | {"dtype": before["dtype"]}
-    differs = checkpoint.differences(before, now)
+    differs = differences(before, now)
     if differs is None or before.get("decay") != config.decay:
         return differs
     length = _length(config, state)
@@ -149,3 +134,14 @@ def _lacks_metrics(saved: Checkpoint, directory: RunDirectory) -> str | None:
     except OSError as error:
         return f"its metrics cannot be read ({error.strerror})"
     return f"the {num_bytes} bytes of metrics that were written before it are not there"
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """What differs between two run signatures, as a message; None if nothing does."""
+    plain = json.loads(json.dumps(dict(now)))
+    differing = [
+        f"{key} was {before.get(key)} and is {plain.get(key)}"
+        for key in sorted(before.keys() | plain.keys())
+        if before.get(key) != plain.get(key)
+    ]
+    return "; ".join(differing) or None

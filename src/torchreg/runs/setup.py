@@ -1,13 +1,13 @@
-"""What is decided before the first step, once, on the main rank: rows, batches, rates, the right answer, the forecast.
+"""What is decided before the first step, once, on the main rank: batches, learning rates, closed form, forecast.
 
-No torch: `torchreg plan` decides all of it for many world sizes and trains nothing.
+No torch: `torchreg plan` does all of it for many world sizes and trains nothing.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +26,10 @@ from torchreg.theory import (
     largest_stable_world_size,
 )
 
+if TYPE_CHECKING:
+    from torchreg.core.checkpoint import Checkpoint
+    from torchreg.runs.result import Result
+
 DEFAULT_LEARNING_RATE = 0.05
 SEQUENTIAL_NOT_PREDICTED = (
     f"update_order is sequential, which is predicted up to {MAX_SEQUENTIAL} features: the forecast is that of the "
@@ -39,7 +43,7 @@ _MAX_LOG_EVERY = 1_000
 
 @dataclass(frozen=True)
 class LeastSquares:
-    """What a configuration's table decides, at any world size: the right answer, and how SGD moves towards it.
+    """What a configuration's table decides at any world size: the closed form, and how SGD moves towards it.
 
     `moments` and `closed_form` are in the data's units, `rows` and `start` (weight, bias) in the model's, and
     `standardizer` maps between them. `start_error` is start − optimum, (num_features + 1,), in the model's units.
@@ -61,7 +65,7 @@ class LeastSquares:
         best = moments.closed_form()
         standardizer = Standardizer.of(table.features, standardize=config.standardize)
         weight = np.full(table.num_features, config.initial_weight)
-        off = standardizer.parameters_in(weight - best.weight, config.initial_bias - best.bias)
+        error = standardizer.parameters_in(weight - best.weight, config.initial_bias - best.bias)
         mean = moments.mean
         residual = table.target - mean[-1] - (table.features - mean[:-1]) @ best.weight[:, None]
         return cls(
@@ -71,16 +75,16 @@ class LeastSquares:
             closed_form=best,
             rows=RowGradients.of(standardizer.apply(table.features), residual),
             start=standardizer.parameters_in(weight, config.initial_bias),
-            start_error=np.append(*off),
+            start_error=np.append(*error),
         )
 
 
 @dataclass(frozen=True)
 class RunState:
-    """Everything that the loop needs besides the rows and the model; the same on every rank.
+    """What a run is before its first step: the same on every rank.
 
-    `moments` and `closed_form` are in the data's units, `start` is in the model's, and `standardizer` maps between
-    them.
+    `moments` and `closed_form` are in the data's units, `start` (weight, bias) is in the model's, and `standardizer`
+    maps between them.
     """
 
     feature_names: tuple[str, ...]
@@ -97,23 +101,31 @@ class RunState:
     log_every: int
     start: tuple[Matrix, float]
     divergence_threshold: float
+    target_loss: float | None
     warnings: tuple[str, ...]
     run_signature: dict[str, Any]
-    """All that the numbers of the run depend on, as plain JSON: a checkpoint is of this run if its contract is equal.
-    The world size is not in it."""
+    """All that the run's numbers depend on, as plain JSON: a checkpoint is of this run if its signature is equal. The
+    world size is not in it."""
+    run_dir: str = ""
+    checkpoint: Checkpoint | None = None
+    """To resume from."""
+    finished: Result | None = None
+    """Of a run that needs no training."""
+    messages: tuple[str, ...] = ()
+    """How the run was resumed, for the user."""
 
 
-def prepare(config: TrainConfig, world_size: int, problem: LeastSquares | None = None) -> tuple[RunState, Table]:
-    """Read the data (unless `problem` has it), derive the batches and choose the rates of a run.
+def prepare(config: TrainConfig, world_size: int, least_squares: LeastSquares | None = None) -> tuple[RunState, Table]:
+    """Read the data (unless `least_squares` has it), derive the batches and choose the learning rates of a run.
 
     Raises `ValueError` with the field, its value and the remedy for what cannot work.
     """
-    problem = problem or LeastSquares.of(config)
-    table, best = problem.table, problem.closed_form
+    least_squares = least_squares or LeastSquares.of(config)
+    table, best = least_squares.table, least_squares.closed_form
     if config.target_excess is not None and best.loss == 0:
         raise ValueError(
             f"target_excess is {config.target_excess}, a fraction of the closed form's loss, which is 0 for this data: "
-            "leave it out"
+            "omit it"
         )
     plan = BatchPlan.derive(
         table.num_rows,
@@ -123,12 +135,12 @@ def prepare(config: TrainConfig, world_size: int, problem: LeastSquares | None =
         micro_batch_size=config.micro_batch_size,
         sampling=config.sampling,
         seed=config.seed,
-        ordered=config.reduction == "reproducible",
+        reproducible=config.reduction == "reproducible",
     )
     num_steps = _num_steps(config, plan)
-    schedule, dynamics, warnings = _learning_rates(config, problem, plan, num_steps)
+    schedule, dynamics, warnings = _learning_rates(config, least_squares, plan, num_steps)
     # One step sees at most num_rows / global_batch_size times the loss on all rows.
-    at_start = best.loss + problem.moments.excess(
+    at_start = best.loss + least_squares.moments.excess(
         np.full(table.num_features, config.initial_weight), config.initial_bias
     )
     worst_start = max(at_start, float(table.target.var()))
@@ -137,16 +149,19 @@ def prepare(config: TrainConfig, world_size: int, problem: LeastSquares | None =
         target_name=table.target_name,
         fingerprint=table.fingerprint(),
         num_dropped=table.num_dropped,
-        standardizer=problem.standardizer,
+        standardizer=least_squares.standardizer,
         plan=plan,
         schedule=schedule,
-        moments=problem.moments,
+        moments=least_squares.moments,
         closed_form=best,
-        forecast=forecast(dynamics, schedule, problem.start_error, best.loss, plan.sampling, config.target_excess),
+        forecast=forecast(
+            dynamics, schedule, least_squares.start_error, best.loss, plan.sampling, config.target_excess
+        ),
         num_steps=num_steps,
         log_every=config.log_every or min(_MAX_LOG_EVERY, math.ceil(num_steps / _LOG_LINES)),
-        start=problem.start,
+        start=least_squares.start,
         divergence_threshold=_DIVERGENCE_FACTOR * worst_start * table.num_rows / plan.global_batch_size,
+        target_loss=None if config.target_excess is None else best.loss * (1 + config.target_excess),
         warnings=(*warnings, *([best.warning] if best.warning else [])),
         run_signature={},
     )
@@ -162,7 +177,7 @@ def _run_signature(config: TrainConfig, state: RunState) -> dict[str, Any]:
     return {
         "data_fingerprint": state.fingerprint,
         "global_batch_size": plan.global_batch_size,
-        "micro_batch_size": plan.micro_batch_size if plan.ordered else None,  # else it changes the rounding alone
+        "micro_batch_size": plan.micro_batch_size if plan.reproducible else None,  # else it changes only the rounding
         **{name: getattr(config, name) for name in same},
         **state.schedule.signature(),
     }
@@ -174,24 +189,24 @@ def read(config: TrainConfig) -> Table:
 
 
 def scale_at(config: TrainConfig, global_batch_size: int) -> float:
-    """What the configuration's base rates are multiplied by at a global batch size."""
+    """The factor of the base learning rates at a global batch size."""
     return lr_scale(config.lr_scaling, global_batch_size, config.reference_batch_size)
 
 
-def base_learning_rates(config: TrainConfig, problem: LeastSquares) -> tuple[float, float]:
-    """The rates of weight and bias at the reference batch size, before any lowering for stability.
+def base_learning_rates(config: TrainConfig, least_squares: LeastSquares) -> tuple[float, float]:
+    """The learning rates of weight and bias at the reference batch size, before any lowering for stability.
 
-    By default the same share of the curvature in the weight's and in the bias's direction.
+    By default the same fraction of the curvature in the weight's and in the bias's direction.
     """
-    mean_square = float(np.sum(problem.rows.feature_unit**2))
+    mean_square = float(np.sum(least_squares.rows.feature_unit**2))
     return config.base_learning_rate or (DEFAULT_LEARNING_RATE / mean_square, DEFAULT_LEARNING_RATE)
 
 
-def stable_world_size(config: TrainConfig, problem: LeastSquares, local_batch_size: int) -> int:
-    """The most ranks at which the configuration's rates are stable, with `local_batch_size` rows each."""
+def stable_world_size(config: TrainConfig, least_squares: LeastSquares, local_batch_size: int) -> int:
+    """The most ranks at which the learning rates are stable, with `local_batch_size` samples each."""
     return largest_stable_world_size(
-        problem.rows,
-        base_learning_rates(config, problem),
+        least_squares.rows,
+        base_learning_rates(config, least_squares),
         local_batch_size,
         lambda global_batch_size: scale_at(config, global_batch_size),
         config.update_order,
@@ -215,23 +230,22 @@ def _num_steps(config: TrainConfig, plan: BatchPlan) -> int:
 
 
 def _learning_rates(
-    config: TrainConfig, problem: LeastSquares, plan: BatchPlan, num_steps: int
+    config: TrainConfig, least_squares: LeastSquares, plan: BatchPlan, num_steps: int
 ) -> tuple[Schedule, Dynamics, tuple[str, ...]]:
-    """The schedule, the dynamics of its base rates, and what to tell the user."""
-
+    """The schedule, the dynamics of its base learning rates, and warnings."""
     scale = scale_at(config, plan.global_batch_size)
-    base = base_learning_rates(config, problem)
-    dynamics = Dynamics.of(problem.rows, base, plan.global_batch_size, config.update_order, plan.sampling)
+    base = base_learning_rates(config, least_squares)
+    dynamics = Dynamics.of(least_squares.rows, base, plan.global_batch_size, config.update_order, plan.sampling)
     limit = dynamics.largest_multiplier() / scale
 
     warnings: tuple[str, ...] = () if dynamics.order == config.update_order else (SEQUENTIAL_NOT_PREDICTED,)
     lower = not config.base_learning_rate and limit * _SAFE_FRACTION < 1
     if config.base_learning_rate and limit < 1:
-        told = _unstable(config, problem, plan, limit, dynamics.criterion)
+        reason = _unstable(config, least_squares, plan, limit, dynamics.criterion)
         if config.on_unstable == "refuse":
-            raise ValueError(f"{told}; lower base_learning_rate, or see it diverge with --on-unstable warn")
+            raise ValueError(f"{reason}; lower base_learning_rate, or train regardless with --on-unstable warn")
         lower = config.on_unstable == "cap"
-        warnings += (f"{told}; {'the learning_rates are lowered to half the limit' if lower else 'expect divergence'}",)
+        warnings += (f"{reason}; {'lowered to half the limit' if lower else 'expect divergence'}",)
     if lower:
         base = (base[0] * limit * _SAFE_FRACTION, base[1] * limit * _SAFE_FRACTION)
         dynamics = dynamics.times(limit * _SAFE_FRACTION)
@@ -248,16 +262,16 @@ def _learning_rates(
     return schedule, dynamics, warnings
 
 
-def _unstable(config: TrainConfig, problem: LeastSquares, plan: BatchPlan, limit: float, criterion: str) -> str:
-    """What is wrong with the rates, with the limit and the largest world size that keeps within it."""
+def _unstable(config: TrainConfig, least_squares: LeastSquares, plan: BatchPlan, limit: float, criterion: str) -> str:
+    """How far the learning rates are above the limit, and the largest world size that keeps within it."""
     scale = scale_at(config, plan.global_batch_size)
-    weight, bias = (learning_rate * scale for learning_rate in base_learning_rates(config, problem))
-    told = (
+    weight, bias = (learning_rate * scale for learning_rate in base_learning_rates(config, least_squares))
+    reason = (
         f"scaled_learning_rate is {weight:.4g} (weight) and {bias:.4g} (bias) at global_batch_size "
         f"{plan.global_batch_size}, {1 / limit:.3g} times the stability limit ({criterion}) of {weight * limit:.4g} "
         f"and {bias * limit:.4g}"
     )
     if config.lr_scaling == "none" or plan.sampling == "full" or config.global_batch_size:
-        return told
-    most = stable_world_size(config, problem, plan.local_batch_size)
-    return f"{told}; at {plan.local_batch_size} rows a rank the largest stable world size is {most}"
+        return reason
+    most = stable_world_size(config, least_squares, plan.local_batch_size)
+    return f"{reason}; at {plan.local_batch_size} samples on each rank the largest stable world size is {most}"

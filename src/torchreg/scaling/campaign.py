@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from torchreg.core.files import check_name
 from torchreg.data.synthetic import REAL_NUM_ROWS
 from torchreg.machines.launch_commands import LauncherName, MachineName, words
+from torchreg.runs.files import check_name
 
 CAMPAIGN_FILE = "campaign.yaml"
 

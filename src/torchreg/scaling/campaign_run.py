@@ -23,9 +23,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from torchreg.core.files import create, write_atomically
+from torchreg.core.checkpoint import write_atomically
 from torchreg.machines.launch_commands import LauncherName, allocated_hosts, available_launcher, launch_command, words
-from torchreg.runs.record import provenance, utc_now, write_json
+from torchreg.runs.environment import provenance
+from torchreg.runs.files import create
+from torchreg.runs.record import utc_now, write_json
 from torchreg.runs.stopping import StopRequest
 from torchreg.scaling import locks as locks
 from torchreg.scaling.campaign import CAMPAIGN_FILE, Campaign, Launch, estimated_s, launches, read_campaign, to_yaml

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchreg.core.files import create, write_atomically
+from torchreg.core.checkpoint import write_atomically
+from torchreg.runs.files import create
 
 LOCK_FILE = "claim.json"
 

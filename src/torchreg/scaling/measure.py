@@ -17,7 +17,7 @@ import torch
 
 from torchreg.distributed.communicator import AnySync, Communicator
 from torchreg.distributed.timing import elapsed_on_ranks, steps_for, time_all_reduce, time_window, warm_up
-from torchreg.runs.record import machine_facts
+from torchreg.runs.environment import machine_facts
 from torchreg.runs.rows import torch_dtype
 from torchreg.scaling.campaign import Campaign, Launch, Setting, settings
 from torchreg.scaling.known_rows import Rows, check, make_rows
@@ -54,7 +54,7 @@ def measure_launch(campaign: Campaign, launch: Launch, communicator: Communicato
         "dtype": str(dtype).removeprefix("torch."),
         "points": points,
         "allreduce": _all_reduce(communicator, dtype, launch.seed, by_mpi=by_mpi),
-        "distributed": communicator.evidence(campaign.distributed),
+        "distributed": communicator.describe_environment(campaign.distributed),
         "machine_facts": _facts(communicator),
     }
 

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from torchreg.core.files import PARTIAL
+from torchreg.core.checkpoint import PARTIAL
 from torchreg.scaling.campaign import CAMPAIGN_FILE
 from torchreg.scaling.sources import LAUNCHES_FOLDER, LOGS, Folder, distinct, has_text, name_folders, read_file
 

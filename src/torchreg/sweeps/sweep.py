@@ -9,20 +9,12 @@ from pathlib import Path
 from typing import Literal
 
 from torchreg.console import Reporter
-from torchreg.core.files import read_regular
+from torchreg.core.checkpoint import read_regular
 from torchreg.distributed.communicator import Communicator
 from torchreg.distributed.rendezvous import AgreedError
 from torchreg.runs.config import TrainConfig
-from torchreg.runs.record import (
-    RECORD_FILE,
-    SCHEMA_VERSION,
-    create_run_folder,
-    machine_facts,
-    provenance,
-    read_metrics,
-    utc_now,
-    write_json,
-)
+from torchreg.runs.environment import machine_facts, provenance
+from torchreg.runs.record import RECORD_FILE, SCHEMA_VERSION, create_run_folder, read_metrics, utc_now, write_json
 from torchreg.runs.run import train
 from torchreg.runs.setup import prepare
 from torchreg.runs.stopping import StopRequest

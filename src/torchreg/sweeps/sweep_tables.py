@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from torchreg.core.files import read_regular
+from torchreg.core.checkpoint import read_regular
 from torchreg.runs.record import RECORD_FILE, read_metrics
 
 SWEEP_FILE = "sweep.json"

@@ -75,7 +75,7 @@ def _what(dtype: torch.dtype, size: int) -> str:
 
 def _all_reduce(communicator: Communicator, sync: AnySync, dtype: torch.dtype, size: int) -> str | None:
     buffer = _numbers(communicator.rank, size, dtype, communicator.device)
-    communicator.all_reduce(buffer, sync)()
+    communicator.using(sync).all_reduce(buffer)
     total = sum(rank % 16 + 1 for rank in range(communicator.world_size))
     return _differing(buffer, _numbers(0, size, dtype, communicator.device) * total, _what(dtype, size))
 

@@ -12,6 +12,7 @@ import torch
 from torchreg.core import checkpoint
 from torchreg.core.checkpoint import Checkpoint
 from torchreg.distributed.communicator import Communicator
+from torchreg.runs import resume
 from torchreg.verification.checks import Check, agree
 
 _AREA = "files"
@@ -62,7 +63,7 @@ def _unreadable(folder: Path, values: torch.Tensor) -> str | None:
     if not folder.is_dir():
         return f"{folder} is not there: this file system is not shared with rank 0"
     found, refused = checkpoint.newest(
-        folder, lambda found: checkpoint.differences(found.run_signature, {"verify": True})
+        folder, lambda found: resume.differences(found.run_signature, {"verify": True})
     )
     if found is None:
         return refused[0] if refused else f"{folder} is empty here: this file system is not shared with rank 0"

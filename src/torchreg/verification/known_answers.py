@@ -15,8 +15,8 @@ import torch
 from torchreg.data.table import Table
 from torchreg.distributed.communicator import Communicator
 from torchreg.runs.config import TrainConfig
+from torchreg.runs.environment import versions
 from torchreg.runs.forecast import percent
-from torchreg.runs.record import versions
 from torchreg.runs.result import Result
 from torchreg.runs.rows import place
 from torchreg.runs.run import train
