@@ -60,12 +60,12 @@ class Point(Struct, kw_only=True):
     check_tolerance: NotNegative | None
     check_excess: Number | None
     check_message: Text
-    target_excess: Positive | None
-    predicted_steps: NotNegative | None
-    measured_steps: NotNegative | None
-    measured_time_s: Seconds | None
-    stability_limit: Positive | None
-    noise_floor: NotNegative | None
+    target_excess: Positive | None = None
+    predicted_steps: NotNegative | None = None
+    measured_steps: NotNegative | None = None
+    measured_time_s: Seconds | None = None
+    stability_limit: Positive | None = None
+    noise_floor: NotNegative | None = None
 
     def __post_init__(self) -> None:
         if not math.isclose(self.throughput * self.step_time_s, self.global_batch_size, rel_tol=0.01):

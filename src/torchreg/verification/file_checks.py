@@ -62,9 +62,7 @@ def file_checks(communicator: Communicator, runs_dir: str) -> Iterator[Check]:
 def _unreadable(folder: Path, values: torch.Tensor) -> str | None:
     if not folder.is_dir():
         return f"{folder} is not there: this file system is not shared with rank 0"
-    found, refused = checkpoint.newest(
-        folder, lambda found: resume.differences(found.run_signature, {"verify": True})
-    )
+    found, refused = checkpoint.newest(folder, lambda found: resume.differences(found.run_signature, {"verify": True}))
     if found is None:
         return refused[0] if refused else f"{folder} is empty here: this file system is not shared with rank 0"
     return None if torch.equal(found.tensors["values"], values) else "the checkpoint has other numbers here"
