@@ -176,13 +176,13 @@ def test_what_is_no_plain_file_is_named_and_never_opened(monkeypatch):
     records = read()
     assert len(records.launches) == 4
     assert reasons(records) == [
-        "a link: not followed",
+        "a link, not a regular file",
         "a special file, not a regular file",
         "a directory, not a regular file",
         "partial: locked and not finished: it still runs, or was killed",
         "partial: no launch.json",
-        "a link, not a directory: not followed",
-        "a file, not a directory: not followed",
+        "a link, not a directory",
+        "a file, not a directory",
     ]
     monkeypatch.setattr(sources, "_MOST_BYTES", 100)
     assert sum(reason.startswith("too large: ") for reason in reasons(read())) == 4

@@ -93,25 +93,20 @@ def make_samples(
     samples = torch.empty(num_rows, num_features + 1, dtype=torch.float64)
 
     def on_main() -> Reference:
-        features, target = _houses(num_rows) if num_features == 1 else _noise(num_rows, num_features)
+        if num_features == 1:
+            table = load_table("synthetic", num_rows=num_rows)
+            features = Standardizer.of(table.features, standardize=True).apply(table.features)
+            target = table.target[:, 0] / table.target.std()
+        else:
+            stream = np.random.RandomState(0)  # NumPy's frozen stream: the same samples in every release (NEP 19)
+            features = stream.standard_normal((num_rows, num_features))
+            target = features.sum(axis=1) / math.sqrt(num_features) + stream.standard_normal(num_rows)
         samples[:, :-1], samples[:, -1] = torch.from_numpy(features), torch.from_numpy(target)
         return Reference.of(features, target)
 
     reference = communicator.from_main(on_main)
     samples = communicator.broadcast(samples.to(dtype).to(communicator.device))
     return samples[:, :-1].contiguous(), samples[:, -1:].contiguous(), reference
-
-
-def _houses(num_rows: int) -> tuple[Matrix, Matrix]:
-    table = load_table("synthetic", num_rows=num_rows)
-    price = table.target[:, 0]
-    return Standardizer.of(table.features, standardize=True).apply(table.features), price / price.std()
-
-
-def _noise(num_rows: int, num_features: int) -> tuple[Matrix, Matrix]:
-    stream = np.random.RandomState(0)  # NumPy's frozen stream: the same samples in every release (NEP 19)
-    features = stream.standard_normal((num_rows, num_features))
-    return features, features.sum(axis=1) / math.sqrt(num_features) + stream.standard_normal(num_rows)
 
 
 def check(training: TimedTraining, reference: Reference, communicator: Communicator) -> dict[str, Any]:

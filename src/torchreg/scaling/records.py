@@ -25,22 +25,10 @@ from torchreg.scaling.sources import LAUNCH_FILE, LOGS, SUFFIX, File, distinct, 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch that can be used. `name` is its id, followed by `~2` and so on where two sources share the id.
+    """One launch that can be used, or one attempt that failed, with the path of its log where it has any output.
 
-    `content` has the fields of `torchreg.scaling.launch_record.OkLaunch`.
-    """
-
-    name: str
-    source: Path
-    path: Path
-    content: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Failure:
-    """One launch that failed, or an earlier attempt that did; `log` holds its last output, where it has any.
-
-    `content` has the fields of `torchreg.scaling.launch_record.FailedLaunch`.
+    `name` is its id, followed by `~2` and so on where two sources share the id. `content` has the fields of an
+    `OkLaunch` or of a `FailedLaunch`.
     """
 
     name: str
@@ -66,7 +54,7 @@ class Records:
 
     sources: tuple[Path, ...]
     launches: tuple[Launch, ...]
-    failed: tuple[Failure, ...]
+    failed: tuple[Launch, ...]
     excluded: tuple[Excluded, ...]
 
 
@@ -77,7 +65,7 @@ def read_records(folders: Sequence[Path]) -> Records:
     """
     sources = distinct(folders)
     launches: list[Launch] = []
-    failed: list[Failure] = []
+    failed: list[Launch] = []
     excluded: list[Excluded] = []
     for name, folder in name_folders(sources).items():
         log = next((folder.path / log for log in LOGS if has_text(folder.path / log)), None)
@@ -87,11 +75,9 @@ def read_records(folders: Sequence[Path]) -> Records:
             except ValueError as error:
                 excluded.append(Excluded(file.path, "record", str(error)))
                 continue
-            if content["status"] == "failed":
-                failed.append(Failure(name, folder.source, file.path, log, content))
-            else:
-                launches.append(Launch(name, folder.source, file.path, content))
-                excluded += _failed_checks(launches[-1])
+            launch = Launch(name, folder.source, file.path, log, content)
+            (failed if content["status"] == "failed" else launches).append(launch)
+            excluded += _failed_checks(launch)
     return Records(tuple(sources), tuple(launches), tuple(failed), tuple(excluded))
 
 
@@ -108,12 +94,10 @@ def _checked(file: File, folder: Path) -> dict[str, Any]:
 
 
 def _failed_checks(launch: Launch) -> Iterator[Excluded]:
-    for point in launch.content["points"]:
+    for point in launch.content.get("points", ()):
         if not point["check_passed"]:
-            difference, tolerance = (
-                "not a number" if number is None else f"{number:.3g}"
-                for number in (point["check_difference"], point["check_tolerance"])
-            )
+            numbers = (point["check_difference"], point["check_tolerance"])
+            difference, tolerance = ("not a number" if one is None else f"{one:.3g}" for one in numbers)
             yield Excluded(
                 launch.path,
                 f"point {point['optimizer']}/{point['sync']}, num_features {point['num_features']}, global_batch_size "
@@ -147,8 +131,8 @@ def launches_table(records: Records) -> pd.DataFrame:
 
     `block` counts the blocks of all sources together, so that no number stands for two of them.
     """
-    attempts: list[Launch | Failure] = [*records.launches, *records.failed]
-    table = pd.DataFrame([_launch_row(one) for one in attempts], columns=_LAUNCH_COLUMNS)
+    rows = [_launch_row(launch) for launch in (*records.launches, *records.failed)]
+    table = pd.DataFrame(rows, columns=_LAUNCH_COLUMNS)
     table = table.sort_values(["status", "launch", "file"], ascending=[False, True, True], ignore_index=True)
     keys = ["fingerprint", "suffix", "recorded_block"]
     again = table.groupby([*keys, "status", "world_size", "num_nodes", "ranks_per_node"]).cumcount()
@@ -156,20 +140,20 @@ def launches_table(records: Records) -> pd.DataFrame:
     return table.drop(columns="suffix")
 
 
-def _launch_row(one: Launch | Failure) -> dict[str, Any]:
+def _launch_row(launch: Launch) -> dict[str, Any]:
     """The columns that a record has as fields of the same name, and those that are computed."""
-    content, suffix = one.content, SUFFIX.search(one.name)
+    content, suffix = launch.content, SUFFIX.search(launch.name)
     sections = [content["campaign"], content["launch"], content]
     computed = {
-        "launch": one.name,
+        "launch": launch.name,
         "campaign": content["campaign"]["name"],
         "suffix": suffix.group() if suffix else "",
         "recorded_block": content["launch"]["block"],
-        "source": schema.printable(str(one.source)),
-        "file": schema.printable(str(one.path)),
+        "source": schema.printable(str(launch.source)),
+        "file": schema.printable(str(launch.path)),
         "without": None,
     }
-    if isinstance(one, Launch):
+    if content["status"] == "ok":
         origin, distributed = content["provenance"], content["distributed"]
         sections = [content["machine_facts"], origin["libraries"], origin["source"], origin, distributed, *sections]
         placements, environment = distributed["placements"], sorted(origin["environment"].items())

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import stat
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -116,7 +115,7 @@ def _launch_folders(source: Path) -> Iterator[Path]:
 
 def _attempts(folder: Path) -> Iterator[File]:
     if folder.is_symlink() or not folder.is_dir():
-        yield File(folder, error=f"{_kind_of(folder)}, not a directory: not followed")
+        yield File(folder, error=f"{_kind_of(folder)}, not a directory")
         return
     try:
         names = sorted(os.listdir(folder))
@@ -134,22 +133,15 @@ def _attempts(folder: Path) -> Iterator[File]:
 
 def read_file(path: Path) -> File:
     """The bytes of a regular file of reasonable size; neither a link nor a pipe is opened."""
+    if (kind := _kind_of(path)) != "a file":
+        return File(path, error=f"{kind}, not a regular file")
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        kind = _kind_of(path)
-        return File(path, error=f"{kind}: not followed" if kind == "a link" else f"unreadable: {error.strerror}")
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(descriptor)
-        return File(path, error=f"{_kind_of(path)}, not a regular file")
-    with os.fdopen(descriptor, "rb") as file:
-        if status.st_size > _MOST_BYTES:
-            return File(path, error=f"too large: {status.st_size} bytes, more than {_MOST_BYTES}")
-        try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            if (size := os.fstat(file.fileno()).st_size) > _MOST_BYTES:
+                return File(path, error=f"too large: {size} bytes, more than {_MOST_BYTES}")
             return File(path, file.read(_MOST_BYTES))
-        except OSError as error:
-            return File(path, error=f"unreadable: {error.strerror}")
+    except OSError as error:
+        return File(path, error=f"unreadable: {error.strerror}")
 
 
 def _kind_of(path: Path) -> str:
