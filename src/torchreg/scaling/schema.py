@@ -37,9 +37,10 @@ def check(text: bytes) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"damaged: no JSON ({_one_line(error)})") from None
-    if not isinstance(content, dict) or content.get("kind") != KIND:
-        kind = content.get("kind") if isinstance(content, dict) else content
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"damaged: no JSON ({reason})") from None
+    kind = content.get("kind") if isinstance(content, dict) else content
+    if not isinstance(content, dict) or kind != KIND:
         raise ValueError(f"foreign: kind is {_shown(kind)}, not {KIND!r}")
     version = content.get("schema_version")
     if not isinstance(version, int) or isinstance(version, bool):
@@ -55,18 +56,12 @@ def check(text: bytes) -> dict[str, Any]:
         raise ValueError(f"damaged: the content is not what was written ({CHECKSUM} differs)")
     try:
         content = _printable(content)
+        msgspec.convert(content, OkLaunch | FailedLaunch)
     except RecursionError:
         raise ValueError("damaged: nested deeper than any record") from None
-    validate(content)
-    return dict(content)
-
-
-def validate(content: dict[str, Any]) -> None:
-    """Raise `ValueError`, with the field, its value and what is expected, for other content than a `LaunchRecord`'s."""
-    try:
-        msgspec.convert(content, OkLaunch | FailedLaunch)
     except msgspec.ValidationError as error:
         raise ValueError(_message(str(error), content)) from None
+    return dict(content)
 
 
 def _message(error: str, content: Any) -> str:
@@ -114,7 +109,3 @@ def _digest(content: dict[str, Any]) -> str:
     except (RecursionError, ValueError):
         return ""  # nested deeper, or with more digits, than any record
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from torchreg.core.batches import Batch, BatchLoader, BatchPlan
 from torchreg.core.model import make_model
 from torchreg.core.schedule import Schedule
-from torchreg.core.train import fit, make_sgd, manual_samples
+from torchreg.core.train import Step, fit, make_sgd, manual_samples
 from torchreg.distributed.communicator import Communicator
 from torchreg.runs.logger import MOST_WAITING, LossBuffer
 from torchreg.runs.run import Seams, make_step
@@ -52,14 +53,25 @@ class TimedTraining:
 
     def take_steps(self, count: int) -> None:
         """Take the next steps; their losses are summed over ranks as often as in a run."""
-        with self._context():
-            fit(self._next(count), self.step, self.schedule, self._log)
+        self._fit(count, self.step, self._log)
 
     def take_samples(self, count: int) -> None:
         """Take the samples of the next steps, without an update."""
         no_error = torch.zeros((), device=self.model.weight.device)
+        self._fit(count, lambda batch, learning_rates: no_error, _ignore)
+
+    def _fit(self, count: int, step: Step, log: Callable[[Batch, Tensor], bool]) -> None:
+        first, self.num_steps = self.num_steps, self.num_steps + count
         with self._context():
-            fit(self._next(count), lambda batch, learning_rates: no_error, self.schedule, _ignore)
+            fit(self.loader.iterate(first, self.num_steps), step, self.schedule, log)
+
+    def _log(self, batch: Batch, squared_error: Tensor) -> bool:
+        """As `torchreg.runs.logger.Logger` between two lines of metrics."""
+        self._losses.append(batch, squared_error)
+        if len(self._losses.errors) == MOST_WAITING:
+            self._losses.all_reduce()
+            self._losses.clear()
+        return False
 
     def descend(self, count: int, learning_rate: float) -> Matrix:
         """Full-batch gradient descent by the same step; the parameters (num_features + 1,) at its end."""
@@ -69,29 +81,16 @@ class TimedTraining:
             fit(batches, self.step, lambda step: (learning_rate, learning_rate), _ignore)
         return self.parameters()
 
-    def parameters(self) -> Matrix:
-        """Weight and bias, (num_features + 1,)."""
-        both = torch.cat([self.model.weight.detach()[0], self.model.bias.detach()])
-        parameters: Matrix = both.cpu().double().numpy()
-        return parameters
-
     def reset(self) -> None:
         """Set all parameters to zero."""
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.zero_()
 
-    def _next(self, count: int) -> Iterator[Batch]:
-        self.num_steps += count
-        return self.loader.iterate(self.num_steps - count, self.num_steps)
-
-    def _log(self, batch: Batch, squared_error: Tensor) -> bool:
-        """As `torchreg.runs.logger.Logger` between two lines of metrics."""
-        self._losses.append(batch, squared_error)
-        if len(self._losses.errors) == MOST_WAITING:
-            self._losses.all_reduce()
-            self._losses.clear()
-        return False
+    def parameters(self) -> Matrix:
+        """Weight and bias, (num_features + 1,)."""
+        parameters = torch.cat([parameter.detach().view(-1) for parameter in self.model.parameters()])
+        return np.asarray(parameters.cpu(), dtype=np.float64)
 
 
 def _ignore(batch: Batch, squared_error: Tensor) -> bool:
