@@ -212,7 +212,8 @@ def test_launches_on_several_kinds_of_device_or_with_other_variables_are_a_group
         return record
 
     report = report_of(NOISY, change=change)
-    assert [group["num_launches"] for group in report["groups"]] == [15, 3, 3, 3]
+    # Of block 0 the launches of 2 and 4 ranks have both kinds of device, and that of 1 rank has the other one only.
+    assert [group["num_launches"] for group in report["groups"]] == [15, 3, 3, 2, 1]
     assert report["groups"][1]["versions"]["without"] in ("NCCL_NET", "NCCL_CROSS_NIC NCCL_NET")
     assert "another device" in {group["device_name"] for group in report["groups"]}
 
