@@ -125,6 +125,7 @@ import shlex
 import textwrap
 import time
 from collections import Counter
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -135,8 +136,7 @@ from IPython.display import clear_output, display
 from torch import nn
 
 import torchreg
-from torchreg.runs.run import train
-from torchreg.theory import RowGradients
+from torchreg.theory import Dynamics, Moments, RowGradients
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 SKY, ORANGE, BLACK, GREEN, BLUE, PINK = "#56B4E9", "#D55E00", "#000000", "#009E73", "#0072B2", "#CC79A7"
@@ -364,7 +364,7 @@ plt.show()
 # torchreg knows the same answer, and compares every training run with it.
 
 # %%
-closed_form = torchreg.Moments.of(table.features, table.target).closed_form()
+closed_form = Moments.of(table.features, table.target).closed_form()
 print(f"torchreg: price = {closed_form.weight[0]:.6f} × area + {closed_form.bias:.6f}, loss {closed_form.loss:,.1f}")
 assert np.isclose(closed_form.weight[0], best_weight)
 assert np.isclose(closed_form.bias, best_bias)
@@ -825,16 +825,15 @@ assert np.isclose(bias, model.bias.item(), rtol=1e-9)
 # order. The other calculation below is autograd again.
 
 # %%
-by_hand = train(torchreg.with_recipe("lesson", device="cpu", name="lesson", overwrite=True))
-with_autograd = train(
-    torchreg.with_recipe(
-        "lesson", device="cpu", name="lesson-sgd", overwrite=True, optimizer="sgd", update_order="simultaneous"
-    )
+lesson = torchreg.RECIPES["lesson"]
+manual = torchreg.train(replace(lesson, device="cpu", name="lesson", overwrite=True))
+with_autograd = torchreg.train(
+    replace(lesson, device="cpu", name="lesson-sgd", overwrite=True, optimizer="sgd", update_order="simultaneous")
 )
-print(*by_hand.lines()[:4], sep="\n")
+print(*manual.lines()[:4], sep="\n")
 
-assert np.isclose(by_hand.weight[0], lesson_weight, rtol=1e-9)
-assert np.isclose(by_hand.bias, lesson_bias, rtol=1e-9)
+assert np.isclose(manual.weight[0], lesson_weight, rtol=1e-9)
+assert np.isclose(manual.bias, lesson_bias, rtol=1e-9)
 assert np.isclose(with_autograd.weight[0], model.weight.item(), rtol=1e-9)
 assert np.isclose(with_autograd.bias, model.bias.item(), rtol=1e-9)
 print("torchreg agrees with both loops, to rounding")
@@ -847,7 +846,7 @@ print("torchreg agrees with both loops, to rounding")
 
 # %%
 if torch.cuda.is_available():
-    on_gpu = train(torchreg.with_recipe("lesson", device="cuda", name="lesson-gpu", overwrite=True))
+    on_gpu = torchreg.train(replace(lesson, device="cuda", name="lesson-gpu", overwrite=True))
     print(f"on {torch.cuda.get_device_name()}: price = {on_gpu.weight[0]:.6f} × area + {on_gpu.bias:.6f}")
 else:
     print("no CUDA GPU here: everything in this lesson works without one")
@@ -1076,7 +1075,7 @@ print("eigenvalues at k = 1, simultaneous:", np.linalg.eigvals(matrix_of_a_step(
 # (less than half for twice the batch, and none at all for all rows). Smaller rates help too: $s$ falls with their
 # square, $1 - r$ only in proportion, and so the floor falls with the rate. That is what a decaying rate is for.
 #
-# For two parameters $v$ becomes a matrix and $r$ a matrix of matrices, which is no fun by hand. `torchreg.Dynamics`
+# For two parameters $v$ becomes a matrix and $r$ a matrix of matrices, which is no fun by hand. `torchreg.theory.Dynamics`
 # does it from the table alone, without training. First it must agree with our NumPy; then we set it beside homework 1.
 
 # %%
@@ -1086,7 +1085,7 @@ rows = RowGradients.of(table.features, residual)
 
 def dynamics_of(global_batch_size, order):
     """What torchreg expects of the lesson's rates; each step draws its rows afresh, as `sample` does."""
-    return torchreg.Dynamics.of(rows, (WEIGHT_RATE, BIAS_RATE), global_batch_size, order)
+    return Dynamics.of(rows, (WEIGHT_RATE, BIAS_RATE), global_batch_size, order)
 
 
 for order in ("simultaneous", "sequential"):
@@ -1214,7 +1213,7 @@ print(f"{2 * len(rungs)} runs: each diverged, or did not, as predicted")
 # %%
 figure, axes = plt.subplots()
 for warmup_steps, colour, label in ((0, ORANGE, "no warm-up"), (40, GREEN, "40 steps of warm-up")):
-    warmed = train(
+    warmed = torchreg.train(
         torchreg.TrainConfig(
             name=f"warm-up-{warmup_steps}",
             overwrite=True,
@@ -1268,7 +1267,7 @@ print("G of standardised areas:", (G_standard + 0.0).round(12).tolist())
 
 standard_rows = RowGradients.of(standard_area.reshape(-1, 1), residual)  # the best line misses by the same
 for size in (len(houses), 64):
-    standard = torchreg.Dynamics.of(standard_rows, (0.05, 0.05), size)
+    standard = Dynamics.of(standard_rows, (0.05, 0.05), size)
     print(f"rates of 0.05, batches of {size}: limit × {standard.largest_multiplier():.1f}")
 
 start_standard = np.array([start_error[0] * area.std(), start_error[1] + start_error[0] * area.mean()])

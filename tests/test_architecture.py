@@ -23,7 +23,7 @@ NOT_IN_NAMES = """
     left_out step_rows of_limit right_answer
 """
 ALLOWED_NAMES = re.compile(
-    r"\w*Runtime(Error|Warning)|(re)?place\w*|_?in_place|IN_PLACE|\w*learning_rates?\w*|\w*LEARNING_RATES?\w*|"
+    r"\w*Runtime(Error|Warning)|(re)?place\w*|_?in_place|IN_PLACE|\w*learning_rates?\w*|LearningRates|\w*LEARNING_RATES?\w*|"
     r"\w*noise_floor\w*|floor|OrderedDict|ordered|share[xy]|cell_len|set_cell_size",
 )
 NOT_IN_TEXT = re.compile(

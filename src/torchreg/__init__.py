@@ -1,59 +1,37 @@
 """Train one linear layer across many ranks, with the right answer known beforehand.
 
-The program is `torchreg.runs.run.train`. Importing this package imports neither torch nor pandas: each name
-below is loaded when it is first used.
+Importing this package imports neither torch nor pandas: each name below is loaded when it is first used. The program
+is `torchreg.core`, the predictions are `torchreg.theory`; everything else is private.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torchreg.core.batches import BatchPlan
-    from torchreg.data.table import Table, load_table
-    from torchreg.distributed.communicator import Communicator, init_distributed
-    from torchreg.runs.config import RECIPES, TrainConfig, with_recipe
+    from torchreg.data.table import load_table
+    from torchreg.planning.plan import make_plan as plan
+    from torchreg.runs.config import RECIPES, TrainConfig
     from torchreg.runs.result import Result
-    from torchreg.runs.setup import LeastSquares
-    from torchreg.theory import ClosedForm, Dynamics, Moments, RowGradients
+    from torchreg.runs.run import train
+    from torchreg.verification.verify import verify
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "RECIPES",
-    "BatchPlan",
-    "ClosedForm",
-    "Communicator",
-    "Dynamics",
-    "LeastSquares",
-    "Moments",
-    "Result",
-    "RowGradients",
-    "Table",
-    "TrainConfig",
-    "init_distributed",
-    "load_table",
-    "with_recipe",
-]
+__all__ = ["RECIPES", "Result", "TrainConfig", "load_table", "plan", "train", "verify"]
 
-_MODULE_OF = {
-    "RECIPES": "runs.config",
-    "BatchPlan": "core.batches",
-    "ClosedForm": "theory",
-    "Dynamics": "theory",
-    "Moments": "theory",
-    "LeastSquares": "runs.setup",
-    "Result": "runs.result",
-    "RowGradients": "theory",
-    "Communicator": "distributed.distributed",
-    "Table": "data.table",
-    "TrainConfig": "runs.config",
-    "load_table": "data.table",
-    "init_distributed": "distributed.distributed",
-    "with_recipe": "runs.config",
+_LOCATIONS = {
+    "RECIPES": ("runs.config", "RECIPES"),
+    "Result": ("runs.result", "Result"),
+    "TrainConfig": ("runs.config", "TrainConfig"),
+    "load_table": ("data.table", "load_table"),
+    "plan": ("planning.plan", "make_plan"),
+    "train": ("runs.run", "train"),
+    "verify": ("verification.verify", "verify"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
+    if name not in _LOCATIONS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"torchreg.{_MODULE_OF[name]}"), name)
+    module, attribute = _LOCATIONS[name]
+    return getattr(import_module(f"torchreg.{module}"), attribute)

@@ -12,15 +12,15 @@ import sys
 from pathlib import Path
 
 from torchreg.cli import command
-from torchreg.runs.logger import Metrics
+from torchreg.runs.logger import Logger
 
 what, ranks, num_steps = sys.argv[1], sys.argv[2].split(","), int(sys.argv[3])
 is_hit = os.environ.get("PMI_RANK", os.environ.get("RANK")) in ranks
-note = Metrics.note
+log = Logger.__call__
 
 
-def note_and_suffer(self, step, *rest):
-    if is_hit and step == num_steps:
+def log_and_suffer(self, batch, squared_error):
+    if is_hit and batch.step == num_steps:
         if what == "remove":
             shutil.rmtree(Path("runs"))
         elif what == "SIGTERMs":
@@ -28,9 +28,9 @@ def note_and_suffer(self, step, *rest):
             subprocess.Popen(["sh", "-c", again], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         else:
             os.kill(os.getpid(), signal.Signals[what])
-    return note(self, step, *rest)
+    return log(self, batch, squared_error)
 
 
-Metrics.note = note_and_suffer
+Logger.__call__ = log_and_suffer
 sys.argv[1:] = sys.argv[4:]
 sys.exit(command())

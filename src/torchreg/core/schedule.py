@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 
 def lr_scale(rule: Literal["linear", "sqrt", "none"], global_batch_size: int, reference_batch_size: int) -> float:
-    """What `base_learning_rate` is multiplied by at a global batch size (linear: Goyal et al. 2017)."""
+    """The factor of `base_learning_rate` at a global batch size (linear: Goyal et al. 2017)."""
     ratio = global_batch_size / reference_batch_size
     return {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1.0}[rule]
 
@@ -17,8 +17,8 @@ def lr_scale(rule: Literal["linear", "sqrt", "none"], global_batch_size: int, re
 class Schedule:
     """The learning rates (weight, bias) of each step: warm-up from base to scaled, then decay.
 
-    `decay_to` is the fraction of the scaled rates at which `linear` and `cosine` end, on the last of
-    `num_steps`; `step` multiplies by `decay_factor` every `decay_every` steps after the warm-up.
+    `linear` and `cosine` decay end at the fraction `decay_to` of the scaled learning rates, on the last of `num_steps`;
+    `step` multiplies by `decay_factor` every `decay_every` steps after the warm-up.
     """
 
     base: tuple[float, float]
@@ -31,22 +31,22 @@ class Schedule:
     decay_every: int | None = None
 
     def __call__(self, step: int) -> tuple[float, float]:
-        """The rates of step 0, 1, …, `num_steps` − 1."""
+        """The learning rates of step 0, 1, …, `num_steps` − 1."""
         factor = self.scale if self.is_constant else self.factor(step)
         return self.base[0] * factor, self.base[1] * factor
 
     @property
     def scaled(self) -> tuple[float, float]:
-        """The rates between warm-up and decay."""
+        """The learning rates between warm-up and decay."""
         return self.base[0] * self.scale, self.base[1] * self.scale
 
     @property
     def is_constant(self) -> bool:
-        """Every step has the scaled rates."""
+        """Whether every step has the scaled learning rates."""
         return self.decay == "constant" and self.warmup_steps == 0
 
     def factor(self, step: int) -> float:
-        """What `base` is multiplied by in a step."""
+        """The factor of `base` in a step."""
         if step < self.warmup_steps:
             return 1 + (self.scale - 1) * step / self.warmup_steps
         steps_left = self.num_steps - 1 - self.warmup_steps
@@ -64,18 +64,18 @@ class Schedule:
         return self.decay_every or max(1, math.ceil(self.num_steps / 3))
 
     def signature(self) -> dict[str, Any]:
-        """What decides the rates of a step, as plain JSON: two schedules that agree on it agree on every step of both.
+        """What decides the learning rates, as plain JSON: schedules with equal signatures agree on every common step.
 
-        The number of steps is in it only where the decay depends on it.
+        The number of steps is part of it only where the decay depends on it.
         """
-        decided: dict[str, Any] = {
+        signature: dict[str, Any] = {
             "base_learning_rate": list(self.base),
             "learning_rate_scale": self.scale,
             "warmup_steps": self.warmup_steps,
             "decay": self.decay,
         }
         if self.decay in ("linear", "cosine"):
-            decided |= {"decay_to": self.decay_to, "num_steps": self.num_steps}
+            signature |= {"decay_to": self.decay_to, "num_steps": self.num_steps}
         if self.decay == "step":
-            decided |= {"decay_factor": self.decay_factor, "decay_every": self._decay_every}
-        return decided
+            signature |= {"decay_factor": self.decay_factor, "decay_every": self._decay_every}
+        return signature

@@ -1,4 +1,4 @@
-"""Every choice of a training run: one documented dataclass, and the recipes that fill it.
+"""The configuration of a training run: one documented dataclass, and the recipes that fill it.
 
 The command line, the record of a run and the README's table of options are made from `TrainConfig`; it
 imports no torch, so that `torchreg train --help` answers at once.
@@ -40,8 +40,8 @@ class TrainConfig:
     """
 
     data: str = "synthetic"
-    """Where the rows come from: `synthetic` (made rows with the real table's sums), `ames` (the real table,
-    fetched once), or a CSV or Parquet file."""
+    """Where the rows come from: `synthetic` (rows with the real table's moments), `ames` (the real table, fetched
+    once), or a CSV or Parquet file."""
 
     features: tuple[str, ...] = ()
     """Feature columns of the file. Default: GrLivArea."""
@@ -50,51 +50,52 @@ class TrainConfig:
     """Target column of the file. Default: SalePrice."""
 
     num_rows: int | None = None
-    """Rows of the built-in data. Default: 551."""
+    """Rows of the synthetic table. Default: 551."""
 
     num_features: int | None = None
-    """Features of the built-in data. Default: 1."""
+    """Features of the synthetic table. Default: 1."""
 
     data_seed: int = 0
-    """Seed of the built-in data."""
+    """Seed of the synthetic table."""
 
     standardize: bool = True
     """Train on features shifted to mean 0 and scaled to variance 1. Results are in the data's own units."""
 
     drop_missing: bool = False
-    """Leave out rows with missing values instead of refusing the table."""
+    """Drop rows with missing values instead of refusing the table."""
 
     optimizer: Optimizer = "sgd"
-    """`sgd`: autograd and torch.optim.SGD. `manual`: the gradient and the update written out by hand."""
+    """`sgd`: autograd and torch.optim.SGD. `manual`: gradient and update written out."""
 
     sync: Sync = "auto"
-    """Who averages gradients over ranks: `ddp` (with sgd), `allreduce` (with hand), `mpi` (either, on the CPU).
-    `auto` is `ddp` for sgd and `allreduce` for hand."""
+    """What averages gradients over ranks: `ddp` (with sgd), `allreduce` (with manual), `mpi` (with both, on the CPU).
+    `auto` is `ddp` for sgd and `allreduce` for manual."""
 
     reduction: Literal["fast", "reproducible"] = "fast"
-    """`reproducible` adds gradients up in one order whatever the number of ranks: the same `global_batch_size` and
-    `micro_batch_size` then give the same bits at every world size. It costs longer messages, and one thread a rank."""
+    """`reproducible` sums gradients in an order that does not depend on the world size: the same `global_batch_size`
+    and `micro_batch_size` then give the same bits on any number of ranks. It takes longer messages and one thread on
+    each rank."""
 
     update_order: UpdateOrder = "simultaneous"
     """`sequential` updates the weight first and the bias with the new weight, as the lesson does; it needs
     `--optimizer manual`."""
 
     sampling: Sampling = "shuffle"
-    """`shuffle`: a new permutation each epoch. `random`: each step draws its rows afresh without
-    replacement. `full`: every step takes all rows."""
+    """`shuffle`: a new permutation each epoch. `random`: each step draws its samples without replacement. `full`:
+    every step takes all rows."""
 
     global_batch_size: int | None = None
-    """Rows of a step over all ranks (strong scaling). Give this or `local_batch_size`, not both."""
+    """Samples of a step over all ranks (strong scaling). Give this or `local_batch_size`, not both."""
 
     local_batch_size: int | None = None
-    """Rows of a step on each rank (weak scaling). Default: 64, unless `global_batch_size` is given."""
+    """Samples of a step on each rank (weak scaling). Default: 64, unless `global_batch_size` is given."""
 
     micro_batch_size: int | None = None
-    """Rows of one forward and backward on one rank; larger shares accumulate gradients. Default: one pass, or with
+    """Samples of one forward and backward; larger shards accumulate gradients. Default: one pass, or with
     `--reduction reproducible` an eighth of the global batch."""
 
     seed: int = 0
-    """Seed of the order of rows. The same rows make a step at every world size."""
+    """Seed of the order of samples. A step has the same samples at every world size."""
 
     base_learning_rate: tuple[float, float] | None = None
     """Learning rates of the weight and of the bias at `reference_batch_size`. Default: 0.05 for
@@ -105,32 +106,32 @@ class TrainConfig:
     """The global batch size that `base_learning_rate` is meant for."""
 
     lr_scaling: LRScaling = "linear"
-    """How the rates grow with global_batch_size / reference_batch_size."""
+    """How the learning rates grow with global_batch_size / reference_batch_size."""
 
     warmup_steps: int = 0
-    """Steps over which the rates go linearly from base to scaled."""
+    """Steps over which the learning rates go linearly from base to scaled."""
 
     decay: Decay = "constant"
-    """What the rates do after the warm-up."""
+    """How the learning rates decrease after the warm-up."""
 
     decay_to: float = 0.0
-    """Where `linear` and `cosine` decay end, as a fraction of the scaled rate."""
+    """Where `linear` and `cosine` decay end, as a fraction of the scaled learning rates."""
 
     decay_factor: float = 0.1
-    """What `step` decay multiplies the rates by, every `decay_every` steps."""
+    """The factor of `step` decay, applied every `decay_every` steps."""
 
     decay_every: int | None = None
     """Steps between two drops of `step` decay. Default: a third of the run."""
 
     on_unstable: Literal["warn", "refuse", "cap"] = "warn"
-    """What to do when the rates are above the stability limit: say so and go on, stop, or lower them to half
-    the limit."""
+    """What to do when the learning rates are above the stability limit: `warn` and train, `refuse` to train, or `cap`
+    them at half the limit."""
 
     initial_weight: float = 0.0
-    """Start value of every weight, in the data's own units."""
+    """Initial value of every weight, in the data's own units."""
 
     initial_bias: float = 0.0
-    """Start value of the bias, in the data's own units."""
+    """Initial value of the bias, in the data's own units."""
 
     max_steps: int | None = None
     """Stop after this many steps."""
@@ -142,7 +143,7 @@ class TrainConfig:
     """Stop when the loss on all rows is within this fraction of the closed form's (0.001: 0.1 %)."""
 
     distributed: Literal["auto", "ezpz", "torch"] = "auto"
-    """Who sets up several ranks: ezpz where the real one is installed (`auto`), only ezpz, or only torch."""
+    """What initialises several ranks: ezpz where the real one is installed (`auto`), only ezpz, or only torch."""
 
     device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = "auto"
     """Where to train. `auto` takes an accelerator where there is one."""
@@ -151,7 +152,7 @@ class TrainConfig:
     """Precision of data and parameters. `auto` is float64 on the CPU and float32 elsewhere."""
 
     timeout_s: float = 300.0
-    """How long a collective operation waits for other ranks, in seconds."""
+    """Seconds that a collective operation waits for other ranks."""
 
     name: str | None = None
     """Name of the run: its records are in `runs_dir/name`. Default: train-<date>-<time>."""
@@ -163,20 +164,20 @@ class TrainConfig:
     """Replace the records of an earlier run of this name."""
 
     resume: Literal["never", "auto"] = "never"
-    """`auto`: go on from the newest good checkpoint of the run of this name, at any world size; start where there is
-    none; leave a finished run alone. Needs `--name`."""
+    """`auto`: resume from the newest valid checkpoint of the run of this name, at any world size; start from scratch
+    where there is none; do nothing if the run is finished. Needs `--name`."""
 
     checkpoint_every: int | None = None
     """Steps between two checkpoints."""
 
     checkpoint_every_s: float | None = None
-    """Seconds between two checkpoints, about: it is looked at when losses are added up over ranks."""
+    """Seconds between two checkpoints, about: checked when losses are summed over ranks."""
 
     keep_checkpoints: int = 3
     """How many of the newest checkpoints are kept."""
 
     time_limit_s: float | None = None
-    """Save and stop (exit code 75) shortly before so many seconds are over. Default: the end of the Slurm job."""
+    """Save and stop (exit code 75) shortly before so many seconds have passed. Default: the end of the Slurm job."""
 
     log_every: int | None = None
     """Steps between two lines of metrics. Default: about forty lines a run."""
@@ -220,12 +221,12 @@ class TrainConfig:
         if self.sampling == "full" and (self.global_batch_size or self.local_batch_size):
             raise ValueError(
                 "sampling is full, which takes all rows in every step, and a batch size is given: "
-                "leave the batch size out, or choose --sampling shuffle or random"
+                "omit the batch size, or choose --sampling shuffle or random"
             )
         if self.effective_sync not in (("ddp", "mpi") if self.optimizer == "sgd" else ("allreduce", "mpi")):
             raise ValueError(
                 f"sync is {self.sync} and optimizer is {self.optimizer}: sgd goes with ddp or mpi, "
-                "hand with allreduce or mpi"
+                "manual with allreduce or mpi"
             )
         if self.update_order == "sequential" and self.optimizer == "sgd":
             raise ValueError(
@@ -235,15 +236,15 @@ class TrainConfig:
         if self.data != "synthetic" and (self.num_rows or self.num_features):
             field = "num_rows" if self.num_rows else "num_features"
             raise ValueError(
-                f"{field} is {getattr(self, field)} and data is {self.data}: only the built-in data can be made "
-                "to size; leave it out or choose --data synthetic"
+                f"{field} is {getattr(self, field)} and data is {self.data}: only the synthetic table has a "
+                "size to choose; omit it or choose --data synthetic"
             )
         if self.data == "synthetic" and (self.features or self.target):
             raise ValueError(
-                "features or target are given for the built-in data, whose columns are fixed: name a file with --data"
+                "features or target are given for the synthetic table, whose columns are fixed: name a file with --data"
             )
         if self.resume == "auto" and self.name is None:
-            raise ValueError("resume is auto and name is None: say which run to go on with, by --name")
+            raise ValueError("resume is auto and name is None: name the run to resume with --name")
         if self.resume == "auto" and self.overwrite:
             raise ValueError("resume is auto and overwrite is on: choose one of the two")
         if self.name is not None:
@@ -288,7 +289,7 @@ SWEEP_DEFAULTS: dict[Literal["batch", "lr-scaling"], TrainConfig] = {
         RECIPES["homework"], name="sweep-lr-scaling", global_batch_size=None, epochs=None, max_steps=1_000
     ),
 }
-"""What the runs of a sweep are unless options say otherwise: the lesson's homework."""
+"""The defaults of the runs of a sweep: the lesson's homework."""
 
 
 def with_recipe(recipe: str, **overrides: object) -> TrainConfig:

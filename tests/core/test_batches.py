@@ -1,11 +1,14 @@
-"""If the batch contract breaks, results depend on the number of ranks, and no scaling experiment means anything."""
+"""If the plan of batches breaks, results depend on the number of ranks, and no scaling experiment means anything."""
+
+import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchreg.core.batches import BatchPlan
+from torchreg.core.batches import BatchLoader, BatchPlan
 
 SAMPLINGS = ("shuffle", "random", "full")
 
@@ -22,43 +25,58 @@ def plans(draw):
         micro_batch_size=draw(st.none() | st.integers(1, 20)),
         sampling=sampling,
         seed=draw(st.integers(0, 5)),
+        reproducible=draw(st.booleans()),
     )
 
 
-def rows_by_step(plan, rank, start, stop):
-    """What one rank is given in each step, from its blocks."""
-    steps = {}
-    for block in plan.blocks(rank, start, stop):
-        everything = np.arange(plan.num_rows)[block.rows]
-        place = 0
-        for number, sizes in enumerate(block.micro_batch_sizes):
-            if isinstance(block.rows, slice):
-                place = 0
-            steps[block.first_step + number] = everything[place : place + sum(sizes)]
-            place += sum(sizes)
-            assert len(sizes) >= 1
-            assert all(size <= (plan.micro_batch_size or plan.num_rows) for size in sizes)
-    return steps
+def batches(plan, rank, start, stop):
+    """This rank's batches of a table whose rows are their own numbers, (row, −row)."""
+    rows = torch.arange(plan.num_rows, dtype=torch.float64)
+    return list(BatchLoader(plan, rank, rows[:, None], -rows).iterate(start, stop))
+
+
+def samples_of(batch):
+    return np.concatenate([x[:, 0].numpy() for x, _ in batch.micro_batches])
 
 
 @given(plan=plans(), start=st.integers(0, 150), count=st.integers(1, 40))
-def test_ranks_together_have_exactly_the_rows_of_the_step(plan, start, count):
-    ranks = [rows_by_step(plan, rank, start, start + count) for rank in range(plan.world_size)]
-    for step in range(start, start + count):
-        shards = [rows[step] for rows in ranks]
-        assert max(map(len, shards)) - min(map(len, shards)) <= 1
+def test_ranks_together_have_exactly_the_samples_of_the_step(plan, start, count):
+    ranks = [batches(plan, rank, start, start + count) for rank in range(plan.world_size)]
+    for step, of_ranks in enumerate(zip(*ranks, strict=True), start=start):
+        shards = [samples_of(batch) for batch in of_ranks]
+        unit = plan.micro_batch_size if plan.reproducible else 1
+        units = [math.ceil(len(shard) / unit) for shard in shards]
+        assert max(units) - min(units) <= 1
         np.testing.assert_array_equal(np.concatenate(shards), plan.samples_of_step(step))
+        assert {(batch.step, batch.num_samples) for batch in of_ranks} == {(step, len(plan.samples_of_step(step)))}
 
 
 @given(plan=plans(), start=st.integers(0, 150), count=st.integers(1, 40))
-def test_step_rows_counts_the_rows_over_all_ranks(plan, start, count):
-    for block in plan.blocks(0, start, start + count):
-        for number, num_samples in enumerate(block.num_samples):
-            assert num_samples == len(plan.samples_of_step(block.first_step + number))
+def test_micro_batches_are_as_small_as_asked_for_and_y_belongs_to_x(plan, start, count):
+    for batch in batches(plan, plan.world_size - 1, start, start + count):
+        assert len(batch.micro_batches) >= 1
+        for x, y in batch.micro_batches:
+            assert len(x) <= (plan.micro_batch_size or plan.num_rows)
+            assert torch.equal(x[:, 0], -y)
+
+
+@given(plan=plans(), step=st.integers(0, 150))
+def test_reproducible_micro_batches_are_the_same_whichever_rank_has_them(plan, step):
+    if not plan.reproducible:
+        return
+    found = {}
+    for rank in range(plan.world_size):
+        (batch,) = batches(plan, rank, step, step + 1)
+        for position, (x, _) in enumerate(batch.micro_batches, start=batch.first_micro_batch):
+            if len(x):
+                found[position] = x[:, 0].tolist()
+    samples, size = plan.samples_of_step(step).tolist(), plan.micro_batch_size
+    assert found == {i: samples[i * size : (i + 1) * size] for i in range(-(-len(samples) // size))}
+    assert max(found) < plan.num_micro_batches
 
 
 @given(plan=plans(), world_size=st.integers(1, 9), step=st.integers(0, 300))
-def test_rows_of_a_step_do_not_depend_on_the_world_size(plan, world_size, step):
+def test_samples_of_a_step_do_not_depend_on_the_world_size(plan, world_size, step):
     other = BatchPlan(
         plan.num_rows, world_size, plan.global_batch_size, plan.micro_batch_size, plan.sampling, plan.seed
     )
@@ -87,24 +105,24 @@ def test_epochs_and_seeds_differ():
     assert not np.array_equal(plan.samples_of_step(0), other_seed.samples_of_step(0))
 
 
-def test_shares_of_551_rows_on_4_ranks():
-    # 551 = 4 · 137 + 3: three ranks have 138 rows, the last 137.
+def test_shards_of_551_samples_on_4_ranks():
+    # 551 = 4 · 137 + 3: three ranks have 138 samples, the last 137.
     plan = BatchPlan.derive(551, 4, sampling="full")
     shards = [plan.shard(551, rank) for rank in range(4)]
     assert [shard.stop - shard.start for shard in shards] == [138, 138, 138, 137]
     assert plan.local_batch_size == 138
 
 
-def test_a_share_may_be_empty_and_still_takes_part():
+def test_a_rank_without_samples_takes_part_with_an_empty_micro_batch():
     plan = BatchPlan.derive(10, 4, global_batch_size=3)
-    (block,) = plan.blocks(3, 0, 1)
-    assert block.micro_batch_sizes == [[0]]
-    assert block.num_samples == [3]
+    (batch,) = batches(plan, 3, 0, 1)
+    assert [len(x) for x, _ in batch.micro_batches] == [0]
+    assert batch.num_samples == 3
 
 
 def test_weak_scaling_derives_the_global_batch():
     plan = BatchPlan.derive(551, 4, local_batch_size=64, micro_batch_size=24)
-    # 64 rows in pieces of 24: 24 + 24 + 16, so three forwards make a step.
+    # 64 samples in micro-batches of 24: 24 + 24 + 16, so three forwards make a step.
     assert (plan.global_batch_size, plan.accumulation_steps) == (256, 3)
     assert BatchPlan.derive(551, 2).global_batch_size == 128
 
@@ -113,7 +131,7 @@ def test_weak_scaling_derives_the_global_batch():
     ("sizes", "parts"),
     [
         ({"global_batch_size": 600}, ["600", "551", "global_batch_size"]),
-        ({"local_batch_size": 64}, ["64 rows a rank × 9 ranks", "576", "551"]),
+        ({"local_batch_size": 64}, ["64 samples × 9 ranks", "576", "551"]),
         ({"global_batch_size": 64, "local_batch_size": 64}, ["one of them"]),
     ],
 )

@@ -58,7 +58,7 @@ def test_a_signal_only_sets_the_flag_and_further_ones_change_nothing(number):
 
 def test_ranks_that_stop_for_anothers_reason_ignore_signals_too():
     with StopRequest(environ={}) as stop:
-        stop.agree("SIGHUP")
+        stop.reason = "SIGHUP"
     all_signals()
     assert stop.reason == "SIGHUP"
 
@@ -161,14 +161,14 @@ def test_the_first_reason_stays(clock):
 PAUSED = """
 import sys
 from torchreg.cli import command
-from torchreg.runs.logger import Metrics
-note = Metrics.note
-def note_and_wait(self, step, *rest):
-    if step == 10:
+from torchreg.runs.logger import Logger
+log = Logger.__call__
+def log_and_wait(self, batch, squared_error):
+    if batch.step == 10:
         print("in step 10", file=sys.stderr, flush=True)
         sys.stdin.readline()
-    return note(self, step, *rest)
-Metrics.note = note_and_wait
+    return log(self, batch, squared_error)
+Logger.__call__ = log_and_wait
 sys.argv[1:] = ["train", "--max-steps", "20", "--log-every", "1", *sys.argv[1:]]
 sys.exit(command())
 """
@@ -208,7 +208,7 @@ def test_a_run_that_is_interrupted_saves_and_keeps_its_name(number):
 def test_ctrl_c_before_the_first_step_is_one_line(tmp_path):
     # T3: there is nothing to save, and a table of gigabytes may be half read.
     code = "import torchreg.runs.run as t, signal\n" + PAUSED.replace(
-        "note = Metrics.note\n", "t.open_run = lambda *_: signal.raise_signal(signal.SIGINT)\nnote = Metrics.note\n"
+        "log = Logger.__call__\n", "t.open_run = lambda *_: signal.raise_signal(signal.SIGINT)\nlog = Logger.__call__\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (130, "torchreg: error: interrupted\n")

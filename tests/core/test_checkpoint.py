@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from torchreg.core import checkpoint
 from torchreg.core.checkpoint import Checkpoint
+from torchreg.runs.resume import differences
 
 FOLDER = Path("checkpoints")
 CONTRACT = {"data_fingerprint": "sha256:00", "seed": 3, "base": [0.1, 1e-7]}
@@ -50,7 +51,7 @@ def same(one, other):
 
 
 def newest(run_signature=CONTRACT):
-    return checkpoint.newest(FOLDER, lambda found: checkpoint.differences(found.run_signature, run_signature))
+    return checkpoint.newest(FOLDER, lambda found: differences(found.run_signature, run_signature))
 
 
 def steps_there():
@@ -92,7 +93,7 @@ def test_those_that_could_not_be_gone_on_from_do_not_push_out_good_ones():
 
 def test_what_a_kill_left_half_written_is_cleared_away():
     FOLDER.mkdir()
-    (FOLDER / "step-0000000007.pt.part").write_bytes(b"torchreg checkpoint 2 ")
+    (FOLDER / "step-0000000007.pt.part").write_bytes(b"torchreg checkpoint 3 ")
     checkpoint.save(FOLDER, made(8), keep=3)
     assert [path.name for path in FOLDER.iterdir()] == ["step-0000000008.pt"]
 
@@ -121,7 +122,7 @@ def spoiled(path, how):
         "empty": b"",
         "foreign": b"PK\x03\x04 some archive\n",
         "damaged": content[:-1] + bytes([content[-1] ^ 1]),
-        "older schema": content.replace(b"checkpoint 2 ", b"checkpoint 1 ", 1),
+        "older schema": content.replace(b"checkpoint 3 ", b"checkpoint 1 ", 1),
         "no JSON": signed(b"{\n" + tensors),
         "no tensors": signed(plain + b"\n"),
         "other JSON": signed(json.dumps(json.loads(plain) | {"progress": [1]}).encode() + b"\n" + tensors),
@@ -131,7 +132,7 @@ def spoiled(path, how):
 
 def signed(body):
     """A file that the checksum does not give away."""
-    return f"torchreg checkpoint 2 {hashlib.sha256(body).hexdigest()}\n".encode() + body
+    return f"torchreg checkpoint 3 {hashlib.sha256(body).hexdigest()}\n".encode() + body
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,7 @@ def signed(body):
         ("empty", "no checkpoint of torchreg"),
         ("foreign", "no checkpoint of torchreg"),
         ("damaged", "truncated or damaged"),
-        ("older schema", "schema version is 1, and this torchreg reads 2"),
+        ("older schema", "schema version is 1, and this torchreg reads 3"),
         ("no JSON", "content cannot be read"),
         ("no tensors", "content cannot be read"),
         ("other JSON", "content is not that of a checkpoint"),
@@ -195,7 +196,7 @@ def test_no_checkpoint_is_no_error():
 
 
 def test_tuples_and_lists_of_a_contract_are_the_same():
-    assert checkpoint.differences({"base": [1.0, 2.0]}, {"base": (1.0, 2.0)}) is None
+    assert differences({"base": [1.0, 2.0]}, {"base": (1.0, 2.0)}) is None
 
 
 class Bomb:

@@ -1,6 +1,5 @@
 """If these fail, torchreg does not train what it says, or leaves no evidence of it."""
 
-import importlib
 import itertools
 import json
 import os
@@ -16,10 +15,10 @@ from torchreg.distributed.rendezvous import AgreedError
 from torchreg.runs.config import RECIPES, TrainConfig, from_json, with_recipe
 from torchreg.runs.environment import provenance
 from torchreg.runs.record import read_metrics
-from torchreg.runs.run import train
+from torchreg.runs.run import Seams, train
 from torchreg.theory import Moments
 
-from .conftest import (
+from ..conftest import (
     BEST_BIAS,
     BEST_WEIGHT,
     LESSON_BIAS,
@@ -162,7 +161,7 @@ def test_a_run_leaves_whole_records():
     run = Path("runs/first")
     assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.json", "metrics.jsonl", "record.json"]
     record = json.loads((run / "record.json").read_text())
-    assert record["schema_version"] == 1
+    assert record["schema_version"] == 2
     assert record["result"]["weight"] == list(result.weight)
     assert record["distributed"]["placements"][0]["rank"] == 0
     assert from_json(json.loads((run / "config.json").read_text())) == TrainConfig(name="first", max_steps=9)
@@ -246,7 +245,7 @@ def test_tf32_is_told_however_it_was_switched_on(is_new, run, tmp_path):
     if is_new and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         pytest.skip(f"torch {torch.__version__} has no fp32_precision to set: it came with 2.9")
     switch = "fp32_precision = 'tf32'" if is_new else "allow_tf32 = True"
-    code = f"import torch, torchreg.runs.record as r; torch.backends.cuda.matmul.{switch}; "
+    code = f"import torch, torchreg.runs.environment as r; torch.backends.cuda.matmul.{switch}; "
     code += "print(r.machine_facts()['tf32'])"
     done = run(sys.executable, "-W", "error", "-c", code, cwd=tmp_path)
     assert done.stdout == "tf32\n", done.stderr
@@ -296,17 +295,13 @@ def test_a_device_is_started_without_a_trace_in_the_parameters(optimizer, reduct
     # On a GPU two steps at a learning rate of 0 come before the clock: they must not be training.
     config = TrainConfig(optimizer=optimizer, reduction=reduction, device="cpu", max_steps=5, name="plain")
     plain = train(config)
-    train_module = importlib.import_module("torchreg.runs.run")
     steps = []
-    make_step = train_module.make_step
 
-    def record_steps(*arguments, **options):
-        take_step = make_step(*arguments, **options)
-        return lambda learning_rates, *rest: (steps.append(learning_rates), take_step(learning_rates, *rest))[1]
+    def recorded(step):
+        return lambda batch, learning_rates: (steps.append(learning_rates), step(batch, learning_rates))[1]
 
-    monkeypatch.setattr(train_module, "make_step", record_steps)
-    monkeypatch.setattr(train_module, "STARTS_ON_FIRST_USE", {"cpu"})
-    started = train(replace(config, name="started"))
+    monkeypatch.setattr("torchreg.runs.run.STARTS_ON_FIRST_USE", {"cpu"})
+    started = train(replace(config, name="started"), seams=Seams(step=recorded))
     assert steps[:2] == [(0.0, 0.0)] * 2
     assert len(steps) == 7
     assert (started.weight, started.bias, started.loss) == (plain.weight, plain.bias, plain.loss)

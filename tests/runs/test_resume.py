@@ -17,9 +17,8 @@ from torchreg.console import Silent
 from torchreg.core import checkpoint
 from torchreg.distributed.rendezvous import AgreedError
 from torchreg.runs.config import TrainConfig
-from torchreg.runs.logger import Metrics
 from torchreg.runs.record import METRICS_FILE, read_metrics
-from torchreg.runs.run import train
+from torchreg.runs.run import Seams, train
 
 BASE = TrainConfig(
     name="run",
@@ -58,7 +57,7 @@ class Killed(BaseException):
 
 @contextmanager
 def killed(after):
-    """End the run after so many steps of training and calls of the file system, from its start on; never for None."""
+    """Seams that end the run after so many steps and calls of the file system, from its start on; never for None."""
     left = after
 
     def counted(function):
@@ -74,9 +73,9 @@ def killed(after):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)  # nobody cuts the power here
-        for owner, name in ((Metrics, "note"), (os, "fsync"), *((Path, n) for n in ("replace", "unlink", "mkdir"))):
+        for owner, name in ((os, "fsync"), *((Path, name) for name in ("replace", "unlink", "mkdir"))):
             patch.setattr(owner, name, counted(getattr(owner, name)))
-        yield
+        yield Seams(step=counted)
 
 
 class Stop:
@@ -87,9 +86,6 @@ class Stop:
 
     def __init__(self, at=None):
         self.left = at
-
-    def agree(self, reason):
-        assert reason == self.reason
 
     def is_due(self):
         if self.left is not None:
@@ -121,8 +117,8 @@ def ends(result):
 def go_on(config, kill=None, stop=None):
     """One process of a run; None where it was killed or stopped."""
     try:
-        with killed(kill):
-            result = train(replace(config, resume="auto"), stop=stop)
+        with killed(kill) as seams:
+            result = train(replace(config, resume="auto"), stop=stop, seams=seams)
     except Killed:
         return None
     return None if result.stopped_by == "request" else result
@@ -162,18 +158,17 @@ SAVING = replace(BASE, checkpoint_every=10, log_every=5)
 
 def killed_after(num_steps, config=SAVING):
     """A run that saved and was then killed after so many steps."""
-    note, noted = Metrics.note, []
 
-    def note_or_end(*arguments):
-        noted.append(arguments)
-        if len(noted) > num_steps:
-            raise Killed
-        return note(*arguments)
+    def ending(step):
+        def step_or_end(batch, learning_rates):
+            if batch.step >= num_steps:
+                raise Killed
+            return step(batch, learning_rates)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Metrics, "note", note_or_end)
-        with pytest.raises(Killed):
-            train(config)
+        return step_or_end
+
+    with pytest.raises(Killed):
+        train(config, seams=Seams(step=ending))
     return Path(config.runs_dir) / config.name
 
 
@@ -201,12 +196,12 @@ def test_it_says_where_it_goes_on_and_the_record_tells_of_both_processes():
     assert json.loads((run / "config.json").read_text()) == record["config"]
 
 
-def test_without_a_checkpoint_it_begins_anew(uninterrupted):
+def test_without_a_checkpoint_it_starts_from_scratch(uninterrupted):
     _, said = resumed(SAVING)
-    assert "resumed      no checkpoint yet: from step 0" in said
+    assert "resumed      no checkpoint yet: from scratch" in said
     killed_after(7, replace(SAVING, name="young"))
     result, said = resumed(replace(SAVING, name="young"))
-    assert "resumed      no checkpoint yet: from step 0" in said
+    assert "resumed      no checkpoint yet: from scratch" in said
     assert [line["step"] for line in read_metrics(Path(result.run_dir))] == list(range(4, 45, 5))
 
 
@@ -321,7 +316,7 @@ def test_a_longer_run_without_a_checkpoint_to_go_on_from_is_refused():
     run = Path(train(SAVING).run_dir)
     shutil.rmtree(run / "checkpoints")
     before = contents(run)
-    with pytest.raises(AgreedError, match=r"no checkpoint of runs/run can be gone on from: choose another --name"):
+    with pytest.raises(AgreedError, match=r"no checkpoint of runs/run can be used: choose another --name"):
         resumed(replace(SAVING, max_steps=50))
     assert contents(run) == before
 
@@ -475,15 +470,13 @@ def test_a_run_that_another_process_is_writing_is_refused_and_untouched(how):
     assert train(replace(SAVING, **how)).num_steps == 45
 
 
-def test_a_run_that_is_interrupted_leaves_its_folder_free_in_the_same_process(monkeypatch):
-    # Ctrl-C in a notebook: the process goes on living.
-    def interrupt(_):
+def test_a_run_that_is_interrupted_leaves_its_folder_free_in_the_same_process():
+    # Ctrl-C in a notebook: the process lives on.
+    def interrupt(batch, learning_rates):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Metrics, "stop", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train(SAVING)
+    with pytest.raises(KeyboardInterrupt):
+        train(SAVING, seams=Seams(step=lambda step: interrupt))
     assert resumed()[0].num_steps == 45
 
 
@@ -493,7 +486,7 @@ def test_a_stop_request_saves_once_and_leaves_no_record():
     assert (result.stopped_by, result.num_steps) == ("request", 15)
     assert [path.name for path in Path("runs/run/checkpoints").iterdir()] == ["step-0000000015.pt"]
     assert not Path("runs/run/record.json").exists()
-    assert result.lines() == ["stopped after 15 steps, and saved; go on with --resume auto"]
+    assert result.lines() == ["stopped after 15 steps, and saved: resume with --resume auto"]
 
 
 @pytest.mark.parametrize(
