@@ -31,7 +31,7 @@ from .synthetic_records import SyntheticCampaign
 CAMPAIGN = Campaign(ranks_per_node=(1, 2), repeats=2)
 MEASURED = {
     record["launch"]["world_size"]: {
-        name: record[name] for name in ("start_up_s", "distributed", "dtype", "points", "allreduce")
+        name: record[name] for name in ("start_up_s", "distributed", "machine_facts", "dtype", "points", "allreduce")
     }
     for record in SyntheticCampaign(num_blocks=1, nodes=(1,), ranks_per_node=(1, 2)).records()
 }
