@@ -22,6 +22,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -58,7 +59,7 @@ TARGETS = (
     Target(2, "reproducible manual/mpi", "manual/mpi", 1 / 3),
     Target(2, "reproducible sgd/mpi", "sgd/mpi", 1 / 1.5),
     Target(2, "reproducible sgd/ddp", "sgd/ddp", 1 / 1.5),
-    Target(1, "full run hand", "manual", 1 / 1.1),
+    Target(1, "full run manual", "manual", 1 / 1.1),
     Target(1, "full run sgd", "sgd", 1 / 1.1),
     Target(2, "full run manual/mpi", "manual/mpi", 1 / 1.1),
     Target(2, "full run sgd/ddp", "sgd/ddp", 1 / 1.1),
@@ -223,31 +224,39 @@ def fabric_loop(x: Any, y: Any, communicator: Any) -> TakeSteps:
     return loader_loop(model, optimizer, fabric.setup_dataloaders(loader), loss_of, fabric.backward)
 
 
-def torchreg_loop(x: Any, y: Any, communicator: Any, optimizer: Any, sync: Any, *, ordered: bool = False) -> TakeSteps:
-    """torchreg's bare loop: rows, rates, step; no metrics. `reproducible` has one micro-batch on each rank."""
-    from torchreg.core.optim import make_sgd
-    from torchreg.runs.rows import manual_rows
+def torchreg_loop(
+    x: Any, y: Any, communicator: Any, optimizer: Any, sync: Any, *, reproducible: bool = False
+) -> TakeSteps:
+    """torchreg's bare loop: samples, learning rates, step; no metrics. `reproducible` has one micro-batch a rank."""
+    import torch
 
-    from torchreg.core.batches import BatchPlan
+    from torchreg.core.batches import BatchLoader, BatchPlan
     from torchreg.core.model import make_model
     from torchreg.core.schedule import Schedule
+    from torchreg.core.train import fit, make_sgd, manual_samples
     from torchreg.runs.run import make_step
-    from torchreg.scaling.loop import Nothing, StepLoop
 
     plan = BatchPlan.derive(
         len(x),
         communicator.world_size,
         local_batch_size=LOCAL_BATCH_SIZE,
-        micro_batch_size=LOCAL_BATCH_SIZE if ordered else None,
-        ordered=ordered,
+        micro_batch_size=LOCAL_BATCH_SIZE if reproducible else None,
+        reproducible=reproducible,
     )
     model = make_model([0.0] * x.shape[1], 0.0, dtype=x.dtype)
-    is_manual = optimizer == "manual"
-    sgd = None if is_manual else make_sgd(model, RATES)
-    take_step = make_step(sgd, sync, model, communicator, ordered=plan if ordered else None)
-    x, y = manual_rows(x, y) if is_manual else (x, y)
+    sgd = make_sgd(model, RATES) if optimizer == "sgd" else None
+    step = make_step(model, sgd, plan, communicator.using(sync))
+    loader = BatchLoader(plan, communicator.rank, *((x, y) if sgd else manual_samples(x, y)))
     schedule = Schedule(RATES, 1.0, num_steps=1)
-    return StepLoop(plan, communicator.rank, x, y, model, take_step, schedule, is_manual, Nothing()).take_steps
+    num_steps = 0
+
+    def take_steps(count: int) -> None:
+        nonlocal num_steps
+        with nullcontext() if sgd else torch.inference_mode():
+            fit(loader.iterate(num_steps, num_steps + count), step, schedule, lambda batch, squared_error: False)
+        num_steps += count
+
+    return take_steps
 
 
 def full_run(communicator: Any, optimizer: Any, sync: Any, dtype: Any, runs_dir: str) -> Callable[[int], float]:
@@ -291,7 +300,9 @@ def set_up(communicator: Any, dtype: str, excluded: dict[str, str]) -> dict[str,
     else:
         for optimizer, sync in (("manual", "allreduce"), ("manual", "mpi"), ("sgd", "ddp"), ("sgd", "mpi")):
             contenders[f"{optimizer}/{sync}"] = torchreg_loop(x, y, communicator, optimizer, sync)
-            contenders[f"ordered {optimizer}/{sync}"] = torchreg_loop(x, y, communicator, optimizer, sync, ordered=True)
+            contenders[f"reproducible {optimizer}/{sync}"] = torchreg_loop(
+                x, y, communicator, optimizer, sync, reproducible=True
+            )
     contenders["NumPy floor"] = numpy_floor(features, target, communicator.mpi_comm)
     contenders["tutorial loop"] = tutorial_loop(x, y, communicator)
     for name, package, make in (

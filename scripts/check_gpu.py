@@ -37,7 +37,7 @@ from torchreg.runs.environment import versions
 from torchreg.runs.result import Result
 from torchreg.runs.run import train
 from torchreg.scaling.campaign import Setting
-from torchreg.scaling.loop import StepLoop
+from torchreg.scaling.timed_training import TimedTraining
 
 NUM_SAMPLES = 65_536
 SIZES = ((1, 64), (1, 4_096), (512, 4_096))  # features, batch
@@ -66,14 +66,14 @@ def distance(one: Result, other: Result) -> float:
     return max(abs(a / b - 1) for a, b in pairs)
 
 
-def make_loop(device: str, optimizer: str, num_features: int, batch: int) -> StepLoop:
-    """The training loop on synthetic samples that lie on the device."""
+def make_training(device: str, optimizer: str, num_features: int, batch: int) -> TimedTraining:
+    """Training on synthetic samples that are on the device."""
     communicator = init_distributed(device=device)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(NUM_SAMPLES, num_features, generator=generator)
     y = x.sum(1, keepdim=True) + torch.randn(NUM_SAMPLES, 1, generator=generator)
     setting = Setting(optimizer, "none", num_features, batch)  # type: ignore[arg-type]
-    return StepLoop.of(setting, x.to(device), y.to(device), 0.02 / (num_features + 5), communicator)
+    return TimedTraining(setting, x.to(device), y.to(device), 0.02 / (num_features + 5), communicator)
 
 
 def synchronize(device: str) -> None:
@@ -177,13 +177,13 @@ def steps(device: str) -> Iterator[Row]:
         SIZES if device != "cpu" else SIZES[:2], ("manual", "sgd")
     ):
         name = f"{optimizer}, {num_features} × {batch}"
-        loop = make_loop(device, optimizer, num_features, batch)
+        training = make_training(device, optimizer, num_features, batch)
         start_s = time.perf_counter()
-        loop.take_steps(1)
+        training.take_steps(1)
         synchronize(device)
         first_ms = (time.perf_counter() - start_s) * 1e3
-        device_us, host_us = time_us(device, loop.take_steps)
-        rows_us, _ = time_us(device, loop.take_rows)
+        device_us, host_us = time_us(device, training.take_steps)
+        rows_us, _ = time_us(device, training.take_samples)
         yield Row(f"{name}: first step", f"{first_ms:.1f} ms")
         yield Row(f"{name}: step", f"{device_us:.1f} µs, host {host_us:.1f} µs, its samples {rows_us:.1f} µs")
         if device != "cuda":
@@ -191,7 +191,7 @@ def steps(device: str) -> Iterator[Row]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
-            loop.take_steps(200)
+            training.take_steps(200)
             torch.cuda.set_sync_debug_mode("default")
         waits = Counter(
             f"{Path(w.filename).name}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)
@@ -199,7 +199,7 @@ def steps(device: str) -> Iterator[Row]:
         expected = "2, one for each 100 losses"
         yield Row(f"{name}: waits in 200 steps", str(dict(waits) or 0), expected, sum(waits.values()) <= 2)
         with torch.profiler.profile(activities=activities) as profile:
-            loop.take_steps(20)
+            training.take_steps(20)
             synchronize(device)
         kernels = [event for event in profile.events() if str(event.device_type).endswith("CUDA")]
         busy_us = sum(event.device_time_total for event in kernels) / 20

@@ -60,7 +60,7 @@ def test_a_step_between_nodes_is_told_apart_from_one_within(nodes, run, tmp_path
     for path in (tmp_path / "out/launches").glob("*/launch.json"):
         record = json.loads(path.read_text())
         hosts[record["launch"]["num_nodes"]] = [place["host"] for place in record["distributed"]["placements"]]
-        assert all(point["check"]["passed"] for point in record["points"])
+        assert all(point["check_passed"] for point in record["points"])
     assert hosts[2] == ["n1", "n1", "n2", "n2"]
     assert len(set(hosts[1])) == 1
     done = run("torchreg", "report", "out", "--json", cwd=tmp_path)

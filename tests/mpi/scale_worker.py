@@ -7,7 +7,7 @@ from pathlib import Path
 from torchreg.distributed.init import init_distributed
 from torchreg.scaling.campaign import Campaign, launches
 from torchreg.scaling.measure import measure_launch
-from torchreg.verification.defects import injected
+from torchreg.verification.defects import inject
 
 CAMPAIGN = Campaign(
     ranks_per_node=(2,),
@@ -21,7 +21,7 @@ CAMPAIGN = Campaign(
 
 with init_distributed(sync="mpi", device="cpu", distributed="torch") as communicator:
     for defect in sys.argv[1:]:
-        with injected(defect, communicator):
-            measured = measure_launch(CAMPAIGN, launches(CAMPAIGN)[0], communicator, Path("launch"))
+        broken, seams = inject(defect, communicator)
+        measured = measure_launch(CAMPAIGN, launches(CAMPAIGN)[0], broken, Path("launch"), seams)
         if communicator.is_main:
             print(json.dumps(measured["points"]))

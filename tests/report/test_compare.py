@@ -12,9 +12,9 @@ from torchreg.reporting.comparison import compare
 from torchreg.reporting.write import write_data
 from torchreg.scaling.records import read_records
 
-from ..scaling.made import Machine, Made, write_launch
+from ..scaling.synthetic_records import Machine, SyntheticCampaign, write_launch
 
-OLD = Made(num_features=(1,), combinations=(("sgd", "ddp"),), num_blocks=8, ranks_per_node=(1, 2))
+OLD = SyntheticCampaign(num_features=(1,), combinations=(("sgd", "ddp"),), num_blocks=8, ranks_per_node=(1, 2))
 NUM_POINTS = 2 + 2  # 256 rows, and 64 a rank, at 1 and at 2 ranks
 
 
@@ -110,7 +110,7 @@ def test_a_wrong_result_is_a_regression_however_fast(capsys):
     OLD.write(Path("old"))
     for record in slower(0.5).records():
         if record["launch"]["id"] == "block-03-nodes-1-ranks-2":
-            record["points"][0]["check"] |= {"passed": False, "told": "the weights are half"}
+            record["points"][0] |= {"check_passed": False, "check_message": "the weights are half"}
         write_launch(Path("new"), record)
     for new in (Path("new"), as_report(Path("new"))):
         assert main(["report", "compare", "old", str(new)]) == 1
@@ -125,7 +125,7 @@ def test_wrong_results_alone_are_told_where_nothing_else_can_be_compared():
     OLD.write(Path("old"))
     for record in OLD.records():
         for point in record["points"]:
-            point["check"]["passed"] = False
+            point["check_passed"] = False
         write_launch(Path("new"), record)
     comparison = compare(Path("old"), Path("new"))
     assert comparison.rows == ()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from torchreg.scaling.models import Work, fit_allreduce, fit_amdahl, fit_mechanistic, fit_usl
 
-from .made_records import measure_statistics as measured
+from .statistics_script import measure_statistics as measured
 
 RANKS = (1, 2, 4, 8, 16)
 MESSAGES = (8, 512, 32_768, 2_097_152)

@@ -25,16 +25,16 @@ from torchreg.scaling.campaign import Campaign, launches
 from torchreg.scaling.campaign_run import campaign_of, open_campaign, run_campaign, state_of
 from torchreg.scaling.campaign_tables import status, status_lines
 
-from .made import Made
+from .synthetic_records import SyntheticCampaign
 
 ONE = Campaign(ranks_per_node=(1,), repeats=1)
 CAMPAIGN = Campaign(ranks_per_node=(1, 2), repeats=1)
 FIRST, SECOND = "block-00-nodes-1-ranks-1", "block-00-nodes-1-ranks-2"
 MEASURED = {
     record["launch"]["world_size"]: {
-        name: record[name] for name in ("start_up_s", "distributed", "dtype", "points", "allreduce")
+        name: record[name] for name in ("start_up_s", "distributed", "machine_facts", "dtype", "points", "allreduce")
     }
-    for record in Made(num_blocks=1, nodes=(1,), ranks_per_node=(1, 2)).records()
+    for record in SyntheticCampaign(num_blocks=1, nodes=(1,), ranks_per_node=(1, 2)).records()
 }
 MEASURE = f"""
 import json, pathlib, sys

@@ -10,7 +10,7 @@ from scipy.stats import wilcoxon
 
 from torchreg.scaling.statistics import Estimate, difference_interval, karp_flatt, median_interval, ratio_interval
 
-from .made_records import measure_statistics as measured
+from .statistics_script import measure_statistics as measured
 
 TIMES = st.lists(st.floats(1e-6, 1e3), min_size=6, max_size=30)
 

@@ -4,21 +4,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torchreg.runs.step_errors import StepErrors
 
 from torchreg.data.table import Standardizer, load_table
 from torchreg.distributed import timing
 from torchreg.distributed.init import init_distributed
 from torchreg.runs.config import TrainConfig
-from torchreg.runs.run import train
+from torchreg.runs.logger import LossBuffer
+from torchreg.runs.run import Seams, train
 from torchreg.scaling import measure, target
 from torchreg.scaling.campaign import Campaign, Launch, Setting
-from torchreg.scaling.known_rows import make_rows
-from torchreg.scaling.loop import StepLoop
+from torchreg.scaling.known_samples import check, make_samples
+from torchreg.scaling.timed_training import TimedTraining
 
 
 class Alone:
-    """One rank, as far as a clock needs it."""
+    """One rank, with all that a clock needs."""
 
     def synchronize(self): ...
     def barrier(self): ...
@@ -56,39 +56,61 @@ def test_a_window_ends_when_it_is_full(step_time_s, off_by):
     assert 1.0 <= window_s <= most_s
 
 
+def training_of(communicator, optimizer="manual"):
+    """The training of batches of 64 of the synthetic houses, and their reference."""
+    x, y, reference = make_samples(551, 1, communicator, torch.float64)
+    return TimedTraining(Setting(optimizer, "none", 1, 64), x, y, reference.safe_learning_rate, communicator), reference
+
+
 @pytest.mark.parametrize("optimizer", ["manual", "sgd"])
 def test_the_steps_that_are_timed_are_those_of_training(optimizer, tmp_path):
     # 551 rows are 8 batches of 64 and a short one: 30 steps end in the fourth epoch.
     with init_distributed(device="cpu") as communicator:
-        rows = make_rows(551, 1, communicator, torch.float64)
-        loop = StepLoop.of(Setting(optimizer, "none", 1, 64), rows.x, rows.y, rows.safe_learning_rate, communicator)
-        loop.take_steps(12)
-        loop.take_steps(18)
+        training, reference = training_of(communicator, optimizer)
+        training.take_steps(12)
+        training.take_steps(18)
         config = TrainConfig(
             optimizer=optimizer, global_batch_size=64, max_steps=30, lr_scaling="none", dtype="float64",
-            base_learning_rate=(rows.safe_learning_rate, rows.safe_learning_rate), runs_dir=str(tmp_path),
+            base_learning_rate=(reference.safe_learning_rate,) * 2, runs_dir=str(tmp_path),
         )  # fmt: skip
         result = train(config, communicator)
     table = load_table("synthetic")
-    weight, bias = loop.parameters() * table.target.std()  # the loop's prices are in standard deviations
+    weight, bias = training.parameters() * table.target.std()  # the samples' prices are in standard deviations
     weight_out, bias_out = Standardizer.of(table.features, standardize=True).parameters_out([weight], bias)
     assert [*result.weight, result.bias] == pytest.approx([*weight_out, bias_out], rel=1e-10)
 
 
-def test_the_losses_of_timed_steps_are_added_up_as_often_as_in_training(monkeypatch):
-    sums = []
-    add_up = StepErrors.add_up
-    monkeypatch.setattr(StepErrors, "add_up", lambda self: sums.append(len(self.errors)) or add_up(self))
+def test_the_losses_of_timed_steps_are_reduced_as_often_as_in_training(monkeypatch):
+    counts = []
+    all_reduce = LossBuffer.all_reduce
+    monkeypatch.setattr(LossBuffer, "all_reduce", lambda self: counts.append(len(self.errors)) or all_reduce(self))
     with init_distributed(device="cpu") as communicator:
-        rows = make_rows(551, 1, communicator, torch.float64)
-        loop = StepLoop.of(Setting("manual", "none", 1, 64), rows.x, rows.y, rows.safe_learning_rate, communicator)
+        training, _ = training_of(communicator)
         for count in (30, 220):  # 250 steps: two sums of a hundred, and fifty that wait
-            loop.take_steps(count)
-        loop.take_rows(100)  # which have no losses
-    assert sums == [100, 100]
+            training.take_steps(count)
+        before = training.parameters()
+        training.take_samples(100)  # which have no losses, and update nothing
+        assert (training.parameters() == before).all()
+    assert counts == [100, 100]
 
 
-def test_the_run_to_the_target_stands_between_two_halves_of_the_window(monkeypatch):
+@pytest.mark.parametrize(
+    ("factor", "end"), [(1.0, "steps end at the closed form"), (1.001, "steps do not end at the closed form")]
+)
+def test_the_check_compares_the_timed_step_with_gradient_descent(factor, end):
+    def enlarged(step):
+        return lambda batch, learning_rates: step(batch, tuple(factor * one for one in learning_rates))
+
+    with init_distributed(device="cpu") as communicator:
+        x, y, reference = make_samples(551, 1, communicator, torch.float64)
+        training = TimedTraining(Setting("sgd", "none", 1, 64), x, y, 0.01, communicator, seams=Seams(step=enlarged))
+        training.take_steps(5)
+        checked = check(training, reference, communicator)
+    assert checked["check_passed"] == (factor == 1)
+    assert checked["check_message"].endswith(end)
+
+
+def test_the_run_to_the_target_is_between_two_halves_of_the_window(monkeypatch):
     # Where one came after the other, times that wander gave one setting in 16 a prediction 16 % off.
     order = []
 
@@ -99,25 +121,38 @@ def test_the_run_to_the_target_stands_between_two_halves_of_the_window(monkeypat
 
     monkeypatch.setattr(measure, "time_window", half)
     with init_distributed(device="cpu") as communicator:
-        rows = make_rows(551, 1, communicator, torch.float64)
+        samples = make_samples(551, 1, communicator, torch.float64)
 
         def run():
             order.append("run")
-            return {"measured_steps": 7}
+            return {"target_excess": 0.01, "stability_limit": 2.0, "measured_steps": 7.0, "measured_time_s": 0.1}
 
-        point = measure._measure_point(Setting("manual", "none", 1, 64), rows, communicator, 1.0, run)
+        point = measure.measure_point(Setting("manual", "none", 1, 64), 0, samples, communicator, 1.0, run)
     assert order == [0.5, "run", 0.5]
-    assert (point["num_steps"], point["window_s"], point["target"]) == (6, 1.0, {"measured_steps": 7})
+    assert (point.num_steps, point.window_s, point.measured_steps) == (6, 1.0, 7.0)
+    assert point.check_passed
 
 
 def test_a_short_run_to_the_target_is_repeated_and_its_time_is_the_mean(monkeypatch, tmp_path):
     # A tenth of a window of 1 s is asked for: 0.02 + 0.03 + 0.04 s are less, and 0.07 s more are enough.
     times_s = iter([0.02, 0.03, 0.04, 0.07])
-    monkeypatch.setattr(target, "_crossing", lambda run, best_loss, target_excess: (10.5, next(times_s)))
+    monkeypatch.setattr(target, "crossing", lambda lines, best_loss, target_excess: (10.5, next(times_s)))
     campaign = Campaign(num_features=(1,), window_s=1.0, base_learning_rate=0.05)
     with init_distributed(device="cpu") as communicator:
-        told = target.run_to_target(
+        measured = target.run_to_target(
             campaign, Launch(0, 1, 1, 3), Setting("manual", "none", 1, 64), communicator, tmp_path
         )
-    assert told["measured_steps"] == 10.5
-    assert told["measured_time_s"] == pytest.approx(0.16 / 4)
+    assert measured["measured_steps"] == 10.5
+    assert measured["measured_time_s"] == pytest.approx(0.16 / 4)
+
+
+def test_a_crossing_is_interpolated_in_the_logarithm_of_the_excess():
+    lines = [
+        {"step": 3, "time_s": 0.2, "full_loss": 9.0},
+        {"step": 4, "time_s": 0.25},
+        {"step": 9, "time_s": 1.0, "full_loss": 1.1},
+        {"step": 19, "time_s": 3.0, "full_loss": 1.001},
+    ]
+    # From an excess of 10⁻¹ to 10⁻³ of the loss 1, so 10⁻² is half-way from 10 steps to 20 and from 1 s to 3 s.
+    assert target.crossing(lines, 1.0, 0.01) == pytest.approx((15, 2.0))
+    assert target.crossing(lines[:2], 1.0, 0.01) is None

@@ -93,6 +93,7 @@ _ALLREDUCE_KEY = ["way", "sync", "num_nodes", "ranks_per_node", "world_size"]
 def allreduce_of(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Time and bandwidth by message size for each way and number of ranks, with latency and bandwidth fitted."""
     found = []
+    table = table.rename(columns={"backend": "way"})
     for _, rows in table.groupby(_ALLREDUCE_KEY, sort=True):
         times: dict[Hashable, dict[int, float]] = {}
         by_size: dict[int, list[float]] = {}

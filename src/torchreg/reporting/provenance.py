@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from torchreg.scaling.records import Failure, Launch, Records
+from torchreg.scaling.records import Launch, Records
 from torchreg.scaling.schema import printable
 
 _OF_ONE_LAUNCH = re.compile(
@@ -131,7 +131,7 @@ def failures(records: Records) -> list[dict[str, Any]]:
     ]
 
 
-def _failure(one: Failure, is_retried: bool) -> dict[str, Any]:
+def _failure(one: Launch, is_retried: bool) -> dict[str, Any]:
     return {
         "launch": one.name,
         **{key: one.content["launch"][key] for key in ("world_size", "num_nodes", "ranks_per_node")},

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torchreg.core.checkpoint import PARTIAL
 from torchreg.scaling.campaign import CAMPAIGN_FILE
-from torchreg.scaling.sources import LAUNCHES_FOLDER, LOGS, Folder, distinct, has_text, place, read_file
+from torchreg.scaling.sources import LAUNCHES_FOLDER, LOGS, Folder, distinct, has_text, name_folders, read_file
 
 
 def merge(out: Path, folders: Sequence[Path]) -> list[str]:
@@ -22,12 +22,12 @@ def merge(out: Path, folders: Sequence[Path]) -> list[str]:
     campaign = _one_campaign(sources)
     _refuse_other_data(out, campaign)
     (out / LAUNCHES_FOLDER).mkdir(parents=True, exist_ok=True)
-    placed = {name: folder for name, folder in place([out, *sources]).items() if folder.source != out}
+    placed = {name: folder for name, folder in name_folders([out, *sources]).items() if folder.source != out}
     lines = []
     copied: dict[Path, int] = dict.fromkeys(sources, 0)
     for name, folder in placed.items():
-        if all(file.problem is not None for file in folder.files):
-            lines.append(f"not copied   {folder.path}: {folder.files[-1].problem}")
+        if all(file.error is not None for file in folder.files):
+            lines.append(f"not copied   {folder.path}: {folder.files[-1].error}")
             continue
         _copy_launch(folder, out / LAUNCHES_FOLDER / name)
         copied[folder.source] += 1
@@ -43,7 +43,7 @@ def merge(out: Path, folders: Sequence[Path]) -> list[str]:
 def _one_campaign(sources: Sequence[Path]) -> bytes | None:
     """The content of the campaign file of all sources; None if they differ or one has none."""
     held = {read_file(source / CAMPAIGN_FILE) for source in sources}
-    contents = {None if file.problem else file.content for file in held}
+    contents = {None if file.error else file.content for file in held}
     return contents.pop() if len(contents) == 1 else None
 
 
@@ -68,7 +68,7 @@ def _copy_launch(folder: Folder, target: Path) -> None:
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
     for file in folder.files:
-        if file.problem is None:
+        if file.error is None:
             (building / file.path.name).write_bytes(file.content)
     for log in LOGS:
         if has_text(folder.path / log):

@@ -1,50 +1,35 @@
-"""The launch records of campaigns: which can be used, which are left out and why, and the tables they make.
+"""The launch records of campaigns: which can be used, which are excluded and why, and the tables of them.
 
-A campaign directory holds `launches/<id>/launch.json`, one a launch (see `torchreg.scaling.schema`). Reading never
-fails because of what a record holds: what cannot be used is listed with its reason. Several directories can be read
-as one, or merged into one.
+A campaign directory holds `launches/<id>/launch.json`, one a launch (see `torchreg.scaling.launch_record`). Reading
+never fails because of what a record holds: what cannot be used is listed with its reason. Several directories can be
+read as one, or merged into one.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pandas as pd
+from msgspec import inspect
 
 from torchreg.scaling import schema
-from torchreg.scaling.merging import merge
-from torchreg.scaling.sources import LAUNCH_FILE, LOGS, SUFFIX, File, distinct, has_text, launch_id, place
-
-__all__ = [
-    "Excluded",
-    "Failure",
-    "Launch",
-    "Records",
-    "allreduce_table",
-    "launches_table",
-    "merge",
-    "points_table",
-    "read_records",
-]
+from torchreg.scaling.launch_record import AllReduce, Point
+from torchreg.scaling.merging import merge as merge
+from torchreg.scaling.sources import LAUNCH_FILE, LOGS, SUFFIX, File, distinct, has_text, launch_id, name_folders
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch that can be used. `name` is its id, with `~2` and so on behind it where two sources share the id."""
+    """One launch that can be used, or one attempt that failed, with the path of its log where it has any output.
 
-    name: str
-    source: Path
-    path: Path
-    content: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Failure:
-    """One launch that failed, or an earlier try that did; `log` is what it said last, where it said something."""
+    `name` is its id, followed by `~2` and so on where two sources share the id. `content` has the fields of an
+    `OkLaunch` or of a `FailedLaunch`.
+    """
 
     name: str
     source: Path
@@ -65,24 +50,24 @@ class Excluded:
 
 @dataclass(frozen=True)
 class Records:
-    """What the directories hold: `launches` went well, `failed` did not, `excluded` cannot be used."""
+    """What the directories hold."""
 
     sources: tuple[Path, ...]
     launches: tuple[Launch, ...]
-    failed: tuple[Failure, ...]
+    failed: tuple[Launch, ...]
     excluded: tuple[Excluded, ...]
 
 
 def read_records(folders: Sequence[Path]) -> Records:
     """All records of some campaign directories; identical copies in several directories count once.
 
-    Raises `ValueError` for a directory without any launch, and says what to run.
+    Raises `ValueError`, with the command to run, for a directory without any launch.
     """
     sources = distinct(folders)
     launches: list[Launch] = []
-    failed: list[Failure] = []
+    failed: list[Launch] = []
     excluded: list[Excluded] = []
-    for name, folder in place(sources).items():
+    for name, folder in name_folders(sources).items():
         log = next((folder.path / log for log in LOGS if has_text(folder.path / log)), None)
         for file in folder.files:
             try:
@@ -90,63 +75,42 @@ def read_records(folders: Sequence[Path]) -> Records:
             except ValueError as error:
                 excluded.append(Excluded(file.path, "record", str(error)))
                 continue
-            if content["status"] == "failed":
-                failed.append(Failure(name, folder.source, file.path, log, content))
-            else:
-                launches.append(Launch(name, folder.source, file.path, content))
-                excluded += _failed_checks(file.path, name, content)
+            launch = Launch(name, folder.source, file.path, log, content)
+            (failed if content["status"] == "failed" else launches).append(launch)
+            excluded += _failed_checks(launch)
     return Records(tuple(sources), tuple(launches), tuple(failed), tuple(excluded))
 
 
 def _checked(file: File, folder: Path) -> dict[str, Any]:
     """The record in a file. Raises `ValueError` with the reason why it cannot be used."""
-    if file.problem is not None:
-        raise ValueError(file.problem)
+    if file.error is not None:
+        raise ValueError(file.error)
     content = schema.check(file.content)
     if content["launch"]["id"] != launch_id(folder):
         raise ValueError(f"launch.id is {content['launch']['id']!r}, not the folder's name")
     if content["status"] == "ok" and file.path.name != LAUNCH_FILE:
-        raise ValueError("named as a failed try, and its status is ok")
+        raise ValueError("status is ok, and the file's name is that of a failed attempt")
     return content
 
 
-def _failed_checks(path: Path, name: str, content: Mapping[str, Any]) -> Iterator[Excluded]:
-    for point in content["points"]:
-        if not point["check"]["passed"]:
-            check = point["check"]
-            setting = f"{point['optimizer']}/{point['sync']}, num_features {point['num_features']}"
+def _failed_checks(launch: Launch) -> Iterator[Excluded]:
+    for point in launch.content.get("points", ()):
+        if not point["check_passed"]:
+            numbers = (point["check_difference"], point["check_tolerance"])
+            difference, tolerance = ("not a number" if one is None else f"{one:.3g}" for one in numbers)
             yield Excluded(
-                path,
-                f"point {setting}, global_batch_size {point['global_batch_size']} of {name}",
-                f"wrong result: {check['told']} (difference {_shown(check['difference'])}, allowed "
-                f"{_shown(check['tolerance'])})",
+                launch.path,
+                f"point {point['optimizer']}/{point['sync']}, num_features {point['num_features']}, global_batch_size "
+                f"{point['global_batch_size']} of {launch.name}",
+                f"wrong result: {point['check_message']} (difference {difference}, allowed {tolerance})",
                 is_wrong_result=True,
             )
 
 
-def _shown(number: float | None) -> str:
-    return "not a number" if number is None else f"{number:.3g}"
-
-
 # Tables
 
-
-def launches_table(records: Records) -> pd.DataFrame:
-    """One row a launch, failed ones and earlier tries included: what it was, where it ran, how long, how it ended.
-
-    `block` counts the blocks of all sources together, so that a number never stands for two of them.
-    """
-    tries: list[Launch | Failure] = [*records.launches, *records.failed]
-    table = pd.DataFrame([_launch_row(one) for one in tries], columns=_LAUNCH_COLUMNS)
-    table = table.sort_values(["status", "launch", "file"], ascending=[False, True, True], ignore_index=True)
-    keys = ["fingerprint", "suffix", "recorded_block"]
-    again = table.groupby([*keys, "status", "world_size", "num_nodes", "ranks_per_node"]).cumcount()
-    table["block"] = table.assign(again=again).groupby([*keys, "again"], sort=True).ngroup()
-    return table.drop(columns="suffix")
-
-
 FACTS = ("driver", "cuda", "rocm", "oneccl", "libfabric", "kernel", "tf32")
-"""What `torchreg.runs.record.machine_facts` has, and decides a number; a record that lacks one has None."""
+"""The keys of `torchreg.runs.record.machine_facts`, which decide a number; None where a record has no such key."""
 
 _PLACEMENT = re.compile(
     r"\w*(VISIBLE_DEVICES|DEVICE_(ORDER|ORDINAL|SELECTOR|HIERARCHY)|AFFINITY|NUMA|(CPU|GPU|MEM|PROC)_BIND|PLACES)\w*"
@@ -159,118 +123,70 @@ _LAUNCH_COLUMNS = [
     "nccl_version", "device_name", "num_cpus", "dtype", "torch", "numpy", *FACTS, "placement", "without", "python",
     "platform", "commit", "dirty", "job_id", "source", "file",
 ]  # fmt: skip
+_OF_LAUNCH = ["launch", "machine", "block", "world_size", "num_nodes", "ranks_per_node"]
 
 
-def _launch_row(one: Launch | Failure) -> dict[str, Any]:
-    content = one.content
-    row = {key: content["campaign"][key] for key in ("machine", "fingerprint")}
-    row |= {key: content["launch"][key] for key in ("world_size", "num_nodes", "ranks_per_node", "seed")}
-    row |= {key: content[key] for key in ("status", "exit_code", "reason", "started_utc", "wall_s") if key in content}
-    suffix = SUFFIX.search(one.name)
-    row |= {
-        "launch": one.name,
+def launches_table(records: Records) -> pd.DataFrame:
+    """One row a launch, failed ones and earlier attempts included: what it was, where it ran, how it ended.
+
+    `block` counts the blocks of all sources together, so that no number stands for two of them.
+    """
+    rows = [_launch_row(launch) for launch in (*records.launches, *records.failed)]
+    table = pd.DataFrame(rows, columns=_LAUNCH_COLUMNS)
+    table = table.sort_values(["status", "launch", "file"], ascending=[False, True, True], ignore_index=True)
+    keys = ["fingerprint", "suffix", "recorded_block"]
+    again = table.groupby([*keys, "status", "world_size", "num_nodes", "ranks_per_node"]).cumcount()
+    table["block"] = table.assign(again=again).groupby([*keys, "again"], sort=True).ngroup()
+    return table.drop(columns="suffix")
+
+
+def _launch_row(launch: Launch) -> dict[str, Any]:
+    """The columns that a record has as fields of the same name, and those that are computed."""
+    content, suffix = launch.content, SUFFIX.search(launch.name)
+    sections = [content["campaign"], content["launch"], content]
+    computed = {
+        "launch": launch.name,
         "campaign": content["campaign"]["name"],
         "suffix": suffix.group() if suffix else "",
         "recorded_block": content["launch"]["block"],
-        "source": schema.printable(str(one.source)),
-        "file": schema.printable(str(one.path)),
+        "source": schema.printable(str(launch.source)),
+        "file": schema.printable(str(launch.path)),
+        "without": None,
     }
-    if isinstance(one, Failure):
-        return row
-    provenance, communicator = content["provenance"], content["distributed"]
-    run_fields = "launcher requested effective ezpz_version backend mpi_library nccl_version"
-    facts, environment = content.get("machine_facts") or {}, sorted(provenance["environment"].items())
-    devices = {place["device_name"] for place in communicator["placements"] if place.get("device_name")}
-    return row | {
-        **{key: communicator[key] for key in run_fields.split()},
-        "device_name": ", ".join(sorted(devices)) or communicator["device_name"],
-        **{key: facts.get(key) for key in FACTS},
-        "placement": " ".join(f"{name}={value}" for name, value in environment if _PLACEMENT.fullmatch(name)) or None,
-        "without": " ".join(sorted(content["campaign"].get("without") or [])) or None,
-        # Of a node whose ranks compute on them.
-        "num_cpus": communicator.get("num_cpus") if communicator["placements"][0]["device"] == "cpu" else None,
-        **{key: provenance[key] for key in ("python", "platform", "job_id", "finished_utc")},
-        **{key: provenance["libraries"].get(key) for key in ("torch", "numpy")},
-        **{key: provenance["source"][key] for key in ("commit", "dirty")},
-        "start_up_s": content["start_up_s"],
-        "dtype": content["dtype"],
-        "num_points": len(content["points"]),
-        "num_failed_checks": sum(not point["check"]["passed"] for point in content["points"]),
-    }
-
-
-_OF_LAUNCH = ["launch", "machine", "block", "world_size", "num_nodes", "ranks_per_node"]
-_SETTING = ["optimizer", "sync", "num_features", "global_batch_size"]
-
-_POINT_FIELDS: dict[str, type] = {
-    "optimizer": str, "sync": str, "num_features": int, "global_batch_size": int, "local_batch_size": float,
-    "message_bytes": int, "order": int, "num_warmup_steps": int, "num_steps": int, "window_s": float,
-    "step_time_s": float, "local_step_time_s": float, "data_time_s": float, "throughput": float,
-}  # fmt: skip
-_RANK_FIELDS: dict[str, type] = {"min": float, "median": float, "max": float, "slowest_rank": int, "slowest_host": str}
-_CHECK_FIELDS: dict[str, type] = {"passed": bool, "difference": float, "tolerance": float, "excess": float, "told": str}
-_TARGET_FIELDS: dict[str, type] = dict.fromkeys(
-    ["target_excess", "predicted_steps", "measured_steps", "measured_time_s", "stability_limit", "noise_floor"], float
-)
+    if content["status"] == "ok":
+        origin, distributed = content["provenance"], content["distributed"]
+        sections = [content["machine_facts"], origin["libraries"], origin["source"], origin, distributed, *sections]
+        placements, environment = distributed["placements"], sorted(origin["environment"].items())
+        computed |= {
+            "device_name": ", ".join(sorted({one["device_name"] for one in placements})),
+            "placement": " ".join(f"{name}={value}" for name, value in environment if _PLACEMENT.fullmatch(name))
+            or None,
+            "without": " ".join(sorted(content["campaign"]["without"])) or None,
+            # Of a node whose ranks compute on them.
+            "num_cpus": distributed["num_cpus"] if placements[0]["device"] == "cpu" else None,
+            "num_points": len(content["points"]),
+            "num_failed_checks": sum(not point["check_passed"] for point in content["points"]),
+        }
+    row = {key: value for section in sections for key, value in section.items() if key in _LAUNCH_COLUMNS}
+    return row | computed
 
 
 def points_table(records: Records) -> pd.DataFrame:
-    """One row a launch and point, those whose check failed included (`check_passed`); times in seconds.
-
-    The step times over ranks are `rank_min_s`, `rank_median_s`, `rank_max_s`; a target's fields are NaN where none was
-    asked for, and its steps are NaN for a target that is never reached.
-    """
-    rows = []
-    for launch in records.launches:
-        for point in launch.content["points"]:
-            rows.append(
-                {"launch": launch.name}
-                | _part(point, _POINT_FIELDS)
-                | _part(point["rank_step_time_s"], _RANK_FIELDS, _rank_column)
-                | _part(point["check"], _CHECK_FIELDS, _check_column)
-                | _part(point["target"] or {}, _TARGET_FIELDS)
-            )
-    columns = {
-        **_POINT_FIELDS,
-        **{_rank_column(field): kind for field, kind in _RANK_FIELDS.items()},
-        **{_check_column(field): kind for field, kind in _CHECK_FIELDS.items()},
-        **_TARGET_FIELDS,
-    }
-    return _with_launches(rows, columns, _SETTING, records)
-
-
-_ALLREDUCE_FIELDS: dict[str, type] = {
-    "way": str, "sync": str, "message_bytes": int, "time_s": float, "num_repeats": int,
-}  # fmt: skip
+    """One row a launch and point, those whose check failed included; the columns are the fields of `Point`."""
+    return _table(records, "points", Point, ["optimizer", "sync", "num_features", "global_batch_size"])
 
 
 def allreduce_table(records: Records) -> pd.DataFrame:
-    """One row a launch, way and message size."""
-    rows = [
-        {"launch": launch.name} | _part(item, _ALLREDUCE_FIELDS)
-        for launch in records.launches
-        for item in launch.content["allreduce"]
-    ]
-    return _with_launches(rows, _ALLREDUCE_FIELDS, ["way", "sync", "message_bytes"], records)
+    """One row a launch, backend and message size; the columns are the fields of `AllReduce`."""
+    return _table(records, "allreduce", AllReduce, ["backend", "sync", "message_bytes"])
 
 
-def _part(content: Mapping[str, Any], fields: Mapping[str, type], column: Callable[[str], str] = str) -> dict[str, Any]:
-    """These fields and no others, which a record may have beside them."""
-    return {column(field): content.get(field) for field in fields}
-
-
-def _rank_column(field: str) -> str:
-    return field if field.startswith("slowest") else f"rank_{field}_s"
-
-
-def _check_column(field: str) -> str:
-    return f"check_{field}"
-
-
-def _with_launches(
-    rows: Sequence[Mapping[str, Any]], columns: Mapping[str, type], order: Sequence[str], records: Records
-) -> pd.DataFrame:
-    table = pd.DataFrame(rows, columns=["launch", *columns]).astype(dict(columns))
+def _table(records: Records, key: str, row: type[msgspec.Struct], order: Sequence[str]) -> pd.DataFrame:
+    """The items of all launches under a key: the fields of `row`, and no others that a record may have beside them."""
+    kinds = {inspect.IntType: int, inspect.FloatType: float, inspect.BoolType: bool, inspect.StrType: str}
+    fields = {one.name: kinds.get(type(inspect.type_info(one.type)), float) for one in msgspec.structs.fields(row)}
+    items = [{"launch": launch.name, **item} for launch in records.launches for item in launch.content[key]]
+    table = pd.DataFrame(items, columns=["launch", *fields]).astype(fields)
     launches = launches_table(records)
     launches = launches[launches["status"] == "ok"][_OF_LAUNCH]
     return launches.merge(table, on="launch", validate="one_to_many").sort_values(["launch", *order], ignore_index=True)

@@ -1,10 +1,10 @@
-"""Made launch records, whose right answers are known: a machine with an α, a β, a serial part and noise.
+"""Synthetic launch records of known truth: a machine with an α, a β, a serial part and noise.
 
-On a made machine a step takes, at p ranks with B rows in the step of all ranks, before noise
+On such a machine a step of B samples at p ranks takes, before noise,
 
-    serial_s + row_s · B / p + (α + β · message_bytes) · ⌈log₂ p⌉          (no averaging at p = 1)
+    serial_s + row_s · B / p + (α + β · message_bytes) · ⌈log₂ p⌉          (no reduction at p = 1)
 
-of which `rows_s` is the taking of rows (inside the serial part), and an all-reduce takes (α + β · bytes) · ⌈log₂ p⌉.
+of which `rows_s` takes samples (inside the serial part), and an all-reduce takes (α + β · bytes) · ⌈log₂ p⌉.
 So in a strong series Amdahl's serial fraction is serial_s / (serial_s + row_s · B) where α = β = 0.
 Noise multiplies each launch by a log-normal factor that all its times share, and each time by one of its own.
 """
@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,15 @@ import numpy as np
 
 from torchreg.scaling.schema import checksummed
 
-START = 1_764_000_000  # seconds since 1970: the made campaigns began in November 2025
+START = 1_764_000_000  # seconds since 1970: the synthetic campaigns started in November 2025
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a made machine is, and how fast."""
+    """A synthetic machine, and how fast it is."""
 
     name: str = "laptop"
-    device_name: str = "Made CPU, 8 cores"
+    device_name: str = "Synthetic CPU, 8 cores"
     backend: str = "gloo"
     dtype: str = "float64"
     torch: str = "2.13.0"
@@ -40,23 +41,23 @@ class Machine:
     launch_noise: float = 0.02
     time_noise: float = 0.01
     environment: dict[str, str] = field(default_factory=lambda: {"OMP_NUM_THREADS": "1"})
-    facts: dict[str, str | None] | None = None  # records of before had none
+    facts: dict[str, str | None] = field(default_factory=dict)
 
     def transfer_s(self, world_size: int, num_bytes: int) -> float:
         """An all-reduce, without noise."""
         return (self.alpha_s + self.beta_s_per_byte * num_bytes) * math.ceil(math.log2(world_size))
 
     def local_s(self, world_size: int, global_batch_size: int) -> float:
-        """A step without averaging, without noise."""
+        """A step without reduction, without noise."""
         return self.serial_s + self.row_s * global_batch_size / world_size
 
 
 @dataclass(frozen=True)
-class Made:
-    """A made campaign: every setting at every world size (nodes × ranks per node), `num_blocks` launches each."""
+class SyntheticCampaign:
+    """A synthetic campaign: every setting at every world size (nodes × ranks per node), `num_blocks` launches each."""
 
     machine: Machine = Machine()
-    campaign: str = "made"
+    campaign: str = "synthetic"
     nodes: Sequence[int] = (1,)
     ranks_per_node: Sequence[int] = (1, 2, 4)
     num_blocks: int = 7
@@ -77,7 +78,7 @@ class Made:
         return folder
 
     def records(self) -> Iterable[dict[str, Any]]:
-        """The launch records, not yet sealed, so that a test can change them."""
+        """The launch records, without checksums, so that a test can change them."""
         random = np.random.default_rng(self.seed)
         for block in range(self.num_blocks):
             for num_nodes in self.nodes:
@@ -97,7 +98,7 @@ class Made:
         ]
         allreduce = [
             {
-                "way": machine.backend, "sync": "allreduce", "message_bytes": size, "num_repeats": 20,
+                "backend": machine.backend, "sync": "allreduce", "message_bytes": size, "num_repeats": 20,
                 "time_s": noisy(machine.transfer_s(world_size, size)),
             }
             for size in self.message_sizes if world_size > 1
@@ -108,7 +109,6 @@ class Made:
             **self._heading(block, num_nodes, ranks_per_node),
             "status": "ok",
             "exit_code": 0,
-            "reason": None,
             "wall_s": 40.0,
             "start_up_s": 8.0,
             "distributed": {
@@ -122,23 +122,20 @@ class Made:
                 "mpi_library": None if single else "MPICH 4.3",
                 "nccl_version": None,
                 "device_name": machine.device_name,
+                "num_cpus": 8,
+                "cpus_per_rank": 1,
                 "placements": [
-                    {"rank": rank, "host": host, "local_rank": rank % ranks_per_node, "device": "cpu"}
+                    {
+                        "rank": rank,
+                        "host": host,
+                        "local_rank": rank % ranks_per_node,
+                        "device": "cpu",
+                        "device_name": machine.device_name,
+                    }
                     for rank, host in enumerate(hosts)
                 ],
             },
-            "provenance": {
-                "started_utc": _utc(START + 60 * block),
-                "finished_utc": _utc(START + 60 * block + 40),
-                "argv": ["torchreg", "scale"],
-                "source": {"commit": "0" * 40, "dirty": False},
-                "python": "3.11.7",
-                "platform": "Linux",
-                "libraries": {"torchreg": "0.1.0", "torch": machine.torch, "numpy": "2.3.0"},
-                "job_id": None,
-                "environment": machine.environment,
-            },
-            **({} if machine.facts is None else {"machine_facts": machine.facts}),
+            "machine_facts": machine.facts,
             "dtype": machine.dtype,
             "points": points,
             "allreduce": allreduce,
@@ -147,12 +144,14 @@ class Made:
     def _heading(self, block: int, num_nodes: int, ranks_per_node: int) -> dict[str, Any]:
         world_size = num_nodes * ranks_per_node
         return {
-            "schema_version": 1,
+            "schema_version": 2,
             "kind": "scale-launch",
             "campaign": {
                 "name": self.campaign,
                 "machine": self.machine.name,
                 "fingerprint": f"sha256:{self.campaign}-{self.machine.name}",
+                "device": "auto",
+                "without": [],
             },
             "launch": {
                 "id": f"block-{block:02}-nodes-{num_nodes}-ranks-{world_size}",
@@ -164,6 +163,17 @@ class Made:
             },
             "command": ["mpiexec", "-n", str(world_size)],
             "started_utc": _utc(START + 60 * block),
+            "provenance": {
+                "started_utc": _utc(START + 60 * block),
+                "finished_utc": _utc(START + 60 * block + 40),
+                "argv": ["torchreg", "scale"],
+                "source": {"commit": "0" * 40, "dirty": False},
+                "python": "3.11.7",
+                "platform": "Linux",
+                "libraries": {"torchreg": "0.1.0", "torch": self.machine.torch, "numpy": "2.3.0"},
+                "job_id": None,
+                "environment": self.machine.environment,
+            },
         }
 
     def failure(self, block: int, num_nodes: int, ranks_per_node: int, reason: str) -> dict[str, Any]:
@@ -174,12 +184,6 @@ class Made:
             "exit_code": 1,
             "reason": reason,
             "wall_s": 5.0,
-            "start_up_s": None,
-            "distributed": None,
-            "provenance": None,
-            "dtype": None,
-            "points": [],
-            "allreduce": [],
         }
 
     def _settings(self, world_size: int) -> Iterable[tuple[str, str, int, int]]:
@@ -199,7 +203,9 @@ class Made:
         local_s = noisy(machine.local_s(world_size, batch))
         step_s = local_s if world_size == 1 else local_s + noisy(machine.transfer_s(world_size, num_bytes))
         num_steps = math.ceil(1 / step_s)
-        target = None
+        target: dict[str, float | None] = dict.fromkeys(
+            ["target_excess", "predicted_steps", "measured_steps", "measured_time_s", "stability_limit", "noise_floor"]
+        )
         if features <= 16:
             steps = self.steps_to_target * 256 / batch
             target = {
@@ -222,29 +228,25 @@ class Made:
             "num_steps": num_steps,
             "window_s": num_steps * step_s,
             "step_time_s": step_s,
-            "rank_step_time_s": {
-                "min": step_s * 0.98,
-                "median": step_s * 0.99,
-                "max": step_s,
-                "slowest_rank": world_size - 1,
-                "slowest_host": "n1",
-            },
+            "rank_min_s": step_s * 0.98,
+            "rank_median_s": step_s * 0.99,
+            "rank_max_s": step_s,
+            "slowest_rank": world_size - 1,
+            "slowest_host": "n1",
             "local_step_time_s": None if world_size == 1 else local_s,
             "data_time_s": noisy(machine.rows_s),
             "throughput": batch / step_s,
-            "check": {
-                "passed": True,
-                "difference": 1e-14,
-                "tolerance": 1e-9,
-                "excess": 3e-15,
-                "told": "40 full-batch steps end at the closed form",
-            },
-            "target": target,
+            "check_passed": True,
+            "check_difference": 1e-14,
+            "check_tolerance": 1e-9,
+            "check_excess": 3e-15,
+            "check_message": "40 full-batch steps end at the closed form",
+            **target,
         }
 
 
 def write_launch(folder: Path, record: dict[str, Any], file: str = "launch.json") -> Path:
-    """Seal a record and write it where `scale run` would; the file is returned."""
+    """Write a record with its checksum where `scale run` would; the file is returned."""
     path = folder / "launches" / record["launch"]["id"] / file
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(checksummed(record), indent=1))
@@ -252,11 +254,9 @@ def write_launch(folder: Path, record: dict[str, Any], file: str = "launch.json"
 
 
 def without_noise(machine: Machine) -> Machine:
-    """The same machine in a laboratory."""
+    """The same machine, without noise."""
     return replace(machine, launch_noise=0.0, time_noise=0.0)
 
 
 def _utc(seconds: int) -> str:
-    from datetime import datetime, timezone
-
     return datetime.fromtimestamp(seconds, timezone.utc).isoformat()

@@ -1,4 +1,4 @@
-"""Made records: tests hold intervals against the same truth as `scripts/measure_statistics.py`."""
+"""`scripts/measure_statistics.py` as a module: tests compare intervals with the same truth as the script."""
 
 import importlib.util
 import sys
