@@ -1,4 +1,4 @@
-"""What the sequential update order adds: moments of a batch that have no short formula, from sampled batches."""
+"""Higher moments of a batch, which the sequential update order needs, estimated from sampled batches."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def sampled_deviations(rows: Matrix, root: Matrix, global_batch_size: int, seed:
 def higher_maps(deviations: Matrix, mean: Matrix, root: Matrix) -> tuple[Matrix, Matrix]:
     """The k³ and k⁴ terms of E[A⊗A] in the sequential order, from `sampled_deviations`.
 
-    They are adjusted to the exact `mean` (p, p + 1) and covariance, whose root is `root` (p(p + 1), p(p + 1)): with the
-    exact terms in k and k² the map is then that of one distribution, which keeps it positive, and little of the
-    sampling error is left.
+    They are adjusted to the exact `mean` (p, p + 1) and covariance, whose root is `root` (p(p + 1), p(p + 1)). With the
+    exact terms in k and k² the map is then that of one distribution, so it stays positive; and the sampling error
+    becomes small.
     """
     num, (p, q) = len(deviations), mean.shape
     adjusted = deviations @ covariance_root(deviations.T @ deviations / num, -0.5) @ root
