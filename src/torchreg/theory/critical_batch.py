@@ -87,9 +87,6 @@ def critical_batch_size(
 
     batch_sizes = tuple(2**i for i in range(rows.num_rows.bit_length()))
     steps, multipliers = zip(*map(fewest_steps, batch_sizes), strict=True)
-    saves_less = (
-        size
-        for size, now, doubled in zip(batch_sizes, steps, steps[1:], strict=False)
-        if now and doubled and doubled > 0.75 * now
-    )
-    return CriticalBatch(batch_sizes, steps, multipliers, next(saves_less, None))
+    doublings = zip(batch_sizes, steps, steps[1:], strict=False)
+    critical = (size for size, now, doubled in doublings if now and doubled and doubled > 0.75 * now)
+    return CriticalBatch(batch_sizes, steps, multipliers, next(critical, None))

@@ -42,9 +42,8 @@ def band(second_moments: Matrix, gram: Matrix) -> tuple[Matrix, Matrix]:
         root = np.sqrt(np.maximum(curvature, 0))[:, None] * directions.T
     quantiles = np.full((2, len(second_moments)), np.inf)
     finite = np.isfinite(second_moments).all(axis=(1, 2))
-    moments = second_moments[finite]
-    means = moments[:, :-1, -1]
-    covariances = moments[:, :-1, :-1] - means[:, :, None] * means[:, None, :]
+    means = second_moments[finite, :-1, -1]
+    covariances = second_moments[finite, :-1, :-1] - means[:, :, None] * means[:, None, :]
     values, vectors = np.linalg.eigh(root @ covariances @ root.T)
     spreads = vectors * np.sqrt(np.maximum(values, 0))[:, None, :]
     draws = np.random.default_rng(0).standard_normal((_BAND_DRAWS // 2, len(gram)))

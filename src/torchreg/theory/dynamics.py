@@ -29,7 +29,7 @@ from torchreg.theory.maps import first_reached, is_contraction, polynomial, spec
 from torchreg.theory.moments import Matrix
 from torchreg.theory.row_gradients import RowGradients
 from torchreg.theory.shuffle import ShuffledEpochs
-from torchreg.theory.steps import MAX_SEQUENTIAL, Order, mean_maps, square_maps, units
+from torchreg.theory.steps import MAX_SEQUENTIAL, IndependentSteps, Order, mean_maps, square_maps, units
 
 Sampling = Literal["random", "shuffle", "full"]
 
@@ -37,7 +37,7 @@ MOST_STEPS = 10**9
 """The largest number of steps to a target that is searched for."""
 
 _MOST_SHUFFLED_FEATURES = 4
-_MOST_EPOCH_STEPS = 512
+_MOST_SHUFFLED_STEPS = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,19 +46,18 @@ class Dynamics:
 
     Exact for `random` sampling and for full batches, approximate for `shuffle`. There, in the simultaneous order and up
     to four features and 512 steps an epoch, `ShuffledEpochs` follows how the batches of an epoch compensate each other.
-    Otherwise batches have the sizes that an epoch has, the short last one (`short`) too, but are taken as independent,
-    which overestimates the noise floor. In the `sequential` order the bias moves with the new weight but the same rows,
-    so higher moments of a batch enter at k³ and k⁴: means over sampled batches, adjusted to the exact first and second
+    Otherwise batches have the sizes that an epoch has, the short last one too, but are taken as independent, which
+    overestimates the noise floor. In the `sequential` order the bias moves with the new weight but the same rows, so
+    higher moments of a batch enter at k³ and k⁴: means over sampled batches, adjusted to the exact first and second
     moments, with the error given by `sampling_error`.
 
     `criterion` is what is predicted and must shrink: the mean square of the error, or beyond `MAX_FEATURES` its mean
     alone, without the noise of mini-batches. Beyond `MAX_SEQUENTIAL` features `order` is always the simultaneous one.
 
-    The error is held as δ̃ = scale·δ, in which every learning rate is 1, with k̃ = lr_unit·k, and losses as multiples of
-    error_unit², so that neither raw units nor extreme learning rates overflow. A state is E[z zᵀ] on the coordinates of
-    symmetric matrices; or, for the mean, E[z], or in the simultaneous order √(curvature/2)·E[δ̃] along the `modes`, the
-    eigenvectors of 2G̃. A step adds Σ_j k̃^(j + 1) maps[j] times the state to it, where `maps` are (powers, size, size),
-    or their diagonals for modes. `groups` are the `maps` of each group of sampled batches.
+    The error is held as δ̃ = scale·δ, in which every learning rate is 1, with x = lr_unit·k, and losses as multiples of
+    error_unit², so that neither raw units nor extreme learning rates overflow. `steps` move a state: E[z zᵀ] on the
+    coordinates of symmetric matrices; or, for the mean, E[z], or in the simultaneous order E[δ̃] along the `modes`, the
+    eigenvectors of 2G̃ times √(curvature/2). `groups` are the maps of a step of each group of sampled batches.
     """
 
     criterion: Literal["mean square", "mean"]
@@ -67,12 +66,9 @@ class Dynamics:
     scale: Matrix
     error_unit: float
     gram: Matrix
-    maps: Matrix
+    steps: IndependentSteps | ShuffledEpochs
     modes: Matrix | None = None
     groups: tuple[Matrix, ...] = ()
-    steps_per_epoch: int = 1
-    short: Matrix | None = None
-    shuffled: ShuffledEpochs | None = None
 
     @classmethod
     def of(
@@ -100,22 +96,21 @@ class Dynamics:
         if rows.rows is not None and rows.covariance is not None:
             b, covariance = rows.rows * factors, rows.covariance * scaling.ravel() * scaling.reshape(-1, 1)
             maps, groups = square_maps(b, mean_q, covariance, global_batch_size, order, seed)
-            dynamics = cls("mean square", order, *common, maps, groups=groups)
-            if sampling == "shuffle":
-                steps = math.ceil(num_rows / global_batch_size)
-                short, shuffled, remainder = None, None, num_rows % global_batch_size
-                is_small = num_features <= _MOST_SHUFFLED_FEATURES and 1 < steps <= _MOST_EPOCH_STEPS
-                if order == "simultaneous" and is_small:
-                    covariances = covariance.reshape(scaling.shape * 2)
-                    shuffled = ShuffledEpochs(num_rows, global_batch_size, mean_q, covariances)
-                elif remainder:
-                    short, _ = square_maps(b, mean_q, covariance, remainder, order, seed)
-                dynamics = replace(dynamics, steps_per_epoch=steps, short=short, shuffled=shuffled)
+            steps: IndependentSteps | ShuffledEpochs = IndependentSteps(maps)
+            num_steps, remainder = math.ceil(num_rows / global_batch_size), num_rows % global_batch_size
+            is_small = num_features <= _MOST_SHUFFLED_FEATURES and 1 < num_steps <= _MOST_SHUFFLED_STEPS
+            if sampling == "shuffle" and order == "simultaneous" and is_small:
+                steps = ShuffledEpochs(num_rows, global_batch_size, mean_q, covariance.reshape(scaling.shape * 2))
+            elif sampling == "shuffle" and remainder:
+                short, _ = square_maps(b, mean_q, covariance, remainder, order, seed)
+                steps = IndependentSteps(maps, short, num_steps)
+            dynamics = cls("mean square", order, *common, steps, groups=groups)
         elif order == "sequential" and num_features <= MAX_SEQUENTIAL:
-            dynamics = cls("mean", order, *common, mean_maps(mean_q))
+            dynamics = cls("mean", order, *common, IndependentSteps(mean_maps(mean_q)))
         else:
-            curvature, modes = np.linalg.eigh(mean_q[:-1, :-1])
-            dynamics = cls("mean", "simultaneous", *common, -curvature[None], modes)
+            curvature, directions = np.linalg.eigh(mean_q[:-1, :-1])
+            modes = directions * np.sqrt(np.maximum(curvature, 0) / 2)
+            dynamics = cls("mean", "simultaneous", *common, IndependentSteps(-curvature[None]), modes)
         rows.known[key] = dynamics
         return dynamics
 
@@ -125,12 +120,12 @@ class Dynamics:
 
     def contraction(self, k: float = 1.0) -> float:
         """The asymptotic factor by which a step shrinks the mean of the error: the spectral radius of E[A]."""
-        change, p = polynomial(self.maps, k * self.lr_unit), len(self.gram)
-        if self.modes is not None:
-            return float(np.abs(1 + change).max())
+        x, p = k * self.lr_unit, len(self.gram)
+        if isinstance(self.steps, ShuffledEpochs) or self.order == "simultaneous":
+            return float(np.abs(1 - 2 * x * np.linalg.eigvalsh(self.gram)).max())
         row, column = np.triu_indices(p + 1)
         of_mean = (row < p) & (column == p) if self.criterion == "mean square" else np.arange(p + 1) < p  # E[δ] in Z
-        return spectral_radius(np.eye(p) + change[np.ix_(of_mean, of_mean)])
+        return spectral_radius(np.eye(p) + polynomial(self.steps.maps, x)[np.ix_(of_mean, of_mean)])
 
     def radius(self, k: float = 1.0) -> float:
         """The spectral radius of what `criterion` names; training converges if and only if it is below 1.
@@ -141,7 +136,7 @@ class Dynamics:
             return self.contraction(k)
         change = self._inner_change(k)
         radius = spectral_radius(np.eye(len(change)) + change)
-        return radius ** (1 / self.steps_per_epoch) if self._steps_differ else radius
+        return radius ** (1 / self.steps.num_steps)
 
     def is_stable(self, k: float = 1.0) -> bool:
         """Whether training converges with the learning rates times k: whether `radius` is below 1, at lower cost."""
@@ -160,12 +155,12 @@ class Dynamics:
 
     @cached_property
     def _largest_multiplier(self) -> float:
-        if self.modes is not None:
-            return -2 / float(self.maps.min()) / self.lr_unit
-        if self.order == "simultaneous" and not self._steps_differ:
-            linear, quadratic = self.maps[:, self._inner[:, None], self._inner]
-            return 1 / spectral_radius(np.linalg.solve(-linear, quadratic)) / self.lr_unit
         low, high = 0.0, 1 / float(np.linalg.eigvalsh(self.gram)[-1]) / self.lr_unit
+        if self.modes is not None:
+            return high
+        if self.order == "simultaneous" and isinstance(self.steps, IndependentSteps) and self.steps.short is None:
+            linear, quadratic = self.steps.maps[:, self._inner[:, None], self._inner]
+            return 1 / spectral_radius(np.linalg.solve(-linear, quadratic)) / self.lr_unit
         while self.is_stable(high):
             low, high = high, 2 * high
         while high - low > 1e-6 * high:
@@ -183,7 +178,7 @@ class Dynamics:
             return math.nan
         if not k < self.largest_multiplier():
             return math.inf
-        change = self._epoch_change(k)
+        change = self.steps.change(k * self.lr_unit)
         try:
             steady = np.linalg.solve(change[:-1, :-1], -change[:-1, -1])
         except np.linalg.LinAlgError:
@@ -210,13 +205,7 @@ class Dynamics:
         return LearningCurve(wanted, excess, self.error_unit**2 * low, self.error_unit**2 * high)
 
     def steps_to(
-        self,
-        excess: float,
-        start: Matrix,
-        factors: Sequence[float],
-        *,
-        hold: bool = True,
-        most_steps: int = MOST_STEPS,
+        self, excess: float, start: Matrix, factors: Sequence[float], *, hold: bool = True, most_steps: int = MOST_STEPS
     ) -> int | None:
         """Steps after which the expected excess loss is first at most `excess`, from δ = `start`; None if never.
 
@@ -226,105 +215,55 @@ class Dynamics:
         last batch of epochs of more than 512 steps is then ignored.
         """
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            period = self.steps.period
             if hold:  # to the end of an epoch
-                factors = [*factors, *[factors[-1]] * (-len(factors) % self._cycle_steps)]
+                factors = [*factors, *[factors[-1]] * (-len(factors) % period)]
             for step, state in enumerate(self._states(start, factors)):
                 if self._excess(state) <= excess:
                     return step
             if not hold:
                 return None
-            change, weights = self._cycle(factors[-1])
+            x, weights = factors[-1] * self.lr_unit, None
+            if self.criterion == "mean":
+                change = self.steps.change(x)
+            else:
+                change, weights = self.steps.cycle(x, self._weights)
 
             def reached(states: Matrix) -> NDArray[np.bool_]:
-                """At which steps of a cycle that begins in these states, (len(states), steps)."""
-                values = self._excess(states)[:, None] if weights is None else states @ weights.T
-                return np.asarray(values <= excess)
+                """At which steps of a cycle that begins in these states, (len(states), period)."""
+                return np.asarray((self._excess(states)[:, None] if weights is None else states @ weights.T) <= excess)
 
-            found = first_reached(change, state, reached, most_steps // self._cycle_steps)
+            found = first_reached(change, state, reached, most_steps // period)
             if found is None:
                 return None
             cycles, state = found
-            return len(factors) + cycles * self._cycle_steps + int(np.argmax(reached(state[None])))
+            return len(factors) + cycles * period + int(np.argmax(reached(state[None])))
 
     def sampling_error(self, prediction: Callable[[Dynamics], float]) -> float:
         """The standard error of a prediction that comes from sampling batches; 0 where nothing is sampled."""
         if not self.groups:
             return 0.0
-        values = [prediction(replace(self, maps=maps, groups=(), short=None)) for maps in self.groups]
+        values = [prediction(replace(self, steps=IndependentSteps(maps), groups=())) for maps in self.groups]
         return float(np.std(values, ddof=1) / math.sqrt(len(values)))
-
-    @property
-    def _steps_differ(self) -> bool:
-        return self.short is not None or self.shuffled is not None
 
     def _states(self, start: Matrix, factors: Sequence[float]) -> Iterator[Matrix]:
         """The states before each step and after the last, from a known error δ."""
         z = np.append(self.scale * start, 1.0)
-        xs = [np.float64(k * self.lr_unit) for k in factors]
         if self.modes is not None:
-            state = np.sqrt(np.maximum(-self.maps[0], 0) / 2) * (z[:-1] @ self.modes)
+            state = z[:-1] @ self.modes
         else:
             state = z if self.criterion == "mean" else symmetric_basis(len(z)) @ np.outer(z, z).ravel()
-        if self.shuffled:
-            yield from self.shuffled.moments(state, xs)
-            return
-        yield state
-        exponents = np.arange(1, len(self.maps) + 1)
-        for step, x in enumerate(xs, start=1):
-            maps = self.maps if self.short is None or step % self.steps_per_epoch else self.short
-            state = state + x**exponents @ (maps * state if self.modes is not None else maps @ state)
-            yield state
-
-    def _epoch_change(self, k: float) -> Matrix:
-        """What one step, or an epoch whose steps differ, adds to a state: E[A⊗A] − I.
-
-        An epoch's is composed of changes, I + C = (I + A)(I + B), so that tiny ones do not vanish beside I.
-        """
-        x = k * self.lr_unit
-        with np.errstate(over="ignore", invalid="ignore"):
-            if self.shuffled:
-                *_, epoch = self.shuffled.epoch(x)
-                return epoch
-            step = polynomial(self.maps, x)
-            if self.short is None:
-                return step
-            epoch = polynomial(self.short, x)
-            for bit in range((self.steps_per_epoch - 1).bit_length()):
-                if (self.steps_per_epoch - 1) >> bit & 1:
-                    epoch = epoch + step + epoch @ step
-                step = 2 * step + step @ step
-            return epoch
+        return self.steps.states(state, [k * self.lr_unit for k in factors])
 
     def _inner_change(self, k: float) -> Matrix:
-        """The part of `_epoch_change` that maps the second moment of δ to itself."""
-        return self._epoch_change(k)[np.ix_(self._inner, self._inner)]
+        """The part of E[A⊗A] − I, over one step or an epoch, that maps the second moment of δ to itself."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self.steps.change(k * self.lr_unit)[np.ix_(self._inner, self._inner)]
 
     @property
     def _inner(self) -> NDArray[np.intp]:
         """Which coordinates of Z are the second moment of δ."""
         return np.flatnonzero(np.triu_indices(len(self.gram) + 1)[1] < len(self.gram))
-
-    @property
-    def _cycle_steps(self) -> int:
-        """The period of the steps: an epoch, where its steps differ."""
-        is_followed = self.shuffled or (self.short is not None and self.steps_per_epoch <= _MOST_EPOCH_STEPS)
-        return self.steps_per_epoch if is_followed else 1
-
-    def _cycle(self, k: float) -> tuple[Matrix, Matrix | None]:
-        """What a cycle of steps adds to a state; and the weights of the excess at each of its steps, (steps, size).
-
-        The excess of the mean is no weighted sum: None.
-        """
-        step = polynomial(self.maps, k * self.lr_unit)
-        if self.criterion == "mean":
-            return step, None
-        weights = [self._weights]
-        if self.shuffled:
-            *before_last, epoch = self.shuffled.epoch(k * self.lr_unit)
-            return epoch, np.array(weights + [weights[0] + weights[0] @ change for change in before_last])
-        while len(weights) < self._cycle_steps:
-            weights.append(weights[-1] + weights[-1] @ step)
-        return step if len(weights) == 1 else self._epoch_change(k), np.array(weights)
 
     @cached_property
     def _weights(self) -> Matrix:

@@ -156,10 +156,8 @@ class Moments:
 
 
 def _triangle(rows: Matrix) -> Matrix:
-    num_columns = rows.shape[1]
-    if len(rows) < num_columns:
-        rows = np.vstack([rows, np.zeros((num_columns - len(rows), num_columns))])
-    return np.asarray(np.linalg.qr(rows, mode="r"))
+    missing = max(0, rows.shape[1] - len(rows))
+    return np.asarray(np.linalg.qr(np.pad(rows, ((0, missing), (0, 0))), mode="r"))
 
 
 def _spectral_norm(matrix: Matrix) -> float:

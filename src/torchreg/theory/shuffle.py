@@ -12,70 +12,28 @@ approximation (Mishchenko, Khaled and Richtárik 2020 bound the effect).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import cycle
 
 import numpy as np
 
-from torchreg.theory.maps import kron, on_symmetric, symmetric_basis, symmetric_kron
+from torchreg.theory.maps import kron, on_symmetric, symmetric_kron
 from torchreg.theory.moments import Matrix
 
 
-@dataclass(frozen=True, eq=False)
 class ShuffledEpochs:
-    """Epochs of `num_rows` rows in batches of `global_batch_size`, the last one short.
+    """Epochs of `num_rows` rows in batches of `global_batch_size`, the last one short, at learning rates times x.
 
-    `mean_q` (p + 1, p + 1) is the mean over rows of Q_i, which steps δ ← δ − k(Q z)_δ with z = (δ, 1), and `covariance`
-    (p, p + 1, p, p + 1) that of its upper rows. States are E[(δ, w, 1)(δ, w, 1)ᵀ] on the coordinates of symmetric
-    matrices; what goes in and comes out is E[z zᵀ], also on coordinates.
+    `mean_q` (p + 1, p + 1) is the mean over rows of Q_i, which steps δ ← δ − x(Q z)_δ with z = (δ, 1), and `covariance`
+    (p, p + 1, p, p + 1) that of its upper rows. Internally states are E[(δ, w, 1)(δ, w, 1)ᵀ]; arguments and results are
+    E[z zᵀ]; all on the coordinates of symmetric matrices.
     """
 
-    num_rows: int
-    global_batch_size: int
-    mean_q: Matrix
-    covariance: Matrix
-
-    def epoch(self, k: float) -> Iterator[Matrix]:
-        """What the steps of an epoch, up to and including each one, add to E[z zᵀ], as a matrix.
-
-        Changes are composed, so that those of tiny learning rates do not vanish beside the identity.
-        """
-        start = self._start
-        total = np.zeros_like(start)
-        for constant, linear, quadratic in self._changes:
-            total = total + (constant + k * (linear + k * quadratic)) @ (start + total)
-            yield start.T @ total
-
-    def moments(self, second_moment: Matrix, multiples: Iterable[float]) -> Iterator[Matrix]:
-        """E[z zᵀ] before each step and after the last; the learning rates of step t are times `multiples[t]`."""
-        state = self._start @ second_moment
-        yield second_moment
-        for changes, k in zip(cycle(self._changes), multiples, strict=False):
-            constant, linear, quadratic = changes @ state
-            state = state + constant + k * (linear + k * quadratic)
-            yield self._start.T @ state
-
-    @cached_property
-    def _start(self) -> Matrix:
-        """The map from E[z zᵀ] to the state at the start of an epoch, where w is 0."""
-        p = len(self.mean_q) - 1
-        of_z = np.append(np.arange(p), 2 * p)
-        basis = symmetric_basis(p + 1).reshape(-1, p + 1, p + 1)
-        states = np.zeros((len(basis), 2 * p + 1, 2 * p + 1))
-        states[:, of_z[:, None], of_z] = basis
-        return np.asarray(symmetric_basis(2 * p + 1) @ states.reshape(len(basis), -1).T)
-
-    @cached_property
-    def _changes(self) -> Matrix:
-        """What each step of an epoch adds to a state: coefficients of k⁰, k¹ and k², (num_steps, 3, size, size).
-
-        The mean map is I − sW − k(Q + D/left), where W keeps w, D moves w to δ and s = size/left.
-        """
-        p, covariance = len(self.mean_q) - 1, self.covariance
+    def __init__(self, num_rows: int, global_batch_size: int, mean_q: Matrix, covariance: Matrix) -> None:
+        # The mean map of a step is I − sW − x(Q + D/left), where W keeps w, D moves w to δ and s = size/left.
+        p = len(mean_q) - 1
         identity, keep, move, q = np.eye(2 * p + 1), *np.zeros((3, 2 * p + 1, 2 * p + 1))
         keep[p:-1, p:-1] = move[:p, p:-1] = np.eye(p)
-        q[:p, :p] = self.mean_q[:-1, :-1]
+        q[:p, :p] = mean_q[:-1, :-1]
         curvature, noise, crossed, drift = np.zeros((4, *(2 * p + 1,) * 4))
         delta, const = np.arange(p), np.array([2 * p])
         inner = np.append(delta, const)
@@ -84,12 +42,12 @@ class ShuffledEpochs:
         crossed[np.ix_(delta, p + delta, inner, const)] = covariance[..., -1:].transpose(0, 2, 1, 3)
         drift[np.ix_(p + delta, p + delta, const, const)] = covariance[:, -1:, :, -1:].transpose(0, 2, 1, 3)
 
-        left = np.arange(self.num_rows, 0, -self.global_batch_size)  # rows left before each step
-        size = np.minimum(self.global_batch_size, left)
-        fresh = self.num_rows * (left - size) / ((self.num_rows - 1) * size * left)
-        whole = (self.num_rows - size) / (size * (self.num_rows - 1))
+        left = np.arange(num_rows, 0, -global_batch_size)  # rows left before each step
+        size = np.minimum(global_batch_size, left)
+        fresh = num_rows * (left - size) / ((num_rows - 1) * size * left)
+        whole = (num_rows - size) / (size * (num_rows - 1))
         s, one = size / left, np.ones(len(left))
-        terms = [  # the power of k, its factor in each step, the map
+        terms = [  # the power of x, its factor in each step, the map
             (0, -s, symmetric_kron(identity, keep)),
             (0, s**2, kron(keep, keep)),
             (0, size**2 * fresh, drift),
@@ -104,7 +62,39 @@ class ShuffledEpochs:
             (2, fresh, noise),
             (2, whole - fresh, curvature),
         ]
-        factors = np.zeros((len(left), 3, len(terms)))
-        for index, (power, factor, _) in enumerate(terms):
-            factors[:, power, index] = factor
-        return np.tensordot(factors, np.array([on_symmetric(term) for *_, term in terms]), axes=1)
+        factors = np.array([[(power == j) * factor for power, factor, _ in terms] for j in range(3)])
+        # What each step of an epoch adds to a state: coefficients of x⁰, x¹ and x², (num_steps, 3, size, size).
+        self._changes = np.tensordot(factors.T.swapaxes(1, 2), [on_symmetric(term) for *_, term in terms], axes=1)
+        # The map from E[z zᵀ] to the state at the start of an epoch, where w is 0.
+        row, column = np.triu_indices(2 * p + 1)
+        of_z = np.append(delta, const)
+        self._start = np.eye(len(row))[:, np.isin(row, of_z) & np.isin(column, of_z)]
+        self.num_steps = self.period = len(left)
+
+    def states(self, state: Matrix, xs: Iterable[float]) -> Iterator[Matrix]:
+        """E[z zᵀ] before each step and after the last, with the learning rates xs[t] in step t."""
+        yield state
+        state = self._start @ state
+        for changes, x in zip(cycle(self._changes), xs, strict=False):
+            constant, linear, quadratic = changes @ state
+            state = state + constant + x * (linear + x * quadratic)
+            yield self._start.T @ state
+
+    def change(self, x: float) -> Matrix:
+        """What an epoch adds to E[z zᵀ]."""
+        return self._epoch(x)[-1]
+
+    def cycle(self, x: float, weights: Matrix) -> tuple[Matrix, Matrix]:
+        """What an epoch adds to E[z zᵀ], and `weights` before each step as weights at its start, (num_steps, size)."""
+        *before_last, epoch = self._epoch(x)
+        return epoch, np.array([weights, *(weights + weights @ change for change in before_last)])
+
+    def _epoch(self, x: float) -> list[Matrix]:
+        """What the steps of an epoch, up to and including each one, add to E[z zᵀ].
+
+        Changes are composed, so that tiny ones do not vanish beside the identity.
+        """
+        totals = [np.zeros_like(self._start)]
+        for constant, linear, quadratic in self._changes:
+            totals.append(totals[-1] + (constant + x * (linear + x * quadratic)) @ (self._start + totals[-1]))
+        return [self._start.T @ total for total in totals[1:]]

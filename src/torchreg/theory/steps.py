@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from torchreg.theory.maps import kron, on_symmetric, symmetric_kron
+from torchreg.theory.maps import kron, on_symmetric, polynomial, symmetric_kron
 from torchreg.theory.moments import Matrix
 from torchreg.theory.row_gradients import RowGradients
 from torchreg.theory.sequential import covariance_root, higher_maps, sampled_deviations
@@ -16,6 +18,7 @@ Order = Literal["simultaneous", "sequential"]
 MAX_SEQUENTIAL = 128
 """The sequential order has no symmetric matrix: beyond this many features it is predicted as the simultaneous one."""
 
+_MOST_EPOCH_STEPS = 512
 _NARROWEST = 1e-50  # of the widest direction: its fourth power is still a number
 _EXTREME = 1e305  # learning rates beyond which the stability limit would not be a number
 
@@ -79,3 +82,49 @@ def square_maps(
         for deviations in sampled_deviations(rows, root, global_batch_size, seed)
     ]
     return np.mean(groups, axis=0), tuple(groups) if len(groups) > 1 else ()
+
+
+@dataclass(frozen=True, eq=False)
+class IndependentSteps:
+    """Steps whose batches are independent of each other, at learning rates times x.
+
+    A step adds Σ_j x^(j + 1) maps[j] times the state to it, where `maps` are (powers, size, size), or their diagonals
+    (powers, size). With `short`, they are those of the last of `num_steps` steps of an epoch, whose batch is short.
+    """
+
+    maps: Matrix
+    short: Matrix | None = None
+    num_steps: int = 1
+
+    def states(self, state: Matrix, xs: Iterable[float]) -> Iterator[Matrix]:
+        """The states before each step and after the last."""
+        yield state
+        exponents = np.arange(1, len(self.maps) + 1)
+        for step, x in enumerate(xs, start=1):
+            maps = self.maps if self.short is None or step % self.num_steps else self.short
+            state = state + np.float64(x) ** exponents @ (maps @ state if maps.ndim == 3 else maps * state)
+            yield state
+
+    def change(self, x: float) -> Matrix:
+        """What an epoch adds to a state, composed of changes, I + C = (I + A)(I + B): tiny ones do not vanish."""
+        step = polynomial(self.maps, x)
+        if self.short is None:
+            return step
+        epoch = polynomial(self.short, x)
+        for bit in range((self.num_steps - 1).bit_length()):
+            if (self.num_steps - 1) >> bit & 1:
+                epoch = epoch + step + epoch @ step
+            step = 2 * step + step @ step
+        return epoch
+
+    @property
+    def period(self) -> int:
+        """Steps of a cycle: an epoch, or a single step in long epochs, whose short step is ignored."""
+        return self.num_steps if self.num_steps <= _MOST_EPOCH_STEPS else 1
+
+    def cycle(self, x: float, weights: Matrix) -> tuple[Matrix, Matrix]:
+        """What a cycle adds to a state, and `weights` before each step as weights at its start, (period, size)."""
+        step, before = polynomial(self.maps, x), [weights]
+        while len(before) < self.period:
+            before.append(before[-1] + before[-1] @ step)
+        return self.change(x) if self.period > 1 else step, np.array(before)
