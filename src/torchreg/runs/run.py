@@ -301,7 +301,7 @@ def _train(
 ) -> Result:
     """`train` from its beginning to its end; `table` and `directory` are the main rank's."""
     state, saved = beginning.state, beginning.checkpoint
-    reporter.say(f"forecast     {state.forecast.told()}")
+    reporter.say(f"forecast     {state.forecast.message()}")
     for warning in state.warnings:
         reporter.warn(warning)
 
