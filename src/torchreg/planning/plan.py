@@ -96,10 +96,9 @@ class Plan:
         """The verdict, the critical batch size and the accuracy of the numbers, in lines."""
         lines = [f"verdict      {self.verdict}"]
         if self.critical:
-            size = f"from {self.critical.critical:,} samples," if self.critical.critical else "at no batch size"
-            lines.append(
-                f"batch size   {size} doubling it saves less than a quarter of the steps with the best learning rates"
-            )
+            size = self.critical.critical
+            saves = f"from {size:,} samples, doubling saves less than" if size else "doubling saves at least"
+            lines.append(f"batch size   {saves} a quarter of the steps, with the best learning rates of each size")
         impossible = [f"{_count(row.world_size, 'rank')}: {row.reason}" for row in self.rows if row.reason]
         return lines + [f"note         {note}" for note in (*impossible[:1], *self.notes)]
 
