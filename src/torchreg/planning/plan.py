@@ -13,7 +13,6 @@ from torchreg.runs.forecast import Forecast, percent
 from torchreg.runs.setup import LeastSquares
 from torchreg.theory import MAX_SEQUENTIAL, CriticalBatch, critical_batch_size
 
-_POLARIS_NODE = 4  # ranks, one a GPU
 _RULES: dict[LRScaling, str] = {"linear": "linear scaling from", "sqrt": "square-root scaling from", "none": "keeping"}
 
 
@@ -58,11 +57,10 @@ class Plan:
         """Data, closed-form solution and curvature, in lines."""
         flattest, steepest = self.curvature
         ratio = f"{steepest / flattest:.3g}" if flattest > 0 else "more than 1e+16"
+        size = f"{self.num_rows} rows, {_count(self.num_features, 'feature')}"
         return [
-            f"plan         {self.source}: {self.num_rows} rows, {_count(self.num_features, 'feature')}; lr_scaling "
-            f"{self.lr_scaling}",
-            f"closed form  mean squared error {self.best_loss:.6g}, R² {self.r_squared:.3g}; losses below are in "
-            "percent above it",
+            f"plan         {self.source}: {size}; lr_scaling {self.lr_scaling}",
+            f"closed form  mean squared error {self.best_loss:.6g}, R² {self.r_squared:.3g}; losses are in % above it",
             f"curvature    {flattest:.4g} to {steepest:.4g}, the steepest direction {ratio} times the flattest",
         ]
 
@@ -116,18 +114,18 @@ def plan(config: TrainConfig, world_sizes: Sequence[int]) -> Plan:
         raise ValueError(rows[0].reason)
     learning_rates = setup.base_learning_rates(config, least_squares)
     rules = {rule: replace(config, lr_scaling=rule) for rule in _RULES}
-    grows = config.global_batch_size is None and config.sampling != "full"  # the global batch, with the ranks
-    largest = {rule: _largest_stable(scaled, least_squares) for rule, scaled in rules.items() if grows}
+    local_batch_size = _local_batch_size(config)
+    largest = {}
+    if config.global_batch_size is None and config.sampling != "full":  # the global batch grows with the ranks
+        largest = {r: setup.stable_world_size(c, least_squares, local_batch_size) for r, c in rules.items()}
 
     def fraction(scaled: TrainConfig, row: WorldSize) -> float | None:
-        if not row.forecast:
-            return None
         bias = learning_rates[1] * setup.scale_at(scaled, row.global_batch_size)
-        return bias / (row.scaled_learning_rate[1] * row.forecast.stability_limit)
+        return bias / (row.scaled_learning_rate[1] * row.forecast.stability_limit) if row.forecast else None
 
-    critical = None
-    if first.criterion == "mean square" and best.loss > 0:
-        target, start = first.target_excess * best.loss, least_squares.start_error
+    critical, target = None, first.target_excess * best.loss
+    if first.criterion == "mean square" and target > 0:
+        start = least_squares.start_error
         critical = critical_batch_size(least_squares.rows, learning_rates, start, target, config.update_order)
     return Plan(
         source=config.data,
@@ -140,11 +138,11 @@ def plan(config: TrainConfig, world_sizes: Sequence[int]) -> Plan:
         target_excess=first.target_excess,
         rows=rows,
         fraction_of_stability_limit={
-            rule: tuple((row.world_size, fraction(scaled, row)) for row in rows) for rule, scaled in rules.items()
+            r: tuple((row.world_size, fraction(c, row)) for row in rows) for r, c in rules.items()
         },
         largest_stable=largest,
         critical=critical,
-        verdict=_verdict(config, rows, largest, table.num_rows // _local_batch_size(config)),
+        verdict=_verdict(config, rows, largest, table.num_rows // local_batch_size),
         notes=_notes(config, first, least_squares),
     )
 
@@ -153,12 +151,11 @@ def _forecast(config: TrainConfig, least_squares: LeastSquares, world_size: int)
     try:
         state, _ = setup.prepare(replace(config, on_unstable="warn"), world_size, least_squares)
     except ValueError as error:
-        return WorldSize(
-            world_size, config.global_batch_size or _local_batch_size(config) * world_size, reason=str(error)
-        )
-    forecast, batch_size = state.forecast, state.plan.global_batch_size
-    samples = None if forecast.steps_to_target is None else forecast.steps_to_target * batch_size
-    return WorldSize(world_size, batch_size, state.schedule.scaled, forecast, None, forecast.is_stable, samples)
+        size = config.global_batch_size or _local_batch_size(config) * world_size
+        return WorldSize(world_size, size, reason=str(error))
+    forecast, size = state.forecast, state.plan.global_batch_size
+    samples = None if forecast.steps_to_target is None else forecast.steps_to_target * size
+    return WorldSize(world_size, size, state.schedule.scaled, forecast, None, forecast.is_stable, samples)
 
 
 def _verdict(config: TrainConfig, rows: Sequence[WorldSize], largest: dict[LRScaling, int], most_ranks: int) -> str:
@@ -185,11 +182,11 @@ def _verdict(config: TrainConfig, rows: Sequence[WorldSize], largest: dict[LRSca
         remedies.insert(0, f"use --lr-scaling sqrt ({up_to(largest['sqrt'])})")
     if not config.standardize:
         standardized = replace(config, standardize=True, base_learning_rate=None)
-        most = _largest_stable(standardized, LeastSquares.of(standardized))
+        most = setup.stable_world_size(standardized, LeastSquares.of(standardized), _local_batch_size(config))
         if most > stable:
             remedies.insert(0, f"{omit} ({up_to(most)})")
     first = unstable[0].world_size
-    node = ", one Polaris node," if first == _POLARIS_NODE else ""
+    node = ", one Polaris node," * (first == 4)  # one rank a GPU
     return f"{name} is {up_to(stable)}; at {first}{node} it diverges: {'; or '.join(remedies)}"
 
 
@@ -197,14 +194,14 @@ def _notes(config: TrainConfig, forecast: Forecast, least_squares: LeastSquares)
     """Approximations and limits of the forecasts."""
     num_features, best = least_squares.table.num_features, least_squares.closed_form
     error = forecast.stability_limit_error / forecast.stability_limit
-    is_shuffled = forecast.criterion != "mean" and forecast.sampling == "shuffle"
-    is_sequential = config.update_order == "sequential"
+    is_mean, is_sequential = forecast.criterion == "mean", config.update_order == "sequential"
+    is_shuffled = not is_mean and forecast.sampling == "shuffle"
     shuffle = "predicted to a few percent, with the noise floor at the end of an epoch"
     if is_sequential:
         shuffle = "approximated by independent batches, which overestimates the noise floor"
     notes = {
         f"{num_features} features: only the mean is predicted (more than 16 cost too much), not the noise of "
-        "mini-batches, and the steps are a lower bound": forecast.criterion == "mean",
+        "mini-batches, and the steps are a lower bound": is_mean,
         f"shuffle sampling is {shuffle}; --sampling random is predicted exactly": is_shuffled,
         setup.SEQUENTIAL_NOT_PREDICTED: is_sequential and num_features > MAX_SEQUENTIAL,
         f"the sequential order is predicted from sampled batches: standard error of the limit {percent(error)}": error,
@@ -216,10 +213,6 @@ def _notes(config: TrainConfig, forecast: Forecast, least_squares: LeastSquares)
 
 def _local_batch_size(config: TrainConfig) -> int:
     return config.local_batch_size or DEFAULT_LOCAL_BATCH_SIZE
-
-
-def _largest_stable(config: TrainConfig, least_squares: LeastSquares) -> int:
-    return setup.stable_world_size(config, least_squares, _local_batch_size(config))
 
 
 def _count(number: int, noun: str) -> str:

@@ -12,8 +12,7 @@ from torchreg.theory import MOST_STEPS, Dynamics, Matrix
 
 DEFAULT_TARGET_EXCESS = 0.01
 
-_MOST_STEPS = 20_000
-_CURVE_POINTS = 120
+_MOST_STEPS = 20_000  # of a curve
 
 
 @dataclass(frozen=True)
@@ -61,15 +60,15 @@ class Forecast:
             accuracy = "approximate for shuffle sampling"
         else:
             accuracy = "estimated from sampled batches" if self.stability_limit_error else "exact"
-        fraction = 1 / self.stability_limit
         if not self.is_stable:
-            return f"unstable: learning rate at {fraction:.3g} times the limit; expected to diverge ({accuracy})"
-        stable = f"stable: learning rate at {percent(fraction, digits=2)} of the limit"
+            fraction = f"{1 / self.stability_limit:.3g}"
+            return f"unstable: learning rate at {fraction} times the limit; expected to diverge ({accuracy})"
+        stable = f"stable: learning rate at {percent(1 / self.stability_limit, digits=2)} of the limit"
         if not self.curve:
             return f"{stable} ({accuracy})"
-        low, high = percent(self.curve.low[-1]), percent(self.curve.high[-1])
+        end, low, high = (percent(values[-1]) for values in (self.curve.excess, self.curve.low, self.curve.high))
         band = f"; 95 % of runs {low} to {high}" if low != high else ""
-        return f"{stable}; expected end {percent(self.curve.excess[-1])} above the optimum ({accuracy}){band}"
+        return f"{stable}; expected end {end} above the optimum ({accuracy}){band}"
 
 
 def forecast(
@@ -90,8 +89,8 @@ def forecast(
     if limit > 1 and best_loss > 0:
         noise_floor = dynamics.noise_floor(schedule.scale) / best_loss
         factors = [schedule.factor(step) for step in range(min(schedule.num_steps, _MOST_STEPS))]
-        points = [np.geomspace(1, len(factors) + 1, _CURVE_POINTS) - 1, np.linspace(0, len(factors), _CURVE_POINTS)]
-        at = np.unique(np.rint(points).astype(np.int64))
+        last = len(factors)
+        at = np.unique(np.rint([np.geomspace(1, last + 1, 120) - 1, np.linspace(0, last, 120)]).astype(np.int64))
         expected = dynamics.learning_curve(start_error, factors, at)
         values = ((part / best_loss).tolist() for part in (expected.excess, expected.low, expected.high))
         curve = Curve(tuple(at.tolist()), *map(tuple, values))

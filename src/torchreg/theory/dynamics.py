@@ -80,10 +80,9 @@ class Dynamics:
         sampling: Sampling = "random",
         seed: int = 0,
     ) -> Dynamics:
-        """The dynamics of batches of `global_batch_size` rows, with these learning rates (weight, bias) at k = 1.
+        """The dynamics with these learning rates (weight, bias) at k = 1. The `sequential` order samples with `seed`.
 
-        `seed` is that of the batches that the `sequential` order samples. Raises `ValueError` for learning rates that
-        are too far apart or too extreme for float64.
+        Raises `ValueError` for learning rates that are too far apart or too extreme for float64.
         """
         num_rows, num_features = rows.num_rows, len(rows.feature_unit)
         key = (learning_rates, order, *(() if rows.covariance is None else (global_batch_size, sampling, seed)))
@@ -191,7 +190,7 @@ class Dynamics:
     ) -> LearningCurve:
         """The expected curve from δ = `start` (p,), in the model's units, with k = `factors[t]` in step t.
 
-        `at` are increasing numbers of steps done, from 0 to len(factors); by default all of them.
+        `at` are increasing numbers of steps, from 0 to len(factors); by default all.
         """
         wanted = np.arange(len(factors) + 1) if at is None else np.asarray(at, dtype=np.int64)
         is_wanted = np.isin(np.arange(len(factors) + 1), wanted).tolist()

@@ -90,10 +90,7 @@ class ShuffledEpochs:
         return epoch, np.array([weights, *(weights + weights @ change for change in before_last)])
 
     def _epoch(self, x: float) -> list[Matrix]:
-        """What the steps of an epoch, up to and including each one, add to E[z zᵀ].
-
-        Changes are composed, so that tiny ones do not vanish beside the identity.
-        """
+        """What the steps of an epoch, up to each one, add to E[z zᵀ]; composed, so that tiny changes do not vanish."""
         totals = [np.zeros_like(self._start)]
         for constant, linear, quadratic in self._changes:
             totals.append(totals[-1] + (constant + x * (linear + x * quadratic)) @ (self._start + totals[-1]))
