@@ -115,7 +115,7 @@ def plan(config: TrainConfig, world_sizes: Sequence[int]) -> Plan:
     learning_rates = setup.base_learning_rates(config, least_squares)
     rules = {rule: replace(config, lr_scaling=rule) for rule in _RULES}
     local_batch_size = _local_batch_size(config)
-    largest = {}
+    largest: dict[LRScaling, int] = {}
     if config.global_batch_size is None and config.sampling != "full":  # the global batch grows with the ranks
         largest = {r: setup.stable_world_size(c, least_squares, local_batch_size) for r, c in rules.items()}
 
