@@ -1076,7 +1076,8 @@ print("eigenvalues at k = 1, simultaneous:", np.linalg.eigvals(matrix_of_a_step(
 # square, $1 - r$ only in proportion, and so the floor falls with the rate. That is what a decaying rate is for.
 #
 # For two parameters $v$ becomes a matrix and $r$ a matrix of matrices, which is no fun by hand.
-# `torchreg.theory.Dynamics` does it from the table alone, without training. First it must agree with our NumPy; then we set it beside homework 1.
+# `torchreg.theory.Dynamics` does it from the table alone, without training. First it must agree with our NumPy; then we
+# set it beside homework 1.
 
 # %%
 residual = table.target - (best_weight * table.features + best_bias)  # what the best line misses each house by

@@ -3,8 +3,8 @@
     python scripts/measure_theory.py [--data synthetic|FILE] [--quick]
 
 Stability limits and learning curves are measured with `torchreg train` itself, noise floors with many runs of plain
-NumPy, written from the algorithm and not from the theory. All use the lesson's rates and start. The exit code is 1 if
-something that is held to be exact is not met. `shuffle` sampling is an approximation: its tables only show how good.
+NumPy, written from the algorithm and not from the theory. All use the lesson's learning rates and start. The exit code
+is 1 if an exact prediction is not met. `shuffle` sampling is an approximation: its tables only show its accuracy.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torchreg.theory import Dynamics, Matrix
 
 ORDERS: tuple[UpdateOrder, ...] = ("simultaneous", "sequential")
 BATCH_SIZES = (16, 32, 64, 128, 256, 512)
-TOLERANCE = 0.03  # of the floor
+TOLERANCE = 0.03  # of the noise floor
 SMALLEST_BATCH_AT_3 = 64
 STEPS_AT_LIMIT = 1_000  # 3 % beyond it a step multiplies the loss by about 1.1
 FORGET_STEPS = 500  # until nothing is left of the start
@@ -42,7 +42,7 @@ SETS = 60  # of plain runs, to see what chance does
 
 @dataclass(frozen=True)
 class Options:
-    """Hold predictions against measurements."""
+    """Compare predictions with measurements."""
 
     data: str = "synthetic"
     """`synthetic`, or a CSV or Parquet file."""
@@ -57,7 +57,7 @@ class Options:
 
     @property
     def most_error(self) -> float:
-        """The standard error at which a floor is known well enough, as a fraction of it."""
+        """The standard error at which a noise floor is known well enough, as a fraction of it."""
         return 0.02 if self.quick else 0.007
 
 
@@ -75,7 +75,7 @@ class Measured:
 
 
 class Report:
-    """Prints tables as they come, and remembers whether all was met."""
+    """Prints tables, and records whether all predictions were met."""
 
     def __init__(self) -> None:
         self.all_met = True
@@ -84,16 +84,16 @@ class Report:
         """A heading and the head of a table."""
         print(f"\n### {title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
 
-    def row(self, *cells: str, met: bool | None = None) -> None:
-        """One line; `met` says whether it is as predicted, None where that is not claimed."""
+    def row(self, *entries: str, met: bool | None = None) -> None:
+        """One line; `met` is whether it is as predicted, None where no accuracy is stated."""
         marks = [] if met is None else ["yes" if met else "**NO**"]
-        print(f"| {' | '.join([*cells, *marks])} |", flush=True)
+        print(f"| {' | '.join([*entries, *marks])} |", flush=True)
         if met is not None and not met:  # also NumPy's own False
             self.all_met = False
 
 
 def lesson_config(options: Options, order: UpdateOrder, sampling: Sampling, batch_size: int | None) -> TrainConfig:
-    """A run from the lesson's start with its rates, whatever the batch size."""
+    """A run from the lesson's start with its learning rates, whatever the batch size."""
     return replace(
         RECIPES["homework"],
         data=options.data,
@@ -113,17 +113,17 @@ def measure_limits(options: Options, communicator: Communicator, report: Report,
     excursions, which few runs of a thousand steps see.
     """
     report.begin(
-        "Stability: how far can the lesson's rates be multiplied?",
+        "Stability: the largest stable multiple of the lesson's learning rates",
         ["order", "sampling", "rows", "predicted limit", "diverged at 0.97 of it", "at 1.03 of it", "met"],
     )
     cases: list[tuple[Sampling, int | None]] = [("full", None), ("random", 64), ("random", 16), ("shuffle", 64)]
     for order, (sampling, batch_size) in itertools.product(ORDERS, cases):
         config = replace(lesson_config(options, order, sampling, batch_size), epochs=None, max_steps=STEPS_AT_LIMIT)
         config = replace(config, runs_dir=runs_dir, log_every=100)
-        problem = LeastSquares.of(config)
-        learning_rates = base_learning_rates(config, problem)
-        rows = batch_size or problem.table.num_rows
-        dynamics = Dynamics.of(problem.rows, learning_rates, rows, order, sampling)
+        least_squares = LeastSquares.of(config)
+        learning_rates = base_learning_rates(config, least_squares)
+        rows = batch_size or least_squares.table.num_rows
+        dynamics = Dynamics.of(least_squares.rows, learning_rates, rows, order, sampling)
         limit, error = dynamics.largest_multiplier(), dynamics.sampling_error(Dynamics.largest_multiplier)
         num_seeds = 1 if sampling == "full" else 3 if options.quick else 20
         diverged = []
@@ -133,14 +133,14 @@ def measure_limits(options: Options, communicator: Communicator, report: Report,
             )
             results = [train(replace(multiplied, seed=seed), communicator) for seed in range(num_seeds)]
             diverged.append(sum(result.diverged for result in results))
-        told = f"{limit:.4f}" + (f" ± {error:.4f}" if error else "")
+        limit_text = f"{limit:.4f}" + (f" ± {error:.4f}" if error else "")
         counts = [f"{count} of {num_seeds}" for count in diverged]
         met = diverged == [0, num_seeds]
-        cells = [order, sampling, str(rows), told, *counts]
+        entries = [order, sampling, str(rows), limit_text, *counts]
         if sampling == "shuffle" or rows < SMALLEST_BATCH_AT_3:
-            report.row(*cells, "not claimed")
+            report.row(*entries, "not stated")
         else:
-            report.row(*cells, met=met)
+            report.row(*entries, met=met)
 
 
 def batch_sums(terms: Matrix, batch_size: int, num_runs: int, seed: int) -> Iterator[Matrix]:
@@ -156,19 +156,19 @@ def batch_sums(terms: Matrix, batch_size: int, num_runs: int, seed: int) -> Iter
 
 
 class Runs:
-    """Many runs of SGD at once: parameters `theta` (settings, num_runs, p), a setting being an order and rates."""
+    """Many runs of SGD at once: parameters `theta` (settings, num_runs, p), for orders and learning rates."""
 
     def __init__(
-        self, problem: LeastSquares, settings: Sequence[tuple[UpdateOrder, tuple[float, float]]], num_runs: int
+        self, least_squares: LeastSquares, settings: Sequence[tuple[UpdateOrder, tuple[float, float]]], num_runs: int
     ):
-        x = problem.standardizer.apply(problem.table.features)
-        a, y = np.hstack([x, np.ones((len(x), 1))]), problem.table.target
+        x = least_squares.standardizer.apply(least_squares.table.features)
+        a, y = np.hstack([x, np.ones((len(x), 1))]), least_squares.table.target
         self.size = a.shape[1]
         self.terms = np.hstack([(a[:, :, None] * a[:, None, :]).reshape(len(a), -1), a * y])
         self.gram = a.T @ a / len(a)
-        self.start = np.append(*problem.start)
-        self.optimum = self.start - problem.start_error
-        self.best_loss = problem.closed_form.loss
+        self.start = np.append(*least_squares.start)
+        self.optimum = self.start - least_squares.start_error
+        self.best_loss = least_squares.closed_form.loss
         self.learning_rates = np.array([[weight] * (self.size - 1) + [bias] for _, (weight, bias) in settings])[:, None]
         self.sequential = np.array([order == "sequential" for order, _ in settings])
         self.theta = np.tile(self.start, (len(settings), num_runs, 1))
@@ -192,19 +192,19 @@ class Runs:
         return np.asarray(np.einsum("srp,pq,srq->sr", off, self.gram, off) / self.best_loss)
 
 
-def measure_floors(options: Options, report: Report) -> None:
+def measure_noise_floors(options: Options, report: Report) -> None:
     """Let many runs level off, and average the excess loss until its standard error is small enough."""
     report.begin(
         "Noise floors of `random` sampling, in % above the best loss",
-        ["order", "rows", "rates ×", "predicted", "measured ± standard error", "measured / predicted", "met"],
+        ["order", "rows", "learning rates ×", "predicted", "measured ± standard error", "measured / predicted", "met"],
     )
     for batch_size in BATCH_SIZES:
         config = lesson_config(options, "sequential", "random", batch_size)
-        problem = LeastSquares.of(config)
-        weight, bias = base_learning_rates(config, problem)
+        least_squares = LeastSquares.of(config)
+        weight, bias = base_learning_rates(config, least_squares)
         multipliers = (1, 2, 3) if batch_size >= SMALLEST_BATCH_AT_3 else (1, 2)
         cases = list(itertools.product(ORDERS, multipliers))
-        runs = Runs(problem, [(order, (k * weight, k * bias)) for order, k in cases], RUNS_AT_ONCE)
+        runs = Runs(least_squares, [(order, (k * weight, k * bias)) for order, k in cases], RUNS_AT_ONCE)
         total = np.zeros(runs.theta.shape[:2])
         for step, sums in enumerate(batch_sums(runs.terms, batch_size, RUNS_AT_ONCE, seed=batch_size)):
             runs.step(sums, batch_size)
@@ -216,19 +216,19 @@ def measure_floors(options: Options, report: Report) -> None:
                 if all(m.error < options.most_error * m.mean for m in measured):
                     break
         for (order, k), m in zip(cases, measured, strict=True):
-            dynamics = Dynamics.of(problem.rows, (weight, bias), batch_size, order)
-            floor = dynamics.noise_floor(k) / runs.best_loss
+            dynamics = Dynamics.of(least_squares.rows, (weight, bias), batch_size, order)
+            noise_floor = dynamics.noise_floor(k) / runs.best_loss
             error = dynamics.sampling_error(partial(Dynamics.noise_floor, k=k)) / runs.best_loss
-            ratio = m.mean / floor
+            ratio = m.mean / noise_floor
             report.row(
-                order, str(batch_size), str(k), f"{100 * floor:.4g}" + (f" ± {100 * error:.2g}" if error else ""),
+                order, str(batch_size), str(k), f"{100 * noise_floor:.4g}" + (f" ± {100 * error:.2g}" if error else ""),
                 f"{100 * m.mean:.4g} ± {100 * m.error:.2g}",
                 f"{ratio:.3f}", met=abs(ratio - 1) <= TOLERANCE,
             )  # fmt: skip
 
 
 def measure_curves(options: Options, communicator: Communicator, report: Report, runs_dir: str) -> None:
-    """Train with many seeds; hold the mean curve against the predicted one, and single runs against the band.
+    """Train with many seeds; compare the mean curve with the predicted one, and single runs with the band.
 
     Met is what was asked for: 95 % of the points within two standard errors. Beside it stands what chance does: excess
     losses are skewed, so even the truth has fewer points than that in many sets of seeds. That is found from sets of
@@ -243,22 +243,22 @@ def measure_curves(options: Options, communicator: Communicator, report: Report,
     for order in ORDERS:
         config = replace(lesson_config(options, order, "random", 64), log_full_loss=True, log_every=1)
         config = replace(config, runs_dir=runs_dir)
-        problem = LeastSquares.of(config)
-        best = problem.closed_form.loss
+        least_squares = LeastSquares.of(config)
+        best = least_squares.closed_form.loss
         curves = []
         for seed in range(options.num_seeds):
             result = train(replace(config, seed=seed), communicator)
             curves.append([line["full_loss"] / best - 1 for line in read_metrics(Path(result.run_dir))])
         trained = np.array(curves)
         num_steps = trained.shape[1]
-        learning_rates = base_learning_rates(config, problem)
-        curve = Dynamics.of(problem.rows, learning_rates, 64, order).learning_curve(
-            problem.start_error, [1.0] * num_steps
+        learning_rates = base_learning_rates(config, least_squares)
+        curve = Dynamics.of(least_squares.rows, learning_rates, 64, order).learning_curve(
+            least_squares.start_error, [1.0] * num_steps
         )
         predicted, low, high = (values[1:] / best for values in (curve.excess, curve.low, curve.high))
         within = points_within(trained, predicted)
         inside = float(np.mean((trained >= low) & (trained <= high)))
-        simulated = simulated_curves(problem, order, learning_rates, num_steps, SETS * options.num_seeds)
+        simulated = simulated_curves(least_squares, order, learning_rates, num_steps, SETS * options.num_seeds)
         truth = simulated.mean(axis=0)
         by_chance = [points_within(part, truth) for part in np.split(simulated, SETS)]
         least, most = np.quantile(by_chance, [0.025, 0.975])
@@ -276,10 +276,10 @@ def points_within(runs: Matrix, curve: Matrix) -> float:
 
 
 def simulated_curves(
-    problem: LeastSquares, order: UpdateOrder, learning_rates: tuple[float, float], num_steps: int, num_runs: int
+    least_squares: LeastSquares, order: UpdateOrder, learning_rates: tuple[float, float], num_steps: int, num_runs: int
 ) -> Matrix:
     """Excess loss after each step of plain NumPy runs with 64 rows a step, (num_runs, num_steps)."""
-    runs = Runs(problem, [(order, learning_rates)], num_runs)
+    runs = Runs(least_squares, [(order, learning_rates)], num_runs)
     excess = np.empty((num_steps, num_runs))
     for step, sums in enumerate(itertools.islice(batch_sums(runs.terms, 64, num_runs, seed=1), num_steps)):
         runs.step(sums, 64)
@@ -297,15 +297,15 @@ def measure_shuffle(options: Options, report: Report) -> None:
     lesson = lesson_config(options, "simultaneous", "shuffle", None)
     cases = [
         *((f"default recipe, {ranks} rank{'s' * (ranks > 1)}", default, ranks * 64) for ranks in (1, 2, 4, 8)),
-        *(("lesson's rates", lesson, batch_size) for batch_size in (16, 29, 64, 256)),
+        *(("lesson's learning rates", lesson, batch_size) for batch_size in (16, 29, 64, 256)),
     ]
     num_runs = 1_000 if options.quick else 4_000
     for name, config, batch_size in cases:
         state, _ = prepare(replace(config, global_batch_size=batch_size), 1)
         assert state.forecast.curve
-        problem = LeastSquares.of(config)
-        num_rows = problem.table.num_rows
-        runs = Runs(problem, [("simultaneous", state.schedule.scaled)], num_runs)
+        least_squares = LeastSquares.of(config)
+        num_rows = least_squares.table.num_rows
+        runs = Runs(least_squares, [("simultaneous", state.schedule.scaled)], num_runs)
         generator = np.random.default_rng(batch_size)
         for _ in range(30):
             order = generator.integers(0, 2**32, (num_runs, num_rows), dtype=np.uint32).argsort(axis=1)
@@ -328,9 +328,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as runs_dir, init_distributed(device="cpu") as communicator:
         measure_limits(options, communicator, report, runs_dir)
         measure_curves(options, communicator, report, runs_dir)
-    measure_floors(options, report)
+    measure_noise_floors(options, report)
     measure_shuffle(options, report)
-    print(f"\n{'Everything that is held to be exact is met.' if report.all_met else '**Something is not met.**'}")
+    print(f"\n{'All exact predictions are met.' if report.all_met else '**An exact prediction is not met.**'}")
     return 0 if report.all_met else 1
 
 

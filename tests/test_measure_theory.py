@@ -1,4 +1,4 @@
-"""If this fails, the measurement of the theory says that all is met when it is not."""
+"""If this fails, the measurement of the theory reports that all is met when it is not."""
 
 import importlib.util
 import sys

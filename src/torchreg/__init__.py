@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torchreg.data.table import load_table
-    from torchreg.planning.plan import make_plan as plan
+    from torchreg.planning.plan import plan
     from torchreg.runs.config import RECIPES, TrainConfig
     from torchreg.runs.result import Result
     from torchreg.runs.run import train
@@ -24,7 +24,7 @@ _LOCATIONS = {
     "Result": ("runs.result", "Result"),
     "TrainConfig": ("runs.config", "TrainConfig"),
     "load_table": ("data.table", "load_table"),
-    "plan": ("planning.plan", "make_plan"),
+    "plan": ("planning.plan", "plan"),
     "train": ("runs.run", "train"),
     "verify": ("verification.verify", "verify"),
 }

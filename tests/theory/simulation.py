@@ -1,4 +1,4 @@
-"""Many runs of SGD at once in plain NumPy, written straight from the algorithm: what theory is held against."""
+"""Many runs of SGD at once in plain NumPy, written from the algorithm, to check theory against."""
 
 import numpy as np
 
@@ -30,7 +30,7 @@ def simulate(
 ):
     """Yield θ (num_runs, p) after each step of `num_runs` runs that draw their rows without replacement.
 
-    They draw afresh in each step, or with `shuffle` take the next batch of a permutation that each epoch makes anew.
+    They draw afresh in each step, or with `shuffle` take the next batch of the permutation of each epoch.
     """
     generator = np.random.default_rng(seed)
     num_rows = len(houses.a)
@@ -38,11 +38,11 @@ def simulate(
     learning_rate = np.array([learning_rates[0]] * (len(start) - 1) + [learning_rates[1]])
     steps_per_epoch = -(-num_rows // batch_size)
     for step, factor in enumerate(factors):
-        place = step % steps_per_epoch if shuffle else 0
-        if place == 0:
+        position = step % steps_per_epoch if shuffle else 0
+        if position == 0:
             keys = generator.random((num_runs, num_rows), dtype=np.float32)
             drawn = keys.argsort(1) if shuffle else keys.argpartition(batch_size - 1, axis=1)
-        rows = drawn[:, place * batch_size : (place + 1) * batch_size]
+        rows = drawn[:, position * batch_size : (position + 1) * batch_size]
         a, y = houses.a[rows], houses.y[rows, 0]
         if order == "sequential":
             theta[:, :-1] -= factor * (learning_rate * _gradient(theta, a, y))[:, :-1]

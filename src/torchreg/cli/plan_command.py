@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -43,23 +43,23 @@ def run(argv: list[str]) -> int:
         require_matplotlib()
     world_sizes = whole_numbers("world_sizes", arguments.world_sizes)
 
-    from torchreg.planning.plan import make_plan
+    from torchreg.planning.plan import plan
     from torchreg.runs.record import PLAN_FILE, create_run_folder, to_json, write_json
 
-    plan = make_plan(config, world_sizes)
+    planned = plan(config, world_sizes)
     pictures: list[Path] = []
     if config.plot:
         from torchreg.plots import draw_plan
 
         folder = create_run_folder(config.runs_dir, config.name, "plan", overwrite=config.overwrite)
-        write_json(folder / PLAN_FILE, plan.as_json())
+        write_json(folder / PLAN_FILE, asdict(planned))
         pictures = draw_plan(folder)
     if arguments.json:
-        print(to_json(plan.as_json()))
+        print(to_json(asdict(planned)))
         return 0
     from torchreg.console import show_lines, show_table
 
-    show_lines(plan.heading())
-    show_table(*plan.table())
-    show_lines([*plan.conclusion(), *(f"picture      {picture}" for picture in pictures)])
+    show_lines(planned.heading())
+    show_table(*planned.table())
+    show_lines([*planned.conclusion(), *(f"picture      {picture}" for picture in pictures)])
     return 0

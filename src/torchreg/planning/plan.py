@@ -1,60 +1,41 @@
-"""What training would do at each of many world sizes, before a node-hour is spent. No torch."""
+"""Forecasts for many world sizes, without training and without torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from torchreg.core.batches import DEFAULT_LOCAL_BATCH_SIZE
+from torchreg.runs import setup
 from torchreg.runs.config import LRScaling, TrainConfig
-from torchreg.runs.forecast import Curve, Forecast, percent
-from torchreg.runs.setup import (
-    SEQUENTIAL_NOT_PREDICTED,
-    LeastSquares,
-    base_learning_rates,
-    prepare,
-    scale_at,
-    stable_world_size,
-)
+from torchreg.runs.forecast import Forecast, percent
+from torchreg.runs.setup import LeastSquares
 from torchreg.theory import MAX_SEQUENTIAL, CriticalBatch, critical_batch_size
 
-_POLARIS_NODE = 4  # ranks, one a GPU
-_RULES: tuple[LRScaling, ...] = ("linear", "sqrt", "none")
+_RULES: dict[LRScaling, str] = {"linear": "linear scaling from", "sqrt": "square-root scaling from", "none": "keeping"}
 
 
 @dataclass(frozen=True)
 class WorldSize:
-    """The forecast for one world size; `problem` says why there is none."""
+    """The forecast for one world size, or the `reason` why there is none. Samples are those of all ranks."""
 
     world_size: int
     global_batch_size: int
-    scaled_learning_rate: tuple[float, float]
-    forecast: Forecast | None
-    problem: str | None = None
-
-    @property
-    def samples_to_target(self) -> int | None:
-        """Rows that all ranks together see until the target is expected to be reached."""
-        if self.forecast is None or self.forecast.steps_to_target is None:
-            return None
-        return self.forecast.steps_to_target * self.global_batch_size
-
-    @property
-    def end(self) -> Curve | None:
-        """Where the run itself is expected to end."""
-        return self.forecast.curve if self.forecast else None
+    scaled_learning_rate: tuple[float, float] = (math.nan, math.nan)
+    forecast: Forecast | None = None
+    reason: str | None = None
+    is_stable: bool | None = None
+    samples_to_target: int | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Forecasts for several world sizes, and what to make of them.
+    """Forecasts for several world sizes, and conclusions.
 
-    `of_limit` has, for each scaling rule, pairs of world size and scaled rates as a multiple of the stability limit.
-    `largest_stable` is the most ranks at which each scaling rule is stable with these rates, as far as the data has
-    rows; empty where the global batch does not grow with the ranks. `critical` are the fewest steps to the target at
-    each batch size with the best rates for it; None beyond 16 features, where noise is left out.
+    `fraction_of_stability_limit` has, for each scaling rule, pairs of world size and scaled learning rate over the
+    limit. `largest_stable` is the largest stable world size for each scaling rule, up to the number of rows; empty
+    where the global batch does not grow with the ranks. `critical` is None beyond 16 features.
     """
 
     source: str
@@ -66,215 +47,173 @@ class Plan:
     lr_scaling: str
     target_excess: float
     rows: tuple[WorldSize, ...]
-    of_limit: dict[str, tuple[tuple[int, float | None], ...]]
+    fraction_of_stability_limit: dict[str, tuple[tuple[int, float | None], ...]]
     largest_stable: dict[LRScaling, int]
-    most_ranks: int
     critical: CriticalBatch | None
     verdict: str
     notes: tuple[str, ...]
 
     def heading(self) -> list[str]:
-        """What is planned for, in lines."""
-        features = f"{self.num_features} feature{'s' * (self.num_features > 1)}"
+        """Data, closed-form solution and curvature, in lines."""
         flattest, steepest = self.curvature
         ratio = f"{steepest / flattest:.3g}" if flattest > 0 else "more than 1e+16"
+        size = f"{self.num_rows} rows, {_count(self.num_features, 'feature')}"
         return [
-            f"plan         {self.source}: {self.num_rows} rows, {features}; lr_scaling {self.lr_scaling}",
-            f"closed form  mean squared error {self.best_loss:.6g}, R² {self.r_squared:.3g}; losses below are in "
-            "percent above it",
+            f"plan         {self.source}: {size}; lr_scaling {self.lr_scaling}",
+            f"closed form  mean squared error {self.best_loss:.6g}, R² {self.r_squared:.3g}; losses are in % above it",
             f"curvature    {flattest:.4g} to {steepest:.4g}, the steepest direction {ratio} times the flattest",
         ]
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Columns and rows for a person; rows that diverge begin with `!`."""
-        target = percent(self.target_excess)
+        """Columns and rows as text; rows that diverge or are impossible begin with `!`."""
         columns = [
-            "ranks", "global batch", "weight rate", "bias rate", "of limit", "", f"steps to {target}", "samples",
-            "floor", "at the end",
+            "ranks", "global batch", "weight lr", "bias lr", "fraction of the stability limit", "",
+            f"steps to {percent(self.target_excess)}", "samples", "noise floor", "expected end",
         ]  # fmt: skip
         rows = []
         for row in self.rows:
-            cells = [str(row.world_size), f"{row.global_batch_size:,}"]
-            if row.forecast is None:
-                rows.append([f"!{cells[0]}", cells[1], "", "", "", "impossible", "", "", "", ""])
-                continue
-            cells += [f"{learning_rate:.3g}" for learning_rate in row.scaled_learning_rate]
-            over = f"{1 / row.forecast.stability_limit:.2f}"
-            if not row.forecast.is_stable:
-                rows.append([f"!{cells[0]}", *cells[1:], over, "diverges", "never", "", "", ""])
-                continue
-            steps, searched = row.forecast.steps_to_target, row.forecast.steps_searched
-            rows.append([
-                *cells, over, "stable",
-                f"{steps:,}" if steps is not None else f"> {searched:,}" if searched else "never" if row.end else "",
-                "" if row.samples_to_target is None else f"{row.samples_to_target:,}",
-                "left out" if math.isnan(row.forecast.noise_floor) else percent(row.forecast.noise_floor),
-                percent(row.end.excess[-1]) if row.end else "",
-            ])  # fmt: skip
+            f = row.forecast
+            entries = [f"{'' if row.is_stable else '!'}{row.world_size}", f"{row.global_batch_size:,}"]
+            if f:
+                entries += [f"{value:.3g}" for value in (*row.scaled_learning_rate, 1 / f.stability_limit)]
+            if f and f.is_stable:
+                steps = f"> {f.steps_searched:,}" if f.steps_searched else "never" if f.curve else ""
+                entries += [
+                    "stable",
+                    steps if f.steps_to_target is None else f"{f.steps_to_target:,}",
+                    "" if row.samples_to_target is None else f"{row.samples_to_target:,}",
+                    "not predicted" if math.isnan(f.noise_floor) else percent(f.noise_floor),
+                    percent(f.curve.excess[-1]) if f.curve else "",
+                ]
+            else:
+                entries += ["diverges", "never"] if f else ["", "", "", "impossible"]
+            rows.append(entries + [""] * (len(columns) - len(entries)))
         return columns, rows
 
     def conclusion(self) -> list[str]:
-        """The verdict, the batch size beyond which steps stop halving, and what the numbers are worth."""
+        """The verdict, the critical batch size and the accuracy of the numbers, in lines."""
         lines = [f"verdict      {self.verdict}"]
-        if self.critical and self.critical.critical:
-            lines.append(
-                f"batch size   from {self.critical.critical:,} rows on, doubling the batch saves less than a quarter "
-                f"of the steps to {percent(self.target_excess)}, even with the best rates"
-            )
-        elif self.critical:
-            lines.append("batch size   doubling the batch goes on saving steps as far as the data has rows")
-        problems = [f"note         {row.world_size} ranks: {row.problem}" for row in self.rows if row.problem]
-        return lines + problems[:1] + [f"note         {note}" for note in self.notes]
-
-    def as_json(self) -> dict[str, Any]:
-        """The plan as plain data."""
-        rows = [
-            {**asdict(row), "samples_to_target": row.samples_to_target, "is_stable": _is_stable(row)}
-            for row in self.rows
-        ]
-        return {**asdict(self), "rows": rows}
+        if self.critical:
+            size = self.critical.critical
+            saves = f"from {size:,} samples, doubling saves less than" if size else "doubling saves at least"
+            lines.append(f"batch size   {saves} a quarter of the steps, with the best learning rates of each size")
+        impossible = [f"{_count(row.world_size, 'rank')}: {row.reason}" for row in self.rows if row.reason]
+        return lines + [f"note         {note}" for note in (*impossible[:1], *self.notes)]
 
 
-def make_plan(config: TrainConfig, world_sizes: Sequence[int]) -> Plan:
+def plan(config: TrainConfig, world_sizes: Sequence[int]) -> Plan:
     """The forecasts of a configuration at these world sizes (all at least 1).
 
-    Raises `ValueError` for what no world size could make right.
+    Raises `ValueError` with the reason if the smallest of them is impossible.
     """
-    problem = LeastSquares.of(config)
-    forecasts = [_forecast(config, problem, world_size) for world_size in sorted(set(world_sizes))]
-    first = forecasts[0].forecast
+    least_squares = LeastSquares.of(config)
+    table, best, curvature = least_squares.table, least_squares.closed_form, least_squares.rows.curvature()
+    rows = tuple(_forecast(config, least_squares, world_size) for world_size in sorted(set(world_sizes)))
+    first = rows[0].forecast
     if first is None:
-        raise ValueError(forecasts[0].problem)
-    grows = config.global_batch_size is None and config.sampling != "full"
-    local_batch_size = config.local_batch_size or DEFAULT_LOCAL_BATCH_SIZE
-    largest_stable: dict[LRScaling, int] = {}
-    if grows:
-        for rule in _RULES:
-            largest_stable[rule] = stable_world_size(replace(config, lr_scaling=rule), problem, local_batch_size)
-    critical = None
-    if first.criterion == "mean square" and problem.closed_form.loss > 0:
-        learning_rates, start = base_learning_rates(config, problem), problem.start_error
-        target = first.target_excess * problem.closed_form.loss
-        critical = critical_batch_size(problem.rows, learning_rates, start, target, config.update_order)
-    most_ranks = problem.table.num_rows // local_batch_size if grows else problem.table.num_rows
-    curvature = problem.rows.curvature()
+        raise ValueError(rows[0].reason)
+    learning_rates = setup.base_learning_rates(config, least_squares)
+    rules = {rule: replace(config, lr_scaling=rule) for rule in _RULES}
+    local_batch_size = _local_batch_size(config)
+    largest: dict[LRScaling, int] = {}
+    if config.global_batch_size is None and config.sampling != "full":  # the global batch grows with the ranks
+        largest = {r: setup.stable_world_size(c, least_squares, local_batch_size) for r, c in rules.items()}
+
+    def fraction(scaled: TrainConfig, row: WorldSize) -> float | None:
+        bias = learning_rates[1] * setup.scale_at(scaled, row.global_batch_size)
+        return bias / (row.scaled_learning_rate[1] * row.forecast.stability_limit) if row.forecast else None
+
+    critical, target = None, first.target_excess * best.loss
+    if first.criterion == "mean square" and target > 0:
+        start = least_squares.start_error
+        critical = critical_batch_size(least_squares.rows, learning_rates, start, target, config.update_order)
     return Plan(
         source=config.data,
-        num_rows=problem.table.num_rows,
-        num_features=problem.table.num_features,
-        best_loss=problem.closed_form.loss,
-        r_squared=problem.closed_form.r_squared,
+        num_rows=table.num_rows,
+        num_features=table.num_features,
+        best_loss=best.loss,
+        r_squared=best.r_squared,
         curvature=(float(curvature[0]), float(curvature[-1])),
         lr_scaling=config.lr_scaling,
         target_excess=first.target_excess,
-        rows=tuple(forecasts),
-        of_limit={rule: tuple(_of_limit(config, problem, rule, row) for row in forecasts) for rule in _RULES},
-        largest_stable=largest_stable,
-        most_ranks=most_ranks,
+        rows=rows,
+        fraction_of_stability_limit={
+            r: tuple((row.world_size, fraction(c, row)) for row in rows) for r, c in rules.items()
+        },
+        largest_stable=largest,
         critical=critical,
-        verdict=_verdict(config, problem, forecasts, largest_stable, most_ranks),
-        notes=_notes(config, first, problem),
+        verdict=_verdict(config, rows, largest, table.num_rows // local_batch_size),
+        notes=_notes(config, first, least_squares),
     )
 
 
-def _forecast(config: TrainConfig, problem: LeastSquares, world_size: int) -> WorldSize:
+def _forecast(config: TrainConfig, least_squares: LeastSquares, world_size: int) -> WorldSize:
     try:
-        state, _ = prepare(replace(config, on_unstable="warn"), world_size, problem)
+        state, _ = setup.prepare(replace(config, on_unstable="warn"), world_size, least_squares)
     except ValueError as error:
-        local_batch_size = config.local_batch_size or DEFAULT_LOCAL_BATCH_SIZE
-        batch_size = config.global_batch_size or local_batch_size * world_size
-        return WorldSize(world_size, batch_size, (math.nan, math.nan), None, str(error))
-    return WorldSize(world_size, state.plan.global_batch_size, state.schedule.scaled, state.forecast)
+        size = config.global_batch_size or _local_batch_size(config) * world_size
+        return WorldSize(world_size, size, reason=str(error))
+    forecast, size = state.forecast, state.plan.global_batch_size
+    samples = None if forecast.steps_to_target is None else forecast.steps_to_target * size
+    return WorldSize(world_size, size, state.schedule.scaled, forecast, None, forecast.is_stable, samples)
 
 
-def _of_limit(config: TrainConfig, problem: LeastSquares, rule: LRScaling, row: WorldSize) -> tuple[int, float | None]:
-    if row.forecast is None:
-        return row.world_size, None
-    scaled = base_learning_rates(config, problem)[1] * scale_at(replace(config, lr_scaling=rule), row.global_batch_size)
-    return row.world_size, scaled / (row.scaled_learning_rate[1] * row.forecast.stability_limit)
-
-
-def _is_stable(row: WorldSize) -> bool | None:
-    return row.forecast.is_stable if row.forecast else None
-
-
-def _verdict(
-    config: TrainConfig,
-    problem: LeastSquares,
-    rows: Sequence[WorldSize],
-    largest_stable: dict[LRScaling, int],
-    most_ranks: int,
-) -> str:
-    """One line: stable or not, up to where, and what to do about it."""
-    unstable = [row for row in rows if _is_stable(row) is False]
-    if not largest_stable:
-        batch = f"every step takes {rows[0].global_batch_size} rows at any world size"
-        if not unstable:
-            return f"{batch}, and these rates are stable"
-        assert rows[0].forecast
-        over = 1 / rows[0].forecast.stability_limit
-        return f"{batch}, and these rates diverge: they are {over:.3g} times the limit; {_lower(config)}"
-    rule = {"linear": "linear scaling from", "sqrt": "square-root scaling from", "none": "no scaling of"}
-    name = f"{rule[config.lr_scaling]} these rates"
-    if not unstable:
-        asked = max(row.world_size for row in rows if row.forecast)
-        most = max(asked, largest_stable[config.lr_scaling])
-        enough = ", as many as the data has rows for" if most == most_ranks else ""
-        return f"{name} is stable up to {most} rank{'s' * (most > 1)}{enough}"
-    stable = largest_stable[config.lr_scaling]
-    if stable == 0:
-        return f"{name} diverges at every world size: {_lower(config)}"
-    first = unstable[0].world_size
-    node = ", one Polaris node," if first == _POLARIS_NODE else ""
+def _verdict(config: TrainConfig, rows: Sequence[WorldSize], largest: dict[LRScaling, int], most_ranks: int) -> str:
+    """Whether training is stable, up to which world size, and the remedies, in one line."""
+    unstable = [row for row in rows if row.is_stable is False]
+    omit = "standardise and omit base_learning_rate"
+    lower = f"{'' if config.standardize else f'{omit}, '}lower base_learning_rate, or use --on-unstable cap"
+    if not largest:
+        name = f"every step takes {rows[0].global_batch_size} samples at any world size, and these learning rates"
+        if not (unstable and unstable[0].forecast):
+            return f"{name} are stable"
+        return f"{name} diverge: they are {1 / unstable[0].forecast.stability_limit:.3g} times the limit; {lower}"
 
     def up_to(world_size: int) -> str:
-        return f"{world_size}{', all that the data has rows for' if world_size == most_ranks else ''}"
+        return f"stable up to {_count(world_size, 'rank')}{', the most for this data' * (world_size == most_ranks)}"
 
-    remedies = []
+    name, stable = f"{_RULES[config.lr_scaling]} these learning rates", largest[config.lr_scaling]
+    if not unstable:
+        return f"{name} is {up_to(max(stable, *(row.world_size for row in rows if row.forecast)))}"
+    if stable == 0:
+        return f"{name} diverges at every world size: {lower}"
+    remedies = [f"stay at {stable}, or use --on-unstable cap to lower the learning rates"]
+    if config.lr_scaling == "linear" and largest["sqrt"] > stable:
+        remedies.insert(0, f"use --lr-scaling sqrt ({up_to(largest['sqrt'])})")
     if not config.standardize:
-        standard = replace(config, standardize=True, base_learning_rate=None)
-        local_batch_size = config.local_batch_size or DEFAULT_LOCAL_BATCH_SIZE
-        most = stable_world_size(standard, LeastSquares.of(standard), local_batch_size)
+        standardized = replace(config, standardize=True, base_learning_rate=None)
+        most = setup.stable_world_size(standardized, LeastSquares.of(standardized), _local_batch_size(config))
         if most > stable:
-            remedies.append(f"standardise and leave base_learning_rate out (stable up to {up_to(most)})")
-    if config.lr_scaling == "linear" and largest_stable["sqrt"] > stable:
-        remedies.append(f"use --lr-scaling sqrt (stable up to {up_to(largest_stable['sqrt'])})")
-    remedies.append(f"stay at {stable}, or let --on-unstable cap lower the rates")
-    return f"{name} is stable up to {stable} rank{'s' * (stable > 1)}; at {first}{node} it diverges: " + "; or ".join(
-        remedies
-    )
+            remedies.insert(0, f"{omit} ({up_to(most)})")
+    first = unstable[0].world_size
+    node = ", one Polaris node," * (first == 4)  # one rank a GPU
+    return f"{name} is {up_to(stable)}; at {first}{node} it diverges: {'; or '.join(remedies)}"
 
 
-def _lower(config: TrainConfig) -> str:
-    standard = "" if config.standardize else "standardise and leave base_learning_rate out, "
-    return f"{standard}lower base_learning_rate, or let --on-unstable cap do it"
+def _notes(config: TrainConfig, forecast: Forecast, least_squares: LeastSquares) -> tuple[str, ...]:
+    """Approximations and limits of the forecasts."""
+    num_features, best = least_squares.table.num_features, least_squares.closed_form
+    error = forecast.stability_limit_error / forecast.stability_limit
+    is_mean, is_sequential = forecast.criterion == "mean", config.update_order == "sequential"
+    is_shuffled = not is_mean and forecast.sampling == "shuffle"
+    shuffle = "predicted to a few percent, with the noise floor at the end of an epoch"
+    if is_sequential:
+        shuffle = "approximated by independent batches, which overestimates the noise floor"
+    notes = {
+        f"{num_features} features: only the mean is predicted (more than 16 cost too much), not the noise of "
+        "mini-batches, and the steps are a lower bound": is_mean,
+        f"shuffle sampling is {shuffle}; --sampling random is predicted exactly": is_shuffled,
+        setup.SEQUENTIAL_NOT_PREDICTED: is_sequential and num_features > MAX_SEQUENTIAL,
+        f"the sequential order is predicted from sampled batches: standard error of the limit {percent(error)}": error,
+        best.warning: best.warning,
+        "the closed form's loss is 0, so no excess can be given as a fraction of it": best.loss == 0,
+    }
+    return tuple(note for note, applies in notes.items() if note and applies)
 
 
-def _notes(config: TrainConfig, forecast: Forecast, problem: LeastSquares) -> tuple[str, ...]:
-    """What the numbers are worth."""
-    notes = []
-    if forecast.criterion == "mean":
-        notes.append(
-            f"{problem.table.num_features} features: only the mean is predicted (more than 16 cost too much), so the "
-            "noise of mini-batches, its floor and its spread are left out, and steps are at least those given"
-        )
-    elif forecast.sampling == "shuffle":
-        notes.append(
-            "shuffle sampling is predicted to a few percent, with the floor at the end of an epoch; --sampling random "
-            "is predicted exactly"
-            if config.update_order == "simultaneous"
-            else "shuffle sampling is approximated by independent batches, which puts the floor too high; --sampling "
-            "random is predicted exactly"
-        )
-    if config.update_order == "sequential" and problem.table.num_features > MAX_SEQUENTIAL:
-        notes.append(SEQUENTIAL_NOT_PREDICTED)
-    if forecast.stability_limit_error:
-        notes.append(
-            "the sequential order is predicted from sampled batches: standard error of the limit "
-            f"{percent(forecast.stability_limit_error / forecast.stability_limit)}"
-        )
-    if problem.closed_form.warning:
-        notes.append(problem.closed_form.warning)
-    if problem.closed_form.loss == 0:
-        notes.append("the closed form's loss is 0, so there is no excess to speak of as a fraction of it")
-    return tuple(notes)
+def _local_batch_size(config: TrainConfig) -> int:
+    return config.local_batch_size or DEFAULT_LOCAL_BATCH_SIZE
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number > 1)}"

@@ -1,4 +1,4 @@
-"""What theory says a run will do, before its first step: stable or not, where it ends, how soon it is there."""
+"""Predictions for a run before its first step: stability, the expected end, and the steps to a target."""
 
 from __future__ import annotations
 
@@ -12,21 +12,29 @@ from torchreg.theory import MOST_STEPS, Dynamics, Matrix
 
 DEFAULT_TARGET_EXCESS = 0.01
 
-_MOST_STEPS = 20_000
-_CURVE_POINTS = 120
+_MOST_STEPS = 20_000  # of a curve
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Expected excess loss, and the bounds of 95 % of runs, after some numbers of steps."""
+
+    steps: tuple[int, ...]
+    excess: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Forecast:
     """The expected course of one run. Excess losses are fractions of the closed form's loss.
 
-    `stability_limit` is the largest stable multiple of the scaled rates; `criterion` is what was predicted, "mean
-    square", or "mean" beyond 16 features, where the noise of mini-batches is left out. `noise_floor` is where the
-    scaled rates level off: infinite where they are unstable, NaN where it is not known. `curve` has the expected
-    excess and 95 % of single runs after `steps` steps, at most the first 20,000 of them; None where the run is
-    unstable or the closed form's loss is 0. `steps_to_target` are those until the expected excess is at most
-    `target_excess`, with the run's own warm-up and decay, and going on beyond its end where the rates stay constant;
-    None if it never gets there, or not in `steps_searched`, which is None where all are looked at.
+    `stability_limit` is the largest stable multiple of the scaled learning rates. `criterion` is what was predicted:
+    "mean square", or "mean" beyond 16 features, without the noise of mini-batches. `noise_floor` is infinite where the
+    run is unstable, NaN where it is unknown. `curve` covers at most the first 20,000 steps; None where the run is
+    unstable or the closed form's loss is 0. `steps_to_target` is where the expected excess is first at most
+    `target_excess`, also beyond the run's end where the learning rates stay constant; None if never, or not within
+    `steps_searched` (None: never at all).
     """
 
     criterion: str
@@ -41,42 +49,26 @@ class Forecast:
 
     @property
     def is_stable(self) -> bool:
-        """Whether the scaled rates converge."""
+        """Whether training with the scaled learning rates converges."""
         return self.stability_limit > 1
 
-    @property
-    def is_exact(self) -> bool:
-        """Whether the prediction is exact rather than approximate: `shuffle` is approximated."""
-        return self.sampling != "shuffle"
-
-    def told(self) -> str:
-        """The prediction in one line."""
+    def message(self) -> str:
+        """The prediction in one line, with its approximations."""
+        if self.criterion == "mean" and self.sampling != "full":
+            accuracy = "without the noise of mini-batches, which is predicted up to 16 features"
+        elif self.sampling == "shuffle":
+            accuracy = "approximate for shuffle sampling"
+        else:
+            accuracy = "estimated from sampled batches" if self.stability_limit_error else "exact"
         if not self.is_stable:
-            return (
-                f"unstable: the rates are {1 / self.stability_limit:.3g} times the stability limit ({self.criterion})"
-            )
-        parts = [f"stable ({self.criterion}), the rates are {1 / self.stability_limit:.2g} of the limit"]
-        if self.curve:
-            about = "" if self.is_exact else "about "
-            end = f"after {self.curve.steps[-1]} steps {about}{percent(self.curve.excess[-1])} above the best loss"
-            if self.criterion == "mean":
-                parts.append(f"{end}, and the noise of mini-batches on top (left out beyond 16 features)")
-            else:
-                parts.append(
-                    f"{end}, 95 % of runs {percent(self.curve.low[-1])} to {percent(self.curve.high[-1])}; "
-                    f"floor {'not known' if math.isnan(self.noise_floor) else percent(self.noise_floor)}"
-                )
-        return "; ".join(parts)
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Expected excess loss, and the bounds of 95 % of runs, after some numbers of steps."""
-
-    steps: tuple[int, ...]
-    excess: tuple[float, ...]
-    low: tuple[float, ...]
-    high: tuple[float, ...]
+            fraction = f"{1 / self.stability_limit:.3g}"
+            return f"unstable: learning rate at {fraction} times the limit; expected to diverge ({accuracy})"
+        stable = f"stable: learning rate at {percent(1 / self.stability_limit, digits=2)} of the limit"
+        if not self.curve:
+            return f"{stable} ({accuracy})"
+        end, low, high = (percent(values[-1]) for values in (self.curve.excess, self.curve.low, self.curve.high))
+        band = f"; 95 % of runs {low} to {high}" if low != high else ""
+        return f"{stable}; expected end {end} above the optimum ({accuracy}){band}"
 
 
 def forecast(
@@ -87,35 +79,33 @@ def forecast(
     sampling: str,
     target_excess: float | None = None,
 ) -> Forecast:
-    """The forecast for a schedule's rates; `dynamics` are those of its base rates.
+    """The forecast for a schedule, from the dynamics of its base learning rates.
 
     `start_error` is start − optimum, (num_features + 1,), in the model's units; `best_loss` the closed form's.
     """
     limit = dynamics.largest_multiplier() / schedule.scale
     target = DEFAULT_TARGET_EXCESS if target_excess is None else target_excess
-    curve, steps_to_target, searched, floor = None, None, None, math.nan if limit > 1 else math.inf
+    curve, steps_to_target, searched, noise_floor = None, None, None, math.nan if limit > 1 else math.inf
     if limit > 1 and best_loss > 0:
-        floor = dynamics.noise_floor(schedule.scale) / best_loss
+        noise_floor = dynamics.noise_floor(schedule.scale) / best_loss
         factors = [schedule.factor(step) for step in range(min(schedule.num_steps, _MOST_STEPS))]
-        curve = _curve(dynamics, factors, start_error, best_loss)
-        if schedule.decay == "constant":
-            warmup = [schedule.factor(step) for step in range(min(schedule.warmup_steps, _MOST_STEPS))]
-            hold = len(warmup) == schedule.warmup_steps  # a longer warm-up is looked at as far as the curve is
-            steps_to_target = dynamics.steps_to(
-                target * best_loss, start_error, warmup + [schedule.scale] * hold, hold=hold
-            )
-            searched = MOST_STEPS if hold else _MOST_STEPS
-            if hold and floor >= target:
-                searched = None  # it stays above
-        else:  # the run ends where its rates do
-            steps_to_target = dynamics.steps_to(target * best_loss, start_error, factors, hold=False)
-            searched = _MOST_STEPS if schedule.num_steps > _MOST_STEPS else None
+        last = len(factors)
+        at = np.unique(np.rint([np.geomspace(1, last + 1, 120) - 1, np.linspace(0, last, 120)]).astype(np.int64))
+        expected = dynamics.learning_curve(start_error, factors, at)
+        values = ((part / best_loss).tolist() for part in (expected.excess, expected.low, expected.high))
+        curve = Curve(tuple(at.tolist()), *map(tuple, values))
+        is_constant = schedule.decay == "constant"  # then the search continues beyond the end of the run
+        last = schedule.warmup_steps if is_constant else schedule.num_steps
+        hold = is_constant and last <= _MOST_STEPS
+        searched = MOST_STEPS if hold and not noise_floor >= target else _MOST_STEPS if last > _MOST_STEPS else None
+        factors = [schedule.factor(step) for step in range(min(last, _MOST_STEPS))] + [schedule.scale] * hold
+        steps_to_target = dynamics.steps_to(target * best_loss, start_error, factors, hold=hold)
     return Forecast(
         criterion=dynamics.criterion,
         sampling=sampling,
         stability_limit=limit,
-        stability_limit_error=dynamics.sampling_error(lambda d: d.largest_multiplier()) / schedule.scale,
-        noise_floor=floor,
+        stability_limit_error=dynamics.sampling_error(Dynamics.largest_multiplier) / schedule.scale,
+        noise_floor=noise_floor,
         target_excess=target,
         steps_to_target=steps_to_target,
         steps_searched=searched if steps_to_target is None else None,
@@ -123,17 +113,6 @@ def forecast(
     )
 
 
-def percent(fraction: float) -> str:
-    """A fraction as percent, three digits."""
-    return f"{100 * fraction:.3g} %"
-
-
-def _curve(dynamics: Dynamics, factors: list[float], start_error: Matrix, best_loss: float) -> Curve:
-    ends = np.geomspace(1, len(factors) + 1, _CURVE_POINTS) - 1
-    at = np.unique(
-        np.append(ends.round().astype(np.int64), np.linspace(0, len(factors), _CURVE_POINTS, dtype=np.int64))
-    )
-    curve = dynamics.learning_curve(start_error, factors, at)
-    return Curve(
-        tuple(at.tolist()), *(tuple((values / best_loss).tolist()) for values in (curve.excess, curve.low, curve.high))
-    )
+def percent(fraction: float, digits: int = 3) -> str:
+    """A fraction as percent with `digits` significant digits."""
+    return f"{float(f'{100 * fraction:.{digits}g}'):g} %"

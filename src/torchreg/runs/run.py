@@ -134,7 +134,7 @@ def report(state: RunState, reporter: Reporter) -> None:
     for message in state.messages:
         reporter.say(message)
     if not state.finished:
-        reporter.say(f"forecast     {state.forecast.told()}")
+        reporter.say(f"forecast     {state.forecast.message()}")
         for warning in state.warnings:
             reporter.warn(warning)
 

@@ -1,10 +1,11 @@
-"""What linear algebra says about this training, before it happens. NumPy only, in float64.
+"""Predictions of linear least squares and of SGD on it, before training. NumPy only, in float64.
 
-- `moments`: the best line, from sums that chunks and ranks can merge;
-- `rows`: what the gradients of rows are, and the curvature;
-- `dynamics`: what one step of SGD does to the mean and the mean square of the error, and so stability, noise
-  floor, learning curve and steps to a target (`curve`, `maps`, `modes`, `sequential` and `shuffle` are its parts);
-- `scaling`: what that means for a world size or a batch size.
+- `moments`: the closed-form solution, from sums that chunks and ranks can merge;
+- `row_gradients`: mean and covariance of the gradients of single rows, and the curvature;
+- `dynamics`: the mean and the mean square of the error under SGD: stability limit, noise floor, learning curve and
+  steps to a target. Its parts: `steps` (one step), `sequential` (that update order), `shuffle` (epochs), `maps` (linear
+  maps of second moments) and `curve` (the band around the curve);
+- `critical_batch`: the largest stable world size and the critical batch size.
 
 Notation: n rows, a_i = (x_i, 1) ∈ R^p, G = (1/n) Σ a_i a_iᵀ, θ = (weight, bias), θ* the optimum, δ = θ − θ*,
 residuals e_i = y_i − a_iᵀθ*, loss L(θ) = (1/n) Σ (y_i − a_iᵀθ)² = L* + δᵀGδ, gradient 2Gδ; P is the diagonal matrix
@@ -19,17 +20,6 @@ from torchreg.theory.row_gradients import MAX_FEATURES, RowGradients
 from torchreg.theory.steps import MAX_SEQUENTIAL, Order
 
 __all__ = [
-    "MAX_FEATURES",
-    "MAX_SEQUENTIAL",
-    "MOST_STEPS",
-    "ClosedForm",
-    "CriticalBatch",
-    "Dynamics",
-    "LearningCurve",
-    "Matrix",
-    "Moments",
-    "Order",
-    "RowGradients",
-    "critical_batch_size",
-    "largest_stable_world_size",
-]
+    "MAX_FEATURES", "MAX_SEQUENTIAL", "MOST_STEPS", "ClosedForm", "CriticalBatch", "Dynamics", "LearningCurve",
+    "Matrix", "Moments", "Order", "RowGradients", "critical_batch_size", "largest_stable_world_size",
+]  # fmt: skip

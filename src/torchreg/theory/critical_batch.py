@@ -1,4 +1,4 @@
-"""What the dynamics mean for a world size or a batch size."""
+"""The largest stable world size and the critical batch size."""
 
 from __future__ import annotations
 
@@ -24,18 +24,16 @@ def largest_stable_world_size(
     order: Order = "simultaneous",
     sampling: Sampling = "random",
 ) -> int:
-    """The most ranks, with `local_batch_size` rows each, at which the scaled rates are stable; 0 if not even one is.
+    """The most ranks, with `local_batch_size` rows each, at which training is stable; 0 if not even one is.
 
-    `scale` gives the factor of the rates at a global batch size. Stability is monotone in the world size for
-    the scaling rules of `schedule`, so the answer is found by bisection. No world size with more rows than the table
-    has is looked at.
+    `scale` gives the factor of the learning rates at a global batch size. Stability is monotone in the world size for
+    the scaling rules of `schedule`, so bisection finds the answer, up to the number of rows of the table.
     """
 
     def is_stable(world_size: int) -> bool:
         batch_size = world_size * local_batch_size
-        return (
-            scale(batch_size) < Dynamics.of(rows, base_learning_rates, batch_size, order, sampling).largest_multiplier()
-        )
+        dynamics = Dynamics.of(rows, base_learning_rates, batch_size, order, sampling)
+        return scale(batch_size) < dynamics.largest_multiplier()
 
     low, high = 0, max(1, rows.num_rows // local_batch_size)
     if is_stable(high):
@@ -48,11 +46,11 @@ def largest_stable_world_size(
 
 @dataclass(frozen=True)
 class CriticalBatch:
-    """How steps to a target fall with the batch size, each with the best constant rates for it.
+    """Steps to a target against batch size, each batch size with its best constant learning rates.
 
-    `batch_sizes` double from one to the next; `steps[i]` is the fewest steps to the target at `batch_sizes[i]`, None
-    where no tried rate gets there, with the rates times `multipliers[i]`. `critical` is the batch size from which
-    doubling saves less than a quarter of the steps, or None if that is beyond the table.
+    `batch_sizes` double from one to the next; `steps[i]` is the fewest steps to the target at `batch_sizes[i]`, with
+    the learning rates times `multipliers[i]`; None where no tried multiplier reaches it. `critical` is the batch size
+    from which doubling saves less than a quarter of the steps, or None if that is beyond the table.
     """
 
     batch_sizes: tuple[int, ...]
@@ -71,29 +69,24 @@ def critical_batch_size(
     """The batch size where steps to `target_excess` stop halving, from the error `start` (p,).
 
     McCandlish et al. (2018) find steps S(B) = S_min (1 + B_crit / B): doubling the batch halves the steps far below
-    B_crit, saves nothing far above it, and a quarter of them just there. As in their and Shallue's (2019)
-    measurements, each batch size has its own best rates: the given pair times the best of 25 multipliers from 1/64 to
-    0.95 of the stability limit, of those whose noise floor is below the target. Valid for `random` sampling and up to
+    B_crit, saves nothing far above it, and a quarter of them at B_crit. As in their and Shallue's (2019) measurements,
+    each batch size has its own best learning rates: the given pair times the best of 25 multipliers from 1/64 to 0.95
+    of the stability limit, of those whose noise floor is below the target. Valid for `random` sampling and up to
     `MAX_FEATURES` features.
     """
-    num_rows = rows.num_rows
-    batch_sizes = [2**i for i in range(num_rows.bit_length()) if 2**i <= num_rows]
-    best = [_fewest_steps(Dynamics.of(rows, learning_rates, size, order), start, target_excess) for size in batch_sizes]
-    steps = [found[0] for found in best]
-    critical = None
-    for size, now, doubled in zip(batch_sizes, steps, steps[1:], strict=False):
-        if now and doubled and doubled > 0.75 * now:
-            critical = size
-            break
-    return CriticalBatch(tuple(batch_sizes), tuple(steps), tuple(found[1] for found in best), critical)
 
+    def fewest_steps(batch_size: int) -> tuple[int | None, float]:
+        dynamics = Dynamics.of(rows, learning_rates, batch_size, order)
+        fewest, best = None, math.nan
+        for k in dynamics.largest_multiplier() * _TRIED_MULTIPLIERS:
+            if dynamics.noise_floor(k) < target_excess:
+                steps = dynamics.steps_to(target_excess, start, [k], most_steps=fewest or MOST_STEPS)
+                if steps is not None and (fewest is None or steps < fewest):
+                    fewest, best = steps, float(k)
+        return fewest, best
 
-def _fewest_steps(dynamics: Dynamics, start: Matrix, target_excess: float) -> tuple[int | None, float]:
-    fewest, best = None, math.nan
-    for k in dynamics.largest_multiplier() * _TRIED_MULTIPLIERS:
-        if dynamics.noise_floor(k) < target_excess:
-            most_steps = MOST_STEPS if fewest is None else fewest
-            steps = dynamics.steps_to(target_excess, start, [k], most_steps=most_steps)
-            if steps is not None and (fewest is None or steps < fewest):
-                fewest, best = steps, float(k)
-    return fewest, best
+    batch_sizes = tuple(2**i for i in range(rows.num_rows.bit_length()))
+    steps, multipliers = zip(*map(fewest_steps, batch_sizes), strict=True)
+    doublings = zip(batch_sizes, steps, steps[1:], strict=False)
+    critical = (size for size, now, doubled in doublings if now and doubled and doubled > 0.75 * now)
+    return CriticalBatch(batch_sizes, steps, multipliers, next(critical, None))

@@ -1,4 +1,4 @@
-"""The expected learning curve, and where single runs lie around it."""
+"""The expected learning curve, and the band of single runs around it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _BAND = (0.025, 0.975)
 
 @dataclass(frozen=True)
 class LearningCurve:
-    """The expected excess loss L − L* after `steps` steps, and where single runs lie.
+    """The expected excess loss L − L* after `steps` steps, and bounds of single runs.
 
     `excess` is exact where the dynamics are. `low` and `high` enclose 95 % of runs if δ is normal with its exact mean
-    and covariance: good for small rates and large batches; near the stability limit the true tails are heavier. They
-    are NaN where only the mean is predicted. All are (len(steps),); losses are in the loss's own units.
+    and covariance: good for small learning rates and large batches; near the stability limit the true tails are
+    heavier. They are NaN where only the mean is predicted. All are (len(steps),); losses are in the loss's own units.
     """
 
     steps: Steps
@@ -37,18 +37,17 @@ def band(second_moments: Matrix, gram: Matrix) -> tuple[Matrix, Matrix]:
     """
     try:
         root = np.linalg.cholesky(gram).T
-    except np.linalg.LinAlgError:  # a direction that float64 cannot see
+    except np.linalg.LinAlgError:  # a direction lost in float64 rounding
         curvature, directions = np.linalg.eigh(gram)
         root = np.sqrt(np.maximum(curvature, 0))[:, None] * directions.T
     quantiles = np.full((2, len(second_moments)), np.inf)
     finite = np.isfinite(second_moments).all(axis=(1, 2))
-    moments = second_moments[finite]
-    means = moments[:, :-1, -1]
-    covariances = moments[:, :-1, :-1] - means[:, :, None] * means[:, None, :]
+    means = second_moments[finite, :-1, -1]
+    covariances = second_moments[finite, :-1, :-1] - means[:, :, None] * means[:, None, :]
     values, vectors = np.linalg.eigh(root @ covariances @ root.T)
     spreads = vectors * np.sqrt(np.maximum(values, 0))[:, None, :]
     draws = np.random.default_rng(0).standard_normal((_BAND_DRAWS // 2, len(gram)))
     draws = np.vstack([draws, -draws])
-    for place, mean, spread in zip(np.flatnonzero(finite), means @ root.T, spreads, strict=True):
-        quantiles[:, place] = np.quantile(np.sum((mean + draws @ spread.T) ** 2, axis=1), _BAND)
+    for index, mean, spread in zip(np.flatnonzero(finite), means @ root.T, spreads, strict=True):
+        quantiles[:, index] = np.quantile(np.sum((mean + draws @ spread.T) ** 2, axis=1), _BAND)
     return quantiles[0], quantiles[1]

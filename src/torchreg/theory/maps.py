@@ -1,4 +1,4 @@
-"""Linear maps of symmetric matrices: how the second moment of an error moves."""
+"""Linear maps of symmetric matrices, which move the second moment of an error."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from numpy.typing import NDArray
 
 from torchreg.theory.moments import Matrix
 
-_LOOKS = 64
+_CHECKS = 64  # states that are checked at once
 _STILL = 1e-12
 
 
-def pairs(left: Matrix, right: Matrix) -> Matrix:
+def kron(left: Matrix, right: Matrix) -> Matrix:
     """The map Z ↦ left Z rightᵀ as an array [i, j, b, c]: entry (i, j) from Z[b, c]."""
     return np.einsum("ib,jc->ijbc", left, right)
 
 
-def both_ways(left: Matrix, right: Matrix) -> Matrix:
+def symmetric_kron(left: Matrix, right: Matrix) -> Matrix:
     """The map Z ↦ left Z rightᵀ + right Z leftᵀ."""
-    return pairs(left, right) + pairs(right, left)
+    return kron(left, right) + kron(right, left)
 
 
-def on_symmetric(pairs: Matrix) -> Matrix:
-    """A map [i, j, b, c] on the coordinates of symmetric matrices."""
-    basis = symmetric_basis(len(pairs))
-    return basis @ pairs.reshape(len(pairs) ** 2, -1) @ basis.T
+def on_symmetric(array: Matrix) -> Matrix:
+    """A map [i, j, b, c] as a matrix on the coordinates of symmetric matrices."""
+    basis = symmetric_basis(len(array))
+    return basis @ array.reshape(len(array) ** 2, -1) @ basis.T
 
 
 @lru_cache(maxsize=4)
@@ -42,44 +42,49 @@ def symmetric_basis(q: int) -> Matrix:
     return np.array(basis)
 
 
+def polynomial(maps: Matrix, x: float) -> Matrix:
+    """Σ_j x^(j + 1) maps[j]."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.tensordot(np.float64(x) ** np.arange(1, len(maps) + 1), maps, axes=1)
+
+
 def spectral_radius(matrix: NDArray[np.floating]) -> float:
-    """The largest size of an eigenvalue; infinite where the matrix is not finite."""
+    """The largest absolute value of an eigenvalue; infinite where the matrix is not finite."""
     if not np.isfinite(matrix).all():
         return math.inf
     return float(np.abs(np.linalg.eigvals(matrix)).max())
 
 
 def is_contraction(change: Matrix, interior: Matrix) -> bool:
-    """Whether Z ↦ Z + change(Z), on the coordinates of symmetric matrices, shrinks every Z in the end.
+    """Whether Z ↦ Z + change(Z), on the coordinates of symmetric matrices, has a spectral radius below 1.
 
-    For a map that keeps positive matrices positive, the spectral radius is below 1 if and only if
-    X = interior + map(X) has a positive definite solution, whatever the positive definite `interior` (Krasnosel'skii
-    1964, §2): a linear system in place of all eigenvalues. Growth of less than 1e-12 a move does not count: rounding
-    may feign it in a direction that stands still.
+    For a map that keeps positive matrices positive, that is so if and only if X = interior + map(X) has a positive
+    definite solution, whatever the positive definite `interior` (Krasnosel'skii 1964, §2): a linear system instead of
+    all eigenvalues. Growth of less than 1e-12 a step is ignored: rounding may cause it in a direction that does not
+    move.
     """
     if not np.isfinite(change).all():
         return False
-    size, basis = len(change), symmetric_basis(len(interior))
+    basis = symmetric_basis(len(interior))
     interior = interior + _STILL * np.trace(interior) * np.eye(len(interior))
     try:
-        solution = np.linalg.solve(_STILL * np.eye(size) - (1 - _STILL) * change, basis @ interior.ravel())
+        solution = np.linalg.solve(_STILL * np.eye(len(change)) - (1 - _STILL) * change, basis @ interior.ravel())
     except np.linalg.LinAlgError:
         return False
     return bool(np.linalg.eigvalsh((solution @ basis).reshape(interior.shape))[0] > 0)
 
 
-Reached = Callable[[Matrix], NDArray[np.bool_]]
+def first_reached(
+    change: Matrix, state: Matrix, reached: Callable[[Matrix], NDArray[np.bool_]], most: int
+) -> tuple[int, Matrix] | None:
+    """The number of moves state ← state + change(state) until `reached`, and the state then; None beyond `most`.
 
-
-def first_reached(change: Matrix, state: Matrix, reached: Reached, most: int) -> tuple[int, Matrix] | None:
-    """How many moves state ← state + change(state) it takes until `reached`, and the state then; None beyond `most`.
-
-    `change` is a matrix, or its diagonal; `reached` answers for each of some states (n, size), in one or more respects
-    (n, respects). Each of the first 128 moves is looked at, and from there on 64 for each doubling of their number, so
-    the work grows with its logarithm. Between two looks halving finds the move: the first one, unless the state comes
-    and goes between them.
+    `change` is a matrix, or its diagonal; `reached` takes states (n, size) and returns (n, criteria). Each of the first
+    128 moves is checked, and after that 64 for each doubling of their number, so the work grows with the logarithm of
+    the answer. Bisection between two checks finds the move: the first one, unless the state is reached and left again
+    between them.
     """
-    doubled = [change]  # what 2^j moves add
+    doubled = [change]  # doubled[j]: the change of 2^j moves
 
     def after(states: Matrix, j: int) -> Matrix:
         while len(doubled) <= j:
@@ -89,23 +94,22 @@ def first_reached(change: Matrix, state: Matrix, reached: Reached, most: int) ->
 
     done = 0
     while done <= most and np.isfinite(state).all():
-        j = (done // (2 * _LOOKS)).bit_length()
+        j = (done // (2 * _CHECKS)).bit_length()
         states = state[None]
-        while len(states) < _LOOKS:
+        while len(states) < _CHECKS:
             states = np.concatenate([states, after(states, j + len(states).bit_length() - 1)])
         found = np.flatnonzero(reached(states).any(axis=1))
         if len(found):
-            state, done = states[found[0]], done + (int(found[0]) << j)
+            if done + found[0] == 0:
+                return 0, state
             if found[0]:
                 last, gap = states[found[0] - 1], j
-            if not done:
-                return done, state
-            begin = done - (1 << gap)
+            begin = done + (int(found[0]) << j) - (1 << gap)
             for bit in reversed(range(gap)):
                 middle = after(last, bit)
                 if not reached(middle[None]).any():
                     last, begin = middle, begin + (1 << bit)
             return begin + 1, after(last, 0)
         last, gap = states[-1], j
-        state, done = after(last, j), done + (_LOOKS << j)
+        state, done = after(last, j), done + (_CHECKS << j)
     return None

@@ -1,4 +1,4 @@
-"""The best line and how well it is known, from moments that chunks and ranks can merge."""
+"""The closed-form solution and its accuracy, from moments that chunks and ranks can merge."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ Matrix = NDArray[np.float64]
 _EPSILON = float(np.finfo(np.float64).eps)
 _CHUNK_ROWS = 65_536
 _WANTED_DIGITS = 12
-_HARMLESS_CONDITION = 100.0  # fewer digits than wanted then come from a weight near 0, and no feature is to blame
-_MOST_DECOMPOSED = 256  # features whose singular values are all computed
+_HARMLESS_CONDITION = 100.0  # below it, missing digits come from a weight near 0, not from dependent features
+_MOST_DECOMPOSED = 256  # features up to which singular values are computed exactly
 _POWER_STEPS = 50
 
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """The least-squares optimum and how well the rows determine it.
+    """The least-squares optimum and its accuracy.
 
-    `weight` (num_features,), `bias`, and `loss`, the mean squared error there. `r_squared` is the part of the target's
-    variance that the line explains. `weight_error` (num_features,) and `bias_error` are standard errors under
+    `weight` (num_features,), `bias`, and `loss`, the mean squared error there. `r_squared` is the fraction of the
+    target's variance that is explained. `weight_error` (num_features,) and `bias_error` are standard errors under
     independent errors of equal variance (NaN where there are no more rows than parameters). `condition_number` is
     that of the centred features, each scaled to length 1 (Higham 2002, §20); beyond 256 features it is estimated by
-    50 power iterations, a few percent too low at most.
+    50 power iterations, a few percent too low at most. `digits` is the number of correct decimal digits of the weight.
     """
 
     weight: Matrix
@@ -38,28 +38,26 @@ class ClosedForm:
     bias_error: float
     condition_number: float
     digits: int
-    """Decimal digits of the weight that float64 can be trusted for."""
 
     @property
     def warning(self) -> str | None:
-        """What to tell a user whose features are too alike for `weight` to be known to 12 digits."""
+        """The warning for features so nearly dependent that `weight` has fewer than 12 correct digits."""
         if self.digits >= _WANTED_DIGITS or self.condition_number < _HARMLESS_CONDITION:
             return None
         return (
             f"the features are nearly dependent (condition number {self.condition_number:.2g}): about {self.digits} "
-            "digits of the closed form's weights are right; leave one of the features out"
+            "digits of the closed-form weights are correct; exclude one of the features"
         )
 
 
 @dataclass(frozen=True)
 class Moments:
-    """First and second moments of rows (x, y), from which closed form and loss follow without the rows.
+    """First and second moments of rows (x, y), which determine the closed-form solution and the loss of any line.
 
-    All vectors are (p,), over features and target. The mean is held in two parts, `origin` + `offset`, so that the
-    difference of two means near 1e8 keeps its digits. `factor` is (p, p), upper triangular, RᵀR being the sum of
-    centred outer products: the QR factor keeps the precision that squaring the rows would lose. Moments of parts
-    `merge` to those of the whole (Chan, Golub and LeVeque 1983; the QR form is TSQR, Demmel et al. 2012), so a table
-    can be reduced over chunks and ranks in one pass.
+    All vectors are (p,), over features and target. The mean is `origin` + `offset`, so that the difference of two
+    means near 1e8 keeps its digits. `factor` is (p, p), upper triangular, with RᵀR the sum of centred outer products:
+    the QR factor keeps the precision that squaring the rows would lose. Moments of chunks `merge` to those of the whole
+    (Chan, Golub and LeVeque 1983; the QR form is TSQR, Demmel et al. 2012): one pass over chunks and ranks.
     """
 
     num_rows: int
@@ -70,23 +68,18 @@ class Moments:
     @classmethod
     def of(cls, features: Matrix, target: Matrix) -> Moments:
         """Moments of features (rows, num_features) and target (rows, 1), in one pass over chunks of rows."""
-        chunks = (
-            cls._of_chunk(np.hstack([features[i : i + _CHUNK_ROWS], target[i : i + _CHUNK_ROWS]]))
-            for i in range(0, len(features), _CHUNK_ROWS)
-        )
-        return reduce(cls.merge, chunks)
 
-    @classmethod
-    def _of_chunk(cls, rows: Matrix) -> Moments:
-        """Of rows (rows, p), which are changed."""
-        origin = rows.mean(axis=0)
-        rows -= origin
-        offset = rows.mean(axis=0)
-        rows -= offset
-        return cls(len(rows), origin, offset, _triangle(rows))
+        def of_chunk(start: int) -> Moments:
+            rows = np.hstack([part[start : start + _CHUNK_ROWS] for part in (features, target)])
+            origin = rows.mean(axis=0)
+            rows -= origin
+            offset = rows.mean(axis=0)
+            return cls(len(rows), origin, offset, _triangle(rows - offset))
+
+        return reduce(cls.merge, map(of_chunk, range(0, len(features), _CHUNK_ROWS)))
 
     def merge(self, other: Moments) -> Moments:
-        """The moments of the rows of both."""
+        """The moments of the union of both."""
         num_rows = self.num_rows + other.num_rows
         difference = (self.origin - other.origin) + (self.offset - other.offset)
         between = np.sqrt(self.num_rows * other.num_rows / num_rows) * difference
@@ -105,9 +98,9 @@ class Moments:
     def closed_form(self) -> ClosedForm:
         """The least-squares optimum. Raises `ValueError` if the features do not determine it.
 
-        The triangular system R w = r of the centred rows is solved (QR: Higham 2002, §20.2), which squares no
-        condition number, and no offset of the features costs digits. With the condition number κ and
-        τ = |residual| / (|features| |weight|), the weight's relative error is of the order ε (κ + κ² τ).
+        Solves the triangular system R w = r of the centred rows (QR: Higham 2002, §20.2): the condition number is not
+        squared, and an offset of the features costs no digits. With the condition number κ and
+        τ = |residual| / (|features| |weight|), the relative error of the weight is of the order ε (κ + κ² τ).
         """
         return self._closed_form
 
@@ -115,13 +108,13 @@ class Moments:
     def _closed_form(self) -> ClosedForm:
         r_features, r_target, r_residual = self.factor[:-1, :-1], self.factor[:-1, -1], self.factor[-1, -1]
         lengths = np.linalg.norm(r_features, axis=0)
-        # What rounding the numbers to float64 leaves of a column that depends on those before it.
+        # Rounding to float64 leaves this much of a column that depends on those before it.
         rounding = 32 * _EPSILON * np.hypot(lengths, math.sqrt(self.num_rows) * np.abs(self.mean[:-1]))
         dependent = np.flatnonzero(np.abs(np.diag(r_features)) <= rounding)
         if len(dependent):
             raise ValueError(
                 f"feature {dependent[0] + 1} of {len(lengths)} is a linear combination of those before it, so "
-                "infinitely many lines fit equally well: leave it out"
+                "infinitely many solutions fit equally well: exclude it"
             )
         scaled = r_features / lengths
         weight = np.linalg.solve(scaled, r_target) / lengths
@@ -131,14 +124,14 @@ class Moments:
         residual = abs(float(r_residual))
         if residual <= 16 * _EPSILON * total:  # a perfect fit, to rounding
             residual = 0.0
-        inverse = _inverse_triangle(scaled)
-        largest, smallest = _extreme_singular_values(scaled, inverse)
-        condition = largest / smallest
+        inverse = np.linalg.inv(scaled)
+        largest = _spectral_norm(scaled)
+        condition = largest * _spectral_norm(inverse)
         fitted = float(largest * np.linalg.norm(weight * lengths)) or 1.0
         error = 16 * _EPSILON * condition * (1 + condition * residual / fitted)
         freedom = self.num_rows - len(weight) - 1
         deviation = residual / math.sqrt(freedom) if freedom > 0 else math.nan
-        inverse /= lengths[:, None]  # R⁻¹, whose rows give the weights' variances
+        inverse /= lengths[:, None]  # R⁻¹: the squared norms of its rows give the variances
         return ClosedForm(
             weight=np.asarray(weight, dtype=np.float64),
             bias=float(bias),
@@ -151,7 +144,7 @@ class Moments:
         )
 
     def excess(self, weight: Matrix, bias: float) -> float:
-        """L(θ) − L*: how far a line is above the best possible mean squared error, without cancellation."""
+        """The excess loss L(θ) − L* of a line, computed without cancellation."""
         best = self.closed_form()
         off = weight - best.weight
         slope_part = self.factor[:-1, :-1] @ off
@@ -163,32 +156,13 @@ class Moments:
 
 
 def _triangle(rows: Matrix) -> Matrix:
-    num_columns = rows.shape[1]
-    if len(rows) < num_columns:
-        rows = np.vstack([rows, np.zeros((num_columns - len(rows), num_columns))])
-    return np.asarray(np.linalg.qr(rows, mode="r"))
+    missing = max(0, rows.shape[1] - len(rows))
+    return np.asarray(np.linalg.qr(np.pad(rows, ((0, missing), (0, 0))), mode="r"))
 
 
-def _inverse_triangle(upper: Matrix) -> Matrix:
-    """The inverse of an upper triangular matrix, in blocks: a sixth of the work of `numpy.linalg.inv`."""
-    half = len(upper) // 2
-    if half < 64:
-        return np.asarray(np.linalg.inv(upper))
-    inverse = np.zeros_like(upper)
-    inverse[:half, :half] = _inverse_triangle(upper[:half, :half])
-    inverse[half:, half:] = _inverse_triangle(upper[half:, half:])
-    inverse[:half, half:] = -inverse[:half, :half] @ upper[:half, half:] @ inverse[half:, half:]
-    return inverse
-
-
-def _extreme_singular_values(matrix: Matrix, inverse: Matrix) -> tuple[float, float]:
+def _spectral_norm(matrix: Matrix) -> float:
     if len(matrix) <= _MOST_DECOMPOSED:
-        values = np.linalg.svd(matrix, compute_uv=False)
-        return float(values[0]), float(values[-1])
-    return _largest_singular_value(matrix), 1 / _largest_singular_value(inverse)
-
-
-def _largest_singular_value(matrix: Matrix) -> float:
+        return float(np.linalg.norm(matrix, 2))
     vector = np.random.default_rng(0).standard_normal(len(matrix))
     for _ in range(_POWER_STEPS):
         vector = matrix.T @ (matrix @ (vector / np.linalg.norm(vector)))

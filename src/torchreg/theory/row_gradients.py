@@ -1,4 +1,4 @@
-"""What the gradients of rows are, from which those of every batch are made."""
+"""Mean and covariance of the gradients of single rows, which determine those of every batch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ _CHUNK_ROWS = 4_096
 
 @dataclass(frozen=True, eq=False)
 class RowGradients:
-    """Mean and covariance over rows of a_i b_iᵀ, of which the gradient of every batch is made; b_i = (a_i, −e_i).
+    """Mean and covariance over rows of a_i b_iᵀ with b_i = (a_i, −e_i): the gradient of a batch is a mean of these.
 
     Features, in the model's units, are divided by `feature_unit` (num_features,) and residuals by `error_unit`.
     `rows` (num_rows, p + 1) are the b_i so divided, p being num_features + 1; `mean` is (p, p + 1), and `covariance`
-    (p(p + 1), p(p + 1)). Beyond `MAX_FEATURES` `rows` and `covariance` are None.
+    (p(p + 1), p(p + 1)). Beyond `MAX_FEATURES` `rows` and `covariance` are None. `known` caches the `Dynamics` by
+    their arguments.
     """
 
     num_rows: int
@@ -31,7 +32,6 @@ class RowGradients:
     mean: Matrix
     covariance: Matrix | None
     known: dict[Any, Any] = field(default_factory=dict, repr=False)
-    """What has been found from these rows: `Dynamics` by their arguments."""
 
     @classmethod
     def of(cls, features: Matrix, residual: Matrix) -> RowGradients:
@@ -40,13 +40,9 @@ class RowGradients:
         largest = np.maximum(features.max(axis=0), -features.min(axis=0))
         feature_unit = largest * np.sqrt(np.mean(np.square(features / largest), axis=0))
         error_unit = float(np.sqrt(np.mean(residual**2))) or 1.0
-        rows = np.ones((num_rows, num_features + 2))
-        np.divide(features, feature_unit, out=rows[:, :-2])
-        np.divide(-residual, error_unit, out=rows[:, -1:])
+        rows = np.hstack([features / feature_unit, np.ones((num_rows, 1)), -residual / error_unit])
         if num_features > MAX_FEATURES:
-            mean = (rows.T @ rows)[:-1]
-            mean /= num_rows
-            return cls(num_rows, None, feature_unit, error_unit, mean, None)
+            return cls(num_rows, None, feature_unit, error_unit, (rows.T @ rows)[:-1] / num_rows, None)
         a = rows[:, :-1]
         mean = a.T @ rows / num_rows
         covariance = np.zeros((mean.size, mean.size))
@@ -59,7 +55,8 @@ class RowGradients:
     def curvature(self) -> Matrix:
         """The eigenvalues of 2G, the loss's second derivatives in the model's units, smallest first, (p,).
 
-        Full batches with one rate for all parameters converge below 2 over the largest (Wilkinson 1965).
+        Full-batch training with one learning rate for all parameters converges below 2 over the largest (Wilkinson
+        1965).
         """
         unit = np.append(self.feature_unit, 1.0)
         return np.asarray(np.linalg.eigvalsh(2 * self.mean[:, :-1] * np.outer(unit, unit)))

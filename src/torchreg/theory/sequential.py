@@ -1,4 +1,4 @@
-"""What the sequential update order adds: moments of a batch that have no short formula, from sampled batches."""
+"""Higher moments of a batch, which the sequential update order needs, estimated from sampled batches."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def sampled_deviations(rows: Matrix, root: Matrix, global_batch_size: int, seed:
 def higher_maps(deviations: Matrix, mean: Matrix, root: Matrix) -> tuple[Matrix, Matrix]:
     """The k³ and k⁴ terms of E[A⊗A] in the sequential order, from `sampled_deviations`.
 
-    They are adjusted to the exact `mean` (p, p + 1) and covariance, whose root is `root` (p(p + 1), p(p + 1)): with the
-    exact terms in k and k² the map is then that of one distribution, which keeps it positive, and little of the
-    sampling error is left.
+    They are adjusted to the exact `mean` (p, p + 1) and covariance, whose root is `root` (p(p + 1), p(p + 1)). With the
+    exact terms in k and k² the map is then that of one distribution, so it stays positive; and the sampling error
+    becomes small.
     """
     num, (p, q) = len(deviations), mean.shape
     adjusted = deviations @ covariance_root(deviations.T @ deviations / num, -0.5) @ root
@@ -49,8 +49,8 @@ def higher_maps(deviations: Matrix, mean: Matrix, root: Matrix) -> tuple[Matrix,
     gradients[:, :-1] = (mean.ravel() + adjusted).reshape(num, p, q)
     twice = np.zeros_like(gradients)
     twice[:, -2] = np.einsum("nj,njc->nc", gradients[:, -2, :-2], gradients[:, :-2])
-    crossed = _mean_pairs(gradients, twice)
-    return -on_symmetric(crossed + crossed.transpose(1, 0, 3, 2)), on_symmetric(_mean_pairs(twice, twice))
+    crossed, squared = (np.einsum("nib,njc->ijbc", left, twice, optimize=True) / num for left in (gradients, twice))
+    return -on_symmetric(crossed + crossed.transpose(1, 0, 3, 2)), on_symmetric(squared)
 
 
 def covariance_root(covariance: Matrix, power: float) -> Matrix:
@@ -58,10 +58,3 @@ def covariance_root(covariance: Matrix, power: float) -> Matrix:
     values, vectors = np.linalg.eigh(covariance)
     in_range = values > 1e-10 * max(values[-1], 0.0)
     return np.asarray((vectors[:, in_range] * values[in_range] ** power) @ vectors[:, in_range].T)
-
-
-def _mean_pairs(left: Matrix, right: Matrix) -> Matrix:
-    """The mean over n of left_n ⊗ right_n as an array [i, j, b, c], from (n, q, q)."""
-    num, q, _ = left.shape
-    product = left.reshape(num, -1).T @ right.reshape(num, -1) / num
-    return product.reshape(q, q, q, q).transpose(0, 2, 1, 3)

@@ -1,13 +1,14 @@
-"""One step of SGD as polynomials in the rates: the matrices that `Dynamics` asks."""
+"""What one step of SGD adds to the mean and to the second moment of the error, as polynomials in the learning rate."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from torchreg.theory.maps import both_ways, on_symmetric, pairs
+from torchreg.theory.maps import kron, on_symmetric, polynomial, symmetric_kron
 from torchreg.theory.moments import Matrix
 from torchreg.theory.row_gradients import RowGradients
 from torchreg.theory.sequential import covariance_root, higher_maps, sampled_deviations
@@ -17,88 +18,113 @@ Order = Literal["simultaneous", "sequential"]
 MAX_SEQUENTIAL = 128
 """The sequential order has no symmetric matrix: beyond this many features it is predicted as the simultaneous one."""
 
+_MOST_EPOCH_STEPS = 512
 _NARROWEST = 1e-50  # of the widest direction: its fourth power is still a number
-_EXTREME = 1e305  # rates beyond which the stability limit would not be a number
+_EXTREME = 1e305  # learning rates beyond which the stability limit would not be a number
 
 
-@dataclass(frozen=True)
-class StepMaps:
-    """What a step does to the error in units in which every rate is 1, see `Dynamics`, and what it is made of.
+def units(rows: RowGradients, learning_rates: tuple[float, float]) -> tuple[float, Matrix, Matrix]:
+    """`lr_unit` and `scale` of `Dynamics`, and the factors (p + 1,) from the units of `rows` to those of δ̃.
 
-    `mean_q` (p + 1, p + 1) is the mean over rows of Q_i, `covariance` (p, p + 1, p, p + 1) that of its upper rows, None
-    where there are too many features for it; then there are no `square_maps`. `groups` are `square_maps` of each group
-    of sampled batches.
+    Raises `ValueError` for learning rates so far apart that one of them vanishes beside the other, and for those too
+    extreme to have a stability limit in float64.
     """
-
-    rate_unit: float
-    scale: Matrix
-    mean_q: Matrix
-    covariance: Matrix | None = None
-    mean_maps: tuple[Matrix, ...] = ()
-    square_maps: tuple[Matrix, ...] = ()
-    groups: tuple[tuple[Matrix, ...], ...] = ()
-
-
-def step_maps(
-    rows: RowGradients, learning_rates: tuple[float, float], global_batch_size: int, order: Order, seed: int
-) -> StepMaps:
-    """The maps of a step with these rates of the weight and of the bias at k = 1.
-
-    Raises `ValueError` for rates so far apart that one of them vanishes beside the other, and for rates too extreme to
-    have a stability limit in float64.
-    """
-    num_rows, q = rows.num_rows, rows.mean.shape[1]
-    sqrt_learning_rates = np.sqrt(np.array([learning_rates[0]] * (q - 2) + [learning_rates[1]]))
+    weight, bias = learning_rates
+    sqrt_learning_rates = np.sqrt([weight] * len(rows.feature_unit) + [bias])
     lengths = np.append(rows.feature_unit, 1.0) * sqrt_learning_rates
     unit = float(lengths.max())
-    given = f"base_learning_rate is {learning_rates[0]:.4g} (weight) and {learning_rates[1]:.4g} (bias)"
+    given = f"base_learning_rate is {weight:.4g} (weight) and {bias:.4g} (bias)"
     if lengths.min() < _NARROWEST * unit:
         raise ValueError(
             f"{given}, too far apart to be computed with, for features of size {rows.feature_unit.max():.3g}: bring "
             "them closer"
         )
-    rate_unit = unit * unit
-    if not 1 / _EXTREME < rate_unit < _EXTREME:
-        small = unit < 1
+    if not 1 / _EXTREME < unit * unit < _EXTREME:
+        size, remedy = ("small", "larger") if unit < 1 else ("large", "smaller")
         raise ValueError(
-            f"{given}, too {'small' if small else 'large'} to be computed with, for features of size "
-            f"{rows.feature_unit.max():.3g}: give {'larger' if small else 'smaller'} ones"
+            f"{given}, too {size} to be computed with, for features of size {rows.feature_unit.max():.3g}: give "
+            f"{remedy} ones"
         )
-    factor = np.append(lengths / unit, 1.0)  # what turns the rows' units into those of δ̃
-    mean_q = np.zeros((q, q))
-    scaling = np.outer(factor[:-1], factor, out=mean_q[:-1])
-    scaling *= 2
-    scaling *= rows.mean
-    maps = StepMaps(rate_unit, unit / (sqrt_learning_rates * rows.error_unit), mean_q)
-    # A = (I − kBQ)(I − kWQ) in the sequential order, W and B keeping the weight's rows and the bias's:
-    # I − kQ + k² BQWQ.
-    twice = np.zeros((q, q) if order == "sequential" else (0, 0))
-    if rows.rows is None or rows.covariance is None:
-        if order == "sequential" and q - 2 <= MAX_SEQUENTIAL:
-            twice[-2] = mean_q[-2, :-2] @ mean_q[:-2]
-            return replace(maps, mean_maps=(-mean_q, twice))
-        return maps
-    scaling = 2 * np.outer(factor[:-1], factor)
-    phi = max(0.0, (num_rows - global_batch_size) / (global_batch_size * (num_rows - 1)))
-    of_samples = rows.covariance * scaling.ravel() * scaling.reshape(-1, 1)
-    of_batch = phi * of_samples
-    squares = pairs(mean_q, mean_q)
+    return unit * unit, unit / (sqrt_learning_rates * rows.error_unit), np.append(lengths / unit, 1.0)
+
+
+def mean_maps(mean_q: Matrix) -> Matrix:
+    """E[A] − I of the sequential order without noise, (2, p + 1, p + 1), from Q̄ = `mean_q`.
+
+    With B and W keeping the rows of the bias and of the weight, A = (I − kBQ)(I − kWQ) = I − kQ + k² BQWQ.
+    """
+    twice = np.zeros_like(mean_q)
+    twice[-2] = mean_q[-2, :-2] @ mean_q[:-2]
+    return np.array([-mean_q, twice])
+
+
+def square_maps(
+    rows: Matrix, mean_q: Matrix, covariance: Matrix, global_batch_size: int, order: Order, seed: int
+) -> tuple[Matrix, tuple[Matrix, ...]]:
+    """E[A⊗A] − I, and the same of each group of sampled batches, (powers of k, size, size).
+
+    `rows` are the b_i in units of δ̃; `mean_q` (p + 1, p + 1) is the mean over rows of Q_i, and `covariance`
+    (p(p + 1), p(p + 1)) that of its upper rows. The groups are empty where nothing is sampled.
+    """
+    num_rows, q, identity = len(rows), len(mean_q), np.eye(len(mean_q))
+    of_batch = covariance * max(0.0, (num_rows - global_batch_size) / (global_batch_size * (num_rows - 1)))
+    squares = kron(mean_q, mean_q)
     squares[:-1, :-1] += of_batch.reshape(q - 1, q, q - 1, q).transpose(0, 2, 1, 3)
-    mean_maps, square_maps = [-mean_q], [-on_symmetric(both_ways(mean_q, np.eye(q))), on_symmetric(squares)]
-    groups: list[tuple[Matrix, ...]] = []
-    if order == "sequential":
-        twice[-2] = np.einsum("jjc->c", squares[-2, :-2, :-2])
-        mean_maps.append(twice)
-        square_maps[1] = square_maps[1] + on_symmetric(both_ways(twice, np.eye(q)))
-        exact = tuple(square_maps)
-        root = covariance_root(of_batch, 0.5)
-        sampled = sampled_deviations(rows.rows * factor, root, global_batch_size, seed)
-        groups = [(*exact, *higher_maps(deviations, mean_q[:-1], root)) for deviations in sampled]
-        square_maps += [np.mean([group[j] for group in groups], axis=0) for j in (2, 3)]
-    return replace(
-        maps,
-        covariance=of_samples.reshape(q - 1, q, q - 1, q),
-        mean_maps=tuple(mean_maps),
-        square_maps=tuple(square_maps),
-        groups=tuple(groups),
-    )
+    linear, quadratic = -on_symmetric(symmetric_kron(mean_q, identity)), on_symmetric(squares)
+    if order == "simultaneous":
+        return np.array([linear, quadratic]), ()
+    twice = np.zeros((q, q))
+    twice[-2] = np.einsum("jjc->c", squares[-2, :-2, :-2])
+    quadratic += on_symmetric(symmetric_kron(twice, identity))
+    root = covariance_root(of_batch, 0.5)
+    groups = [
+        np.array([linear, quadratic, *higher_maps(deviations, mean_q[:-1], root)])
+        for deviations in sampled_deviations(rows, root, global_batch_size, seed)
+    ]
+    return np.mean(groups, axis=0), tuple(groups) if len(groups) > 1 else ()
+
+
+@dataclass(frozen=True, eq=False)
+class IndependentSteps:
+    """Steps whose batches are independent of each other, at learning rates times x.
+
+    A step adds Σ_j x^(j + 1) maps[j] times the state to it, where `maps` are (powers, size, size), or their diagonals
+    (powers, size). With `short`, they are those of the last of `num_steps` steps of an epoch, whose batch is short.
+    """
+
+    maps: Matrix
+    short: Matrix | None = None
+    num_steps: int = 1
+
+    def states(self, state: Matrix, xs: Iterable[float]) -> Iterator[Matrix]:
+        """The states before each step and after the last."""
+        yield state
+        exponents = np.arange(1, len(self.maps) + 1)
+        for step, x in enumerate(xs, start=1):
+            maps = self.maps if self.short is None or step % self.num_steps else self.short
+            state = state + np.float64(x) ** exponents @ (maps @ state if maps.ndim == 3 else maps * state)
+            yield state
+
+    def change(self, x: float) -> Matrix:
+        """What an epoch adds to a state, composed of changes, I + C = (I + A)(I + B): tiny ones do not vanish."""
+        step = polynomial(self.maps, x)
+        if self.short is None:
+            return step
+        epoch = polynomial(self.short, x)
+        for bit in range((self.num_steps - 1).bit_length()):
+            if (self.num_steps - 1) >> bit & 1:
+                epoch = epoch + step + epoch @ step
+            step = 2 * step + step @ step
+        return epoch
+
+    @property
+    def period(self) -> int:
+        """Steps of a cycle: an epoch, or a single step in long epochs, whose short step is ignored."""
+        return self.num_steps if self.num_steps <= _MOST_EPOCH_STEPS else 1
+
+    def cycle(self, x: float, weights: Matrix) -> tuple[Matrix, Matrix]:
+        """What a cycle adds to a state, and `weights` before each step as weights at its start, (period, size)."""
+        step, before = polynomial(self.maps, x), [weights]
+        while len(before) < self.period:
+            before.append(before[-1] + before[-1] @ step)
+        return self.change(x) if self.period > 1 else step, np.array(before)
