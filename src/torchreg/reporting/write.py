@@ -1,4 +1,4 @@
-"""The files of a report that are data: report.json and tidy tables, written whole, from records alone."""
+"""The data files of a report: report.json and tidy tables, each written whole."""
 
 from __future__ import annotations
 

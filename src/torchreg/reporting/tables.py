@@ -1,0 +1,319 @@
+"""The tables of a report: columns as data; cells with units and intervals, and footnotes on missing numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+from torchreg.plots.panels import best_model
+from torchreg.plots.quantities import bytes_text, count, in_unit, number, ranks
+from torchreg.reporting.points import Json
+
+_LONG = 14  # rows; a longer table is folded
+_FEW, _NONE, _NEVER, _NOT_REACHED, _NOT_RECORDED = "abcde"
+_NOTES = {
+    _FEW: "too few launches for a 95 % interval: 6 are needed",
+    _NONE: "not measured, or not defined at this point",
+    _NEVER: "never: training diverges, or its noise floor lies above the target",
+    _NOT_REACHED: "the target was not reached, or was not tried",
+    _NOT_RECORDED: "not recorded",
+}
+
+
+class Cell(NamedTuple):
+    """A value with its interval; `note` is the letter of a footnote."""
+
+    text: str
+    interval: str = ""
+    note: str = ""
+    is_number: bool = True
+
+
+Format: TypeAlias = Callable[[Any], Cell]
+Column: TypeAlias = tuple[str, str, Format]
+"""Heading, key of a row, and how its value is written; None is written as missing."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns, rows, and the footnotes that its cells refer to."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[Cell]]
+    notes: list[tuple[str, str]]
+
+    @property
+    def is_long(self) -> bool:
+        """Whether the table is folded until a reader opens it."""
+        return len(self.rows) > _LONG
+
+
+def make_table(title: str, columns: Sequence[Column], rows: Iterable[Json], constant: Sequence[str] = ()) -> Table:
+    """A table with the footnotes that its cells need.
+
+    Of the columns named in `constant`, those with the same value in all rows move into the title, because a table that
+    is too wide hides its last columns. A row's `missing` is the footnote of its missing numbers.
+    """
+    cells = [[_cell(row, key, written) for _, key, written in columns] for row in rows]
+    shared, kept = [], []
+    for index, (heading, _, _) in enumerate(columns):
+        values = {row[index] for row in cells}
+        if heading in constant and len(values) == 1 < len(cells) and not cells[0][index].note:
+            shared.append(f"{heading} {cells[0][index].text}")
+        else:
+            kept.append(index)
+    cells = [[row[index] for index in kept] for row in cells]
+    used = {cell.note for row in cells for cell in row}
+    return Table(
+        f"{title}: {', '.join(shared)}" if shared else title,
+        [columns[index][0] for index in kept],
+        cells,
+        [(letter, note) for letter, note in _NOTES.items() if letter in used],
+    )
+
+
+def _cell(row: Json, key: str, written: Format) -> Cell:
+    if row[key] is not None:
+        return written(row[key])
+    is_number = written is not text
+    return Cell("–", note=row.get("missing", _NONE) if is_number else _NOT_RECORDED, is_number=is_number)
+
+
+def text(value: object) -> Cell:
+    """Words."""
+    return Cell(value if isinstance(value, str) else str(value), is_number=False)
+
+
+def whole(value: float) -> Cell:
+    """A whole number, every digit of it."""
+    return Cell(count(value))
+
+
+def size(value: float) -> Cell:
+    """A message size in bytes."""
+    return Cell(bytes_text(value))
+
+
+def plain(unit: str) -> Format:
+    """A number without an interval, in `unit`."""
+    return lambda value: Cell(in_unit([value], unit))
+
+
+def estimate(unit: str) -> Format:
+    """An estimate and its interval in `unit`; `steps` are written with every digit."""
+
+    def shown(*values: float) -> str:
+        return " – ".join(count(round(value)) for value in values) if unit == "steps" else in_unit(values, unit)
+
+    def cell(found: Json) -> Cell:
+        value, low, high = found["value"], found["low"], found["high"]
+        if low is None:
+            return Cell(shown(value), "–", _FEW)
+        if high is None:  # so many launches missed the target that the interval has no upper end
+            return Cell(shown(value), f"{shown(low)} or more")
+        return Cell(shown(value), "" if low == high else shown(low, high))  # the baseline's ratio to itself is exact
+
+    return cell
+
+
+def as_is(value: Cell) -> Cell:
+    """A cell that was made with its row."""
+    return value
+
+
+# Of a group
+
+_RANKS: list[Column] = [("ranks", "world_size", whole), ("nodes", "num_nodes", whole)]
+_SETTING: list[Column] = [("combination", "combination", text), ("message", "message_bytes", size)]
+_BATCH: list[Column] = [("batch", "batch", as_is)]
+_GLOBAL_BATCH: list[Column] = [("global batch", "global_batch_size", whole)]
+_FIT: list[Column] = [
+    ("model", "model", text),
+    ("parameters", "estimates", as_is),
+    ("held-out error", "held_out_error", plain("%")),
+]
+_POINTS: list[Column] = [
+    *_RANKS, *_SETTING, *_GLOBAL_BATCH,
+    ("launches", "num_launches", whole),
+    ("step time", "step_time_s", estimate("s")),
+    ("spread", "spread", plain("%")),
+    ("slowest / median rank", "slowest_over_median", estimate("")),
+    ("samples/s", "throughput", estimate("samples/s")),
+]  # fmt: skip
+_BREAKDOWN: list[Column] = [
+    *_RANKS, *_SETTING, *_GLOBAL_BATCH,
+    ("step", "step_time_s", estimate("s")),
+    ("data", "data_time_s", estimate("s")),
+    ("compute", "compute_time_s", estimate("s")),
+    ("exposed communication", "exposed_time_s", estimate("s")),
+    ("slowest − median rank", "imbalance_time_s", estimate("s")),
+]  # fmt: skip
+_SCALING: list[Column] = [
+    *_SETTING, *_BATCH, *_RANKS,
+    ("p0", "baseline_world_size", whole),
+    ("speedup", "speedup", estimate("")),
+    ("efficiency", "efficiency", estimate("%")),
+    ("samples/s", "throughput", estimate("samples/s")),
+    ("Karp–Flatt", "karp_flatt", estimate("")),
+]  # fmt: skip
+_TARGETS: list[Column] = [
+    *_SETTING, *_BATCH, *_RANKS, *_GLOBAL_BATCH,
+    ("learning rate / limit", "limit_fraction", as_is),
+    ("predicted steps", "steps", as_is),
+    ("measured steps", "measured_steps", estimate("steps")),
+    ("step time", "step_time_s", estimate("s")),
+    ("predicted time", "predicted_time_s", estimate("s")),
+    ("measured time", "measured_time_s", estimate("s")),
+    ("predicted / measured", "predicted_over_measured", estimate("")),
+    ("node-hours", "node_hours", plain("")),
+]  # fmt: skip
+
+
+def points_tables(group: Json) -> list[Table]:
+    """Step times within a node and across nodes."""
+    tables = [
+        make_table(
+            title, _POINTS, (row for row in _points(group) if (row["num_nodes"] > 1) == across), ("nodes", "launches")
+        )
+        for title, across in (("Within a node", False), ("Across nodes", True))
+    ]
+    return [one for one in tables if one.rows]
+
+
+def _points(group: Json) -> list[Json]:
+    keys = ("message_bytes", "optimizer", "global_batch_size", "world_size", "sync")
+    points = sorted(group["points"], key=lambda point: [point[key] for key in keys])
+    return [{**point, "combination": _combination(point)} for point in points]
+
+
+def _combination(one: Json) -> str:
+    return f"{one['optimizer']}/{one['sync']}"
+
+
+def breakdown_table(group: Json, scope: str) -> Table:
+    """The parts of a step in the series of a scope."""
+    named = {row["point"] for one in group["series"] if one["scope"] == scope for row in one["points"]}
+    rows = (point for point in _points(group) if point["id"] in named)
+    return make_table(f"Parts of a step, {scope}", _BREAKDOWN, rows, ("nodes",))
+
+
+def _series(group: Json, kind: str, scope: str) -> Iterator[tuple[Json, Json]]:
+    """Each series with the cells that name its setting, the smallest message first."""
+    for one in sorted(group["series"], key=lambda one: one["message_bytes"]):
+        if (one["kind"], one["scope"]) == (kind, scope):
+            batch = count(one["global_batch_size"] or one["local_batch_size"]) + " a rank" * (kind == "weak")
+            fields = ("message_bytes", "baseline_world_size")
+            yield one, {"combination": _combination(one), "batch": Cell(batch), **{key: one[key] for key in fields}}
+
+
+def scaling_table(group: Json, kind: str, scope: str) -> Table:
+    """Speedup and efficiency over the baseline p0."""
+    rows = ({**setting, **point} for one, setting in _series(group, kind, scope) for point in one["points"])
+    columns = _SCALING if kind == "strong" else _SCALING[:-1]
+    return make_table(f"{kind.capitalize()} scaling, {scope}", columns, rows, ("nodes", "p0"))
+
+
+def models_table(group: Json, kind: str, scope: str) -> Table:
+    """The fitted models of the step time; the one that is drawn is marked."""
+    rows = (
+        {**setting, **_fit_row(fit), "drawn": "yes" if fit is best_model(one) else ""}
+        for one, setting in _series(group, kind, scope)
+        for fit in one["models"]
+    )
+    return make_table(f"Models, {kind} scaling, {scope}", [*_SETTING, *_BATCH, *_FIT, ("drawn", "drawn", text)], rows)
+
+
+def _fit_row(fit: Json) -> Json:
+    if not fit["identifiable"]:
+        return {"model": fit["model"], "estimates": text(f"not identifiable: {fit['why']}"), "held_out_error": None}
+    parts, is_few = [], False
+    for one in fit["parameters"]:
+        unit = one["unit"] or ""
+        interval = "" if one["low"] is None else f" [{in_unit([one['low'], one['high']], unit)}]"
+        is_few |= not interval
+        parts.append(f"{one['symbol']} = {in_unit([one['value']], unit)}{interval}")
+    return {**fit, "estimates": Cell("; ".join(parts), note=_FEW if is_few else "", is_number=False)}
+
+
+def allreduce_tables(group: Json) -> list[Table]:
+    """The fits of α + β m, and the times by message size."""
+    keys = ("num_nodes", "world_size")
+    measured = [
+        {**one, "where": f"{ranks(one['world_size'])} on {one['num_nodes']} node{'s' * (one['num_nodes'] > 1)}"}
+        for one in sorted(group["allreduce"], key=lambda one: [one[key] for key in keys])
+    ]
+    where: list[Column] = [("backend", "way", text), ("where", "where", text)]
+    times: list[Column] = [
+        ("message", "message_bytes", size), ("time", "time_s", estimate("s")), ("bandwidth", "bandwidth", plain("B/s")),
+    ]  # fmt: skip
+    fits = ({**one, **_fit_row(one["fit"])} for one in measured if one["fit"])
+    sizes = ({**one, **of_size} for one in measured for of_size in one["sizes"])
+    return [make_table("Fits", [*where, *_FIT], fits), make_table("Times", [*where, *times], sizes)]
+
+
+def targets_table(group: Json, kind: str, scope: str) -> Table:
+    """Steps and time to the target, predicted and measured."""
+    series = {one["id"]: setting for one, setting in _series(group, kind, scope)}
+    rows = (
+        {**series[target["series"]], **_target_row(row)}
+        for target in group["targets"] if target["series"] in series for row in target["rows"]
+    )  # fmt: skip
+    columns = [column for column in _TARGETS if kind == "weak" or column not in _BATCH]
+    constant = ("message", "batch", "nodes", "global batch", "learning rate / limit")
+    return make_table(f"Time to the target, {kind} scaling, {scope}", columns, rows, constant)
+
+
+def _target_row(row: Json) -> Json:
+    steps = row["predicted_steps"]
+    return {
+        **row,
+        "missing": _NEVER if steps is None else _NOT_REACHED,
+        "limit_fraction": Cell(number(1 / row["stability_limit"]) + ("" if row["is_stable"] else ", diverges")),
+        "steps": Cell("–", note=_NEVER) if steps is None else whole(steps),
+    }
+
+
+# Of the whole report
+
+
+def source_table(report: Json) -> Table:
+    """The directories that were read."""
+    columns: list[Column] = [
+        *((name, name, text) for name in ("folder", "campaign", "machine")),
+        ("launches", "num_launches", whole), ("failed", "num_failed", whole), ("jobs", "jobs", text),
+    ]  # fmt: skip
+    rows = ({**source, "jobs": ", ".join(source["job_ids"]) or None} for source in report["sources"])
+    return make_table("Sources", columns, rows)
+
+
+def provenance_tables(report: Json) -> list[Table]:
+    """What differs between launches, and what is the same in all."""
+    same = ({"field": field, "value": value} for field, value in report["provenance"]["same"].items())
+    differs = (
+        {"field": one["field"], **value, "value": "not recorded" if value["value"] is None else value["value"]}
+        for one in report["provenance"]["differs"]
+        for value in one["values"]
+    )
+    columns: list[Column] = [("field", "field", text), ("value", "value", text)]
+    tables = [
+        make_table("Differs between launches", [*columns, ("launches", "launches", whole)], differs),
+        make_table("Same in all launches", columns, same),
+    ]
+    return [one for one in tables if one.rows]
+
+
+def excluded_tables(report: Json) -> list[Table]:
+    """Failed launches, and what is in no statistics, with reasons."""
+    failed: list[Column] = [
+        ("launch", "launch", text), ("reason", "reason", text), ("a later try succeeded", "retried", text),
+        ("record", "file", text), ("log", "log", text),
+    ]  # fmt: skip
+    excluded: list[Column] = [(name, name, text) for name in ("what", "reason", "file")]
+    failures = ({**one, "retried": "yes" if one["is_retried"] else "no"} for one in report["failed"])
+    tables = [
+        make_table("Failed launches", failed, failures),
+        make_table("Excluded from all statistics", excluded, report["excluded"]),
+    ]
+    return [one for one in tables if one.rows]
