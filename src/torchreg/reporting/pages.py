@@ -65,7 +65,7 @@ def _environment(*, escaped: bool = True, is_markdown: bool = False) -> Environm
     environment = Environment(
         loader=PackageLoader("torchreg.reporting"),
         autoescape=escaped,
-        finalize=_escape_markdown if is_markdown else None,
+        finalize=escape_markdown if is_markdown else None,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -164,11 +164,7 @@ def _series_table(report: Json, environment: Environment) -> tables.Table:
                 "bottleneck": found and _line(say.bottleneck_details({**found, "kind": series[name]["kind"]})),
             }
         )
-    columns: list[tables.Column] = [
-        ("series", "series", tables.text), ("scaling limit (ranks)", "limit", tables.whole),
-        ("efficiency", "details", tables.text), ("bottleneck", "bottleneck", tables.text),
-    ]  # fmt: skip
-    return tables.make_table("Series", columns, rows)
+    return tables.make_table("Series", ["series", "scaling limit (ranks)", "details", "bottleneck"], rows)
 
 
 def _parts(group: Json, number: int) -> list[Part]:
@@ -233,7 +229,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / scale:.{int(unit == 'h')}f} {unit}"
 
 
-def _escape_markdown(value: object) -> object:
+def escape_markdown(value: object) -> object:
     """Text that shows as it is in GitHub's Markdown, in a line or a cell of a table: no markup, no link, no break."""
     if hasattr(value, "__html__"):
         return value

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
-from torchreg.plots.panels import best_model
+from torchreg.plots.panels import best_model, combination_of
 from torchreg.plots.quantities import bytes_text, count, in_unit, number, ranks
 from torchreg.reporting.points import Json
 
@@ -30,11 +30,6 @@ class Cell(NamedTuple):
     is_number: bool = True
 
 
-Format: TypeAlias = Callable[[Any], Cell]
-Column: TypeAlias = tuple[str, str, Format]
-"""Heading, key of a row, and how its value is written; None is written as missing."""
-
-
 @dataclass(frozen=True)
 class Table:
     """Columns, rows, and the footnotes that its cells refer to."""
@@ -48,37 +43,6 @@ class Table:
     def is_long(self) -> bool:
         """Whether the table is folded until a reader opens it."""
         return len(self.rows) > _LONG
-
-
-def make_table(title: str, columns: Sequence[Column], rows: Iterable[Json], constant: Sequence[str] = ()) -> Table:
-    """A table with the footnotes that its cells need.
-
-    Of the columns named in `constant`, those with the same value in all rows move into the title, because a table that
-    is too wide hides its last columns. A row's `missing` is the footnote of its missing numbers.
-    """
-    cells = [[_cell(row, key, written) for _, key, written in columns] for row in rows]
-    shared, kept = [], []
-    for index, (heading, _, _) in enumerate(columns):
-        values = {row[index] for row in cells}
-        if heading in constant and len(values) == 1 < len(cells) and not cells[0][index].note:
-            shared.append(f"{heading} {cells[0][index].text}")
-        else:
-            kept.append(index)
-    cells = [[row[index] for index in kept] for row in cells]
-    used = {cell.note for row in cells for cell in row}
-    return Table(
-        f"{title}: {', '.join(shared)}" if shared else title,
-        [columns[index][0] for index in kept],
-        cells,
-        [(letter, note) for letter, note in _NOTES.items() if letter in used],
-    )
-
-
-def _cell(row: Json, key: str, written: Format) -> Cell:
-    if row[key] is not None:
-        return written(row[key])
-    is_number = written is not text
-    return Cell("–", note=row.get("missing", _NONE) if is_number else _NOT_RECORDED, is_number=is_number)
 
 
 def text(value: object) -> Cell:
@@ -96,12 +60,12 @@ def size(value: float) -> Cell:
     return Cell(bytes_text(value))
 
 
-def plain(unit: str) -> Format:
+def plain(unit: str) -> Callable[[Any], Cell]:
     """A number without an interval, in `unit`."""
     return lambda value: Cell(in_unit([value], unit))
 
 
-def estimate(unit: str) -> Format:
+def estimate(unit: str) -> Callable[[Any], Cell]:
     """An estimate and its interval in `unit`; `steps` are written with every digit."""
 
     def shown(*values: float) -> str:
@@ -123,80 +87,102 @@ def as_is(value: Cell) -> Cell:
     return value
 
 
+_COLUMNS: dict[str, tuple[str, Callable[[Any], Cell]]] = {
+    "ranks": ("world_size", whole),
+    "nodes": ("num_nodes", whole),
+    "combination": ("combination", text),
+    "message": ("message_bytes", size),
+    "batch": ("batch", as_is),
+    "global batch": ("global_batch_size", whole),
+    "launches": ("num_launches", whole),
+    "step time": ("step_time_s", estimate("s")),
+    "spread": ("spread", plain("%")),
+    "slowest / median rank": ("slowest_over_median", estimate("")),
+    "samples/s": ("throughput", estimate("samples/s")),
+    "p0": ("baseline_world_size", whole),
+    "speedup": ("speedup", estimate("")),
+    "efficiency": ("efficiency", estimate("%")),
+    "Karp–Flatt": ("karp_flatt", estimate("")),
+    "data": ("data_time_s", estimate("s")),
+    "compute": ("compute_time_s", estimate("s")),
+    "exposed communication": ("exposed_time_s", estimate("s")),
+    "slowest − median rank": ("imbalance_time_s", estimate("s")),
+    "parameters": ("estimates", as_is),
+    "held-out error": ("held_out_error", plain("%")),
+    "backend": ("way", text),
+    "time": ("time_s", estimate("s")),
+    "bandwidth": ("bandwidth", plain("B/s")),
+    "learning rate / limit": ("limit_fraction", as_is),
+    "predicted steps": ("steps", as_is),
+    "measured steps": ("measured_steps", estimate("steps")),
+    "predicted time": ("predicted_time_s", estimate("s")),
+    "measured time": ("measured_time_s", estimate("s")),
+    "predicted / measured": ("predicted_over_measured", estimate("")),
+    "node-hours": ("node_hours", plain("")),
+    "failed": ("num_failed", whole),
+    "scaling limit (ranks)": ("limit", whole),
+}
+"""Key of a row by heading, and how its value is written; a heading that is not here is the key of a text."""
+
+
+def make_table(title: str, columns: Sequence[str], rows: Iterable[Json], constant: Sequence[str] = ()) -> Table:
+    """A table with the footnotes that its cells need.
+
+    Of the columns named in `constant`, those with the same value in all rows move into the title, because a table that
+    is too wide hides its last columns. A row's `missing` is the footnote of its missing numbers.
+    """
+    cells = [{heading: _cell(row, *_COLUMNS.get(heading, (heading, text))) for heading in columns} for row in rows]
+    shared = {
+        heading: cells[0][heading].text
+        for heading in constant
+        if heading in columns and len({row[heading] for row in cells}) == 1 < len(cells) and not cells[0][heading].note
+    }
+    kept = [heading for heading in columns if heading not in shared]
+    used = {row[heading].note for row in cells for heading in kept}
+    return Table(
+        ": ".join([title, *([", ".join(f"{heading} {value}" for heading, value in shared.items())] if shared else [])]),
+        kept,
+        [[row[heading] for heading in kept] for row in cells],
+        [(letter, note) for letter, note in _NOTES.items() if letter in used],
+    )
+
+
+def _cell(row: Json, key: str, written: Callable[[Any], Cell]) -> Cell:
+    if row[key] is not None:
+        return written(row[key])
+    is_number = written is not text
+    return Cell("–", note=row.get("missing", _NONE) if is_number else _NOT_RECORDED, is_number=is_number)
+
+
 # Of a group
 
-_RANKS: list[Column] = [("ranks", "world_size", whole), ("nodes", "num_nodes", whole)]
-_SETTING: list[Column] = [("combination", "combination", text), ("message", "message_bytes", size)]
-_BATCH: list[Column] = [("batch", "batch", as_is)]
-_GLOBAL_BATCH: list[Column] = [("global batch", "global_batch_size", whole)]
-_FIT: list[Column] = [
-    ("model", "model", text),
-    ("parameters", "estimates", as_is),
-    ("held-out error", "held_out_error", plain("%")),
-]
-_POINTS: list[Column] = [
-    *_RANKS, *_SETTING, *_GLOBAL_BATCH,
-    ("launches", "num_launches", whole),
-    ("step time", "step_time_s", estimate("s")),
-    ("spread", "spread", plain("%")),
-    ("slowest / median rank", "slowest_over_median", estimate("")),
-    ("samples/s", "throughput", estimate("samples/s")),
-]  # fmt: skip
-_BREAKDOWN: list[Column] = [
-    *_RANKS, *_SETTING, *_GLOBAL_BATCH,
-    ("step", "step_time_s", estimate("s")),
-    ("data", "data_time_s", estimate("s")),
-    ("compute", "compute_time_s", estimate("s")),
-    ("exposed communication", "exposed_time_s", estimate("s")),
-    ("slowest − median rank", "imbalance_time_s", estimate("s")),
-]  # fmt: skip
-_SCALING: list[Column] = [
-    *_SETTING, *_BATCH, *_RANKS,
-    ("p0", "baseline_world_size", whole),
-    ("speedup", "speedup", estimate("")),
-    ("efficiency", "efficiency", estimate("%")),
-    ("samples/s", "throughput", estimate("samples/s")),
-    ("Karp–Flatt", "karp_flatt", estimate("")),
-]  # fmt: skip
-_TARGETS: list[Column] = [
-    *_SETTING, *_BATCH, *_RANKS, *_GLOBAL_BATCH,
-    ("learning rate / limit", "limit_fraction", as_is),
-    ("predicted steps", "steps", as_is),
-    ("measured steps", "measured_steps", estimate("steps")),
-    ("step time", "step_time_s", estimate("s")),
-    ("predicted time", "predicted_time_s", estimate("s")),
-    ("measured time", "measured_time_s", estimate("s")),
-    ("predicted / measured", "predicted_over_measured", estimate("")),
-    ("node-hours", "node_hours", plain("")),
-]  # fmt: skip
+_POINT = ["ranks", "nodes", "combination", "message", "global batch"]
+_PARTS = ["step time", "data", "compute", "exposed communication", "slowest − median rank"]
+_SETTING = ["combination", "message", "batch"]
+_FIT = ["model", "parameters", "held-out error"]
 
 
 def points_tables(group: Json) -> list[Table]:
     """Step times within a node and across nodes."""
-    tables = [
-        make_table(
-            title, _POINTS, (row for row in _points(group) if (row["num_nodes"] > 1) == across), ("nodes", "launches")
-        )
-        for title, across in (("Within a node", False), ("Across nodes", True))
-    ]
+    columns = [*_POINT, "launches", "step time", "spread", "slowest / median rank", "samples/s"]
+    tables = []
+    for title, across in (("Within a node", False), ("Across nodes", True)):
+        rows = (row for row in _points(group) if (row["num_nodes"] > 1) == across)
+        tables.append(make_table(title, columns, rows, ("nodes", "launches")))
     return [one for one in tables if one.rows]
 
 
 def _points(group: Json) -> list[Json]:
     keys = ("message_bytes", "optimizer", "global_batch_size", "world_size", "sync")
     points = sorted(group["points"], key=lambda point: [point[key] for key in keys])
-    return [{**point, "combination": _combination(point)} for point in points]
-
-
-def _combination(one: Json) -> str:
-    return f"{one['optimizer']}/{one['sync']}"
+    return [{**point, "combination": combination_of(point)} for point in points]
 
 
 def breakdown_table(group: Json, scope: str) -> Table:
     """The parts of a step in the series of a scope."""
     named = {row["point"] for one in group["series"] if one["scope"] == scope for row in one["points"]}
     rows = (point for point in _points(group) if point["id"] in named)
-    return make_table(f"Parts of a step, {scope}", _BREAKDOWN, rows, ("nodes",))
+    return make_table(f"Parts of a step, {scope}", [*_POINT, *_PARTS], rows, ("nodes",))
 
 
 def _series(group: Json, kind: str, scope: str) -> Iterator[tuple[Json, Json]]:
@@ -205,13 +191,14 @@ def _series(group: Json, kind: str, scope: str) -> Iterator[tuple[Json, Json]]:
         if (one["kind"], one["scope"]) == (kind, scope):
             batch = count(one["global_batch_size"] or one["local_batch_size"]) + " a rank" * (kind == "weak")
             fields = ("message_bytes", "baseline_world_size")
-            yield one, {"combination": _combination(one), "batch": Cell(batch), **{key: one[key] for key in fields}}
+            yield one, {"combination": combination_of(one), "batch": Cell(batch), **{key: one[key] for key in fields}}
 
 
 def scaling_table(group: Json, kind: str, scope: str) -> Table:
     """Speedup and efficiency over the baseline p0."""
     rows = ({**setting, **point} for one, setting in _series(group, kind, scope) for point in one["points"])
-    columns = _SCALING if kind == "strong" else _SCALING[:-1]
+    columns = [*_SETTING, "ranks", "nodes", "p0", "speedup", "efficiency", "samples/s"]
+    columns += ["Karp–Flatt"] * (kind == "strong")
     return make_table(f"{kind.capitalize()} scaling, {scope}", columns, rows, ("nodes", "p0"))
 
 
@@ -222,7 +209,7 @@ def models_table(group: Json, kind: str, scope: str) -> Table:
         for one, setting in _series(group, kind, scope)
         for fit in one["models"]
     )
-    return make_table(f"Models, {kind} scaling, {scope}", [*_SETTING, *_BATCH, *_FIT, ("drawn", "drawn", text)], rows)
+    return make_table(f"Models, {kind} scaling, {scope}", [*_SETTING, *_FIT, "drawn"], rows)
 
 
 def _fit_row(fit: Json) -> Json:
@@ -244,13 +231,10 @@ def allreduce_tables(group: Json) -> list[Table]:
         {**one, "where": f"{ranks(one['world_size'])} on {one['num_nodes']} node{'s' * (one['num_nodes'] > 1)}"}
         for one in sorted(group["allreduce"], key=lambda one: [one[key] for key in keys])
     ]
-    where: list[Column] = [("backend", "way", text), ("where", "where", text)]
-    times: list[Column] = [
-        ("message", "message_bytes", size), ("time", "time_s", estimate("s")), ("bandwidth", "bandwidth", plain("B/s")),
-    ]  # fmt: skip
     fits = ({**one, **_fit_row(one["fit"])} for one in measured if one["fit"])
     sizes = ({**one, **of_size} for one in measured for of_size in one["sizes"])
-    return [make_table("Fits", [*where, *_FIT], fits), make_table("Times", [*where, *times], sizes)]
+    times = ["backend", "where", "message", "time", "bandwidth"]
+    return [make_table("Fits", ["backend", "where", *_FIT], fits), make_table("Times", times, sizes)]
 
 
 def targets_table(group: Json, kind: str, scope: str) -> Table:
@@ -260,7 +244,11 @@ def targets_table(group: Json, kind: str, scope: str) -> Table:
         {**series[target["series"]], **_target_row(row)}
         for target in group["targets"] if target["series"] in series for row in target["rows"]
     )  # fmt: skip
-    columns = [column for column in _TARGETS if kind == "weak" or column not in _BATCH]
+    columns = [
+        "combination", "message", *(["batch"] if kind == "weak" else []), "ranks", "nodes", "global batch",
+        "learning rate / limit", "predicted steps", "measured steps", "step time", "predicted time", "measured time",
+        "predicted / measured", "node-hours",
+    ]  # fmt: skip
     constant = ("message", "batch", "nodes", "global batch", "learning rate / limit")
     return make_table(f"Time to the target, {kind} scaling, {scope}", columns, rows, constant)
 
@@ -280,40 +268,31 @@ def _target_row(row: Json) -> Json:
 
 def source_table(report: Json) -> Table:
     """The directories that were read."""
-    columns: list[Column] = [
-        *((name, name, text) for name in ("folder", "campaign", "machine")),
-        ("launches", "num_launches", whole), ("failed", "num_failed", whole), ("jobs", "jobs", text),
-    ]  # fmt: skip
     rows = ({**source, "jobs": ", ".join(source["job_ids"]) or None} for source in report["sources"])
-    return make_table("Sources", columns, rows)
+    return make_table("Sources", ["folder", "campaign", "machine", "launches", "failed", "jobs"], rows)
 
 
 def provenance_tables(report: Json) -> list[Table]:
     """What differs between launches, and what is the same in all."""
     same = ({"field": field, "value": value} for field, value in report["provenance"]["same"].items())
     differs = (
-        {"field": one["field"], **value, "value": "not recorded" if value["value"] is None else value["value"]}
+        {"field": one["field"], "value": found["value"] or "not recorded", "num_launches": found["launches"]}
         for one in report["provenance"]["differs"]
-        for value in one["values"]
+        for found in one["values"]
     )
-    columns: list[Column] = [("field", "field", text), ("value", "value", text)]
     tables = [
-        make_table("Differs between launches", [*columns, ("launches", "launches", whole)], differs),
-        make_table("Same in all launches", columns, same),
+        make_table("Differs between launches", ["field", "value", "launches"], differs),
+        make_table("Same in all launches", ["field", "value"], same),
     ]
     return [one for one in tables if one.rows]
 
 
 def excluded_tables(report: Json) -> list[Table]:
     """Failed launches, and what is in no statistics, with reasons."""
-    failed: list[Column] = [
-        ("launch", "launch", text), ("reason", "reason", text), ("a later try succeeded", "retried", text),
-        ("record", "file", text), ("log", "log", text),
-    ]  # fmt: skip
-    excluded: list[Column] = [(name, name, text) for name in ("what", "reason", "file")]
-    failures = ({**one, "retried": "yes" if one["is_retried"] else "no"} for one in report["failed"])
+    retried = "a later try succeeded"
+    failed = ({**one, retried: "yes" if one["is_retried"] else "no", "record": one["file"]} for one in report["failed"])
     tables = [
-        make_table("Failed launches", failed, failures),
-        make_table("Excluded from all statistics", excluded, report["excluded"]),
+        make_table("Failed launches", ["launch", "reason", retried, "record", "log"], failed),
+        make_table("Excluded from all statistics", ["what", "reason", "file"], report["excluded"]),
     ]
     return [one for one in tables if one.rows]
