@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 from torchreg.cli import main
 from torchreg.plots import rendering
 from torchreg.reporting.pages import escape_markdown, write_pages
-from torchreg.reporting.tables import Cell, estimate, make_table
+from torchreg.reporting.tables import Entry, estimate, make_table
 
 from .synthetic import Campaign, report_of
 
@@ -65,26 +65,28 @@ class Page(HTMLParser):
 
 
 LARGE = Campaign(
-    nodes=(1, 2), ranks_per_node=(1, 2, 4), num_features=(1,), combinations=(("sgd", "ddp"), ("manual", "mpi")),
+    nodes=(1, 2), ranks_per_node=(1, 2, 4), num_features=(1,), combinations=(("sgd", "ddp"),),
     num_blocks=6,
 )  # fmt: skip
 FEW = Campaign(
     ranks_per_node=(1, 2), num_features=(1,), combinations=(("manual", "mpi"),), num_blocks=3, campaign="few",
-    local_batch_sizes=(),
+    local_batch_sizes=(), message_sizes=(),
 )  # fmt: skip
 
 
 def change(record):
-    """Two nodes only with 4 ranks each; there, manual/mpi never reaches its target; one launch failed."""
+    """Two nodes only with 4 ranks each; 8 ranks never reach their target; one launch failed."""
     launch, campaign = record["launch"], record["campaign"]["name"]
     if campaign == "few":
         record["dtype"] = "float32"  # not comparable
+        for point in record["points"]:
+            point["target"] = None
         failed = launch["block"] == 2 and launch["world_size"] == 2
         return FEW.failure(2, 1, 2, "mpiexec ended with exit status 6") if failed else record
     if launch["num_nodes"] == 2 and launch["ranks_per_node"] != 4:
         return None
     for point in record["points"]:
-        if launch["world_size"] == 8 and point["optimizer"] == "manual":
+        if launch["world_size"] == 8:
             point["target"] |= dict.fromkeys(["predicted_steps", "measured_steps", "measured_time_s"])
             point["target"]["stability_limit"] = 0.5
     return record
@@ -134,7 +136,7 @@ def test_all_files_are_there_whole_and_the_pages_come_last(written):
     assert [path.name for path in paths[-2:]] == ["report.md", "report.html"]
     pictures = {path.stem for path in paths[:-2]}
     assert {f"{name}{kind}" for name in pictures for kind in (".png", ".svg")} == {path.name for path in paths[:-2]}
-    assert {"figure-1-strong-within-a-node", "figure-2-allreduce"} <= pictures
+    assert {"figure-1-strong-within-a-node", "figure-2-strong-within-a-node"} <= pictures
 
 
 def test_every_element_is_closed_and_every_id_is_unique(page):
@@ -273,8 +275,7 @@ def test_a_wrong_result_comes_first(status, shown, empty, tmp_path):
 def test_sentences_are_there_once_and_under_their_machine(report, page, markdown):
     for shown in ("".join(page.text), markdown):
         assert shown.count("Strong scaling within a node (baseline 1 rank): efficiency") == len(report["groups"])
-        assert shown.count("Fastest to 1 %") == len(report["groups"])
-        assert shown.index("Fastest to 1 %") < shown.index("3 launches" if "3 launches" in shown else "2 launches")
+        assert shown.count("Fastest to 1 %") == 1
 
 
 def test_numbers_have_units_and_intervals_and_what_is_missing_has_a_reason(report, page, markdown):
@@ -402,7 +403,7 @@ def test_columns_with_the_same_value_in_every_row_move_to_the_title():
         table = make_table(
             "Times", names, [dict(zip(names, row, strict=True)) for row in rows], ("a", "c"),
         )  # fmt: skip
-        return table.title, table.columns, [[cell.text for cell in row] for row in table.rows]
+        return table.title, table.columns, [[entry.text for entry in row] for row in table.rows]
 
     assert found("116", "126") == ("Times: a 1, c 6", ["b"], [["1"], ["2"]])
     assert found("116", "226") == ("Times: c 6", ["a", "b"], [["1", "1"], ["2", "2"]])
@@ -412,4 +413,4 @@ def test_columns_with_the_same_value_in_every_row_move_to_the_title():
 def test_steps_to_a_target_have_every_digit():
     # Three digits would make 2,350 of 2,347.
     steps = {"value": 2346.6, "low": 2345.0, "high": 2348.5, "num_launches": 6}
-    assert estimate("steps")(steps) == Cell("2,347", "2,345 – 2,348")
+    assert estimate("steps")(steps) == Entry("2,347", "2,345 – 2,348")

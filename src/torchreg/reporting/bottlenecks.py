@@ -67,6 +67,7 @@ def bottleneck(series: Json, points: Mapping[str, Json]) -> Json | None:
         cause = "imbalance" if imbalance > exposed / 2 else "communication"
     return {
         "series": series["id"],
+        "kind": series["kind"],
         "bottleneck": cause,
         "world_size": last["world_size"],
         "efficiency": efficiency,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,13 +78,13 @@ def _environment(*, escaped: bool = True, is_markdown: bool = False) -> Environm
         "heading": lambda level: Markup("#" * level),
         "panels": lambda picture: [Markup(element) for element in inline_panels(picture)],
         "legend": lambda picture: [(Markup(element), name) for element, name in inline_legend(picture)],
-        "formulas": _formulas, "unstable_targets": _unstable_targets,
     }  # fmt: skip
     return environment
 
 
 def _render(template: str, environment: Environment, report: Json, groups: list[tuple[Json, list[Part]]]) -> str:
     status, correctness, verdict = _verdict(report, environment)
+    series = {one["id"]: one for group in report["groups"] for one in group["series"]}
     title = f"Scaling of {', '.join(report['campaigns'])} on {', '.join(report['machines'])}"
     return environment.get_template(template).render(
         report=report,
@@ -94,7 +94,8 @@ def _render(template: str, environment: Environment, report: Json, groups: list[
         verdict_lines=verdict,
         groups=groups,
         sections=[],
-        series_table=_series_table(report, environment),
+        series=series,
+        series_table=_series_table(report, series, environment),
         source_table=tables.source_table(report),
         provenance_tables=tables.provenance_tables(report),
         excluded_tables=tables.excluded_tables(report),
@@ -108,37 +109,31 @@ def _line(text: str) -> str:
 
 def _verdict(report: Json, environment: Environment) -> tuple[str, str, list[tuple[str, list[str]]]]:
     """Status, correctness, and the sentences about each group under its name, which is "" where there is one group."""
-    say: Any = environment.get_template("sentences.j2").module
+    sentences: Any = environment.get_template("sentences.j2").module
     verdict, groups, found = report["verdict"], report["groups"], []
+
+    def own(name: str, key: str, wanted: Container[str]) -> list[Json]:
+        return [one for one in verdict[name] if one[key] in wanted]
+
     for group in groups:
-        own = {name: [one for one in verdict[name] if one["group"] == group["id"]]
-               for name in ("scaling", "bottlenecks", "targets", "prediction_errors")}  # fmt: skip
-        lines = [say.scaling(*one) for one in _by_heading(group, own["scaling"], own["bottlenecks"])]
+        headings: dict[tuple[Any, ...], dict[str, Json]] = {}
+        for one in group["series"]:
+            headings.setdefault((one["kind"], one["scope"], one["baseline_world_size"]), {})[one["id"]] = one
+        lines = [
+            sentences.scaling(series, own("scaling", "series", series), own("bottlenecks", "series", series))
+            for series in headings.values()
+        ]
         if group["oversubscribed_ranks_per_node"]:
-            lines.append(say.oversubscribed(group))
-        for target in own["targets"]:
-            lines.append(say.best(target["fastest"], "Fastest", "time_s"))
-            lines.append(say.best(target["lowest_node_hours"], "Lowest node-hours", "node_hours"))
-        lines += [say.prediction(error) for error in own["prediction_errors"]]
+            lines.append(sentences.oversubscribed(group))
+        for target in own("targets", "group", [group["id"]]):
+            lines.append(sentences.best(target["fastest"], "Fastest", "time_s"))
+            lines.append(sentences.best(target["lowest_node_hours"], "Lowest node-hours", "node_hours"))
+        lines += map(sentences.prediction, own("prediction_errors", "group", [group["id"]]))
         is_alone = sum(other["machine"] == group["machine"] for other in groups) == 1
         name = "" if len(groups) == 1 else group["machine"] if is_alone else group["title"]
         found.append((name, [_line(line) for line in lines]))
-    return _line(say.status(verdict["correct"])), _line(say.correctness(verdict["correct"])), found
-
-
-def _by_heading(
-    group: Json, limits: list[Json], bottlenecks: list[Json]
-) -> Iterator[tuple[dict[str, Json], list[Json], list[Json]]]:
-    """Series by id, with limits and bottlenecks, for each kind, scope and baseline."""
-    headings: dict[tuple[Any, ...], dict[str, Json]] = {}
-    for one in group["series"]:
-        headings.setdefault((one["kind"], one["scope"], one["baseline_world_size"]), {})[one["id"]] = one
-    for series in headings.values():
-        yield (
-            series,
-            [one for one in limits if one["series"] in series],
-            [{**one, "kind": series[one["series"]]["kind"]} for one in bottlenecks if one["series"] in series],
-        )
+    correct = verdict["correct"]
+    return _line(sentences.status(correct)), _line(sentences.correctness(correct)), found
 
 
 def _by_sentence(items: Iterable[Json], sentence: Callable[[Json], str]) -> list[tuple[str, list[Json]]]:
@@ -149,21 +144,18 @@ def _by_sentence(items: Iterable[Json], sentence: Callable[[Json], str]) -> list
     return sorted(found.items(), key=lambda pair: -len(pair[1]))
 
 
-def _series_table(report: Json, environment: Environment) -> tables.Table:
-    say: Any = environment.get_template("sentences.j2").module
-    series = {one["id"]: one for group in report["groups"] for one in group["series"]}
-    bottlenecks = {one["series"]: one for one in report["verdict"]["bottlenecks"]}
-    rows = []
-    for one in report["verdict"]["scaling"]:
-        name, found = one["series"], bottlenecks.get(one["series"])
-        rows.append(
-            {
-                "series": _line(say.series_title(series[name])),
-                "limit": one["largest_efficient_world_size"],
-                "details": _line(say.limit_details(one)),
-                "bottleneck": found and _line(say.bottleneck_details({**found, "kind": series[name]["kind"]})),
-            }
-        )
+def _series_table(report: Json, series: Mapping[str, Json], environment: Environment) -> tables.Table:
+    sentences: Any = environment.get_template("sentences.j2").module
+    bottlenecks = {one["series"]: _line(sentences.bottleneck_details(one)) for one in report["verdict"]["bottlenecks"]}
+    rows = (
+        {
+            "series": _line(sentences.series_title(series[one["series"]])),
+            "limit": one["largest_efficient_world_size"],
+            "details": _line(sentences.limit_details(one)),
+            "bottleneck": bottlenecks.get(one["series"]),
+        }
+        for one in report["verdict"]["scaling"]
+    )
     return tables.make_table("Series", ["series", "scaling limit (ranks)", "details", "bottleneck"], rows)
 
 
@@ -202,19 +194,6 @@ def _parts(group: Json, number: int) -> list[Part]:
     return [part for part in found if part.pictures or part.scopes or any(one.rows for one in part.tables)]
 
 
-def _formulas(group: Json) -> list[Json]:
-    return list({fit["model"]: fit for one in group["series"] for fit in one["models"]}.values())
-
-
-def _unstable_targets(group: Json) -> list[tuple[Json, Json]]:
-    series = {one["id"]: one for one in group["series"]}
-    return [
-        (target, series[target["series"]])
-        for target in group["targets"]
-        if not all(row["is_stable"] for row in target["rows"])
-    ]
-
-
 def _plural(word: str, number: int) -> str:
     return word if number == 1 else word + ("es" if word.endswith("ch") else "s")
 
@@ -230,7 +209,7 @@ def _duration(seconds: float) -> str:
 
 
 def escape_markdown(value: object) -> object:
-    """Text that shows as it is in GitHub's Markdown, in a line or a cell of a table: no markup, no link, no break."""
+    """Text that shows as it is in GitHub's Markdown, in a line or in a table: no markup, no link, no break."""
     if hasattr(value, "__html__"):
         return value
     line = " ".join(str(value).split())

@@ -1,4 +1,4 @@
-"""The tables of a report: columns as data; cells with units and intervals, and footnotes on missing numbers."""
+"""The tables of a report: columns as data; entries with units and intervals, and footnotes on missing numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NOTES = {
 }
 
 
-class Cell(NamedTuple):
+class Entry(NamedTuple):
     """A value with its interval; `note` is the letter of a footnote."""
 
     text: str
@@ -32,11 +32,11 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """Columns, rows, and the footnotes that its cells refer to."""
+    """Columns, rows, and the footnotes that its entries refer to."""
 
     title: str
     columns: list[str]
-    rows: list[list[Cell]]
+    rows: list[list[Entry]]
     notes: list[tuple[str, str]]
 
     @property
@@ -45,49 +45,49 @@ class Table:
         return len(self.rows) > _LONG
 
 
-def text(value: object) -> Cell:
+def text(value: object) -> Entry:
     """Words."""
-    return Cell(value if isinstance(value, str) else str(value), is_number=False)
+    return Entry(value if isinstance(value, str) else str(value), is_number=False)
 
 
-def whole(value: float) -> Cell:
+def whole(value: float) -> Entry:
     """A whole number, every digit of it."""
-    return Cell(count(value))
+    return Entry(count(value))
 
 
-def size(value: float) -> Cell:
+def size(value: float) -> Entry:
     """A message size in bytes."""
-    return Cell(bytes_text(value))
+    return Entry(bytes_text(value))
 
 
-def plain(unit: str) -> Callable[[Any], Cell]:
+def plain(unit: str) -> Callable[[Any], Entry]:
     """A number without an interval, in `unit`."""
-    return lambda value: Cell(in_unit([value], unit))
+    return lambda value: Entry(in_unit([value], unit))
 
 
-def estimate(unit: str) -> Callable[[Any], Cell]:
+def estimate(unit: str) -> Callable[[Any], Entry]:
     """An estimate and its interval in `unit`; `steps` are written with every digit."""
 
     def shown(*values: float) -> str:
         return " – ".join(count(round(value)) for value in values) if unit == "steps" else in_unit(values, unit)
 
-    def cell(found: Json) -> Cell:
+    def entry(found: Json) -> Entry:
         value, low, high = found["value"], found["low"], found["high"]
         if low is None:
-            return Cell(shown(value), "–", _FEW)
+            return Entry(shown(value), "–", _FEW)
         if high is None:  # so many launches missed the target that the interval has no upper end
-            return Cell(shown(value), f"{shown(low)} or more")
-        return Cell(shown(value), "" if low == high else shown(low, high))  # the baseline's ratio to itself is exact
+            return Entry(shown(value), f"{shown(low)} or more")
+        return Entry(shown(value), "" if low == high else shown(low, high))  # the baseline's ratio to itself is exact
 
-    return cell
+    return entry
 
 
-def as_is(value: Cell) -> Cell:
-    """A cell that was made with its row."""
+def as_is(value: Entry) -> Entry:
+    """An entry that was made with its row."""
     return value
 
 
-_COLUMNS: dict[str, tuple[str, Callable[[Any], Cell]]] = {
+_COLUMNS: dict[str, tuple[str, Callable[[Any], Entry]]] = {
     "ranks": ("world_size", whole),
     "nodes": ("num_nodes", whole),
     "combination": ("combination", text),
@@ -126,32 +126,34 @@ _COLUMNS: dict[str, tuple[str, Callable[[Any], Cell]]] = {
 
 
 def make_table(title: str, columns: Sequence[str], rows: Iterable[Json], constant: Sequence[str] = ()) -> Table:
-    """A table with the footnotes that its cells need.
+    """A table with the footnotes that its entries need.
 
     Of the columns named in `constant`, those with the same value in all rows move into the title, because a table that
     is too wide hides its last columns. A row's `missing` is the footnote of its missing numbers.
     """
-    cells = [{heading: _cell(row, *_COLUMNS.get(heading, (heading, text))) for heading in columns} for row in rows]
+    entries = [{heading: _entry(row, *_COLUMNS.get(heading, (heading, text))) for heading in columns} for row in rows]
     shared = {
-        heading: cells[0][heading].text
+        heading: entries[0][heading].text
         for heading in constant
-        if heading in columns and len({row[heading] for row in cells}) == 1 < len(cells) and not cells[0][heading].note
+        if heading in columns
+        and len({row[heading] for row in entries}) == 1 < len(entries)
+        and not entries[0][heading].note
     }
     kept = [heading for heading in columns if heading not in shared]
-    used = {row[heading].note for row in cells for heading in kept}
+    used = {row[heading].note for row in entries for heading in kept}
     return Table(
         ": ".join([title, *([", ".join(f"{heading} {value}" for heading, value in shared.items())] if shared else [])]),
         kept,
-        [[row[heading] for heading in kept] for row in cells],
+        [[row[heading] for heading in kept] for row in entries],
         [(letter, note) for letter, note in _NOTES.items() if letter in used],
     )
 
 
-def _cell(row: Json, key: str, written: Callable[[Any], Cell]) -> Cell:
+def _entry(row: Json, key: str, written: Callable[[Any], Entry]) -> Entry:
     if row[key] is not None:
         return written(row[key])
     is_number = written is not text
-    return Cell("–", note=row.get("missing", _NONE) if is_number else _NOT_RECORDED, is_number=is_number)
+    return Entry("–", note=row.get("missing", _NONE) if is_number else _NOT_RECORDED, is_number=is_number)
 
 
 # Of a group
@@ -186,12 +188,12 @@ def breakdown_table(group: Json, scope: str) -> Table:
 
 
 def _series(group: Json, kind: str, scope: str) -> Iterator[tuple[Json, Json]]:
-    """Each series with the cells that name its setting, the smallest message first."""
+    """Each series with the entries that name its setting, the smallest message first."""
     for one in sorted(group["series"], key=lambda one: one["message_bytes"]):
         if (one["kind"], one["scope"]) == (kind, scope):
             batch = count(one["global_batch_size"] or one["local_batch_size"]) + " a rank" * (kind == "weak")
             fields = ("message_bytes", "baseline_world_size")
-            yield one, {"combination": combination_of(one), "batch": Cell(batch), **{key: one[key] for key in fields}}
+            yield one, {"combination": combination_of(one), "batch": Entry(batch), **{key: one[key] for key in fields}}
 
 
 def scaling_table(group: Json, kind: str, scope: str) -> Table:
@@ -221,7 +223,7 @@ def _fit_row(fit: Json) -> Json:
         interval = "" if one["low"] is None else f" [{in_unit([one['low'], one['high']], unit)}]"
         is_few |= not interval
         parts.append(f"{one['symbol']} = {in_unit([one['value']], unit)}{interval}")
-    return {**fit, "estimates": Cell("; ".join(parts), note=_FEW if is_few else "", is_number=False)}
+    return {**fit, "estimates": Entry("; ".join(parts), note=_FEW if is_few else "", is_number=False)}
 
 
 def allreduce_tables(group: Json) -> list[Table]:
@@ -258,8 +260,8 @@ def _target_row(row: Json) -> Json:
     return {
         **row,
         "missing": _NEVER if steps is None else _NOT_REACHED,
-        "limit_fraction": Cell(number(1 / row["stability_limit"]) + ("" if row["is_stable"] else ", diverges")),
-        "steps": Cell("–", note=_NEVER) if steps is None else whole(steps),
+        "limit_fraction": Entry(number(1 / row["stability_limit"]) + ("" if row["is_stable"] else ", diverges")),
+        "steps": Entry("–", note=_NEVER) if steps is None else whole(steps),
     }
 
 
