@@ -278,7 +278,7 @@ def provenance_tables(report: Json) -> list[Table]:
     """What differs between launches, and what is the same in all."""
     same = ({"field": field, "value": value} for field, value in report["provenance"]["same"].items())
     differs = (
-        {"field": one["field"], "value": found["value"] or "not recorded", "num_launches": found["launches"]}
+        {"field": one["field"], "value": found["value"], "num_launches": found["launches"]}
         for one in report["provenance"]["differs"]
         for found in one["values"]
     )
