@@ -10,15 +10,13 @@ import tyro
 
 from torchreg.cli.options import EXIT_FAILED, parse
 
-_FOLDER = "report"
-
 
 @dataclass(frozen=True)
 class ReportArguments:
     """Turn the launch records of a campaign into a report: report.html, report.md, report.json, tables, figures.
 
-    From records alone, as often as you like; with several directories, from all of them, without mixing what cannot
-    be compared. `torchreg report compare OLD NEW` tells whether a campaign has become slower.
+    Several directories give one report, in which launches that are not comparable are kept apart.
+    `torchreg report compare OLD NEW` shows whether a campaign has become slower.
     """
 
     dirs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR [DIR ...]")]
@@ -36,7 +34,7 @@ class CompareArguments:
     """Compare a new campaign with an old one: exit code 1 where a step became slower, or a result wrong.
 
     Slower means that even the low end of the 95 % interval of new over old is beyond the threshold; faster, the high
-    end likewise. Intervals hold what differs between launches, and not what differs between the hours of two campaigns.
+    end likewise. Intervals cover differences between launches, not between the hours of two campaigns.
     """
 
     old: Annotated[Path, tyro.conf.Positional]
@@ -46,7 +44,7 @@ class CompareArguments:
     """The new campaign's directory, or its report.json."""
 
     threshold: float = 0.05
-    """By which fraction a step may take longer."""
+    """The fraction by which a step may take longer."""
 
     json: bool = False
     """Print the comparison as one JSON object on stdout, and nothing else there."""
@@ -58,9 +56,9 @@ def run(argv: list[str]) -> int:
         return _compare(argv[1:])
     arguments = parse(ReportArguments, "torchreg report", argv)
     if not arguments.dirs:
-        raise ValueError("report got no directory: give a campaign's, as in `torchreg report DIR`")
+        raise ValueError("report got no directory: give one of a campaign, as in `torchreg report DIR`")
     if arguments.out is None and len(arguments.dirs) > 1:
-        raise ValueError(f"report got {len(arguments.dirs)} directories: say with --out where their report belongs")
+        raise ValueError(f"report got {len(arguments.dirs)} directories: give the directory of their report with --out")
 
     from torchreg.reporting.write import require_report_libraries
 
@@ -74,18 +72,18 @@ def run(argv: list[str]) -> int:
 
     records = read_records(arguments.dirs)
     report = analyse(records)
-    folder = arguments.out or arguments.dirs[0] / _FOLDER
+    folder = arguments.out or arguments.dirs[0] / "report"
     written = write_data(report, records, folder)
 
-    from torchreg.reporting.pages import write_pages  # brings matplotlib and Jinja2, which bad input need not wait for
+    from torchreg.reporting.pages import summary_lines, write_pages  # imports matplotlib, slowly: after bad input
 
     written += write_pages(report, folder)
     if arguments.json:
         print(to_json(report))
         return 0
-    lines = [f"verdict      {line}" for line in report["verdict"]["lines"]]
+    lines = [f"verdict      {line}" for line in summary_lines(report)]
     lines += [f"failed       {one['file']}: {one['reason']}" for one in report["failed"]]
-    lines += [f"left out     {one['file']}: {one['reason']}" for one in report["excluded"]]
+    lines += [f"excluded     {one['file']}: {one['reason']}" for one in report["excluded"]]
     lines += [f"report       {path}" for path in written if path.suffix in (".html", ".md", ".json")]
     show_lines(lines)
     return 0
@@ -99,14 +97,14 @@ def _compare(argv: list[str]) -> int:
     require_report_libraries()
 
     from torchreg.console import show_lines, show_table
-    from torchreg.reporting.comparison import compare
+    from torchreg.reporting.comparison import compare, conclusion, table
     from torchreg.runs.record import to_json
 
     comparison = compare(arguments.old, arguments.new, arguments.threshold)
     if arguments.json:
-        print(to_json(comparison.as_json()))
+        print(to_json(comparison))
     else:
-        if comparison.rows:
-            show_table(*comparison.table())
-        show_lines(comparison.conclusion())
-    return EXIT_FAILED if comparison.is_regression else 0
+        if comparison["rows"]:
+            show_table(*table(comparison))
+        show_lines(conclusion(comparison))
+    return EXIT_FAILED if comparison["is_regression"] else 0

@@ -1,107 +1,113 @@
-"""Tables in, everything that a report says out: one plain dictionary, from which all pages and pictures are made."""
+"""Turn launch records into one dictionary of numbers, from which all pages and figures of a report are made."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pandas as pd
 
 from torchreg import __version__
+from torchreg.reporting.bottlenecks import bottleneck, scaling_limit
 from torchreg.reporting.fits import allreduce_of, models_of
 from torchreg.reporting.groups import VERSIONS, Group, comparable_groups
-from torchreg.reporting.method import method
-from torchreg.reporting.points import Point, point_json, points_of
+from torchreg.reporting.points import Json, launches_by_point, point_of
 from torchreg.reporting.provenance import cost, excluded, failures, provenance, sources
-from torchreg.reporting.series import Series, series_json, series_of
-from torchreg.reporting.summary import verdict
-from torchreg.reporting.targets import targets_of
+from torchreg.reporting.series import series_of
+from torchreg.reporting.targets import best_of, prediction_error, targets_of
 from torchreg.scaling.records import Records, allreduce_table, launches_table, points_table
 
 KIND = "scaling-report"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
-def analyse(records: Records) -> dict[str, Any]:
-    """What the records say, as report.json has it; the same records give the same report.
+def analyse(records: Records) -> Json:
+    """The content of report.json: numbers and identifiers. The same records give the same report.
 
-    An interval is `{"value", "low", "high", "num_launches"}`, its ends None where there are too few launches. Groups
-    are never compared with each other. Every string may come from a record: pages must escape it.
+    An interval is `{"value", "low", "high", "num_launches"}`; its ends are None where there are too few launches.
+    Groups are never compared with each other. Every string may come from a record: pages must escape it.
 
     - `sources`: one for each directory, campaign and machine
-    - `verdict`: `correct` (`status` yes, no or unknown), `lines` (sentences, the most important first), `scaling` and
-      `bound_by` (one for each series), `fastest` and `lowest_node_hours` (None where no target was reached)
+    - `verdict`: `correct` (`status` yes, no or unknown), `scaling` and `bottlenecks` (one for each series), `targets`
+      (one for each group, number of features and target), `fastest` and `lowest_node_hours` of the first of these,
+      `prediction_errors` (one for each group)
     - `groups`: `points` (times with intervals, and the breakdown of a step), `series` (strong and weak, with `models`),
       `allreduce`, `targets`
-    - `cost`, `provenance` (`same`, `differs`), `excluded`, `failed`, `method` (paragraphs)
+    - `cost`, `provenance` (`same`, `differs`), `excluded`, `failed`, `method`
     """
-    launches, points = launches_table(records), points_table(records)
-    allreduce = allreduce_table(records)
+    launches, points, allreduce = launches_table(records), points_table(records), allreduce_table(records)
     groups = [_group(group, launches, points, allreduce) for group in comparable_groups(launches)]
-    excluded_records = excluded(records)
-    machines = ", ".join(dict.fromkeys(launches["machine"]))
-    campaigns = ", ".join(dict.fromkeys(launches["campaign"]))
     num_unreadable = sum(not one.is_wrong_result for one in records.excluded)
+    times = pd.concat([launches["finished_utc"], launches["started_utc"]]).dropna()
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": KIND,
         "torchreg": __version__,
-        "title": f"Scaling of {campaigns} on {machines}" if len(launches) else "Scaling: no launch can be used",
-        "data_from_utc": _first(launches["started_utc"]),
-        "data_to_utc": _last(pd.concat([launches["finished_utc"], launches["started_utc"]])),
+        "campaigns": list(dict.fromkeys(launches["campaign"])),
+        "machines": list(dict.fromkeys(launches["machine"])),
+        "data_from_utc": min(launches["started_utc"].dropna(), default=None),
+        "data_to_utc": max(times, default=None),
         "sources": sources(launches),
-        "verdict": verdict(launches, points, groups, num_unreadable),
+        "verdict": {"correct": _correct(launches, points, num_unreadable), **_verdict(groups)},
         "groups": groups,
         "cost": cost(launches),
         "provenance": provenance(records),
-        "excluded": excluded_records,
+        "excluded": excluded(records),
         "failed": failures(records),
-        "method": method(points),
+        "method": {"shortest_window_s": float(points["window_s"].min()) if len(points) else None},
     }
 
 
-def _group(group: Group, launches: pd.DataFrame, points: pd.DataFrame, allreduce: pd.DataFrame) -> dict[str, Any]:
+def _group(group: Group, launches: pd.DataFrame, points: pd.DataFrame, allreduce: pd.DataFrame) -> Json:
     own = launches[launches["launch"].isin(group.launches)]
     num_cpus = pd.to_numeric(own["num_cpus"])
-    mine = points[points["launch"].isin(group.launches) & points["check_passed"]]
-    found = points_of(group.id, mine)
-    series = series_of(group.id, found)
+    by_point = launches_by_point(group.id, points[points["launch"].isin(group.launches) & points["check_passed"]])
+    found = {name: point_of(name, rows) for name, rows in by_point.items()}
+    series = series_of(group.id, list(found.values()), by_point)
+    too_many = own.loc[own["ranks_per_node"] > num_cpus, "ranks_per_node"]
     return {
         "id": group.id,
         "title": group.title,
-        "machine": group.key["machine"],
-        "device_name": group.key["device_name"],
-        "backend": group.key["backend"],
-        "dtype": group.key["dtype"],
+        **{field: group.key[field] for field in ("machine", "device_name", "backend", "dtype")},
         "distributed": group.key["effective"],
         "versions": {name: group.key[name] for name in VERSIONS},
         "num_launches": len(group.launches),
         "num_cpus": int(num_cpus.min()) if num_cpus.notna().any() else None,
-        "oversubscribed_ranks_per_node": sorted(
-            own.loc[own["ranks_per_node"] > num_cpus, "ranks_per_node"].unique().tolist()
-        ),
-        "points": [point_json(point) for point in found],
-        "series": [{**series_json(one), "models": models_of(one, _alike(one, series))} for one in series],
+        "oversubscribed_ranks_per_node": sorted(too_many.unique().tolist()),
+        "points": list(found.values()),
+        "series": [{**one, "models": models_of(one, found, by_point, series)} for one in series],
         "allreduce": allreduce_of(allreduce[allreduce["launch"].isin(group.launches)]),
-        "targets": targets_of(series),
+        "targets": targets_of(series, by_point),
     }
 
 
-def _alike(series: Series, others: Sequence[Series]) -> list[Point]:
-    """The points of all series that differ from this one in the batch at most."""
-
-    def setting(one: Series) -> tuple[str, str, str, int]:
-        return one.scope, one.optimizer, one.sync, one.num_features
-
-    found: Mapping[str, Point] = {
-        point.id: point for other in others if setting(other) == setting(series) for point in other.points
+def _correct(launches: pd.DataFrame, points: pd.DataFrame, num_unreadable: int) -> Json:
+    """Whether all runs end at the closed-form solution, those whose check failed included."""
+    wrong = points[~points["check_passed"]]
+    first = wrong[["launch", "optimizer", "sync", "num_features", "world_size"]].to_dict("records")[:1]
+    return {
+        "status": "unknown" if points.empty else "yes" if wrong.empty else "no",
+        "num_runs": len(points),
+        "num_wrong": len(wrong),
+        "first_wrong": first[0] if first else None,
+        "num_launches": int((launches["status"] == "ok").sum()),
+        "num_failed": int((launches["status"] == "failed").sum()),
+        "num_excluded": num_unreadable,
     }
-    return list(found.values())
 
 
-def _first(times: pd.Series[str]) -> str | None:
-    return min(times.dropna(), default=None)
-
-
-def _last(times: pd.Series[str]) -> str | None:
-    return max(times.dropna(), default=None)
+def _verdict(groups: Sequence[Json]) -> Json:
+    scaling, bottlenecks = [], []
+    for group in groups:
+        points = {point["id"]: point for point in group["points"]}
+        scaling += [{"group": group["id"], **scaling_limit(one)} for one in group["series"]]
+        found = [bottleneck(one, points) for one in group["series"]]
+        bottlenecks += [{"group": group["id"], **one} for one in found if one]
+    best = [one for group in groups for one in best_of(group)]
+    return {
+        "scaling": scaling,
+        "bottlenecks": bottlenecks,
+        "targets": best,
+        "fastest": best[0]["fastest"] if best else None,
+        "lowest_node_hours": best[0]["lowest_node_hours"] if best else None,
+        "prediction_errors": [error for group in groups if (error := prediction_error(group))],
+    }

@@ -1,111 +1,103 @@
-"""The models of a series and of an all-reduce, as the report tells them."""
+"""Models of the step time of a series and of the time of an all-reduce, fitted to launches."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict
 from statistics import median
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from torchreg.reporting.points import Point, over_launches
-from torchreg.reporting.series import Series
+from torchreg.reporting.points import Json, over_launches
+from torchreg.reporting.series import step_times
 from torchreg.scaling import models
 from torchreg.scaling.identify import Fit
 from torchreg.scaling.statistics import Vector
 
-_FURTHER = 8  # times the largest measured world size is where curves end
+_FURTHER = 8  # curves end at this multiple of the largest measured world size
 _CURVE_POINTS = 24
+_SETTING = ("scope", "optimizer", "sync", "num_features")
+_ALLREDUCE_KEY = ["backend", "sync", "num_nodes", "ranks_per_node", "world_size"]
 
 
-def models_of(series: Series, points: Sequence[Point]) -> list[dict[str, Any]]:
-    """Amdahl (strong scaling alone), the universal scalability law, and compute + α–β.
+def models_of(series: Json, points: Mapping[str, Json], launches: Mapping[str, pd.DataFrame],
+              others: Sequence[Json]) -> list[Json]:  # fmt: skip
+    """Amdahl (strong scaling only), the universal scalability law, and compute + α–β.
 
-    The last is fitted to all of `points` that share scope, features and way to train with the series, strong and weak
-    together: only so do rows and ranks vary apart.
+    The last is fitted to the points of all `others` with the same scope, optimizer, sync and number of features, strong
+    and weak together, because only then local batch and world size vary independently.
     """
     times: dict[Hashable, dict[int, float]] = {}
-    for point in series.points:
-        for block, seconds in point.step_times.items():
-            times.setdefault(block, {})[point.world_size] = seconds
+    for row in series["points"]:
+        for block, seconds in step_times(launches[row["point"]]).items():
+            times.setdefault(block, {})[row["world_size"]] = seconds
     ranks = _world_sizes(series)
-    if series.kind == "strong":
-        fits = [models.fit_amdahl(times), models.fit_usl(times, global_batch_size=series.baseline.global_batch_size)]
-        rows = series.baseline.global_batch_size / ranks
+    global_batch, local_batch = series["global_batch_size"], series["local_batch_size"]
+    if series["kind"] == "strong":
+        fits = [models.fit_amdahl(times), models.fit_usl(times, global_batch_size=global_batch)]
+        local_batches = global_batch / ranks
     else:
-        fits = [models.fit_usl(times, local_batch_size=round(series.baseline.local_batch_size))]
-        rows = np.full_like(ranks, series.baseline.local_batch_size)
-    works = np.stack([ranks, rows, np.full_like(ranks, series.points[-1].message_bytes)], axis=1)
-    return [
-        *(_model(fit, series, ranks, ranks) for fit in fits),
-        _model(models.fit_mechanistic(_works(points)), series, ranks, works),
-    ]
+        fits = [models.fit_usl(times, local_batch_size=round(local_batch))]
+        local_batches = np.full_like(ranks, local_batch)
+    works = np.stack([ranks, local_batches, np.full_like(ranks, series["message_bytes"])], axis=1)
+    alike = [other for other in others if all(other[field] == series[field] for field in _SETTING)]
+    names = dict.fromkeys(row["point"] for other in alike for row in other["points"])
+    mechanistic = models.fit_mechanistic(_works([points[name] for name in names], launches))
+    return [*(_model(fit, series, ranks, ranks) for fit in fits), _model(mechanistic, series, ranks, works)]
 
 
-def _works(points: Sequence[Point]) -> dict[Hashable, dict[models.Work, float]]:
+def _works(points: Sequence[Json], launches: Mapping[str, pd.DataFrame]) -> dict[Hashable, dict[models.Work, float]]:
     times: dict[Hashable, dict[models.Work, float]] = {}
-    message = max(point.message_bytes for point in points)  # of one rank too, which has none to send
+    message = max(point["message_bytes"] for point in points)  # of one rank too, which sends none
     for point in points:
-        work = models.Work(point.world_size, point.global_batch_size / point.world_size, message)
-        for block, seconds in point.step_times.items():
+        work = models.Work(point["world_size"], point["global_batch_size"] / point["world_size"], message)
+        for block, seconds in step_times(launches[point["id"]]).items():
             times.setdefault(block, {})[work] = seconds
     return times
 
 
-def _world_sizes(series: Series) -> Vector:
-    """Where a curve is told: the measured world sizes, others between, and as many ranks more as still have rows."""
-    measured = [point.world_size for point in series.points]
+def _world_sizes(series: Json) -> Vector:
+    """The world sizes of a curve: measured ones, others between, and larger ones as far as each rank has a sample."""
+    measured = [row["world_size"] for row in series["points"]]
     last = measured[-1] * _FURTHER
-    if series.kind == "strong":
-        last = max(min(last, series.baseline.global_batch_size), measured[-1])
+    if series["kind"] == "strong":
+        last = max(min(last, series["global_batch_size"]), measured[-1])
     between = np.rint(np.geomspace(measured[0], last, _CURVE_POINTS))
     return np.unique([*between, *measured]).astype(float)
 
 
-def _model(fit: Fit, series: Series, ranks: Vector, predict_at: Vector) -> dict[str, Any]:
-    largest = series.points[-1].world_size
-    curve = []
-    if fit.identifiable:
-        curve = [
-            {"world_size": int(p), "step_time_s": float(seconds), "extrapolated": bool(p > largest)}
-            for p, seconds in zip(ranks, fit.predict(predict_at), strict=True)
-        ]
-    return {**_fit_json(fit), "curve": curve}
+def _model(fit: Fit, series: Json, ranks: Vector, predict_at: Vector) -> Json:
+    largest = series["points"][-1]["world_size"]
+    times = fit.predict(predict_at) if fit.identifiable else ()
+    curve = [
+        {"world_size": int(p), "step_time_s": float(seconds), "extrapolated": bool(p > largest)}
+        for p, seconds in zip(ranks, times, strict=fit.identifiable)
+    ]
+    return {**_fit(fit), "curve": curve}
 
 
-def _fit_json(fit: Fit) -> dict[str, Any]:
+def _fit(fit: Fit) -> Json:
+    fields = ("model", "formula", "source", "identifiable", "why", "held_out_error")
     return {
-        "model": fit.model,
-        "formula": fit.formula,
-        "source": fit.source,
-        "identifiable": fit.identifiable,
-        "why": fit.why,
+        **{field: getattr(fit, field) for field in fields},
         "parameters": [asdict(parameter) for parameter in fit.parameters],
-        "held_out_error": fit.held_out_error,
     }
 
 
-_ALLREDUCE_KEY = ["way", "sync", "num_nodes", "ranks_per_node", "world_size"]
-
-
-def allreduce_of(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Time and bandwidth by message size for each way and number of ranks, with latency and bandwidth fitted."""
+def allreduce_of(table: pd.DataFrame) -> list[Json]:
+    """Time and bandwidth (B/s) by message size for each backend and world size, with a fit."""
     found = []
-    table = table.rename(columns={"backend": "way"})
     for _, rows in table.groupby(_ALLREDUCE_KEY, sort=True):
-        times: dict[Hashable, dict[int, float]] = {}
-        by_size: dict[int, list[float]] = {}
-        for block, size, seconds in zip(
-            rows["block"].tolist(), rows["message_bytes"].tolist(), rows["time_s"].tolist(), strict=True
-        ):
-            times.setdefault(block, {})[size] = seconds
-            by_size.setdefault(size, []).append(seconds)
+        by_block = {
+            block: dict(zip(own["message_bytes"].tolist(), own["time_s"].tolist(), strict=True))
+            for block, own in rows.groupby("block")
+        }
+        by_size = {size: own.tolist() for size, own in rows.groupby("message_bytes")["time_s"]}
         sizes = [
-            {"message_bytes": size, "time_s": over_launches(by_size[size]), "bandwidth": size / median(by_size[size])}
-            for size in sorted(by_size)
+            {"message_bytes": size, "time_s": over_launches(times), "bandwidth": size / median(times)}
+            for size, times in by_size.items()
         ]
         key = {name: rows[name].tolist()[0] for name in _ALLREDUCE_KEY}
-        found.append({**key, "sizes": sizes, "fit": _fit_json(models.fit_allreduce(times))})
+        found.append({**key, "sizes": sizes, "fit": _fit(models.fit_allreduce(by_block))})
     return found

@@ -1,24 +1,27 @@
-"""Which launches may be compared: same machine, devices, backend, precision, runtime and provenance."""
+"""Which launches may be compared: those of the same machine, devices, backend, number format and versions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import pandas as pd
 
 from torchreg.scaling.records import FACTS
 
 VERSIONS = ("torch", "numpy", "mpi_library", "nccl_version", *FACTS, "placement", "without")
-"""What decides a number beside the place where it was measured: versions, settings, devices that are visible."""
+"""What affects step times apart from the machine: versions, settings, visible devices."""
 
 KEY = ("machine", "device_name", "backend", "dtype", "effective", *VERSIONS)
 
 _OF_SEVERAL_RANKS = ("backend", "effective", "mpi_library", "nccl_version", "oneccl", "libfabric")
-"""What one process has no need of: its launch does not say which backend it would have had."""
+"""What a launch of one rank does not use, and so does not record."""
 
+_IN_ALL_TITLES = ("machine", "device_name", "backend", "dtype")
 _NAMES = {"device_name": "device", "mpi_library": "MPI", "nccl_version": "NCCL", "effective": "distributed"}
+
+Values: TypeAlias = tuple[str | None, ...]
 
 
 @dataclass(frozen=True)
@@ -32,52 +35,46 @@ class Group:
 
 
 def comparable_groups(launches: pd.DataFrame) -> list[Group]:
-    """The groups of the launches that went well, the one with the most launches first.
+    """The groups of the launches that succeeded, the one with the most launches first.
 
-    A launch of one rank belongs to each group that is equal in everything that one rank has; where there is none, such
-    launches make their own.
+    A launch of one rank belongs to each group that agrees in everything that one rank has. Where there is none, such
+    launches form a group.
     """
     good = launches[launches["status"] == "ok"]
     keys = pd.Series([_key(row) for row in good.to_dict("records")], index=good.index, dtype=object)
     several = dict.fromkeys(keys[good["world_size"] > 1])
-    members: dict[tuple[str | None, ...], list[str]] = {key: [] for key in several}
+    members: dict[Values, list[str]] = {key: [] for key in several}
     for name, world_size, key in zip(good["launch"], good["world_size"], keys, strict=True):
         fitting = [key] if world_size > 1 else [other for other in several if _fits(key, other)] or [key]
         for other in fitting:
             members.setdefault(other, []).append(name)
-    ordered = sorted(members, key=lambda key: (-len(members[key]), [str(part) for part in key]))
-    titles = _titles(ordered)
+    found = sorted(members, key=lambda key: (-len(members[key]), [str(part) for part in key]))
     return [
-        Group(f"g{number}", title, dict(zip(KEY, key, strict=True)), tuple(members[key]))
-        for number, (key, title) in enumerate(zip(ordered, titles, strict=True), 1)
+        Group(f"g{number}", _title(key, found), dict(zip(KEY, key, strict=True)), tuple(members[key]))
+        for number, key in enumerate(found, 1)
     ]
 
 
-def _key(row: Mapping[Any, Any]) -> tuple[str | None, ...]:
-    alone = row["world_size"] == 1
-    values = (None if pd.isna(row[field]) else str(row[field]) for field in KEY)
-    return tuple(
-        None if alone and field in _OF_SEVERAL_RANKS and value in (None, "none", "single") else value
-        for field, value in zip(KEY, values, strict=True)
-    )
+def _key(row: Mapping[Any, Any]) -> Values:
+    values = {field: None if pd.isna(row[field]) else str(row[field]) for field in KEY}
+    if row["world_size"] == 1:
+        unused = [field for field in _OF_SEVERAL_RANKS if values[field] in ("none", "single")]
+        values |= dict.fromkeys(unused)
+    return tuple(values.values())
 
 
-def _fits(alone: tuple[str | None, ...], several: tuple[str | None, ...]) -> bool:
+def _fits(one_rank: Values, several: Values) -> bool:
     return all(
         one == other or (one is None and field in _OF_SEVERAL_RANKS)
-        for field, one, other in zip(KEY, alone, several, strict=True)
+        for field, one, other in zip(KEY, one_rank, several, strict=True)
     )
 
 
-def _titles(keys: list[tuple[str | None, ...]]) -> list[str]:
-    """Machine, device, backend and precision, and of the rest what differs between groups."""
-    titles = []
-    always = ("machine", "device_name", "backend", "dtype")
-    for key in keys:
-        fields = dict(zip(KEY, key, strict=True))
-        parts = [value for field in always if (value := fields[field])]
-        for place, field in enumerate(KEY):
-            if field not in always and len({other[place] for other in keys}) > 1:
-                parts.append(f"{_NAMES.get(field, field)} {fields[field] or 'none'}")
-        titles.append(" · ".join(parts))
-    return titles
+def _title(key: Values, keys: list[Values]) -> str:
+    """Machine, device, backend and number format, and of the rest what differs between groups."""
+    values = dict(zip(KEY, key, strict=True))
+    parts = [values[field] for field in _IN_ALL_TITLES if values[field]]
+    for index, field in enumerate(KEY):
+        if field not in _IN_ALL_TITLES and len({other[index] for other in keys}) > 1:
+            parts.append(f"{_NAMES.get(field, field)} {values[field] or 'none'}")
+    return " · ".join(map(str, parts))

@@ -1,9 +1,9 @@
-"""A point: one setting at one world size, with its launches; and its times with intervals over launches."""
+"""A point is one setting at one world size; its numbers are medians over launches with 95 % intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -11,96 +11,52 @@ import pandas as pd
 
 from torchreg.scaling.statistics import Estimate, median_interval
 
+Json = dict[str, Any]
+
 _KEYS = ["num_nodes", "ranks_per_node", "world_size", "optimizer", "sync", "num_features", "global_batch_size"]
 
 
-@dataclass(frozen=True)
-class Point:
-    """One setting (optimizer, sync, features, global batch) at a number of nodes and ranks a node.
+def launches_by_point(group: str, table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The launches of each point by its id, indexed by block, from rows of `points_table` whose check passed.
 
-    `launches` has a row for each launch, its index is the block; `sync` is `none` at one rank.
+    `sync` is `none` at one rank.
     """
-
-    id: str
-    world_size: int
-    num_nodes: int
-    ranks_per_node: int
-    optimizer: str
-    sync: str
-    num_features: int
-    message_bytes: int
-    global_batch_size: int
-    local_batch_size: float
-    launches: pd.DataFrame
-
-    @property
-    def step_times(self) -> dict[Hashable, float]:
-        """Block → seconds."""
-        return dict(zip(self.launches.index.tolist(), self.launches["step_time_s"].tolist(), strict=True))
-
-    @property
-    def step_time(self) -> Estimate:
-        """The median over launches."""
-        return median_interval(self.launches["step_time_s"])
-
-    @property
-    def has_local_times(self) -> bool:
-        """Whether the steps without averaging were timed; one rank averages with nobody."""
-        return self.world_size > 1 and bool(self.launches["local_step_time_s"].notna().all())
+    found = {}
+    for (num_nodes, _, world_size, optimizer, sync, num_features, batch), rows in table.groupby(_KEYS, sort=True):
+        setting = f"{optimizer}-{sync}-features-{num_features}-batch-{batch}"
+        found[f"{group}-nodes-{num_nodes}-ranks-{world_size}-{setting}"] = rows.set_index("block").sort_index()
+    return found
 
 
-def points_of(group: str, table: pd.DataFrame) -> list[Point]:
-    """The points of a group's launches, from rows of `points_table` whose check passed."""
-    return [_point(group, launches.set_index("block").sort_index()) for _, launches in table.groupby(_KEYS, sort=True)]
+def point_of(name: str, launches: pd.DataFrame) -> Json:
+    """A point as report.json has it.
 
-
-def _point(group: str, launches: pd.DataFrame) -> Point:
-    key = launches[_KEYS].to_dict("records")[0]
-    setting = f"{key['optimizer']}-{key['sync']}-features-{key['num_features']}-batch-{key['global_batch_size']}"
-    return Point(
-        id=f"{group}-nodes-{key['num_nodes']}-ranks-{key['world_size']}-{setting}",
-        world_size=key["world_size"],
-        num_nodes=key["num_nodes"],
-        ranks_per_node=key["ranks_per_node"],
-        optimizer=key["optimizer"],
-        sync=key["sync"],
-        num_features=key["num_features"],
-        message_bytes=int(launches["message_bytes"].iloc[0]),
-        global_batch_size=key["global_batch_size"],
-        local_batch_size=float(launches["local_batch_size"].iloc[0]),
-        launches=launches,
-    )
-
-
-def point_json(point: Point) -> dict[str, Any]:
-    """What the report tells of a point.
-
-    A step of the slowest rank is taking rows + computing + exposed communication; the imbalance, by which the slowest
-    rank is slower than the median rank, is a part of these and not a fourth.
+    The step time of the slowest rank is data + compute + exposed communication. The imbalance, by which the slowest
+    rank exceeds the median rank, is a part of these. Compute and exposed are None where no steps without all-reduce
+    were timed. The spread is the interquartile range over the median.
     """
-    launches = point.launches
-    step, rows, local = launches["step_time_s"], launches["data_time_s"], launches["local_step_time_s"]
-    fields = (
-        "id", "world_size", "num_nodes", "ranks_per_node", "optimizer", "sync", "num_features", "message_bytes",
-        "global_batch_size", "local_batch_size",
-    )  # fmt: skip
-    alone, timed = point.world_size == 1, point.has_local_times
+    step, data, local = (launches[field] for field in ("step_time_s", "data_time_s", "local_step_time_s"))
+    slowest, middle = launches["rank_max_s"], launches["rank_median_s"]
+    setting = {field: launches[field].tolist()[0] for field in (*_KEYS, "message_bytes", "local_batch_size")}
+    has_local = setting["world_size"] > 1 and bool(local.notna().all())
+    compute = step - data if setting["world_size"] == 1 else local - data if has_local else None
     return {
-        **{field: getattr(point, field) for field in fields},
+        "id": name,
+        **setting,
         "num_launches": len(launches),
         "step_time_s": over_launches(step),
         "spread": float(np.subtract(*np.percentile(step, [75, 25])) / np.median(step)),
-        "slowest_over_median": over_launches(launches["rank_max_s"] / launches["rank_median_s"]),
-        "data_time_s": over_launches(rows),
-        "compute_time_s": over_launches(step - rows) if alone else over_launches(local - rows) if timed else None,
-        "exposed_time_s": over_launches(step - local) if timed else None,
-        "imbalance_time_s": over_launches(launches["rank_max_s"] - launches["rank_median_s"]),
-        "throughput": over_launches(point.global_batch_size / step),
+        "slowest_over_median": over_launches(slowest / middle),
+        "data_time_s": over_launches(data),
+        "compute_time_s": None if compute is None else over_launches(compute),
+        "exposed_time_s": over_launches(step - local) if has_local else None,
+        "imbalance_time_s": over_launches(slowest - middle),
+        "throughput": over_launches(setting["global_batch_size"] / step),
     }
 
 
-def over_launches(values: Iterable[float]) -> dict[str, Any]:
-    """The median and its interval, as JSON has it."""
+def over_launches(values: Iterable[float]) -> Json:
+    """The median over launches and its interval, as JSON."""
     return asdict(median_interval(values))
 
 

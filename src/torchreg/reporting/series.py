@@ -1,157 +1,102 @@
-"""Series: what strong scaling (same global batch) and weak scaling (same local batch) say of a group's points."""
+"""Series: points of growing world size, with the same global batch (strong scaling) or local batch (weak scaling)."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 
-from torchreg.plots.quantities import features
-from torchreg.reporting.points import Point, over_launches, scaled
+import pandas as pd
+
+from torchreg.reporting.points import Json, scaled
 from torchreg.scaling.statistics import Estimate, karp_flatt, ratio_interval
 
 
-@dataclass(frozen=True)
-class Series:
-    """Points of growing world size that differ in nothing else than kind and scope allow; the first is the baseline."""
+def series_of(group: str, points: Sequence[Json], launches: Mapping[str, pd.DataFrame]) -> list[Json]:
+    """All series of a group's points, as report.json has them; `launches` are those of each point by its id.
 
-    id: str
-    kind: Literal["strong", "weak"]
-    scope: str
-    optimizer: str
-    sync: str
-    num_features: int
-    points: tuple[Point, ...]
-
-    @property
-    def baseline(self) -> Point:
-        """The point of the smallest world size, p0."""
-        return self.points[0]
-
-    @property
-    def batch(self) -> str:
-        """The batch that all points share, in words."""
-        if self.kind == "strong":
-            return f"global batch {self.baseline.global_batch_size}"
-        return f"local batch {self.baseline.local_batch_size:g}"
-
-    @property
-    def setting(self) -> str:
-        """What is trained and how, in words."""
-        return f"{self.optimizer}/{self.sync}, {features(self.num_features)}, {self.batch}"
-
-    @property
-    def title(self) -> str:
-        """The series in words."""
-        return f"{self.kind} scaling {self.scope}: {self.setting}"
-
-    def efficiency(self, point: Point) -> Estimate:
-        """Strong: T(p0)·p0 / (T(p)·p), so that half the time on twice the ranks is 1. Weak: T(p0) / T(p)."""
-        if point is self.baseline:
-            return Estimate(1.0, 1.0, 1.0, len(point.launches))
-        ratio = ratio_interval(self.baseline.step_times, point.step_times)
-        return scaled(ratio, self.baseline.world_size / point.world_size) if self.kind == "strong" else ratio
-
-
-def series_of(group: str, points: Sequence[Point]) -> list[Series]:
-    """All series of a group's points.
-
-    A campaign that asks for strong and weak series measures points that also form other, shorter ones by chance: these
-    are left out where each of their points is in a series of full length.
+    A campaign of strong and weak series measures points that also form other, shorter series by coincidence. These are
+    excluded where each of their points is in a series of full length.
     """
-    candidates = [
-        found
-        for scope, inside in _scopes(points)
-        for optimizer, sync, num_features in dict.fromkeys(
-            (point.optimizer, point.sync, point.num_features) for point in inside if point.sync != "none"
-        )
-        for found in _of_setting(group, scope, inside, optimizer, sync, num_features)
-    ]
+    candidates = [one for scope, inside in _scopes(points) for one in _candidates(scope, inside)]
     longest: dict[tuple[str, ...], int] = defaultdict(int)
     for one in candidates:
-        longest[_family(one)] = max(longest[_family(one)], len(one.points))
-    full = [one for one in candidates if len(one.points) == longest[_family(one)]]
-    shown = {(one.scope, one.sync, point.id) for one in full for point in one.points}
-    return [
+        longest[_family(one)] = max(longest[_family(one)], len(one["points"]))
+    full = [one for one in candidates if len(one["points"]) == longest[_family(one)]]
+    covered = {(one["scope"], one["sync"], point["id"]) for one in full for point in one["points"]}
+    kept = [
         one
         for one in candidates
-        if one in full or any((one.scope, one.sync, point.id) not in shown for point in one.points)
+        if one in full or any((one["scope"], one["sync"], point["id"]) not in covered for point in one["points"])
     ]
+    return [_with_ratios(group, one, launches) for one in kept]
 
 
-def _family(series: Series) -> tuple[str, ...]:
-    return series.scope, series.optimizer, series.sync, str(series.num_features)
+def _family(series: Json) -> tuple[str, ...]:
+    return series["scope"], series["optimizer"], series["sync"], str(series["num_features"])
 
 
-def _scopes(points: Sequence[Point]) -> list[tuple[str, list[Point]]]:
-    """Ranks of one node talk through its memory, those of several through a network: a step there is another step."""
-    scopes = [("within a node", [point for point in points if point.num_nodes == 1])]
-    for per_node in sorted({point.ranks_per_node for point in points if point.num_nodes > 1}):
-        name = f"across nodes, {per_node} rank{'s' * (per_node > 1)} a node"
-        scopes.append((name, [point for point in points if point.ranks_per_node == per_node]))
-    return scopes
+def _scopes(points: Sequence[Json]) -> Iterator[tuple[str, list[Json]]]:
+    """Within a node ranks communicate through its memory, across nodes through a network: the two are kept apart."""
+    yield "within a node", [point for point in points if point["num_nodes"] == 1]
+    for per_node in sorted({point["ranks_per_node"] for point in points if point["num_nodes"] > 1}):
+        scope = f"across nodes, {per_node} rank{'s' * (per_node > 1)} a node"
+        yield scope, [point for point in points if point["ranks_per_node"] == per_node]
 
 
-def _of_setting(
-    group: str, scope: str, points: Sequence[Point], optimizer: str, sync: str, num_features: int
-) -> list[Series]:
-    mine = [
-        point
-        for point in points
-        if (point.optimizer, point.num_features) == (optimizer, num_features) and point.sync in (sync, "none")
-    ]
-    found = []
-    kinds: tuple[tuple[Literal["strong", "weak"], str], ...] = (
-        ("strong", "global_batch_size"),
-        ("weak", "local_batch_size"),
-    )
-    for kind, field in kinds:
-        for batch in sorted({getattr(point, field) for point in mine}):
-            same = [point for point in mine if getattr(point, field) == batch]
-            if len(same) > 1:
-                name = f"{group}-{kind}-{scope.replace(',', '').replace(' ', '-')}-{optimizer}-{sync}"
-                found.append(
-                    Series(
-                        f"{name}-features-{num_features}-batch-{batch:g}", kind, scope, optimizer, sync, num_features,
-                        tuple(sorted(same, key=lambda point: point.world_size)),
-                    )
-                )  # fmt: skip
-    return found
+def _candidates(scope: str, points: Sequence[Json]) -> Iterator[Json]:
+    """Series whose `points` are still those of the group; the first is the baseline p0, the smallest world size."""
+    settings = [(point["optimizer"], point["sync"], point["num_features"]) for point in points]
+    for optimizer, sync, num_features in dict.fromkeys(setting for setting in settings if setting[1] != "none"):
+        own = [
+            point
+            for point, setting in zip(points, settings, strict=True)
+            if setting in ((optimizer, sync, num_features), (optimizer, "none", num_features))
+        ]
+        for kind, field in (("strong", "global_batch_size"), ("weak", "local_batch_size")):
+            for batch in sorted({point[field] for point in own}):
+                chosen = sorted((p for p in own if p[field] == batch), key=lambda point: point["world_size"])
+                if len(chosen) > 1:
+                    yield {
+                        "kind": kind,
+                        "scope": scope,
+                        "optimizer": optimizer,
+                        "sync": sync,
+                        "num_features": num_features,
+                        "message_bytes": chosen[-1]["message_bytes"],
+                        "global_batch_size": batch if kind == "strong" else None,
+                        "local_batch_size": batch if kind == "weak" else None,
+                        "baseline_world_size": chosen[0]["world_size"],
+                        "points": chosen,
+                    }
 
 
-def series_json(series: Series) -> dict[str, Any]:
-    """What the report tells of a series, its models aside."""
-    baseline, last = series.baseline, series.points[-1]
-    strong = series.kind == "strong"
-    return {
-        "id": series.id,
-        "title": series.title,
-        "kind": series.kind,
-        "scope": series.scope,
-        "optimizer": series.optimizer,
-        "sync": series.sync,
-        "num_features": series.num_features,
-        "message_bytes": last.message_bytes,
-        "global_batch_size": baseline.global_batch_size if strong else None,
-        "local_batch_size": None if strong else baseline.local_batch_size,
-        "baseline_world_size": baseline.world_size,
-        "points": [_point_json(series, point) for point in series.points],
-    }
+def _with_ratios(group: str, series: Json, launches: Mapping[str, pd.DataFrame]) -> Json:
+    """The series with its id, and with speedup and efficiency over the baseline in its points."""
+    strong, batch = series["kind"] == "strong", series["global_batch_size"] or series["local_batch_size"]
+    scope = series["scope"].replace(",", "").replace(" ", "-")
+    setting = f"{series['optimizer']}-{series['sync']}-features-{series['num_features']}-batch-{batch:g}"
+    baseline, rows = series["points"][0], []
+    for point in series["points"]:
+        k = point["world_size"] / baseline["world_size"]
+        if point is baseline:
+            efficiency = Estimate(1.0, 1.0, 1.0, point["num_launches"])
+        else:
+            ratio = ratio_interval(step_times(launches[baseline["id"]]), step_times(launches[point["id"]]))
+            efficiency = scaled(ratio, 1 / k) if strong else ratio  # T(p0)·p0 / (T(p)·p); weak: T(p0) / T(p)
+        speedup = scaled(efficiency, k)
+        rows.append(
+            {
+                "point": point["id"],
+                **{field: point[field] for field in ("world_size", "num_nodes", "throughput", "step_time_s")},
+                "speedup": asdict(speedup),
+                "efficiency": asdict(efficiency),
+                "karp_flatt": asdict(karp_flatt(speedup, k)) if strong and k > 1 else None,
+            }
+        )
+    return {"id": f"{group}-{series['kind']}-{scope}-{setting}", **series, "points": rows}
 
 
-def _point_json(series: Series, point: Point) -> dict[str, Any]:
-    more_ranks = point.world_size / series.baseline.world_size
-    efficiency = series.efficiency(point)
-    speedup = scaled(efficiency, more_ranks)
-    serial = karp_flatt(speedup, more_ranks) if series.kind == "strong" and more_ranks > 1 else None
-    return {
-        "point": point.id,
-        "world_size": point.world_size,
-        "num_nodes": point.num_nodes,
-        "speedup": asdict(speedup),
-        "efficiency": asdict(efficiency),
-        "throughput": over_launches(point.global_batch_size / point.launches["step_time_s"]),
-        "karp_flatt": None if serial is None else asdict(serial),
-        "step_time_s": over_launches(point.launches["step_time_s"]),
-    }
+def step_times(launches: pd.DataFrame) -> dict[int, float]:
+    """Block → seconds of a step, from the launches of a point."""
+    return dict(zip(launches.index.tolist(), launches["step_time_s"].tolist(), strict=True))

@@ -1,67 +1,58 @@
-"""Time to a target: statistical efficiency (steps, which theory predicts) times hardware efficiency (step time)."""
+"""Time to a target: statistical efficiency (steps, predicted by theory) times hardware efficiency (step time)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from itertools import takewhile
+from statistics import median
 
 import pandas as pd
 
-from torchreg.reporting.points import Point, over_launches, scaled
-from torchreg.reporting.series import Series
+from torchreg.reporting.points import Json, over_launches, scaled
 from torchreg.scaling.statistics import Estimate, median_interval
 
-_NEVER = 1e300  # stands for "not reached" in a median, which it leaves in the order where it belongs
+_NEVER = 1e300  # stands for "not reached" in a median, and sorts above every time
 
 
-def targets_of(series: Sequence[Series]) -> list[dict[str, Any]]:
-    """One table for each series and target that was asked for."""
-    return [
-        _target(one, target)
-        for one in series
-        for target in sorted({value for point in one.points for value in point.launches["target_excess"].dropna()})
-    ]
+def targets_of(series: Sequence[Json], launches: Mapping[str, pd.DataFrame]) -> list[Json]:
+    """One table for each series and target; `launches` are those of each point by its id."""
+    found = []
+    for one in series:
+        by_size = [(row, launches[row["point"]]) for row in one["points"]]
+        for target in sorted({value for _, own in by_size for value in own["target_excess"].dropna()}):
+            tried = [(row, own[own["target_excess"] == target]) for row, own in by_size]
+            rows = [_row(row, own) for row, own in tried if len(own)]
+            stable = [row["world_size"] for row in takewhile(lambda row: row["is_stable"], rows)]
+            found.append(
+                {
+                    "series": one["id"],
+                    "target_excess": target,
+                    "stable_up_to_world_size": stable[-1] if stable else None,
+                    "rows": rows,
+                }
+            )
+    return found
 
 
-def _target(series: Series, target: float) -> dict[str, Any]:
-    rows = []
-    for point in series.points:
-        launches = point.launches[point.launches["target_excess"] == target]
-        if len(launches):
-            rows.append(_row(point, launches))
-    stable = []
-    for row in rows:
-        if not row["is_stable"]:
-            break
-        stable.append(row["world_size"])
-    return {
-        "series": series.id,
-        "title": series.title,
-        "target_excess": target,
-        "stable_up_to_world_size": stable[-1] if stable else None,
-        "rows": rows,
-    }
+def _row(point: Json, launches: pd.DataFrame) -> Json:
+    """Predicted steps times step time, and what was measured.
 
-
-def _row(point: Point, launches: pd.DataFrame) -> dict[str, Any]:
-    """Steps times step time, and what was measured beside it; `node_hours` are those of `time_s`.
-
-    `time_s` is the measured time where it was measured, and the predicted one elsewhere (`time_from`).
+    `time_s` is the measured time where there is one, else the predicted time (`time_from`); `node_hours` are those of
+    `time_s`. The stability limit is a multiple of the learning rates.
     """
     predicted_steps = None if launches["predicted_steps"].isna().any() else float(launches["predicted_steps"].median())
     step_time = median_interval(launches["step_time_s"])
     predicted = None if predicted_steps is None else scaled(step_time, predicted_steps)
-    measured = _reached(launches["measured_time_s"])
-    steps = _reached(launches["measured_steps"])
+    measured, steps = _reached(launches["measured_time_s"]), _reached(launches["measured_steps"])
     measured_time = launches["measured_time_s"].where(launches["measured_time_s"] > 0)
     both = (launches["predicted_steps"] * launches["step_time_s"] / measured_time).dropna()
     chosen = measured or predicted
     limit = float(launches["stability_limit"].median())
     return {
-        "world_size": point.world_size,
-        "num_nodes": point.num_nodes,
-        "global_batch_size": point.global_batch_size,
+        "world_size": point["world_size"],
+        "num_nodes": point["num_nodes"],
+        "global_batch_size": int(launches["global_batch_size"].iloc[0]),
         "predicted_steps": predicted_steps,
         "measured_steps": steps and asdict(steps),
         "num_reached": int(launches["measured_steps"].notna().sum()),
@@ -72,14 +63,14 @@ def _row(point: Point, launches: pd.DataFrame) -> dict[str, Any]:
         "predicted_over_measured": over_launches(both) if len(both) else None,
         "time_s": chosen and asdict(chosen),
         "time_from": "measured" if measured else "predicted" if predicted else None,
-        "node_hours": chosen and chosen.value * point.num_nodes / 3600,
+        "node_hours": chosen and chosen.value * point["num_nodes"] / 3600,
         "stability_limit": limit,
         "is_stable": limit >= 1,
     }
 
 
 def _reached(values: pd.Series[float]) -> Estimate | None:
-    """The median over launches, those that did not reach the target counting as longest; None where it is theirs."""
+    """The median over launches, of which those that did not reach the target are the longest; None where it is one."""
     found = median_interval(values.fillna(_NEVER))
     if found.value > _NEVER / 1e6:
         return None
@@ -88,28 +79,57 @@ def _reached(values: pd.Series[float]) -> Estimate | None:
     return found
 
 
-def fastest_and_lowest_node_hours(
-    targets: Sequence[dict[str, Any]], num_features: int, target: float, features_of: dict[str, int]
-) -> Iterator[dict[str, Any]]:
-    """The row that reaches a target soonest, and the one that needs the fewest node-hours, each with its runner-up.
+def best_of(group: Json) -> list[Json]:
+    """For each number of features and target that is reached: the fastest row and the one of the lowest node-hours.
 
-    Measured times are compared with measured ones: predicted ones are taken only where nothing was measured.
+    Measured times are compared with measured times. Predicted times are compared only where none was measured.
     """
-    rows = [
-        {**row, "series": table["series"]}
-        for table in targets
-        if table["target_excess"] == target and features_of[table["series"]] == num_features
-        for row in table["rows"]
-        if row["time_s"] is not None
+    series = {one["id"]: one for one in group["series"]}
+    rows: dict[tuple[int, float], list[Json]] = {}
+    for table in group["targets"]:
+        one = series[table["series"]]
+        for row in table["rows"]:
+            if row["time_s"] is not None:
+                setting = {field: one[field] for field in ("optimizer", "sync", "num_features")}
+                setting |= {"group": group["id"], "series": one["id"], "target_excess": table["target_excess"]}
+                rows.setdefault((one["num_features"], table["target_excess"]), []).append(setting | row)
+    return [
+        {
+            "group": group["id"],
+            "num_features": num_features,
+            "target_excess": target,
+            "fastest": _best(own, "time_s"),
+            "lowest_node_hours": _best(own, "node_hours"),
+        }
+        for (num_features, target), own in sorted(rows.items())
     ]
+
+
+def _best(rows: Sequence[Json], criterion: str) -> Json:
+    """The row of the lowest cost, and the next one of another world size (`runner_up`).
+
+    `is_distinct` of the runner-up is whether its interval lies above that of the best, None without intervals.
+    """
+
+    def cost(row: Json, end: str = "value") -> float | None:
+        time_s, weight = row["time_s"][end], row["num_nodes"] / 3600 if criterion == "node_hours" else 1
+        return None if time_s is None else time_s * weight
+
     measured = [row for row in rows if row["time_from"] == "measured"]
-    costs: tuple[Callable[[dict[str, Any]], float], ...] = (
-        lambda row: row["time_s"]["value"],
-        lambda row: row["node_hours"],
-    )
-    for cost in costs:
-        ordered = sorted(measured or rows, key=lambda row: (cost(row), row["world_size"], row["series"]))
-        if ordered:
-            best = ordered[0]
-            others = [row for row in ordered if row["world_size"] != best["world_size"]]
-            yield {**best, "runner_up": others[0] if others else None}
+    best, *others = sorted(measured or rows, key=lambda row: (cost(row), row["world_size"], row["series"]))
+    runner_up = next((row for row in others if row["world_size"] != best["world_size"]), None)
+    if runner_up is not None:
+        high, low = cost(best, "high"), cost(runner_up, "low")
+        runner_up = {**runner_up, "is_distinct": None if high is None or low is None else high < low}
+    return {**best, "runner_up": runner_up}
+
+
+def prediction_error(group: Json) -> Json | None:
+    """How far predicted and measured times to a target differ: median and largest relative error, and where."""
+    rows = [row for table in group["targets"] for row in table["rows"] if row["predicted_over_measured"]]
+    if not rows:
+        return None
+    errors = [abs(row["predicted_over_measured"]["value"] - 1) for row in rows]
+    worst = rows[errors.index(max(errors))]
+    where = {field: worst[field] for field in ("world_size", "global_batch_size")}
+    return {"group": group["id"], "median": median(errors), "largest": max(errors), **where}

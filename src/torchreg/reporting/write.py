@@ -1,4 +1,4 @@
-"""The files of a report that are data: report.json and tidy tables, written whole, from records alone."""
+"""The data files of a report: report.json and tidy tables, each written whole."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from torchreg.core.checkpoint import write_atomically
 from torchreg.runs.record import write_json
 from torchreg.scaling.records import Records, allreduce_table, launches_table, points_table
-
-REPORT_FILE = "report.json"
 
 
 def require_report_libraries() -> None:
@@ -33,20 +29,20 @@ def write_data(report: Mapping[str, Any], records: Records, folder: Path) -> lis
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"out is {folder}, which cannot be made ({error.strerror}): give another --out") from error
-    paths = [folder / REPORT_FILE]
-    write_json(paths[0], report)
-    for name, table in (("points", points_table(records)), ("allreduce", allreduce_table(records))):
-        paths += [_write_csv(table, folder / f"{name}.csv"), _write_parquet(table, folder / f"{name}.parquet")]
-    return [*paths, _write_csv(launches_table(records), folder / "launches.csv")]
-
-
-def _write_csv(table: pd.DataFrame, path: Path) -> Path:
-    write_atomically(path, table.to_csv(index=False, lineterminator="\n").encode())
-    return path
-
-
-def _write_parquet(table: pd.DataFrame, path: Path) -> Path:
-    content = io.BytesIO()
-    table.to_parquet(content, index=False)
-    write_atomically(path, content.getvalue())
-    return path
+    write_json(folder / "report.json", report)
+    paths = [folder / "report.json"]
+    tables = {
+        "points": points_table(records),
+        "allreduce": allreduce_table(records),
+        "launches": launches_table(records),
+    }
+    for name, table in tables.items():
+        files = {f"{name}.csv": table.to_csv(index=False, lineterminator="\n").encode()}
+        if name != "launches":
+            content = io.BytesIO()
+            table.to_parquet(content, index=False)
+            files[f"{name}.parquet"] = content.getvalue()
+        for file, data in files.items():
+            write_atomically(folder / file, data)
+            paths.append(folder / file)
+    return paths

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,36 +11,24 @@ import pytest
 from torchreg.cli import main
 from torchreg.reporting.analysis import analyse
 from torchreg.reporting.bottlenecks import bottleneck, scaling_limit
+from torchreg.reporting.pages import summary_lines
 from torchreg.reporting.write import write_data
-from torchreg.scaling.records import merge, read_records
+from torchreg.scaling.merging import merge
+from torchreg.scaling.records import read_records
 
-from ..scaling.synthetic_records import Machine, SyntheticCampaign, without_noise, write_launch
+from .synthetic import Campaign, Machine, report_of, set_check, without_noise, write_launch
 
 FACTS = ("driver", "cuda", "rocm", "oneccl", "libfabric", "kernel", "tf32")
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "CPU_BIND")
 
-# A step of B rows on p ranks: 100 µs, 2.5 µs for each row of a rank, 100 µs for each doubling of ranks.
-#   strong, 160 rows   p = 1: 100 + 400 = 500    p = 2: 100 + 200 + 100 = 400    p = 4: 100 + 100 + 200 = 400
-#   weak, 40 rows      p = 1: 100 + 100 = 200    p = 2: 100 + 100 + 100 = 300    p = 4: 100 + 100 + 200 = 400
+# A step of B samples on p ranks: 100 µs, 2.5 µs for each sample of a rank, 100 µs for each doubling of ranks.
+#   strong, 160 samples  p = 1: 100 + 400 = 500    p = 2: 100 + 200 + 100 = 400    p = 4: 100 + 100 + 200 = 400
+#   weak, 40 samples    p = 1: 100 + 100 = 200    p = 2: 100 + 100 + 100 = 300    p = 4: 100 + 100 + 200 = 400
 EXACT = without_noise(Machine(alpha_s=100e-6, beta_s_per_byte=1e-15, serial_s=100e-6, row_s=2.5e-6, rows_s=10e-6))
-BY_HAND = SyntheticCampaign(
+ARITHMETIC = Campaign(
     EXACT, combinations=(("sgd", "ddp"),), num_features=(1,), global_batch_sizes=(160,), local_batch_sizes=(40,)
 )
-NOISY = SyntheticCampaign(num_features=(1,), combinations=(("sgd", "ddp"),), num_blocks=8)
-
-
-def report_of(*made, change=None):
-    """The report of made campaigns; `change` may alter each record, or return another one or None in its place."""
-    folders = []
-    for number, one in enumerate(made):
-        folder = Path(f"campaign-{number}")
-        shutil.rmtree(folder, ignore_errors=True)
-        for record in one.records():
-            found = record if change is None else change(record)
-            if found is not None:
-                write_launch(folder, found)
-        folders.append(folder)
-    return analyse(read_records(folders))
+NOISY = Campaign(num_features=(1,), combinations=(("sgd", "ddp"),), num_blocks=8)
 
 
 def series_of(report, kind, scope="within a node", group=0):
@@ -52,8 +39,8 @@ def values(series, field):
     return [point[field] and point[field]["value"] for point in series["points"]]
 
 
-def test_speedup_efficiency_and_karp_flatt_by_hand():
-    report = report_of(BY_HAND)
+def test_speedup_efficiency_and_karp_flatt():
+    report = report_of(ARITHMETIC)
     (strong,), (weak,) = series_of(report, "strong"), series_of(report, "weak")
     assert values(strong, "step_time_s") == pytest.approx([500e-6, 400e-6, 400e-6])
     # S = T(p0)/T(p): 500/400 twice. Efficiency S·p0/p: 1.25/2 and 1.25/4.
@@ -68,69 +55,71 @@ def test_speedup_efficiency_and_karp_flatt_by_hand():
     assert values(weak, "karp_flatt") == [None, None, None]
     assert (strong["baseline_world_size"], strong["global_batch_size"], strong["local_batch_size"]) == (1, 160, None)
     assert (weak["baseline_world_size"], weak["global_batch_size"], weak["local_batch_size"]) == (1, None, 40)
-    # The point of 160 rows on 4 ranks is in both, once among the points.
+    # The point of 160 samples on 4 ranks is in both, once among the points.
     assert strong["points"][2]["point"] == weak["points"][2]["point"]
     assert len(report["groups"][0]["points"]) == 2 + 2 + 1
 
 
 def test_without_one_rank_the_baseline_is_the_smallest_world_size():
-    strong, *_ = series_of(report_of(replace(BY_HAND, ranks_per_node=(2, 4))), "strong")
+    strong, *_ = series_of(report_of(replace(ARITHMETIC, ranks_per_node=(2, 4))), "strong")
     assert strong["baseline_world_size"] == 2
     # 400 µs both: no faster on twice the ranks.
     assert values(strong, "efficiency") == pytest.approx([1, 0.5])
     assert values(strong, "karp_flatt") == [None, pytest.approx(1.0)]
 
 
-def test_the_breakdown_adds_up_and_names_what_bounds():
-    report = report_of(BY_HAND)
+def test_the_breakdown_sums_to_the_step_and_names_the_bottleneck():
+    report = report_of(ARITHMETIC)
     points = {point["id"]: point for point in report["groups"][0]["points"]}
     (strong,) = series_of(report, "strong")
     last = points[strong["points"][-1]["point"]]
     parts = [last[field]["value"] for field in ("data_time_s", "compute_time_s", "exposed_time_s")]
     assert parts == pytest.approx([10e-6, 190e-6, 200e-6])
     assert sum(parts) == pytest.approx(last["step_time_s"]["value"])
-    assert last["imbalance_time_s"]["value"] == pytest.approx(4e-6)  # made: the median rank takes 99 %
+    assert last["imbalance_time_s"]["value"] == pytest.approx(4e-6)  # the synthetic median rank takes 99 %
     assert last["slowest_over_median"]["value"] == pytest.approx(1 / 0.99)
     one = points[strong["points"][0]["point"]]
     assert one["exposed_time_s"] is None
     assert one["compute_time_s"]["value"] == pytest.approx(490e-6)
     # 400 − 500/4 = 275 µs are lost: 200 to exposed communication, 75 to the 100 µs of each step that do not shrink.
-    (bound,) = [bound for bound in report["verdict"]["bound_by"] if bound["series"] == strong["id"]]
-    assert bound["what"] == "exposed communication"
+    (bound,) = [bound for bound in report["verdict"]["bottlenecks"] if bound["series"] == strong["id"]]
+    assert bound["bottleneck"] == "communication"
     assert (bound["lost_s"], bound["exposed_s"], bound["compute_s"]) == pytest.approx((275e-6, 200e-6, 75e-6))
-    assert "200 µs of the 275 µs" in bound["text"]
 
 
 @pytest.mark.parametrize(
-    ("changes", "kind", "what"),
+    ("changes", "kind", "bottleneck", "sentence"),
     [
-        ({"serial_s": 400e-6, "alpha_s": 10e-6}, "strong", "compute that does not shrink"),
-        ({"serial_s": 0.0, "alpha_s": 1e-6, "rows_s": 1e-6}, "strong", "nothing much"),
-        ({"alpha_s": 1e-3}, "weak", "exposed communication"),
+        ({"serial_s": 400e-6, "alpha_s": 10e-6}, "strong", "compute", "compute that does not shrink at 4 ranks"),
+        ({"serial_s": 0.0, "alpha_s": 1e-6, "rows_s": 1e-6}, "strong", "none", "none at 4 ranks"),
+        ({"alpha_s": 1e-3}, "weak", "communication", "exposed communication at 4 ranks"),
     ],
 )
-def test_what_bounds_follows_the_machine(changes, kind, what):
-    report = report_of(replace(BY_HAND, machine=replace(EXACT, **changes)))
+def test_the_bottleneck_follows_the_machine(changes, kind, bottleneck, sentence):
+    report = report_of(replace(ARITHMETIC, machine=replace(EXACT, **changes)))
     (series,) = series_of(report, kind)
-    assert [bound["what"] for bound in report["verdict"]["bound_by"] if bound["series"] == series["id"]] == [what]
+    found = [one["bottleneck"] for one in report["verdict"]["bottlenecks"] if one["series"] == series["id"]]
+    assert found == [bottleneck]
+    (line,) = [line for line in summary_lines(report) if line.startswith(kind.capitalize())]
+    assert f"Bottleneck: {sentence} (sgd/ddp, 1 feature, " in line
 
 
-def test_ranks_that_wait_for_a_slow_one_are_told_as_imbalance():
+def test_waiting_for_a_slow_rank_is_imbalance():
     def slow_rank(record):
         for point in record["points"]:
             if record["launch"]["world_size"] == 4:
                 point["rank_min_s"] = point["rank_median_s"] = point["rank_max_s"] * 0.6
         return record
 
-    report = report_of(BY_HAND, change=slow_rank)
-    assert {bound["what"] for bound in report["verdict"]["bound_by"]} == {"imbalance of ranks"}
+    report = report_of(ARITHMETIC, change=slow_rank)
+    assert {one["bottleneck"] for one in report["verdict"]["bottlenecks"]} == {"imbalance"}
 
 
-def test_fits_find_what_the_machine_was_made_with():
+def test_fits_find_the_parameters_of_the_synthetic_machine():
     machine = Machine(alpha_s=80e-6, beta_s_per_byte=2e-9, serial_s=200e-6, row_s=10e-6, launch_noise=0.01)
     report = report_of(replace(NOISY, machine=machine, ranks_per_node=(1, 2, 4, 8), num_features=(1, 64), seed=3))
     (allreduce,) = [one for one in report["groups"][0]["allreduce"] if one["world_size"] == 2]
-    assert allreduce["way"] == "gloo"
+    assert allreduce["backend"] == "gloo"
     assert [size["message_bytes"] for size in allreduce["sizes"]] == [8, 1024, 65_536, 1_048_576]
     large = allreduce["sizes"][-1]
     assert large["bandwidth"] == pytest.approx(large["message_bytes"] / large["time_s"]["value"])
@@ -173,7 +162,7 @@ def test_what_the_points_do_not_determine_has_no_curve():
         {"facts": {"driver": "580"}},
     ],
 )
-def test_what_is_not_comparable_is_never_mixed(change):
+def test_launches_that_are_not_comparable_are_never_mixed(change):
     slow = replace(NOISY, machine=replace(Machine(**change), row_s=1e-3), campaign="slow")
     report = report_of(NOISY, slow)
     assert len(report["groups"]) == 2
@@ -184,15 +173,15 @@ def test_what_is_not_comparable_is_never_mixed(change):
             for one in alone
             if all(one[key] == group[key] for key in ("machine", "device_name", "backend", "dtype", "versions"))
         )
-        told = [point["step_time_s"] for point in group["points"] if point["world_size"] > 1]
-        assert told == [point["step_time_s"] for point in twin["points"] if point["world_size"] > 1]
+        found = [point["step_time_s"] for point in group["points"] if point["world_size"] > 1]
+        assert found == [point["step_time_s"] for point in twin["points"] if point["world_size"] > 1]
     assert all(
         line.startswith(tuple(f"{one}: " for group in report["groups"] for one in (group["machine"], group["title"])))
-        for line in report["verdict"]["lines"][1:]
+        for line in summary_lines(report)[1:]
     )
 
 
-def test_all_that_decides_a_number_keeps_launches_apart():
+def test_everything_that_affects_step_times_keeps_launches_apart():
     machines = [
         *(Machine(facts={fact: "other"}) for fact in FACTS),
         *(Machine(environment={name: "3,2,1,0"}) for name in VISIBLE),
@@ -218,7 +207,7 @@ def test_launches_on_several_kinds_of_device_or_with_other_variables_are_a_group
     assert "another device" in {group["device_name"] for group in report["groups"]}
 
 
-def test_records_of_before_and_facts_that_are_not_known_are_read():
+def test_older_records_and_unknown_facts_are_read():
     # A site without libfabric, and a torchreg that did not look.
     empty, few = (replace(NOISY, machine=Machine(facts=facts), campaign="new") for facts in ({}, {"libfabric": None}))
     assert len(report_of(NOISY, empty, few)["groups"]) == 1
@@ -249,10 +238,10 @@ def test_steps_across_nodes_are_another_series_than_those_within_one():
             ("across nodes, 2 ranks a node", two_each),
         )
     }
-    assert "Strong scaling across nodes, 2 ranks a node (baseline 2 ranks): " in "\n".join(report["verdict"]["lines"])
+    assert "Strong scaling across nodes, 2 ranks a node (baseline 2 ranks): " in "\n".join(summary_lines(report))
 
 
-def test_series_that_come_by_chance_are_left_out():
+def test_series_that_form_by_coincidence_are_excluded():
     report = report_of(replace(NOISY, ranks_per_node=(1, 2, 4, 8), global_batch_sizes=(256, 512), local_batch_sizes=()))
     # Local batches of 256, 128 and 64 meet twice each, and every point is in a strong series.
     assert [one["kind"] for one in report["groups"][0]["series"]] == ["strong", "strong"]
@@ -273,51 +262,56 @@ def series_with(*efficiencies):
         {"world_size": 2**place, "num_nodes": 1, "efficiency": efficiency(*one)}
         for place, one in enumerate(efficiencies, 1)
     ]
-    return {"id": "s", "title": "strong scaling", "kind": "strong", "points": points}
+    setting = {"optimizer": "sgd", "sync": "ddp", "num_features": 1, "global_batch_size": 256, "baseline_world_size": 1}
+    return {"id": "s", "kind": "strong", "scope": "within a node", **setting, "points": points}
 
 
-FAR = {
-    "shown": ([(0.95, 0.9, 0.99), (0.7, 0.6, 0.75)], (2, 2, 2), "at least 80 % shown up to 2 ranks"),
+LIMITS = {
+    "shown": ([(0.95, 0.9, 0.99), (0.7, 0.6, 0.75)], (2, 2, 2), "at least 80 % up to 2 ranks"),
     "to the end": (
         [(0.95, 0.9, 0.99), (0.9, 0.85, 0.95)],
         (4, 4, 4),
-        "at least 80 % shown up to 4 ranks, the most that was measured",
+        "at least 80 % up to 4 ranks, the largest measured",
     ),
     "about": (
         [(0.95, 0.9, 0.99), (0.82, 0.78, 0.86), (0.5, 0.4, 0.6)],
         (4, 2, 4),
-        "at least 80 % shown up to 2 ranks, about 80 % up to 4 ranks, where the interval straddles it",
+        "at least 80 % up to 2 ranks, about 80 % up to 4 ranks (the interval includes 80 %)",
     ),
     "about, from below": (
         [(0.79, 0.77, 0.81), (0.5, 0.4, 0.6)],
         (1, 1, 2),
-        "about 80 % at 2 ranks, where the interval straddles it",
+        "about 80 % at 2 ranks (the interval includes 80 %)",
     ),
-    "not at all": ([(0.6, 0.5, 0.7), (0.3, 0.2, 0.4)], (1, 1, 1), "below 80 % from 2 ranks on"),
-    "a dip counts": ([(0.7, 0.6, 0.75), (0.9, 0.85, 0.95)], (1, 1, 1), "below 80 % from 2 ranks on"),
+    "not at all": ([(0.6, 0.5, 0.7), (0.3, 0.2, 0.4)], (1, 1, 1), "below 80 % from 2 ranks"),
+    "a dip counts": ([(0.7, 0.6, 0.75), (0.9, 0.85, 0.95)], (1, 1, 1), "below 80 % from 2 ranks"),
     "too few launches": (
         [(0.9,), (0.7,)],
         (2, None, None),
-        "80 % up to 2 ranks by the medians, too few launches to tell",
+        "80 % up to 2 ranks by the medians, too few launches for an interval",
     ),
     "too few and bad": (
         [(0.6,)],
         (1, None, None),
-        "below 80 % from 2 ranks on by the medians, too few launches to tell",
+        "below 80 % from 2 ranks by the medians, too few launches for an interval",
     ),
 }
 
 
-@pytest.mark.parametrize("case", FAR)
-def test_how_far_it_scales_is_said_with_its_doubts(case):
-    efficiencies, sizes, summary = FAR[case]
-    told = scaling_limit(series_with(*efficiencies))
-    assert (told["largest_efficient_world_size"], told["shown_up_to"], told["about_up_to"]) == sizes
-    assert told["summary"] == summary
-    assert told["text"].startswith("strong scaling (baseline 1 rank): ")
+@pytest.mark.parametrize("case", LIMITS)
+def test_the_scaling_limit_states_its_uncertainty(case):
+    efficiencies, sizes, sentence = LIMITS[case]
+    series = series_with(*efficiencies)
+    limit = scaling_limit(series)
+    assert (limit["largest_efficient_world_size"], limit["shown_up_to"], limit["about_up_to"]) == sizes
+    report = report_of(replace(NOISY, num_blocks=1, ranks_per_node=(1, 2), local_batch_sizes=()))
+    report["groups"][0]["series"] = [series]
+    report["verdict"] |= {"scaling": [{"group": "g1", **limit}], "bottlenecks": [], "targets": []}
+    expected = f"Strong scaling within a node (baseline 1 rank): efficiency {sentence} (sgd/ddp, 1 feature, "
+    assert summary_lines(report)[1].startswith(expected)
 
 
-def test_a_step_that_was_not_taken_apart_has_no_cause():
+def test_a_step_without_breakdown_has_no_bottleneck():
     series = series_with((0.5, 0.4, 0.6))
     for point in series["points"]:
         point["point"] = point["world_size"]
@@ -331,7 +325,7 @@ def test_a_fast_wrong_run_is_in_no_statistics_and_in_the_first_line():
             point = record["points"][0]
             point["step_time_s"] /= 1000
             point["throughput"] *= 1000
-            point |= {"check_passed": False, "check_difference": 0.5, "check_message": "the weights are half"}
+            set_check(point, "the weights are half")
         return record
 
     right, wrong = report_of(NOISY), report_of(NOISY, change=too_fast)
@@ -342,9 +336,12 @@ def test_a_fast_wrong_run_is_in_no_statistics_and_in_the_first_line():
         before["points"][2]["efficiency"]["value"], rel=0.1
     )
     assert right["verdict"]["correct"]["status"] == "yes"
-    assert right["verdict"]["lines"][0] == "It trains correctly: all 40 runs in 24 launches end at the known answer."
+    assert summary_lines(right)[0] == "Trains correctly. All 40 runs in 24 launches end at the closed-form solution."
     assert wrong["verdict"]["correct"]["status"] == "no"
-    assert "NOT train correctly: 3 of 40 runs in 24 launches miss the known answer" in wrong["verdict"]["lines"][0]
+    assert summary_lines(wrong)[0] == (
+        "Does not train correctly. 3 of 40 runs in 24 launches miss the closed-form solution, the first in "
+        "block-00-nodes-1-ranks-4 (sgd/ddp, 1 feature, 4 ranks); they are excluded from all statistics."
+    )
     assert [one["is_wrong_result"] for one in wrong["excluded"]] == [True] * 3
     assert "wrong result: the weights are half (difference 0.5, allowed 1e-09)" in wrong["excluded"][0]["reason"]
 
@@ -355,6 +352,7 @@ def test_where_nothing_ran_nothing_is_claimed():
     assert report["groups"] == []
     assert len(report["failed"]) == 8
     assert report["verdict"]["fastest"] is None
+    assert summary_lines(report) == ["Correctness unknown. No run was checked (8 launches failed: see below)."]
     json.dumps(report, allow_nan=False)
 
 
@@ -362,42 +360,42 @@ def test_fewer_than_six_launches_have_no_interval():
     report = report_of(replace(NOISY, num_blocks=5))
     estimates = [point["step_time_s"] for point in report["groups"][0]["points"]]
     assert [(one["low"], one["high"], one["num_launches"]) for one in estimates] == [(None, None, 5)] * len(estimates)
-    assert "too few launches to tell" in "\n".join(report["verdict"]["lines"])
+    assert "too few launches for an interval" in "\n".join(summary_lines(report))
 
 
 # Ranks that outnumber CPUs
 
 
-def test_ranks_that_share_cpus_are_told_beside_the_scaling_that_they_spoil():
+def test_oversubscribed_cpus_are_reported_beside_the_scaling_that_they_affect():
     def with_cpus(record):
         record["distributed"]["num_cpus"] = 2
         return record
 
-    told = "4 ranks share the 2 CPUs of a node"
-    assert any(line.startswith(told) for line in report_of(BY_HAND, change=with_cpus)["verdict"]["lines"])
-    # Not known of records that are older than the field.
-    assert not any("CPUs of a node" in line for line in report_of(BY_HAND)["verdict"]["lines"])
+    expected = "4 ranks share the 2 CPUs of a node (oversubscribed)"
+    assert any(line.startswith(expected) for line in summary_lines(report_of(ARITHMETIC, change=with_cpus)))
+    # Unknown in records that are older than the field.
+    assert not any("CPUs of a node" in line for line in summary_lines(report_of(ARITHMETIC)))
 
 
 # Time to target
 
 
 def test_time_to_target_is_predicted_steps_times_step_time():
-    report = report_of(BY_HAND)
+    report = report_of(ARITHMETIC)
     table = next(one for one in report["groups"][0]["targets"] if "-strong-" in one["series"])
-    # Made: 400 steps of 256 rows, so 640 of 160.
+    # Synthetic: 400 steps of 256 samples, so 640 of 160.
     assert [row["predicted_steps"] for row in table["rows"]] == [640] * 3
     assert [row["predicted_time_s"]["value"] for row in table["rows"]] == pytest.approx([0.32, 0.256, 0.256])
     assert [row["measured_time_s"]["value"] for row in table["rows"]] == pytest.approx([0.32, 0.256, 0.256])
     assert [row["predicted_over_measured"]["value"] for row in table["rows"]] == pytest.approx([1, 1, 1])
     assert [row["node_hours"] for row in table["rows"]] == pytest.approx([0.32 / 3600, 0.256 / 3600, 0.256 / 3600])
     assert table["stable_up_to_world_size"] == 4
-    off = report_of(BY_HAND, change=_ten_percent_longer)["verdict"]["lines"][-1]
+    off = summary_lines(report_of(ARITHMETIC, change=_ten_percent_longer))[-1]
     # 1 / 1.1 = 0.909.
     assert off.startswith("Predicted steps × step time differs from the measured time to the target by ")
-    assert "and by 9.1 % at most" in off
+    assert "and by at most 9.1 % (2 ranks, global batch " in off
     weak = next(one for one in report["groups"][0]["targets"] if "-weak-" in one["series"])
-    # 40, 80 and 160 rows: 2560, 1280 and 640 steps of 200, 300 and 400 µs.
+    # 40, 80 and 160 samples: 2560, 1280 and 640 steps of 200, 300 and 400 µs.
     assert [row["time_s"]["value"] for row in weak["rows"]] == pytest.approx([0.512, 0.384, 0.256])
     assert [row["stability_limit"] for row in weak["rows"]] == pytest.approx([1024 / 40, 1024 / 80, 1024 / 160])
 
@@ -409,16 +407,21 @@ def _ten_percent_longer(record):
     return record
 
 
-def test_soonest_may_need_more_node_hours_than_cheapest():
+def test_the_fastest_may_need_more_node_hours_than_the_lowest():
     # Two nodes halve the time of a step at best, and each of them is paid for.
     machine = without_noise(Machine(alpha_s=100e-6, serial_s=100e-6))
-    verdict = report_of(replace(BY_HAND, machine=machine, nodes=(1, 2), ranks_per_node=(1,)))["verdict"]
-    # 160 rows: 100 + 1600 µs on one, 100 + 800 + 100 on two; 640 steps.
+    report = report_of(replace(ARITHMETIC, machine=machine, nodes=(1, 2), ranks_per_node=(1,)))
+    lines, verdict = summary_lines(report), report["verdict"]
+    # 160 samples: 100 + 1600 µs on one, 100 + 800 + 100 on two; 640 steps.
     assert verdict["fastest"]["world_size"] == 2
     assert verdict["fastest"]["time_s"]["value"] == pytest.approx(640 * 1000e-6, rel=1e-4)
     assert verdict["lowest_node_hours"]["world_size"] == 1
     assert verdict["lowest_node_hours"]["node_hours"] < verdict["fastest"]["node_hours"]
-    assert verdict["fastest"]["text"] in verdict["lines"]
+    fastest, lowest = lines[-3:-1]
+    assert fastest.startswith(
+        "Fastest to 1 % above the optimum (1 feature): 2 ranks, 640 ms, measured (sgd/ddp, global "
+    )
+    assert lowest.startswith("Lowest node-hours to 1 % above the optimum (1 feature): 1 rank, ")
 
 
 def test_a_target_that_is_never_reached_has_no_time():
@@ -469,7 +472,7 @@ def test_predicted_times_stand_in_only_where_nothing_was_measured():
 # Where it comes from
 
 
-def test_provenance_tells_what_differs_and_how_often():
+def test_provenance_shows_what_differs_and_how_often():
     def change(record):
         if record["launch"]["block"] == 0:
             record["provenance"]["libraries"] = {**record["provenance"]["libraries"], "torchreg": "0.0.9"}
@@ -480,21 +483,21 @@ def test_provenance_tells_what_differs_and_how_often():
         record["distributed"]["cpus_per_rank"] = 2 if record["launch"]["block"] == 3 else 1
         return record
 
-    told = report_of(NOISY, change=change)["provenance"]
+    found = report_of(NOISY, change=change)["provenance"]
     threads = [{"value": "1", "launches": 6}, {"value": None, "launches": 18}]
     versions = [{"value": "0.0.9", "launches": 3}, {"value": "0.1.0", "launches": 21}]
-    assert told["differs"] == [
-        {"field": "environment.OMP_NUM_THREADS", "values": threads},
-        {"field": "libraries.torchreg", "values": versions},
+    assert found["differs"] == [
         {
             "field": "distributed.cpus_per_rank",
             "values": [{"value": "1", "launches": 21}, {"value": "2", "launches": 3}],
         },
+        {"field": "environment.OMP_NUM_THREADS", "values": threads},
+        {"field": "libraries.torchreg", "values": versions},
     ]
     # One rank has no backend: that is no difference.
-    assert told["same"]["distributed.backend"] == "gloo"
-    assert told["same"]["distributed.mpi_library"] == "MPICH 4.3"
-    assert not any("RANK" in field or "MASTER" in field for field in told["same"])
+    assert found["same"]["distributed.backend"] == "gloo"
+    assert found["same"]["distributed.mpi_library"] == "MPICH 4.3"
+    assert not any("RANK" in field or "MASTER" in field for field in found["same"])
 
 
 def test_the_same_records_give_the_same_bytes_and_a_merge_the_same_numbers():
@@ -520,12 +523,11 @@ def test_the_same_records_give_the_same_bytes_and_a_merge_the_same_numbers():
     assert merged["verdict"] == apart["verdict"]
 
 
-def test_the_command_writes_a_report_for_a_person_and_for_a_program(capsys):
-    pytest.importorskip("torchreg.reporting.pages")
-    campaign = replace(NOISY, num_blocks=6).write(Path("campaign"))
+def test_the_command_writes_pages_and_json(capsys):
+    campaign = replace(NOISY, num_blocks=6, ranks_per_node=(1, 2), local_batch_sizes=()).write(Path("campaign"))
     assert main(["report", str(campaign)]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == "verdict      It trains correctly: all 30 runs in 18 launches end at the known answer."
+    assert out[0] == "verdict      Trains correctly. All 12 runs in 12 launches end at the closed-form solution."
     assert "report       campaign/report/report.html" in out
     assert main(["report", str(campaign), "--json", "--out", "elsewhere"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -538,7 +540,7 @@ def test_the_command_writes_a_report_for_a_person_and_for_a_program(capsys):
     ("options", "part"),
     [
         ([], "report got no directory"),
-        (["a", "b"], "report got 2 directories: say with --out where"),
+        (["a", "b"], "report got 2 directories: give the directory of their report with --out"),
         (["campaign", "--out", "file"], "out is file, which cannot be made"),
         (["campaign", "--ou"], "ou"),
     ],
