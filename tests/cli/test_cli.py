@@ -9,7 +9,7 @@ import pytest
 from torchreg import cli
 from torchreg.cli import main
 
-from .conftest import LESSON_BIAS, LESSON_LOSS, LESSON_WEIGHT
+from ..conftest import LESSON_BIAS, LESSON_LOSS, LESSON_WEIGHT
 
 
 @pytest.mark.parametrize("code", ["import torchreg", "from torchreg.cli import main; main(['--help'])"])

@@ -23,7 +23,7 @@ from torchreg.data.synthetic import make_houses
 from torchreg.data.table import Standardizer, Table, load_table, write_table
 from torchreg.data import table as data
 
-from .conftest import REAL_TABLE
+from ..conftest import REAL_TABLE
 
 SIX_SUMS = (551, 775_791, 87_177_171, 136_013_443_019, 1_243_629_245, 15_770_786_472_947)
 
