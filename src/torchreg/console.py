@@ -140,7 +140,8 @@ class Reporter(Protocol):
     def close(self) -> None:
         """The run is over."""
 
-    say = info  # until runs/ has the new name
+    def say(self, text: str) -> None:
+        """The name of `info` until runs/ has the new one."""
 
 
 class Silent:

@@ -18,4 +18,5 @@ def train(config, communicator, *others, **options):
 
 
 sweep.train = train
+sys.modules["matplotlib"] = None  # pictures take longer than the runs
 sys.exit(main())

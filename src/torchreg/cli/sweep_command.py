@@ -45,11 +45,13 @@ def run(argv: list[str]) -> int:
     if argv[:1] in (["-h"], ["--help"]):
         print("usage: torchreg sweep {batch,lr-scaling} ...\n\n`torchreg sweep batch --help` shows the options.")
         return 0
-    kind, *argv = argv or ["missing"]
-    if kind not in ("batch", "lr-scaling"):
-        raise ValueError(f"sweep is {kind}: give batch or lr-scaling, as in `torchreg sweep batch`")
-    kinds = {"batch": BatchOptions, "lr-scaling": LRScalingOptions}
-    options = parse_config(kinds[kind], f"torchreg sweep {kind}", argv, SWEEP_DEFAULTS[kind])
+    kind = next((name for name in SWEEP_DEFAULTS if argv[:1] == [name]), None)
+    if kind is None:
+        raise ValueError(
+            f"sweep is {argv[0] if argv else 'missing'}: give batch or lr-scaling, as in `torchreg sweep batch`"
+        )
+    kinds: dict[str, type[_SweepOptions]] = {"batch": BatchOptions, "lr-scaling": LRScalingOptions}
+    options = parse_config(kinds[kind], f"torchreg sweep {kind}", argv[1:], SWEEP_DEFAULTS[kind])
     config, num_seeds = options.config, options.num_seeds
     field = "batch_sizes" if kind == "batch" else "multipliers"
     given = getattr(options, field)
@@ -58,28 +60,23 @@ def run(argv: list[str]) -> int:
         raise ValueError(f"num_seeds is {num_seeds}: give a whole number of at least 1")
 
     from torchreg.cli.ranks import on_all_ranks, open_ranks
-    from torchreg.console import Silent, Terminal, show_files, show_table
+    from torchreg.console import Reporter, Silent, Terminal, show_files, show_table
     from torchreg.runs.record import to_json
     from torchreg.runs.stopping import StopRequest
     from torchreg.sweeps.sweep import run_sweep
     from torchreg.sweeps.sweep_tables import batch_rows, lr_scaling_rows, summary, trials_table
-    from torchreg.sweeps.trials import batch_trials, lr_scaling_trials
+    from torchreg.sweeps.trials import Trial, batch_trials, lr_scaling_trials
 
     make_trials, make_rows = (batch_trials, batch_rows) if kind == "batch" else (lr_scaling_trials, lr_scaling_rows)
     communicator = open_ranks(config)
-    reporter = Terminal(stderr=options.json, counts="run") if communicator.is_main else Silent()
+    reporter: Reporter = Terminal(stderr=options.json, counts="run") if communicator.is_main else Silent()
+
+    def trials() -> list[Trial]:
+        return make_trials(config, values, num_seeds)
+
     with StopRequest(config.time_limit_s, nothing_to_save=True) as stop:
         folder = on_all_ranks(
-            communicator,
-            lambda: run_sweep(
-                kind,
-                config,
-                lambda: make_trials(config, values, num_seeds),
-                communicator,
-                reporter,
-                stop,
-                farm=options.farm,
-            ),
+            communicator, lambda: run_sweep(kind, config, trials, communicator, reporter, stop, farm=options.farm)
         )
     if folder is None:
         reporter.info(f"stopped by {stop.reason or 'another rank'}; finished runs are kept: run the same sweep again")
