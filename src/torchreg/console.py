@@ -112,10 +112,8 @@ def _console(stream: TextIO) -> Console:
     is_terminal = False
     with contextlib.suppress(ValueError):
         is_terminal = stream.isatty() and detect_launcher(os.environ).is_none
-    return Console(
-        file=stream, highlight=False, markup=False, emoji=False, force_terminal=is_terminal,
-        width=None if is_terminal else _UNLIMITED,
-    )  # fmt: skip
+    width = None if is_terminal else _UNLIMITED
+    return Console(file=stream, width=width, force_terminal=is_terminal, highlight=False, markup=False, emoji=False)
 
 
 def _wrapped(line: str, room: int, indent: int = _INDENT) -> str:
@@ -129,16 +127,16 @@ class Reporter(Protocol):
     """Receives the messages and the progress of a run. Called on the main rank only."""
 
     def info(self, text: str) -> None:
-        """A line that stays."""
+        """Report a line."""
 
     def warn(self, text: str) -> None:
-        """A line that must not be missed."""
+        """Report a warning."""
 
     def progress(self, step: int, num_steps: int, loss: float) -> None:
-        """`step` of `num_steps` steps are done, the last with this loss."""
+        """Report that `step` of `num_steps` steps are done, the last with this loss."""
 
     def close(self) -> None:
-        """The run is over."""
+        """Called when the run is over."""
 
     def say(self, text: str) -> None:
         """The name of `info` until runs/ has the new one."""

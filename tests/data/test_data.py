@@ -5,6 +5,7 @@ import http.server
 import os
 import resource
 import signal
+import sys
 import threading
 from dataclasses import replace
 from datetime import date, datetime, timedelta
@@ -170,7 +171,7 @@ REFUSED = {
     "D5 the name that pandas makes": (b"GrLivArea,x,x,SalePrice\n1,2,3,4\n2,3,9,4\n", "features is 'x.1'"),
     "D3 blank lines": (b"\n  \n\n", "which is empty"),
     "D3 bytes": (bytes(range(256)), "not text in UTF-8"),
-    "D3 an endless quotation": (b'GrLivArea,SalePrice\n1,"2\n2,3\n', "cannot be read as CSV"),
+    "D3 an endless quotation": (b'GrLivArea,SalePrice\n1,"2\n2,3\n', "cannot be read or written as CSV"),
 }
 
 
@@ -265,6 +266,16 @@ def test_every_parquet_type_of_numbers_is_read_with_its_missing_values(values):
     table = load_table("houses.pq", drop_missing=True)
     assert table.features.tolist() == [[1], [2]]
     assert (table.target.tolist(), table.num_dropped) == ([[3], [8]], 1)
+
+
+def test_parquet_without_pyarrow_is_refused_with_the_remedy(monkeypatch):
+    pq.write_table(pa.table({"GrLivArea": [1, 2], "SalePrice": [3, 5]}), "houses.parquet")
+    table = load_table("houses.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"houses.parquet is Parquet, and pyarrow is not installed: pip install"):
+        load_table("houses.parquet")
+    with pytest.raises(ValueError, match=r"again.parquet is Parquet, and \w+ is not installed: pip install"):
+        write_table(table, Path("again.parquet"))
 
 
 def test_parquet_with_two_columns_of_one_name_is_refused(capsys):

@@ -17,7 +17,7 @@ from torchreg.core.files import write_atomically
 from torchreg.data.fetching import fetch_ames
 from torchreg.data.standardizer import Matrix
 from torchreg.data.synthetic import REAL_NUM_ROWS, make_houses
-from torchreg.data.table_files import PARQUET_EXTENSIONS, parquet_errors, read_csv, read_parquet
+from torchreg.data.table_files import PARQUET_EXTENSIONS, file_errors, read_csv, read_parquet
 
 DEFAULT_FEATURE = "GrLivArea"
 DEFAULT_TARGET = "SalePrice"
@@ -137,7 +137,7 @@ def write_table(table: Table, path: Path) -> None:
     frame.insert(0, table.target_name, table.target[:, 0])
     content = io.BytesIO()
     if path.suffix.lower() in PARQUET_EXTENSIONS:
-        with parquet_errors(path):
+        with file_errors(path, "Parquet"):
             frame.to_parquet(content, index=False)
     else:
         frame.to_csv(content, index=False, compression=infer_compression(path, "infer"))

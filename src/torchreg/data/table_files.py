@@ -22,37 +22,41 @@ _END = "\x1aend of file\x1a"  # a row of its own, unless a quotation is not clos
 _MAX_NAMES = 12  # of columns, in an error
 
 
+@contextmanager
+def file_errors(path: Path, kind: str) -> Iterator[None]:
+    """Raise `ValueError` for whatever the libraries for this kind of file raise, and where they are missing."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except ImportError as error:
+        library = error.name or "pyarrow"
+        raise ValueError(f"{path} is {kind}, and {library} is not installed: pip install {library}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({_first_line(error)}): save it as such") from error
+    except Exception as error:  # each kind of compression has errors of its own
+        raise ValueError(f"{path} cannot be read or written as {kind}: {_first_line(error)}") from error
+
+
 def read_parquet(path: Path, wanted: Sequence[str]) -> Matrix:
     """The wanted columns, (num_rows, num_columns), with NaN for missing values; no other column is read."""
-    with parquet_errors(path):
+    with file_errors(path, "Parquet"):
         import pyarrow as pa
         from pyarrow.parquet import ParquetFile
 
         file = ParquetFile(path)
-        schema = file.schema_arrow
-        fields = [schema.field(index) for index in _indices([name.strip() for name in schema.names], wanted, path)]
-        for field in fields:
-            kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-            if not re.match("u?int|half|float|double|decimal|null", str(kind)):
-                raise ValueError(
-                    f"{path}: column {field.name.strip()!r} has the type {kind}, which is not a number: choose other "
-                    "columns with --features and --target, or convert it"
-                )
+    schema = file.schema_arrow
+    fields = [schema.field(index) for index in _indices([name.strip() for name in schema.names], wanted, path)]
+    for field in fields:
+        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        if not re.match("u?int|half|float|double|decimal|null", str(kind)):
+            raise ValueError(
+                f"{path}: column {field.name.strip()!r} has the type {kind}, which is not a number: choose other "
+                "columns with --features and --target, or convert it"
+            )
+    with file_errors(path, "Parquet"):
         read = file.read(columns=[field.name for field in fields])
         return np.column_stack([read[field.name].cast(pa.float64(), safe=False).to_numpy() for field in fields])
-
-
-@contextmanager
-def parquet_errors(path: Path) -> Iterator[None]:
-    """Raise `ValueError` where pyarrow is missing, or cannot read or write the file."""
-    try:
-        import pyarrow
-    except ImportError:
-        raise ValueError(f"{path} is Parquet, and pyarrow is not installed: pip install pyarrow") from None
-    try:
-        yield
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path} cannot be read or written as Parquet: {_first_line(error)}") from error
 
 
 def read_csv(path: Path, wanted: Sequence[str]) -> Matrix:
@@ -61,7 +65,7 @@ def read_csv(path: Path, wanted: Sequence[str]) -> Matrix:
     The separator is the one that splits the header into the most names. Rows may begin with a name, as R writes them.
     """
     if path.suffix.lower() == ".zst":
-        with _csv_errors(path):
+        with file_errors(path, "CSV"):
             _refuse_part_of_zstd(path)
     separator = max(_SEPARATORS, key=lambda letter: len(next(_csv_rows(path, letter), (0, []))[1]))
     rows = _csv_rows(path, separator)
@@ -109,7 +113,7 @@ def _csv_rows(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
     """Line number and fields of the header and of each row, without blank lines."""
     from pandas.io.common import get_handle
 
-    with _csv_errors(path), get_handle(path, "r", encoding="utf-8-sig", compression="infer") as file:
+    with file_errors(path, "CSV"), get_handle(path, "r", encoding="utf-8-sig", compression="infer") as file:
         lines = itertools.chain(file.handle, [_END])
         reader = csv.reader(lines, delimiter=separator, skipinitialspace=separator != "\t")
         for row in reader:
@@ -118,20 +122,6 @@ def _csv_rows(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
             if len(row) > 1 or any(field.strip() for field in row):
                 yield reader.line_num, row
         raise EOFError("a quotation is not closed")
-
-
-@contextmanager
-def _csv_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except MemoryError:
-        raise
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"data is {path}, which is not text in UTF-8 ({_first_line(error)}): save it as such"
-        ) from error
-    except Exception as error:  # each kind of compression has errors of its own
-        raise ValueError(f"data is {path}, which cannot be read as CSV: {_first_line(error)}") from error
 
 
 def _refuse_part_of_zstd(path: Path) -> None:

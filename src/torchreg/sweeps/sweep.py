@@ -85,8 +85,7 @@ def run_sweep(
             if farm and communicator.world_size > 1:  # the other ranks did not take part, so this one ends them
                 raise ValueError(str(error)) from error
             raise
-        is_stopped = result.stopped_by == "request"
-        if is_stopped:
+        if is_stopped := result.stopped_by == "request":
             break
         reporter.progress(done, len(pending), result.loss)
     is_stopped = any(communicator.gather(is_stopped))
@@ -110,13 +109,9 @@ def _is_finished(folder: Path, trial: Trial, fingerprint: str) -> bool:
     except _UNREADABLE:
         return False
     now = json.loads(json.dumps(asdict(trial.config)))
-    differs = [
-        f"{key} was {before[key]} and is {value}"
-        for key, value in now.items()
-        if key not in _NOT_COMPARED and before[key] != value
-    ]
-    if data != fingerprint:
-        differs.append("the data's fingerprint is another")
+    differing = [key for key in now if key not in _NOT_COMPARED and before[key] != now[key]]
+    differs = [f"{key} was {before[key]} and is {now[key]}" for key in differing]
+    differs += ["the data's fingerprint is another"] * (data != fingerprint)
     if differs:
         raise ValueError(
             f"name is {folder.name!r}, and {run} is a finished run of another configuration ({differs[0]}): "

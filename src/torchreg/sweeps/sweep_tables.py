@@ -13,10 +13,7 @@ import pandas as pd
 from torchreg.core.files import read_regular
 from torchreg.runs.record import RECORD_FILE, read_metrics
 
-SWEEP_FILE = "sweep.json"
-TRIALS_FOLDER = "trials"
-TRIALS_FILE = "trials.csv"
-CURVES_FILE = "curves.csv"
+SWEEP_FILE, TRIALS_FILE, CURVES_FILE, TRIALS_FOLDER = "sweep.json", "trials.csv", "curves.csv", "trials"
 
 GROUP = ["standardize", "update_order", "global_batch_size", "multiplier", "warmup_steps"]
 """The columns that trials of one configuration have in common; they differ in `seed`."""

@@ -29,15 +29,11 @@ def batch_trials(config: TrainConfig, batch_sizes: Iterable[int], num_seeds: int
     Raises `ValueError` for a configuration with a batch size of its own.
     """
     _refuse_batch_size(config, "--batch-sizes")
-    return [
-        Trial(
-            f"batch-{size}-seed-{i}",
-            _trial_config(config, global_batch_size=size, seed=config.seed + i),
-            scale_at(config, size),
-        )
-        for size in sorted(set(batch_sizes))
-        for i in range(num_seeds)
-    ]
+    trials = []
+    for size, i in itertools.product(sorted(set(batch_sizes)), range(num_seeds)):
+        trial = _trial_config(config, global_batch_size=size, seed=config.seed + i)
+        trials.append(Trial(f"batch-{size}-seed-{i}", trial, scale_at(config, size)))
+    return trials
 
 
 def lr_scaling_trials(config: TrainConfig, multipliers: Sequence[float], num_seeds: int) -> list[Trial]:
@@ -102,10 +98,8 @@ def _scaled(config: TrainConfig, multiplier: float, data: LeastSquares) -> tuple
 
 def _refuse_batch_size(config: TrainConfig, remedy: str) -> None:
     for field in ("global_batch_size", "local_batch_size"):
-        if getattr(config, field):
-            raise ValueError(
-                f"{field} is {getattr(config, field)}, and the sweep chooses the batch of each trial: give {remedy}"
-            )
+        if value := getattr(config, field):
+            raise ValueError(f"{field} is {value}, and the sweep chooses the batch of each trial: give {remedy}")
     if config.sampling == "full":
         raise ValueError(
             "sampling is full, which takes all rows in every step, and the sweep varies the batch: choose --sampling "
