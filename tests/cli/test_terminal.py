@@ -24,7 +24,18 @@ QUICK = {
 }
 COMMANDS = QUICK | {
     "verify": ["verify", "--quick"],
-    "batch": ["sweep", "batch", "--batch-sizes", "64,256", "--num-seeds", "2", "--epochs", "1"],
+    "batch": [
+        "sweep",
+        "batch",
+        "--update-order",
+        "simultaneous",
+        "--batch-sizes",
+        "64,256",
+        "--num-seeds",
+        "2",
+        "--epochs",
+        "1",
+    ],
     "lr-scaling": ["sweep", "lr-scaling", "--multipliers", "1,8", "--num-seeds", "2", "--max-steps", "5"],
 }
 STYLES = re.compile(r"\x1b\[[\d;]*m")
@@ -243,7 +254,18 @@ def test_a_sweep_keeps_its_digits_at_any_magnitude(capsys):
     x = rng.normal(2, 1, 40)
     pd.DataFrame({"a": x, "b": 1e-9 * (x + rng.normal(size=40))}).to_csv("d.csv")
     options = ["sweep", "batch", "--data", "d.csv", "--features", "a", "--target", "b", "--batch-sizes", "8"]
-    options += ["--num-seeds", "1", "--epochs", "3", "--standardize", "--base-learning-rate", "0.1", "0.1"]
+    options += [
+        "--update-order",
+        "simultaneous",
+        "--num-seeds",
+        "1",
+        "--epochs",
+        "3",
+        "--standardize",
+        "--base-learning-rate",
+        "0.1",
+        "0.1",
+    ]
     assert main([*options, "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     (trial,) = pd.read_csv("runs/sweep-batch/trials.csv").to_dict("records")
