@@ -1,9 +1,6 @@
 """The `torchreg` command: one table of subcommands. Each is a module that is imported when it runs.
 
-- `options`, `config_options`: what commands share: exit codes, parsing, the options of a `TrainConfig`;
-- `ranks`: ranks that start and end together;
-- `streams`: standard streams that never raise;
-- `<name>_command`: one command each.
+`options` and `config_options` have what commands share, `ranks` starts and ends the ranks, `streams` never raise.
 """
 
 from __future__ import annotations
@@ -93,8 +90,7 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"torchreg {__version__}")
         return 0
     if not arguments or arguments[0] in ("-h", "--help"):
-        width = max(map(len, COMMANDS))
-        descriptions = "\n".join(f"  {name:{width}}  {what}" for name, what in COMMANDS.items())
+        descriptions = "\n".join(f"  {name:6}  {what}" for name, what in COMMANDS.items())
         print(_USAGE.format(commands="{" + ",".join(COMMANDS) + "}", descriptions=descriptions), end="")
         return 0 if arguments else EXIT_BAD_INPUT
     name, *options = arguments
