@@ -1,16 +1,16 @@
-"""What a person sees: numbers, lines and tables; a progress bar on a terminal, plain lines in a batch log."""
+"""Everything that is printed: numbers, lines and tables; a progress bar on a terminal, plain lines in a batch log."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import os
 import sys
 import textwrap
 import time
 from collections.abc import Iterable, Sequence
-from typing import Protocol, TextIO
+from pathlib import Path
+from typing import Any, Protocol, TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
@@ -21,9 +21,10 @@ from rich.table import Table
 from torchreg.distributed.launcher import detect_launcher
 
 _SECONDS_BETWEEN_LINES = 10.0
-_INDENT = 13  # columns before what a line says of its first word
-_SHORT = (14, 9)  # letters; a cell of at most as many is not wrapped, or of at most 9 where there is little room
-_MOST_TERMS = 8  # of an equation
+_INDENT = 13  # columns of a line's label
+_UNLIMITED = 100_000  # columns of what is not a terminal
+_NOT_WRAPPED = (14, 9)  # the longest entry of a table that is kept on one line; the second where room is short
+_MAX_TERMS = 8  # of an equation
 
 
 def printable(text: str) -> str:
@@ -32,70 +33,68 @@ def printable(text: str) -> str:
 
 
 def digits(value: float) -> str:
-    """A number at any magnitude: with 6 decimals where these are 7 to 16 significant digits, else with 8 or 16."""
+    """A number of any magnitude: with 6 decimals where these are 7 to 16 significant digits, else with 8 or 16."""
     if 1 <= abs(value) < 1e10:
         return f"{value:.6f}"
     return f"{value:.16g}" if abs(value) >= 1e10 else f"{value:.8g}"
 
 
 def equation(target: str, names: Sequence[str], weight: Sequence[float], bias: float) -> str:
-    """The line target = weight · features + bias; of many features the first terms alone."""
-    terms = [f"{_signed(w)} {name}" for w, name in itertools.islice(zip(weight, names, strict=True), _MOST_TERMS)]
-    if len(names) > _MOST_TERMS:
-        terms.append(f"+ … ({len(names) - _MOST_TERMS:,} more)")
-    return f"{target} = {' '.join([*terms, _signed(bias)]).removeprefix('+ ')}"
-
-
-def _signed(value: float) -> str:
-    return f"{'-' if value < 0 else '+'} {digits(abs(value))}"
+    """The line target = weight · features + bias; of many features the first terms only."""
+    values = [*weight[:_MAX_TERMS], bias]
+    signed = [f"{'-' if value < 0 else '+'} {digits(abs(value))}" for value in values]
+    terms = [f"{value} {name}" for value, name in zip(signed[:-1], names, strict=False)]
+    if len(names) > _MAX_TERMS:
+        terms.append(f"+ … ({len(names) - _MAX_TERMS:,} more)")
+    return f"{target} = {' '.join([*terms, signed[-1]]).removeprefix('+ ')}"
 
 
 def show_lines(lines: Iterable[str]) -> None:
-    """Print lines on stdout; on a terminal wrapped between words, but for commands, which are there to be copied."""
+    """Print lines on stdout; on a terminal wrapped between words, except commands, which are copied."""
     for line in lines:
-        print(_wrapped(line, _room(sys.stdout)))
+        print(_wrapped(line, _console(sys.stdout).width))
+
+
+def show_files(records: Path | str, pictures: Iterable[Path]) -> None:
+    """Print the folder of the records and the paths of pictures."""
+    show_lines([f"records      {records}", *(f"picture      {path}" for path in pictures)])
 
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on stdout, every column right-aligned, rows that begin with `!` marked in colour.
+    """Print a table on stdout, every column right-aligned, rows that begin with `!` in colour.
 
-    On a terminal its cells are wrapped between words to the terminal's width, and where that is too narrow each row
+    On a terminal its entries are wrapped between words to the terminal's width, and where that is too narrow each row
     becomes a list. Elsewhere it is as wide as it needs to be.
     """
-    console, room = _console(sys.stdout), _room(sys.stdout)
+    console = _console(sys.stdout)
     styles = ["red" if row[0].startswith("!") else None for row in rows]
-    cells = [[printable(cell.removeprefix("!")) for cell in row] for row in rows]
-    gap, widths = _layout(columns, cells, room)
+    entries = [[printable(entry.removeprefix("!")) for entry in row] for row in rows]
+    gap, widths = _layout(columns, entries, console.width)
     if widths:
         table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, int(gap > 1), 0, int(gap > 2)))
         for column, width in zip(columns, widths, strict=True):
             table.add_column(column, justify="right", width=width)
-        for row, style in zip(cells, styles, strict=True):
+        for row, style in zip(entries, styles, strict=True):
             table.add_row(*row, style=style)
         console.print(table, crop=False)
         return
     indent = max(map(len, columns)) + 2
-    for row, style in zip(cells, styles, strict=True):
+    for row, style in zip(entries, styles, strict=True):
         console.print()
-        for column, cell in zip(columns, row, strict=True):
-            console.print(_wrapped(f"{column:{indent}}{cell}", room, indent), style=style, soft_wrap=True)
+        for column, entry in zip(columns, row, strict=True):
+            console.print(_wrapped(f"{column:{indent}}{entry}", console.width, indent), style=style, soft_wrap=True)
     console.print()
 
 
-def _layout(columns: Sequence[str], rows: Sequence[Sequence[str]], room: float) -> tuple[int, list[int]]:
-    """The gap between the columns of a table, 3 if that fits, and their widths; none where no gap is small enough."""
+def _layout(columns: Sequence[str], rows: Sequence[Sequence[str]], room: int) -> tuple[int, list[int]]:
+    """The gap between the columns of a table, 3 if that fits, and their widths; no widths where nothing fits."""
     by_column = list(zip(columns, *rows, strict=True))
-    widths = [max(map(cell_len, cells)) for cells in by_column]
-    for short, gap in itertools.product(_SHORT, (3, 2, 1)):
-        least = [
-            max(
-                map(
-                    cell_len,
-                    ["", *name.split(), *(part for c in cells for part in ([c] if len(c) <= short else c.split()))],
-                )
-            )
-            for name, *cells in by_column
-        ]
+    widths = [max(map(cell_len, entries)) for entries in by_column]
+    for kept, gap in itertools.product(_NOT_WRAPPED, (3, 2, 1)):
+        least = []
+        for name, *entries in by_column:
+            parts = [name.split(), *([entry] if len(entry) <= kept else entry.split() for entry in entries)]
+            least.append(max(map(cell_len, itertools.chain([""], *parts))))
         left = room - 2 - gap * (len(columns) - 1)
         if sum(least) <= left:
             while sum(widths) > left:
@@ -105,85 +104,74 @@ def _layout(columns: Sequence[str], rows: Sequence[Sequence[str]], room: float) 
     return 0, []
 
 
-def _is_watched(stream: TextIO) -> bool:
-    """Whether a person sees it as it appears. A launcher's ranks may have a terminal that is none (Open MPI 5)."""
-    with contextlib.suppress(ValueError):
-        return stream.isatty() and detect_launcher(os.environ).is_none
-    return False
-
-
-def _room(stream: TextIO) -> float:
-    """How many columns a line may have."""
-    return _console(stream).width if _is_watched(stream) else math.inf
-
-
 def _console(stream: TextIO) -> Console:
-    is_watched = _is_watched(stream)
-    return Console(
-        file=stream, highlight=False, markup=False, emoji=False, force_terminal=is_watched,
-        width=None if is_watched else 100_000,
-    )  # fmt: skip
+    """A terminal as wide as it is, or plain text of any width.
+
+    The terminals that a launcher gives its ranks (Open MPI 5) are pipes to a log.
+    """
+    is_terminal = False
+    with contextlib.suppress(ValueError):
+        is_terminal = stream.isatty() and detect_launcher(os.environ).is_none
+    width = None if is_terminal else _UNLIMITED
+    return Console(file=stream, width=width, force_terminal=is_terminal, highlight=False, markup=False, emoji=False)
 
 
-def _wrapped(line: str, room: float, indent: int = _INDENT) -> str:
+def _wrapped(line: str, room: int, indent: int = _INDENT) -> str:
     line = printable(line)
     if len(line) <= room or " " not in line[indent:] or line.startswith("command "):
         return line
-    return textwrap.fill(
-        line, int(room), subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
-    )
+    return textwrap.fill(line, room, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 class Reporter(Protocol):
-    """Something that tells a person how a run goes. Called on the main rank only."""
+    """Receives the messages and the progress of a run. Called on the main rank only."""
 
-    def say(self, text: str) -> None:
-        """A line that stays."""
+    def info(self, text: str) -> None:
+        """Report a line."""
 
     def warn(self, text: str) -> None:
-        """A line that must not be missed."""
+        """Report a warning."""
 
     def progress(self, step: int, num_steps: int, loss: float) -> None:
-        """`step` of `num_steps` steps are done, the last with this loss."""
+        """Report that `step` of `num_steps` steps are done, the last with this loss."""
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """Called when the run is over."""
+
+    def say(self, text: str) -> None:
+        """The name of `info` until runs/ has the new one."""
 
 
 class Silent:
-    """Says nothing: other ranks than the main one, and callers who only want the result."""
+    """Ignores all messages: on the other ranks, and for callers who want the result only."""
 
-    def say(self, text: str) -> None: ...  # noqa: D102
+    def _ignore(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def warn(self, text: str) -> None: ...  # noqa: D102
-
-    def progress(self, step: int, num_steps: int, loss: float) -> None: ...  # noqa: D102
-
-    def close(self) -> None: ...  # noqa: D102
+    info = say = warn = progress = close = _ignore
 
 
 class Terminal:
     """A `Reporter` on stdout, or on stderr where stdout belongs to a JSON object.
 
-    `counts` names what `progress` counts. On a terminal a bar that updates in place; elsewhere
-    the first and last steps, a tenth of the steps apart at
-    most, and at least ten seconds apart, so that a log of a thousand-node job stays readable.
+    `counts` names what `progress` counts. On a terminal a bar that updates in place; elsewhere lines at least ten
+    seconds apart, and the last step, so that the log of a thousand-node job stays readable.
     """
 
     def __init__(self, *, stderr: bool = False, counts: str = "step") -> None:
         self._counts = counts
-        stream = sys.stderr if stderr else sys.stdout
-        self._console, self._room = _console(stream), _room(stream)
+        self._console = _console(sys.stderr if stderr else sys.stdout)
         self._bar: Progress | None = None
         self._next_line_s = 0.0
 
-    def say(self, text: str) -> None:
+    def info(self, text: str, style: str | None = None) -> None:
         """Print a line."""
-        self._console.print(_wrapped(text, self._room), soft_wrap=True)
+        self._console.print(_wrapped(text, self._console.width), style=style, soft_wrap=True)
+
+    say = info
 
     def warn(self, text: str) -> None:
         """Print a warning, in colour where there is one."""
-        self._console.print(_wrapped(f"warning: {text}", self._room), style="yellow", soft_wrap=True)
+        self.info(f"warning: {text}", style="yellow")
 
     def progress(self, step: int, num_steps: int, loss: float) -> None:
         """Move the bar, or print a line when one is due."""
@@ -192,25 +180,19 @@ class Terminal:
             self._move_bar(step, num_steps, loss)
         elif step == num_steps or time.monotonic() >= self._next_line_s:
             self._next_line_s = time.monotonic() + _SECONDS_BETWEEN_LINES
-            self.say(f"{self._counts} {step}/{num_steps}  loss {loss:.6g}")
+            self.info(f"{self._counts} {step}/{num_steps}  loss {loss:.6g}")
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar:
             self._bar.stop()
             self._bar = None
 
     def _move_bar(self, step: int, num_steps: int, loss: float) -> None:
         if self._bar is None:
-            self._bar = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn(self._counts + "s · loss {task.fields[loss]}"),
-                TimeRemainingColumn(),
-                console=self._console,
-                transient=True,
-            )
+            counts = TextColumn(f"{self._counts}s · loss {{task.fields[loss]}}")
+            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), counts, TimeRemainingColumn())
+            self._bar = Progress(*columns, console=self._console, transient=True)
             self._bar.add_task("training", total=num_steps, loss="")
             self._bar.start()
         self._bar.update(self._bar.task_ids[0], completed=step, loss=f"{loss:.6g}")

@@ -97,7 +97,7 @@ class Listening(Silent):
     def __init__(self):
         self.said = []
 
-    def say(self, text):
+    def info(self, text):
         self.said.append(text)
 
 
@@ -498,7 +498,7 @@ def test_a_stop_request_saves_once_and_leaves_no_record():
         ({"checkpoint_every_s": float("nan")}, "checkpoint_every_s is nan"),
         ({"time_limit_s": -1.0}, "time_limit_s is -1.0: give a number above 0"),
         ({"time_limit_s": float("inf")}, "time_limit_s is inf"),
-        ({"resume": "auto"}, "resume is auto and name is None: say which run to go on with, by --name"),
+        ({"resume": "auto"}, "resume is auto and name is None: name the run to resume with --name"),
         ({"resume": "auto", "name": "run", "overwrite": True}, "choose one of the two"),
     ],
 )

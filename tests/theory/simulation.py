@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from torchreg.data.table import Standardizer, load_table
+from torchreg.data.standardizer import Standardizer
+from torchreg.data.table import load_table
 from torchreg.theory import Moments, RowGradients
 
 

@@ -1,64 +1,45 @@
-"""Options from the command line, and what is wrong with them in one line."""
+"""What all commands share: exit codes, and options with errors of one line. tyro is imported when it is used."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import re
-from dataclasses import replace
-from typing import Any, Literal, TypeVar
-
-import tyro
-
-from torchreg.runs.config import TrainConfig, with_recipe
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 EXIT_FAILED = 1
-EXIT_BAD_INPUT = 2
-EXIT_DIVERGED = 3
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved in time, start it again
-EXIT_INTERRUPTED = 130  # Ctrl-C before there was anything to save; 128 + SIGINT, as a shell has it
+EXIT_BAD_INPUT = 2  # reported in one line on stderr
+EXIT_DIVERGED = 3  # the record is written
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal or the time limit, and saved; start it again
+EXIT_INTERRUPTED = 130  # Ctrl-C before there was anything to save; 128 + SIGINT, as in a shell
 
-Recipe = Literal["default", "lesson", "homework"]
 T = TypeVar("T")
 
 
-def recipe_of(argv: list[str]) -> str:
-    """The value of --recipe, which decides the other options' defaults and so is read before them."""
-    for place, option in enumerate(argv):
-        name, equals, value = option.partition("=")
-        if name == "--recipe":
-            return value if equals else "".join(argv[place + 1 : place + 2])
-    return "default"
+@dataclass(frozen=True, kw_only=True)
+class JSONOption:
+    """The option of all commands that print a result."""
 
-
-def recipe_config(argv: list[str]) -> TrainConfig:
-    """The recipe that the options name, without its batch size where they choose the batch in another way."""
-    config = with_recipe(recipe_of(argv))
-    words = " ".join(argv).replace("=", " ").replace("_", "-").split()
-    if "--local-batch-size" in words or "--sampling full" in " ".join(words):
-        return replace(config, global_batch_size=None)
-    return config
+    json: bool = False  # Print the result as one JSON object on stdout, and nothing else there.
 
 
 def parse(kind: type[T], program: str, argv: list[str], default: T | None = None) -> T:
-    """Parse a command's options. What tyro would say in a box becomes one line of a `ValueError`."""
-    told = io.StringIO()
+    """Parse a command's options. Raises `ValueError` with tyro's error message, which is a box, in one line."""
+    import tyro
+
+    box = io.StringIO()
     options: dict[str, Any] = {} if default is None else {"default": default}
     try:
-        with contextlib.redirect_stderr(told):
+        with contextlib.redirect_stderr(box):
             return tyro.cli(kind, prog=program, args=argv, **options)
     except SystemExit as error:
         if error.code in (0, None):
             raise
-        raise ValueError(_in_one_line(told.getvalue())) from None
-
-
-def _in_one_line(box: str) -> str:
-    lines = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines() if not line.startswith(("╭", "╰"))]
+    lines = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", box.getvalue()).splitlines() if line[:1] not in ("╭", "╰")]
     lines = [line.strip("│─ \t") for line in lines]
     text = " ".join(line for line in lines if line and not line.startswith("For full helptext"))
-    text = re.sub(r" (Got errors|Argument helptext): .*", "", text)
-    return text.removeprefix("Error parsing ")
+    raise ValueError(re.sub(r" (Got errors|Argument helptext): .*", "", text).removeprefix("Error parsing "))
 
 
 def whole_numbers(field: str, text: str) -> list[int]:

@@ -4,45 +4,29 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from torchreg.cli.options import Recipe, parse, recipe_config, whole_numbers
-from torchreg.runs.config import TrainConfig
+from torchreg.cli.config_options import RecipeOptions, parse_recipe
+from torchreg.cli.options import whole_numbers
 
 
-@dataclass(frozen=True)
-class PlanArguments:
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(RecipeOptions):
     """Predict, without training, what each of several world sizes would do: stable or not, steps and samples to the
     target, noise floor.
 
     Takes the options of `train`; the target is `--target-excess` (default 0.01).
     """
 
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
-
-    world_sizes: str = "1,2,4,8"
-    """Numbers of ranks, separated by commas."""
-
-    recipe: Recipe = "default"
-    """Where the defaults come from, as for `train`."""
-
-    json: bool = False
-    """Print the plan as one JSON object on stdout, and nothing else there."""
+    world_sizes: str = "1,2,4,8"  # Numbers of ranks, separated by commas.
 
 
 def run(argv: list[str]) -> int:
     """Print the plan, and draw it if asked."""
-    defaults = PlanArguments(recipe_config(argv))
-    arguments = parse(PlanArguments, "torchreg plan", argv, defaults)
-    config = arguments.config
-    if config.plot:
-        from torchreg.plots import require_matplotlib
+    options = parse_recipe(PlanOptions, "torchreg plan", argv)
+    config = options.config
+    world_sizes = whole_numbers("world_sizes", options.world_sizes)
 
-        require_matplotlib()
-    world_sizes = whole_numbers("world_sizes", arguments.world_sizes)
-
+    from torchreg.console import show_lines, show_table
     from torchreg.planning.plan import plan
     from torchreg.runs.record import PLAN_FILE, create_run_folder, to_json, write_json
 
@@ -54,11 +38,9 @@ def run(argv: list[str]) -> int:
         folder = create_run_folder(config.runs_dir, config.name, "plan", overwrite=config.overwrite)
         write_json(folder / PLAN_FILE, asdict(planned))
         pictures = draw_plan(folder)
-    if arguments.json:
+    if options.json:
         print(to_json(asdict(planned)))
         return 0
-    from torchreg.console import show_lines, show_table
-
     show_lines(planned.heading())
     show_table(*planned.table())
     show_lines([*planned.conclusion(), *(f"picture      {picture}" for picture in pictures)])

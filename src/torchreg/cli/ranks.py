@@ -1,4 +1,4 @@
-"""Ranks that start and end together, whatever goes wrong."""
+"""Ranks that start and end together, whatever fails."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from torchreg.cli.options import EXIT_BAD_INPUT, EXIT_FAILED
 from torchreg.distributed.communicator import Communicator
@@ -24,11 +24,11 @@ from torchreg.runs.stopping import ignore_signals
 
 T = TypeVar("T")
 
-_ECHO_DELAY_S = 2.0
+_MAIN_RANK_FIRST_S = 2.0
 
 
 def open_ranks(config: TrainConfig) -> Communicator:
-    """Bring up the ranks. What goes wrong here may be seen by all ranks or by one: it is told once, and ends all."""
+    """Initialise this rank among the others. An error here, of all ranks or of one, is reported once and ends all."""
     try:
         communicator = init_distributed(
             distributed=config.distributed,
@@ -38,35 +38,35 @@ def open_ranks(config: TrainConfig) -> Communicator:
             timeout_s=config.timeout_s,
             run=asdict(config),
         )
-        if (
-            communicator.is_main
-            and (warning := why_not_a_gpu(config.device, os.environ))
-            and communicator.device.type == "cpu"
-        ):
-            print(f"torchreg: warning: {warning}", file=sys.stderr)
-        return communicator
     except AgreedError:
         raise
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
-        rank = 0
-        with contextlib.suppress(ValueError):
-            rank = detect_launcher(os.environ).rank
-        code = EXIT_BAD_INPUT if isinstance(error, ValueError) else EXIT_FAILED
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(code))  # of srun, when another rank has left
-        if rank > 0:
-            time.sleep(_ECHO_DELAY_S)  # the main rank most likely tells the same, and the launcher ends this one
-        told = f"torchreg: error: {' '.join(str(error).split())}"
-        if not isinstance(error, ValueError):
-            who = f"on rank {rank} ({socket.gethostname()})"
-            told = f"torchreg: error {who}: the ranks did not come together: {one_line(error)}"
-        print(told, file=sys.stderr, flush=True)
-        time.sleep(FORWARDED_WITHIN_S)
-        # Without MPI_Finalize and process group clean-up, which would wait for ranks that are not there.
-        os._exit(code)
+        _leave(error)
+    warning = why_not_a_gpu(config.device, os.environ)
+    if warning and communicator.is_main and communicator.device.type == "cpu":
+        print(f"torchreg: warning: {warning}", file=sys.stderr)
+    return communicator
+
+
+def _leave(error: Exception) -> NoReturn:
+    """Report the error and end this rank without MPI_Finalize, which would wait for ranks that are not there."""
+    rank = 0
+    with contextlib.suppress(ValueError):
+        rank = detect_launcher(os.environ).rank
+    code, message = EXIT_BAD_INPUT, f"torchreg: error: {' '.join(str(error).split())}"
+    if not isinstance(error, ValueError):
+        code, host = EXIT_FAILED, socket.gethostname()
+        message = f"torchreg: error on rank {rank} ({host}): the ranks did not come together: {one_line(error)}"
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(code))  # srun sends it when another rank has left
+    if rank > 0:
+        time.sleep(_MAIN_RANK_FIRST_S)  # which most likely reports the same, and the launcher then ends this rank
+    print(message, file=sys.stderr, flush=True)
+    time.sleep(FORWARDED_WITHIN_S)
+    os._exit(code)
 
 
 def on_all_ranks(communicator: Communicator, work: Callable[[], T]) -> T:
-    """What `work` returns, on ranks that end together: bad input is told by an `AgreedError`, and nothing else is."""
+    """What `work` returns, on ranks that end together. Bad input has to be raised as an `AgreedError`."""
     try:
         with communicator:
             result = work()

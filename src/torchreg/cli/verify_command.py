@@ -5,43 +5,30 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from torchreg.cli.options import EXIT_FAILED, parse
+from torchreg.cli.options import EXIT_FAILED, JSONOption, parse
 from torchreg.runs.config import TrainConfig
 
 
-@dataclass(frozen=True)
-class VerifyArguments:
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(JSONOption):
     """Check, with known answers, whether this launcher, MPI, backend and torch train correctly across all ranks.
 
     Start it as the training would be: `mpiexec -n 8 torchreg verify`. Exit code 0 if nothing fails.
     """
 
-    quick: bool = False
-    """Leave out long messages and some combinations."""
-
-    json: bool = False
-    """Print the checks as one JSON object on stdout, and nothing else there."""
-
+    quick: bool = False  # Skip long messages and some combinations.
+    # Break the stack on purpose, to see the checks fail.
     inject: Literal["wrong-average", "duplicate-shard", "skewed-start", "stale-rank"] | None = None
-    """Break the stack on purpose, to see the checks fail."""
-
-    runs_dir: str = "runs"
-    """Where checkpoints are tried: a folder that all nodes share."""
-
-    distributed: Literal["auto", "ezpz", "torch"] = "auto"
-    """Who sets up several ranks, as for `train`."""
-
-    device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = "auto"
-    """Where to train, as for `train`."""
-
-    timeout_s: float = 300.0
-    """How long a collective operation waits for other ranks, in seconds."""
+    runs_dir: str = "runs"  # Where checkpoints are tested: a folder that all nodes share.
+    distributed: Literal["auto", "ezpz", "torch"] = "auto"  # Who sets up several ranks, as for `train`.
+    device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = "auto"  # Where to train, as for `train`.
+    timeout_s: float = 300.0  # How long a collective operation waits for other ranks, in seconds.
 
 
 def run(argv: list[str]) -> int:
     """Check, and print the table."""
-    arguments = parse(VerifyArguments, "torchreg verify", argv)
-    config = TrainConfig(distributed=arguments.distributed, device=arguments.device, timeout_s=arguments.timeout_s)
+    options = parse(VerifyOptions, "torchreg verify", argv)
+    config = TrainConfig(distributed=options.distributed, device=options.device, timeout_s=options.timeout_s)
 
     from torchreg.cli.ranks import on_all_ranks, open_ranks
     from torchreg.console import show_lines, show_table
@@ -50,14 +37,14 @@ def run(argv: list[str]) -> int:
     from torchreg.verification.verify import verify
 
     communicator = open_ranks(config)
-    if arguments.inject and communicator.world_size == 1:
-        raise ValueError(f"inject is {arguments.inject}, which needs other ranks: start several, as by mpiexec -n 2")
+    if options.inject and communicator.world_size == 1:
+        raise ValueError(f"inject is {options.inject}, which needs other ranks: start several, as by mpiexec -n 2")
     checks = on_all_ranks(
         communicator,
-        lambda: list(verify(communicator, arguments.runs_dir, quick=arguments.quick, defect=arguments.inject)),
+        lambda: list(verify(communicator, options.runs_dir, quick=options.quick, defect=options.inject)),
     )
     failed = any(check.status == "FAIL" for check in checks)
-    if communicator.is_main and arguments.json:
+    if communicator.is_main and options.json:
         print(to_json({"passed": not failed, "checks": [asdict(check) for check in checks]}))
     elif communicator.is_main:
         show_lines([communicator.describe()])

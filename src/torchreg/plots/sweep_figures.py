@@ -12,7 +12,7 @@ import pandas as pd
 
 from torchreg.plots.style import BLACK, BLUE, GREY, ORANGE, SKY, new_figure, own_style, save
 from torchreg.runs.record import RECORD_FILE
-from torchreg.sweeps import GROUP, TRIALS_FOLDER, curves_table, read_sweep, summary, trials_table
+from torchreg.sweeps.sweep_tables import GROUP, TRIALS_FOLDER, curves_table, read_sweep, summary, trials_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -144,7 +144,7 @@ def _draw_rungs(
             color=colour,
             label=f"{order}, {'warmed up' if warmup_steps else 'measured'}",
         )
-    stable = runs[(runs["of_limit"] < 1) & (runs["warmup_steps"] == 0)]
+    stable = runs[(runs["fraction_of_limit"] < 1) & (runs["warmup_steps"] == 0)]
     mean, low, high = (100 * stable[f"predicted_{name}"].astype(float) for name in ("excess", "low", "high"))
     axes.fill_between(stable["multiplier"], low, high, color=colour, alpha=0.12, linewidth=0)
     axes.plot(
@@ -155,8 +155,8 @@ def _draw_rungs(
         linewidth=1.2,
         label=f"{order}, predicted mean and 95 % of runs",
     )
-    nearest = runs.iloc[(runs["of_limit"] - 1).abs().argmin()]
-    limit = nearest["multiplier"] / nearest["of_limit"]
+    nearest = runs.iloc[(runs["fraction_of_limit"] - 1).abs().argmin()]
+    limit = nearest["multiplier"] / nearest["fraction_of_limit"]
     axes.axvline(limit, color=colour, linestyle=dashes, linewidth=2)
     axes.annotate(
         f"limit\n× {limit:.3g}",

@@ -77,7 +77,7 @@ def train(
         ) as communicator:
             return train(config, communicator, reporter, stop, seams=seams)
     reporter = reporter if reporter and communicator.is_main else Silent()
-    reporter.say(communicator.describe())
+    reporter.info(communicator.describe())
     session = {"started_utc": utc_now(), **describe_session(communicator)}
     state, table, directory = set_up(config, communicator)
     with directory or nullcontext():
@@ -132,9 +132,9 @@ def set_up(config: TrainConfig, communicator: Communicator) -> tuple[RunState, T
 def report(state: RunState, reporter: Reporter) -> None:
     """Report how the run was resumed, what is predicted of it, and what may be wrong with it."""
     for message in state.messages:
-        reporter.say(message)
+        reporter.info(message)
     if not state.finished:
-        reporter.say(f"forecast     {state.forecast.message()}")
+        reporter.info(f"forecast     {state.forecast.message()}")
         for warning in state.warnings:
             reporter.warn(warning)
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchreg.data.table import Standardizer, load_table
+from torchreg.data.standardizer import Standardizer
+from torchreg.data.table import load_table
 from torchreg.distributed.communicator import Communicator
 from torchreg.scaling.campaign import MOST_SOLVED_FEATURES
 from torchreg.scaling.timed_training import TimedTraining

@@ -13,44 +13,39 @@ import pandas as pd
 from torchreg.core.checkpoint import read_regular
 from torchreg.runs.record import RECORD_FILE, read_metrics
 
-SWEEP_FILE = "sweep.json"
-TRIALS_FOLDER = "trials"
-TRIALS_FILE = "trials.csv"
-CURVES_FILE = "curves.csv"
+SWEEP_FILE, TRIALS_FILE, CURVES_FILE, TRIALS_FOLDER = "sweep.json", "trials.csv", "curves.csv", "trials"
 
 GROUP = ["standardize", "update_order", "global_batch_size", "multiplier", "warmup_steps"]
-"""The columns that runs of one configuration have in common; they differ in `seed`."""
+"""The columns that trials of one configuration have in common; they differ in `seed`."""
 
 
 def read_sweep(folder: Path) -> dict[str, Any]:
-    """What a sweep is: its kind, configuration, cells and provenance."""
+    """The kind, configuration, trials and provenance of a sweep."""
     content: dict[str, Any] = json.loads(read_regular(folder / SWEEP_FILE))
     return content
 
 
 def trials_table(folder: Path) -> pd.DataFrame:
-    """One row a run: what it was, where it ended, and what was predicted; excess losses are fractions of the best."""
+    """One row per trial: its configuration, result and prediction; excess losses are fractions of the optimal loss."""
     rows = []
-    for cell in read_sweep(folder)["trials"]:
-        record = json.loads(read_regular(folder / TRIALS_FOLDER / cell["name"] / RECORD_FILE))
+    for trial in read_sweep(folder)["trials"]:
+        record = json.loads(read_regular(folder / TRIALS_FOLDER / trial["name"] / RECORD_FILE))
         config, result, forecast = record["config"], record["result"], record["forecast"]
-        curve = forecast["curve"] or {}
+        ends = {name: values[-1] for name, values in (forecast["curve"] or {}).items()}
+        weights = zip(result["feature_names"], result["weight"], strict=True)
         rows.append(
             {
-                "name": cell["name"],
+                "name": trial["name"],
                 **{key: config[key] for key in ("standardize", "update_order", "warmup_steps", "seed")},
                 "global_batch_size": result["global_batch_size"],
-                "multiplier": cell["multiplier"],
+                "multiplier": trial["multiplier"],
                 "num_steps": result["num_steps"],
-                **{
-                    f"weight_{name}": weight
-                    for name, weight in zip(result["feature_names"], result["weight"], strict=True)
-                },
+                **{f"weight_{name}": weight for name, weight in weights},
                 **{key: result[key] for key in ("bias", "loss", "excess", "closed_form_loss", "diverged_at_step")},
                 "diverged": result["stopped_by"] == "divergence",
-                "of_limit": 1 / forecast["stability_limit"],
+                "fraction_of_limit": 1 / forecast["stability_limit"],
                 "noise_floor": forecast["noise_floor"],
-                **{f"predicted_{name}": curve[name][-1] if curve else None for name in ("excess", "low", "high")},
+                **{f"predicted_{name}": ends.get(name) for name in ("excess", "low", "high")},
             }
         )
     table = pd.DataFrame(rows)
@@ -59,103 +54,80 @@ def trials_table(folder: Path) -> pd.DataFrame:
 
 
 def curves_table(folder: Path) -> pd.DataFrame:
-    """One row a logged step of every run: steps and epochs done, excess loss on all rows as a fraction of the best."""
-    frames = []
-    for name, best in trials_table(folder)[["name", "closed_form_loss"]].itertuples(index=False):
-        metrics = pd.DataFrame(read_metrics(folder / TRIALS_FOLDER / name))
-        if "full_loss" not in metrics:  # diverged before the first line
-            continue
-        frames.append(
-            pd.DataFrame(
-                {
-                    "name": name,
-                    "steps": metrics["step"] + 1,
-                    "epoch": metrics["epoch"],
-                    "excess": metrics["full_loss"] / best - 1,
-                }
-            ).dropna()
-        )
-    return (
-        pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["name", "steps", "epoch", "excess"])
-    )
+    """One row per logged step of every trial: steps and epochs done, excess loss on all rows as a fraction."""
+    rows = [
+        (name, line["step"] + 1, line["epoch"], line.get("full_loss"), best)
+        for name, best in trials_table(folder)[["name", "closed_form_loss"]].itertuples(index=False)
+        for line in read_metrics(folder / TRIALS_FOLDER / name)
+    ]
+    table = pd.DataFrame(rows, columns=["name", "steps", "epoch", "excess", "best"])
+    table["excess"] = table["excess"].astype(float) / table.pop("best") - 1
+    return table.dropna()
 
 
-def summary(cells: pd.DataFrame) -> pd.DataFrame:
-    """One row a configuration: means over its seeds, with the standard error of the mean excess, and the prediction."""
-    weights = [column for column in cells.columns if column.startswith("weight_")]
-    first = ["num_steps", "of_limit", "noise_floor", "predicted_excess", "predicted_low", "predicted_high"]
-    groups = cells.groupby(GROUP, sort=True)
+def summary(trials: pd.DataFrame) -> pd.DataFrame:
+    """One row per configuration: means over its seeds, the standard error of the mean excess, and the prediction."""
+    weights = [column for column in trials.columns if column.startswith("weight_")]
+    same = ["num_steps", "fraction_of_limit", "noise_floor", "predicted_excess", "predicted_low", "predicted_high"]
+    groups = trials.groupby(GROUP, sort=True)
     table = groups[[*weights, "bias", "loss", "excess"]].mean()
-    table = table.join(groups["excess"].sem().rename("excess_error")).join(groups[first].first())
+    table = table.join(groups["excess"].sem().rename("excess_error")).join(groups[same].first())
     table["num_runs"] = groups.size()
     table["num_diverged"] = groups["diverged"].sum()
     return table.reset_index()
 
 
-def summary_lines(summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of a summary for a person; rows with diverged runs begin with `!`."""
+def batch_rows(summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Human-readable columns and rows of a batch sweep; rows with diverged runs begin with `!`."""
     weights = [column for column in summary.columns if column.startswith("weight_")]
-    lines = []
-    for row in summary.to_dict("records"):
-        line = {"batch": f"{row['global_batch_size']}", "learning_rates": f"× {row['multiplier']:.4g}"}
-        line |= {"steps": f"{row['num_steps']}", "of limit": f"{row['of_limit']:.3g}"}
-        stable, converged = row["of_limit"] < 1, row["num_diverged"] == 0
-        if len(weights) == 1:
-            line["weight"] = f"{row[weights[0]]:.5g}" if converged else ""
-            line["bias"] = f"{row['bias']:.5g}" if converged else ""
-        line["loss"] = f"{row['loss']:.5g}" if converged else ""
-        line["above best, %"] = _outcome(row)
-        line["predicted"] = _in_percent(row["predicted_excess"]) if stable else "diverges"
-        low, high = (_in_percent(row[f"predicted_{end}"]) for end in ("low", "high"))
-        line["95 % of runs"] = f"{low} to {high}" if stable and low else ""
-        lines.append((converged, line))
-    return list(lines[0][1]), [_marked(list(line.values()), converged) for converged, line in lines]
-
-
-def lr_scaling_lines(summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """The same for a ladder: a row a rung, without and with warm-up."""
-    columns = [
-        "features",
-        "order",
-        "learning_rates",
-        "batch",
-        "of limit",
-        "predicted, % above best",
-        "measured",
-        "with warm-up",
-    ]
     rows = []
-    for (standardize, order, batch, multiplier), rungs in summary.groupby(GROUP[:-1], sort=False):
-        cold, warm = rungs.sort_values("warmup_steps").to_dict("records")
+    for row in summary.to_dict("records"):
+        stable, converged = row["fraction_of_limit"] < 1, row["num_diverged"] == 0
+        fitted = {"weight": row[weights[0]], "bias": row["bias"]} if len(weights) == 1 else {}
+        low, high = _percent(row["predicted_low"]), _percent(row["predicted_high"])
         rows.append(
-            _marked(
-                [
-                    "standardised" if standardize else "raw",
-                    str(order),
-                    f"× {multiplier:.4g}",
-                    f"{batch}",
-                    f"{cold['of_limit']:.3g}",
-                    _in_percent(cold["predicted_excess"]) if cold["of_limit"] < 1 else "diverges",
-                    _outcome(cold),
-                    _outcome(warm),
-                ],
-                converged=cold["num_diverged"] == warm["num_diverged"] == 0,
-            )
+            {
+                "batch": ("" if converged else "!") + str(row["global_batch_size"]),
+                "lr": f"× {row['multiplier']:.4g}",
+                "steps": f"{row['num_steps']}",
+                "lr / limit": f"{row['fraction_of_limit']:.3g}",
+                **{name: f"{x:.5g}" if converged else "" for name, x in (fitted | {"loss": row["loss"]}).items()},
+                "above best, %": _outcome(row),
+                "predicted": _percent(row["predicted_excess"]) if stable else "diverges",
+                "95 % of runs": f"{low} to {high}" if stable and low else "",
+            }
         )
-    return columns, rows
+    return list(rows[0]), [list(row.values()) for row in rows]
 
 
-def _marked(cells: list[str], converged: bool) -> list[str]:
-    return cells if converged else [f"!{cells[0]}", *cells[1:]]
+def lr_scaling_rows(summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """The same of an lr-scaling sweep: a row per multiplier, without and with warm-up."""
+    rows = []
+    for (standardize, order, batch, multiplier), trials in summary.groupby(GROUP[:-1], sort=False):
+        cold, warm = trials.sort_values("warmup_steps").to_dict("records")
+        stable, diverged = cold["fraction_of_limit"] < 1, bool(cold["num_diverged"] + warm["num_diverged"])
+        rows.append(
+            {
+                "features": "!" * diverged + ("standardised" if standardize else "raw"),
+                "order": str(order),
+                "lr": f"× {multiplier:.4g}",
+                "batch": f"{batch}",
+                "lr / limit": f"{cold['fraction_of_limit']:.3g}",
+                "predicted, % above best": _percent(cold["predicted_excess"]) if stable else "diverges",
+                "measured": _outcome(cold),
+                "with warm-up": _outcome(warm),
+            }
+        )
+    return list(rows[0]), [list(row.values()) for row in rows]
 
 
 def _outcome(row: Mapping[Any, Any]) -> str:
     """Where the runs of a configuration ended, in percent, or how many of them diverged."""
     if row["num_diverged"]:
         return f"{row['num_diverged']} of {row['num_runs']} diverged"
-    error = "" if math.isnan(row["excess_error"]) else f" ± {_in_percent(row['excess_error'])}"
-    return _in_percent(row["excess"]) + error
+    error = "" if math.isnan(row["excess_error"]) else f" ± {_percent(row['excess_error'])}"
+    return _percent(row["excess"]) + error
 
 
-def _in_percent(fraction: float) -> str:
+def _percent(fraction: float) -> str:
     return "" if math.isnan(fraction) else f"{100 * fraction:.3g}"

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +17,35 @@ from torchreg.runs.config import SWEEP_DEFAULTS, from_json
 from torchreg.runs.logger import Metrics
 from torchreg.runs.run import train
 from torchreg.runs.setup import LeastSquares, prepare, scale_at
-from torchreg.sweeps import curves_table, lr_scaling_limit, lr_scaling_trials, summary, trials_table
+from torchreg.sweeps.sweep_tables import curves_table, summary, trials_table
+from torchreg.sweeps.trials import lr_scaling_limit, lr_scaling_trials
 from torchreg.theory import Dynamics
 
-BATCH = ["sweep", "batch", "--batch-sizes", "256,64", "--num-seeds", "2", "--epochs", "2", "--name", "swept"]
-CELLS = ["batch-256-seed-0", "batch-256-seed-1", "batch-64-seed-0", "batch-64-seed-1"]
+SWEEP = ["sweep", "batch", "--update-order", "simultaneous"]  # which is predicted at less cost than the default
+BATCH = [*SWEEP, "--batch-sizes", "256,64", "--num-seeds", "2", "--epochs", "2", "--name", "swept"]
+TRIALS = ["batch-256-seed-0", "batch-256-seed-1", "batch-64-seed-0", "batch-64-seed-1"]
 PERFECT = "GrLivArea,SalePrice\n1,2\n2,4\n3,6\n4,8\n"
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch, request):
+    """Pictures take longer than the runs."""
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+
+@pytest.fixture
+def pictures():
+    """For a test of the pictures."""
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished sweep, made once; tests work on copies."""
+    """A finished sweep; tests work on copies."""
     runs_dir = tmp_path_factory.mktemp("sweeps")
-    assert main([*BATCH, "--runs-dir", str(runs_dir)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        assert main([*BATCH, "--runs-dir", str(runs_dir)]) == 0
     return runs_dir / "swept"
 
 
@@ -38,16 +55,16 @@ def swept(finished):
 
 
 def snapshot(folder):
-    """Content and time of every file but the sweep's own, which each call makes anew."""
+    """Content and time of every file but the sweep's own, which each call writes again."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.parent != folder]
     return {str(path): (path.read_bytes(), os.stat(path).st_mtime_ns) for path in files}
 
 
-def record_of(cell):
-    return json.loads((cell / "record.json").read_text())
+def record_of(trial):
+    return json.loads((trial / "record.json").read_text())
 
 
-def test_a_cell_is_an_ordinary_run(swept):
+def test_a_trial_is_an_ordinary_run(swept):
     record = record_of(swept / "trials/batch-64-seed-1")
     config = from_json({**record["config"], "name": "alone", "runs_dir": "runs"})
     assert (config.global_batch_size, config.seed, config.log_full_loss) == (64, 1, True)
@@ -56,9 +73,9 @@ def test_a_cell_is_an_ordinary_run(swept):
     assert record["result"]["loss"] == alone.loss
 
 
-def test_cells_csv_has_a_row_a_run_with_what_was_predicted_of_it(swept):
+def test_trials_csv_has_a_row_per_trial_with_its_prediction(swept):
     table = pd.read_csv(swept / "trials.csv").set_index("name")
-    assert sorted(table.index) == CELLS
+    assert sorted(table.index) == TRIALS
     for name, row in table.iterrows():
         record = record_of(swept / "trials" / name)
         assert row["weight_GrLivArea"] == record["result"]["weight"][0]
@@ -66,7 +83,7 @@ def test_cells_csv_has_a_row_a_run_with_what_was_predicted_of_it(swept):
         forecast = prepare(from_json(record["config"]), 1)[0].forecast
         assert row["predicted_excess"] == pytest.approx(forecast.curve.excess[-1], rel=1e-12)
         assert row["noise_floor"] == pytest.approx(forecast.noise_floor, rel=1e-12)
-        assert row["of_limit"] == pytest.approx(1 / forecast.stability_limit, rel=1e-12)
+        assert row["fraction_of_limit"] == pytest.approx(1 / forecast.stability_limit, rel=1e-12)
         # 551 rows in two epochs of `random` sampling: 2·⌊551 / 64⌋ = 16 and 2·⌊551 / 256⌋ = 4 steps.
         assert row["num_steps"] == {64: 16, 256: 4}[row["global_batch_size"]]
         assert row["multiplier"] == 1  # the homework's rates do not grow with the batch
@@ -74,31 +91,32 @@ def test_cells_csv_has_a_row_a_run_with_what_was_predicted_of_it(swept):
 
 def test_curves_csv_has_the_excess_on_all_rows_of_every_logged_step(swept):
     table = pd.read_csv(swept / "curves.csv")
-    assert sorted(table["name"].unique()) == CELLS
+    assert sorted(table["name"].unique()) == TRIALS
     ends = table.groupby("name").last()
-    cells = pd.read_csv(swept / "trials.csv").set_index("name")
-    np.testing.assert_array_equal(ends["steps"], cells.loc[ends.index, "num_steps"])
-    np.testing.assert_allclose(ends["excess"], cells.loc[ends.index, "excess"], rtol=1e-6)
+    trials = pd.read_csv(swept / "trials.csv").set_index("name")
+    np.testing.assert_array_equal(ends["steps"], trials.loc[ends.index, "num_steps"])
+    np.testing.assert_allclose(ends["excess"], trials.loc[ends.index, "excess"], rtol=1e-6)
     assert (ends["epoch"] == 2).all()
 
 
 def test_the_summary_is_means_and_standard_errors_over_seeds():
-    cells = pd.DataFrame(
+    trials = pd.DataFrame(
         {
             "standardize": False, "update_order": "sequential", "global_batch_size": 64, "multiplier": 1.0,
             "warmup_steps": 0, "seed": [0, 1, 2], "weight_x": [1.0, 2.0, 6.0], "bias": [0.0, 0.0, 3.0],
             "loss": [1.0, 1.0, 4.0], "excess": [0.1, 0.2, 0.6], "diverged": [False, False, True], "num_steps": 5,
-            "of_limit": 0.5, "noise_floor": 0.3, "predicted_excess": 0.3, "predicted_low": 0.1, "predicted_high": 0.9,
+            "fraction_of_limit": 0.5, "noise_floor": 0.3, "predicted_excess": 0.3, "predicted_low": 0.1,
+            "predicted_high": 0.9,
         }
     )  # fmt: skip
-    (row,) = summary(cells).to_dict("records")
+    (row,) = summary(trials).to_dict("records")
     assert (row["weight_x"], row["bias"], row["loss"], row["excess"]) == pytest.approx((3, 1, 2, 0.3))
     # Deviations −0.2, −0.1, 0.3: variance 0.14 / 2 = 0.07, over 3 runs.
     assert row["excess_error"] == pytest.approx((0.07 / 3) ** 0.5)
     assert (row["num_runs"], row["num_diverged"], row["predicted_excess"]) == (3, 1, 0.3)
 
 
-def test_a_finished_sweep_runs_nothing_and_says_the_same(swept, capsys):
+def test_a_finished_sweep_runs_nothing_and_has_the_same_tables(swept, capsys):
     before, table = snapshot(swept), (swept / "trials.csv").read_text()
     assert main(BATCH) == 0
     assert "4 runs, 4 of them finished before" in capsys.readouterr().out
@@ -110,17 +128,17 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:100])
 
 
-@pytest.mark.parametrize("file", ["record.json", "metrics.jsonl"])
 @pytest.mark.parametrize("damage", [Path.unlink, truncate])
-def test_a_lost_or_cut_off_record_is_run_again_and_no_other(file, damage, swept, capsys):
+def test_a_trial_whose_record_or_metrics_are_lost_or_truncated_is_run_again_and_no_other(damage, swept, capsys):
     before, table = snapshot(swept), (swept / "trials.csv").read_text()
-    damage(swept / "trials/batch-64-seed-1" / file)
+    damage(swept / "trials/batch-64-seed-1/record.json")
+    damage(swept / "trials/batch-256-seed-0/metrics.jsonl")
     assert main(BATCH) == 0
-    assert "4 runs, 3 of them finished before" in capsys.readouterr().out
+    assert "4 runs, 2 of them finished before" in capsys.readouterr().out
     after = snapshot(swept)
     assert after.keys() == before.keys()
     changed = {Path(path).relative_to("runs/swept/trials").parts[0] for path in before if after[path] != before[path]}
-    assert changed == {"batch-64-seed-1"}
+    assert changed == {"batch-64-seed-1", "batch-256-seed-0"}
     assert (swept / "trials.csv").read_text() == table, "the same seed gives the same run"
 
 
@@ -152,9 +170,14 @@ def test_a_sweep_that_is_stopped_keeps_what_is_finished_and_runs_the_rest_the_ne
     assert Path("runs/swept/trials.csv").read_text() == (finished / "trials.csv").read_text()
 
 
+def test_resume_auto_is_what_a_sweep_does_anyway(swept, capsys):
+    assert main([*BATCH, "--resume", "auto"]) == 0
+    assert "4 of them finished before" in capsys.readouterr().out
+
+
 def test_more_seeds_and_batch_sizes_are_added_to_what_is_there(swept, capsys):
     before = snapshot(swept)
-    more = ["sweep", "batch", "--batch-sizes", "64,128,256", "--num-seeds", "3", "--epochs", "2", "--name", "swept"]
+    more = [*SWEEP, "--batch-sizes", "64,128,256", "--num-seeds", "3", "--epochs", "2", "--name", "swept"]
     assert main(more) == 0
     assert "9 runs, 4 of them finished before" in capsys.readouterr().out
     assert snapshot(swept).items() >= before.items()
@@ -181,7 +204,7 @@ def test_other_settings_in_the_same_folder_are_refused_and_nothing_is_lost(optio
     assert [(swept / name).read_bytes() for name in ("sweep.json", "trials.csv")] == tables
 
 
-def test_overwrite_runs_all_cells_again(swept, capsys):
+def test_overwrite_runs_all_trials_again(swept, capsys):
     assert main([*BATCH, "--epochs", "3", "--overwrite"]) == 0
     assert "4 runs, 0 of them finished before" in capsys.readouterr().out
     assert set(pd.read_csv(swept / "trials.csv")["num_steps"]) == {24, 6}
@@ -198,7 +221,7 @@ def test_an_option_that_is_newer_than_the_record_does_not_make_it_another_run(sw
 
 def test_other_data_under_the_same_path_are_refused(capsys):
     assert main(["data", "make", "--num-rows", "100", "--output", "houses.csv"]) == 0
-    options = ["sweep", "batch", "--data", "houses.csv", "--batch-sizes", "32", "--num-seeds", "1", "--epochs", "1"]
+    options = [*SWEEP, "--data", "houses.csv", "--batch-sizes", "32", "--num-seeds", "1", "--epochs", "1"]
     assert main(options) == 0
     before = snapshot(Path("runs/sweep-batch"))
     assert main(["data", "make", "--num-rows", "100", "--data-seed", "1", "--output", "houses.csv", "--overwrite"]) == 0
@@ -216,7 +239,7 @@ def test_json_is_all_there_is_on_stdout(swept, capsys):
     ]
 
 
-def test_the_table_for_a_person_has_prediction_beside_measurement(swept, capsys):
+def test_the_printed_table_has_prediction_beside_measurement(swept, pictures, capsys):
     assert main(BATCH) == 0
     lines = capsys.readouterr().out.splitlines()
     (head,) = [line for line in lines if "above best, %" in line]
@@ -230,7 +253,7 @@ def test_the_table_for_a_person_has_prediction_beside_measurement(swept, capsys)
 
 def test_diverged_runs_are_counted_not_averaged(capsys):
     options = ["--base-learning-rate", "1e-3", "1e3", "--batch-sizes", "64,128", "--num-seeds", "2", "--epochs", "3"]
-    assert main(["sweep", "batch", *options]) == 0
+    assert main([*SWEEP, *options]) == 0
     out = capsys.readouterr().out
     assert out.count("2 of 2 diverged") == 2
     assert out.count("diverges") == 2
@@ -241,7 +264,7 @@ def test_diverged_runs_are_counted_not_averaged(capsys):
 
 def test_a_perfect_line_has_a_table_without_multiples_of_its_loss(capsys):
     Path("perfect.csv").write_text(PERFECT)
-    options = ["sweep", "batch", "--data", "perfect.csv", "--batch-sizes", "2", "--num-seeds", "2", "--epochs", "3"]
+    options = [*SWEEP, "--data", "perfect.csv", "--batch-sizes", "2", "--num-seeds", "2", "--epochs", "3"]
     assert main(options) == 0
     out = capsys.readouterr().out
     assert "records      runs/sweep-batch" in out
@@ -252,66 +275,71 @@ def test_a_perfect_line_has_a_table_without_multiples_of_its_loss(capsys):
 
 def test_beyond_sixteen_features_only_the_mean_is_set_beside_the_runs(capsys):
     options = ["--num-features", "17", "--num-rows", "200", "--standardize", "--base-learning-rate", "0.01", "0.01"]
-    assert main(["sweep", "batch", *options, "--batch-sizes", "64", "--num-seeds", "1", "--epochs", "2"]) == 0
+    assert main([*SWEEP, *options, "--batch-sizes", "64", "--num-seeds", "1", "--epochs", "2"]) == 0
     (row,) = pd.read_csv("runs/sweep-batch/trials.csv").to_dict("records")
     assert row["predicted_excess"] > 0
     assert np.isnan([row["predicted_low"], row["predicted_high"], row["noise_floor"]]).all()
     assert "nan" not in capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def all_trials():
+    """The trials of the default lr-scaling sweep."""
+    return lr_scaling_trials(SWEEP_DEFAULTS["lr-scaling"], [], 1)
+
+
 @pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("order", ["simultaneous", "sequential"])
-def test_the_rungs_double_up_to_divergence_and_lie_close_around_the_limit(standardize, order):
-    cells = [
-        cell
-        for cell in lr_scaling_trials(SWEEP_DEFAULTS["lr-scaling"], [], 1)
-        if (cell.config.standardize, cell.config.update_order) == (standardize, order)
+def test_the_multipliers_double_up_to_divergence_and_lie_close_around_the_limit(standardize, order, all_trials):
+    trials = [
+        trial for trial in all_trials if (trial.config.standardize, trial.config.update_order) == (standardize, order)
     ]
-    config = cells[0].config
-    problem = LeastSquares.of(config)
-    limit = lr_scaling_limit(config, problem)
-    multipliers = sorted({cell.multiplier for cell in cells})
+    config = trials[0].config
+    data = LeastSquares.of(config)
+    limit = lr_scaling_limit(config, data)
+    multipliers = sorted({trial.multiplier for trial in trials})
     doubling = [m for m in multipliers if m == round(m) and np.log2(m) % 1 == 0]
     assert doubling == [2.0**i for i in range(len(doubling))]
     assert doubling[-2] < limit <= doubling[-1]
     around = [m / limit for m in multipliers if m not in doubling]
-    assert around == pytest.approx([0.97, 1.03], abs=0.005)  # a rung has a whole number of rows
-    # The limit is that of the batch which the ladder has there: 64 rows times it, as far as whole multiples of 64 go.
+    assert around == pytest.approx([0.97, 1.03], abs=0.005)  # a batch has a whole number of samples
+    # The limit is that of the batch which the sweep has there: 64 samples times it, up to whole multiples of 64.
     batch_size = min(round(64 * limit), 512)
     learning_rates = config.base_learning_rate
-    per_batch = Dynamics.of(problem.rows, learning_rates, batch_size, order).largest_multiplier()
+    per_batch = Dynamics.of(data.rows, learning_rates, batch_size, order).largest_multiplier()
     assert limit == pytest.approx(per_batch, rel=1e-3)
-    for cell in cells:
-        # Rates and batch grow together to 512 rows; then only the rates do.
-        assert cell.config.global_batch_size == min(round(64 * cell.multiplier), 512)
-        scale = scale_at(cell.config, cell.config.global_batch_size)
-        scaled = [learning_rate * scale for learning_rate in cell.config.base_learning_rate]
-        assert scaled == pytest.approx([learning_rate * cell.multiplier for learning_rate in learning_rates], rel=1e-9)
-    assert {cell.config.warmup_steps for cell in cells} == {0, 100}
+    for trial in trials:
+        # Learning rates and batch grow together to 512 samples; then only the learning rates do.
+        assert trial.config.global_batch_size == min(round(64 * trial.multiplier), 512)
+        scale = scale_at(trial.config, trial.config.global_batch_size)
+        scaled = [learning_rate * scale for learning_rate in trial.config.base_learning_rate]
+        assert scaled == pytest.approx([learning_rate * trial.multiplier for learning_rate in learning_rates], rel=1e-9)
+    assert {trial.config.warmup_steps for trial in trials} == {0, 100}
 
 
-def test_a_ladder_diverges_above_the_limit_and_not_below(capsys):
+def test_an_lr_scaling_sweep_diverges_above_the_limit_and_not_below(pictures, capsys):
     assert main(["sweep", "lr-scaling", "--num-seeds", "1", "--max-steps", "300"]) == 0
     table = trials_table(Path("runs/sweep-lr-scaling"))
     cold = table[table["warmup_steps"] == 0]
     assert set(cold["update_order"]) == {"simultaneous", "sequential"}
-    assert ((cold["of_limit"] - 1).abs().groupby([cold["standardize"], cold["update_order"]]).min() < 0.04).all()
-    np.testing.assert_array_equal(cold["diverged"], cold["of_limit"] > 1)
-    assert not table[table["of_limit"] < 1]["diverged"].any()
+    distance = (cold["fraction_of_limit"] - 1).abs().groupby([cold["standardize"], cold["update_order"]]).min()
+    assert (distance < 0.04).all()
+    np.testing.assert_array_equal(cold["diverged"], cold["fraction_of_limit"] > 1)
+    assert not table[table["fraction_of_limit"] < 1]["diverged"].any()
     # Warm-up does not help: well beyond the limit it diverges all the same.
-    assert table[(table["of_limit"] > 1.05) & (table["warmup_steps"] > 0)]["diverged"].all()
+    assert table[(table["fraction_of_limit"] > 1.05) & (table["warmup_steps"] > 0)]["diverged"].all()
     assert "runs/sweep-lr-scaling/lr-scaling.svg" in capsys.readouterr().out
     assert not curves_table(Path("runs/sweep-lr-scaling")).empty
 
 
 BAD_OPTIONS = {
-    "no kind": ([], "sweep is missing: give batch or ladder"),
-    "unknown kind": (["bach"], "sweep is bach: give batch or ladder"),
+    "no kind": ([], "sweep is missing: give batch or lr-scaling"),
+    "unknown kind": (["bach"], "sweep is bach: give batch or lr-scaling"),
     "no seeds": (["batch", "--num-seeds", "0"], "num_seeds is 0"),
     "negative seeds": (["lr-scaling", "--num-seeds", "-1"], "num_seeds is -1"),
     "no rows": (["batch", "--batch-sizes", "0"], "batch_sizes is '0'"),
     "no number": (["batch", "--batch-sizes", "64,many"], "batch_sizes is '64,many'"),
-    "no rung": (["lr-scaling", "--multipliers", "0"], "multipliers is '0'"),
+    "no multiplier": (["lr-scaling", "--multipliers", "0"], "multipliers is '0'"),
     "batch too large": (
         ["batch", "--batch-sizes", "64,600"],
         "global_batch_size is 600, more than the data's 551 rows",
@@ -319,7 +347,7 @@ BAD_OPTIONS = {
     "a batch of its own": (["batch", "--global-batch-size", "8"], "global_batch_size is 8, and the sweep chooses"),
     "a rank's batch": (["lr-scaling", "--local-batch-size", "8"], "give --reference-batch-size"),
     "all rows": (["batch", "--sampling", "full"], "choose --sampling random or shuffle"),
-    "too few rows for a ladder": (["lr-scaling", "--data", "perfect.csv"], "more than the data's 4 rows"),
+    "too few rows": (["lr-scaling", "--data", "perfect.csv"], "more than the data's 4 rows"),
     "no file": (["batch", "--data", "nowhere.csv"], "nowhere.csv, which does not exist"),
     "refused": (
         ["batch", "--base-learning-rate", "1", "1", "--on-unstable", "refuse"],
@@ -344,7 +372,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2_before_any_run(case, capsys
     assert not Path("runs").exists()
 
 
-def test_a_batch_that_is_refused_is_told_before_the_others_are_run():
+def test_a_batch_that_is_refused_is_reported_before_the_others_are_run():
     # Of these, only 1 row a step is beyond its limit: noise lowers the limits of small batches.
     options = ["--batch-sizes", "1,512", "--base-learning-rate", "6e-7", "6e-1", "--on-unstable", "refuse"]
     config = SWEEP_DEFAULTS["batch"]

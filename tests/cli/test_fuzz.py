@@ -1,6 +1,6 @@
-"""If these fail, a strange table, option or file ends in a traceback, which tells a user nothing, or never ends.
+"""If these fail, a strange table, option or file ends in a traceback, which does not help a user, or never ends.
 
-Whatever comes in: exit code 0, 2 or 3 (done, bad input, diverged), and with 2 one line that says what is wrong.
+Whatever comes in: exit code 0, 2 or 3 (done, bad input, diverged), and with 2 one line with the error.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ NUMBERS = st.one_of(
         ["1e308", "-1e300", "5e-324", "1e-200", "1e16", "1e999", "-0", "0x1f", "1_000", "1,5", "١٢", "1e", " 7"]
     ),
 )
-CELLS = st.one_of(
+ENTRIES = st.one_of(
     NUMBERS, NUMBERS, st.sampled_from(["", "nan", "inf", "NA", "large", '"', "True", "2020-01-01", "\0", "é"])
 )
 NAMES = st.sampled_from(["GrLivArea", "SalePrice", "SalePrice ", "", "Other"])
@@ -32,28 +32,28 @@ NAMES = st.sampled_from(["GrLivArea", "SalePrice", "SalePrice ", "", "Other"])
 
 @pytest.fixture(autouse=True)
 def leave_by_system_exit(monkeypatch):
-    monkeypatch.setattr(os, "_exit", sys.exit)  # bring-up leaves at once, without waiting for other ranks
+    monkeypatch.setattr(os, "_exit", sys.exit)  # initialisation leaves at once, without waiting for other ranks
 
 
 def check(*arguments):
-    """Run the command; its exit code, once it and what was told are right."""
+    """Run the command, check its exit code and what it printed on stderr; the exit code."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code = main(list(arguments))
         except SystemExit as left:
             code = left.code
-    told = err.getvalue()
-    assert code in (0, 2, 3), told
+    message = err.getvalue()
+    assert code in (0, 2, 3), message
     if code == 2:
-        *before, last = told.splitlines()
-        assert last.startswith("torchreg: error: "), told
-        assert len(last) > len("torchreg: error: "), told
-        assert not before or "--json" in arguments, told  # whose bring-up is told on stderr
-        assert not any("error" in line or "Traceback" in line for line in before), told
+        *before, last = message.splitlines()
+        assert last.startswith("torchreg: error: "), message
+        assert len(last) > len("torchreg: error: "), message
+        assert not before or "--json" in arguments, message  # which reports its progress on stderr
+        assert not any("error" in line or "Traceback" in line for line in before), message
     else:
-        assert "error" not in told
-        assert "Traceback" not in told
+        assert "error" not in message
+        assert "Traceback" not in message
     return code
 
 
@@ -64,7 +64,8 @@ def as_csv(header, rows):
 TABLES = st.builds(
     as_csv,
     st.one_of(st.just(["GrLivArea", "SalePrice"]), st.lists(NAMES, max_size=4)),
-    st.lists(st.lists(CELLS, min_size=2, max_size=2), max_size=6) | st.lists(st.lists(CELLS, max_size=4), max_size=6),
+    st.lists(st.lists(ENTRIES, min_size=2, max_size=2), max_size=6)
+    | st.lists(st.lists(ENTRIES, max_size=4), max_size=6),
 )
 NUMERIC_TABLES = st.builds(
     as_csv,
@@ -96,7 +97,7 @@ OPTIONS = {
         f"--{name}": ANY
         for name in (
             "global-batch-size", "local-batch-size", "micro-batch-size", "seed", "data-seed",
-            "decay-floor", "decay-factor", "decay-every", "initial-weight", "initial-bias", "target-excess",
+            "decay-to", "decay-factor", "decay-every", "initial-weight", "initial-bias", "target-excess",
             "timeout-s", "checkpoint-every", "checkpoint-every-s", "keep-checkpoints", "log-every", "epochs",
         )
     },
@@ -147,7 +148,7 @@ def stopped_run(tmp_path_factory):
     """A run that was stopped after 20 of its 40 steps, as its files."""
     folder = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SLURM_JOB_END_TIME", "1")  # over long ago: it stops as soon as it can
+        patch.setenv("SLURM_JOB_END_TIME", "1")  # in the past: it stops as soon as it can
         patch.chdir(folder)
         assert main(["train", *RESUMED, "--checkpoint-every", "5"]) == 75
     run = folder / "runs/run"
@@ -173,10 +174,10 @@ FILES = ("record.json", "config.json", "metrics.jsonl.part", "metrics.jsonl", "c
 @settings(max_examples=30)
 @given(st.dictionaries(st.sampled_from(FILES), GARBAGE, min_size=1, max_size=3))
 @example({"record.json": b"[" * 100_000})
-@example({"record.json": b'{"contract": {}, "result": {"loss": 1}}'})
+@example({"record.json": b'{"run_signature": {}, "result": {"loss": 1}}'})
 @example({"checkpoints/step-0000000010.pt": b"", "metrics.jsonl.part": b""})
 @example(dict.fromkeys(FILES, b"{}\n"))
-def test_any_garbage_in_a_runs_folder_is_gone_on_from_or_refused_in_one_line(stopped_run, garbage):
+def test_any_garbage_in_a_runs_folder_is_resumed_from_or_refused_in_one_line(stopped_run, garbage):
     shutil.rmtree("runs", ignore_errors=True)
     shutil.copytree(stopped_run, "runs/run")
     for file, content in garbage.items():

@@ -1,9 +1,11 @@
 """If a bad table is trained on, every number after it is wrong; if the message is poor, a user is stuck."""
 
+import hashlib
 import http.server
 import os
 import resource
 import signal
+import sys
 import threading
 from dataclasses import replace
 from datetime import date, datetime, timedelta
@@ -19,11 +21,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchreg.cli import main
-from torchreg.data import table as data
+from torchreg.data.fetching import AMES_SHA256, fetch_ames
+from torchreg.data.standardizer import Standardizer
 from torchreg.data.synthetic import make_houses
-from torchreg.data.table import Standardizer, Table, load_table, write_table
+from torchreg.data.table import Table, load_table, write_table
 
-from .conftest import REAL_TABLE
+from ..conftest import REAL_TABLE
 
 SIX_SUMS = (551, 775_791, 87_177_171, 136_013_443_019, 1_243_629_245, 15_770_786_472_947)
 
@@ -34,12 +37,12 @@ def six_sums(table):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_builtin_data_has_the_real_tables_six_sums(seed):
+def test_the_synthetic_table_has_the_real_tables_six_sums(seed):
     table = load_table("synthetic", data_seed=seed)
     assert six_sums(table) == pytest.approx(SIX_SUMS, rel=1e-14)
 
 
-def test_builtin_data_looks_like_houses():
+def test_the_synthetic_table_looks_like_houses():
     x, y = make_houses(551, 1, 0)
     area = x[:, 0]
     assert area.min() > 300
@@ -51,14 +54,14 @@ def test_builtin_data_looks_like_houses():
 
 
 @pytest.mark.parametrize(("num_rows", "num_features"), [(20, 1), (100_000, 1), (5_000, 8), (30, 12)])
-def test_builtin_data_is_made_to_size(num_rows, num_features):
+def test_the_synthetic_table_has_the_size_asked_for(num_rows, num_features):
     table = load_table("synthetic", num_rows=num_rows, num_features=num_features)
     assert table.features.shape == (num_rows, num_features)
     assert table.target.min() > 0
     assert table.target.mean() == pytest.approx(SIX_SUMS[2] / 551)
 
 
-def test_too_few_builtin_rows_are_refused():
+def test_too_few_synthetic_rows_are_refused():
     with pytest.raises(ValueError, match="num_features \\+ 2 = 6 rows"):
         load_table("synthetic", num_rows=5, num_features=4)
 
@@ -154,6 +157,8 @@ REFUSED = {
         "is 'True' in row 1, which is not a number",
     ),
     "D1 truth values with a hole": (b"GrLivArea,SalePrice\n,3\nTrue,183398\nFalse,170100\n", "is 'True' in row 2"),
+    "D1 underscores": (b"GrLivArea,SalePrice\n1_682,183398\n900,120500\n", "is '1_682' in row 1"),
+    "D1 digits of another script": ("GrLivArea,SalePrice\n١٢,183398\n900,120500\n".encode(), "is '١٢' in row 1"),
     "D1 another encoding": ("Größe,SalePrice\n1,2\n2,3\n".encode("latin-1"), "not text in UTF-8"),
     "D1 two bytes a letter": ("GrLivArea,SalePrice\n1,2\n2,3\n".encode("utf-16"), "not text in UTF-8"),
     "D4 names that differ": (b"house,SalePrice\n1,2\n2,3\n", "its columns are 'house', 'SalePrice', separated by ','"),
@@ -166,7 +171,7 @@ REFUSED = {
     "D5 the name that pandas makes": (b"GrLivArea,x,x,SalePrice\n1,2,3,4\n2,3,9,4\n", "features is 'x.1'"),
     "D3 blank lines": (b"\n  \n\n", "which is empty"),
     "D3 bytes": (bytes(range(256)), "not text in UTF-8"),
-    "D3 an endless quotation": (b'GrLivArea,SalePrice\n1,"2\n2,3\n', "cannot be read as CSV"),
+    "D3 an endless quotation": (b'GrLivArea,SalePrice\n1,"2\n2,3\n', "cannot be read or written as CSV"),
 }
 
 
@@ -263,6 +268,16 @@ def test_every_parquet_type_of_numbers_is_read_with_its_missing_values(values):
     assert (table.target.tolist(), table.num_dropped) == ([[3], [8]], 1)
 
 
+def test_parquet_without_pyarrow_is_refused_with_the_remedy(monkeypatch):
+    pq.write_table(pa.table({"GrLivArea": [1, 2], "SalePrice": [3, 5]}), "houses.parquet")
+    table = load_table("houses.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"houses.parquet is Parquet, and pyarrow is not installed: pip install"):
+        load_table("houses.parquet")
+    with pytest.raises(ValueError, match=r"again.parquet is Parquet, and \w+ is not installed: pip install"):
+        write_table(table, Path("again.parquet"))
+
+
 def test_parquet_with_two_columns_of_one_name_is_refused(capsys):
     """D5."""
     names = ["GrLivArea", "SalePrice", "GrLivArea"]
@@ -318,7 +333,7 @@ def test_a_table_that_cannot_be_written_there_is_refused(output, capsys):
     assert f"output is {output}" in capsys.readouterr().err
 
 
-def test_rows_with_missing_values_are_left_out_when_asked():
+def test_rows_with_missing_values_are_excluded_when_asked():
     Path("holes.csv").write_text("GrLivArea,SalePrice\n1,2\n,3\n2,4\n")
     table = load_table("holes.csv", drop_missing=True)
     assert (table.num_rows, table.num_dropped) == (2, 1)
@@ -337,12 +352,11 @@ def test_standardised_parameters_are_the_same_line(weight, bias, seed):
 
 
 @pytest.fixture
-def table_server(tmp_path, monkeypatch):
-    """A local web server in the place of the table's pinned address, and an empty cache."""
+def web_table(tmp_path, monkeypatch):
+    """A small table on a local web server, as its path and its address, and an empty cache."""
     folder = tmp_path / "web"
     folder.mkdir()
-    content = b",SalePrice,GrLivArea\n1,208500,1710\n3,223500,1786\n"
-    (folder / "table.csv").write_bytes(content)
+    (folder / "table.csv").write_bytes(b",SalePrice,GrLivArea\n1,208500,1710\n3,223500,1786\n")
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *arguments):
@@ -352,57 +366,53 @@ def table_server(tmp_path, monkeypatch):
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(data, "AMES_URL", f"http://127.0.0.1:{server.server_port}/table.csv")
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         monkeypatch.setenv("TORCHREG_CACHE", str(tmp_path / "cache"))
-        yield folder / "table.csv"
+        yield folder / "table.csv", f"http://127.0.0.1:{server.server_port}/table.csv"
         server.shutdown()
 
 
 def sha256_of(content):
-    import hashlib
-
     return hashlib.sha256(content).hexdigest()
 
 
-def test_the_real_table_is_fetched_once_and_cached(table_server, monkeypatch):
-    monkeypatch.setattr(data, "AMES_SHA256", sha256_of(table_server.read_bytes()))
-    assert load_table("ames").num_rows == 2
-    table_server.unlink()
-    assert load_table("ames").num_rows == 2, "the second time nothing is fetched"
+def test_the_real_table_is_fetched_once_and_cached(web_table):
+    path, url = web_table
+    content = path.read_bytes()
+    assert fetch_ames(url, sha256_of(content)).read_bytes() == content
+    path.unlink()
+    assert fetch_ames(url, sha256_of(content)).read_bytes() == content, "the second time nothing is fetched"
 
 
-def test_a_table_with_another_checksum_is_refused(table_server):
+def test_a_table_with_another_checksum_is_refused(web_table):
     with pytest.raises(ValueError, match="is not the table"):
-        load_table("ames")
+        fetch_ames(web_table[1])
 
 
-def test_without_a_network_the_error_says_what_to_do(table_server, monkeypatch):
-    monkeypatch.setattr(data, "AMES_URL", "http://127.0.0.1:9/table.csv")  # the discard port: nobody listens
+def test_without_a_network_the_error_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHREG_CACHE", str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=r"cannot be fetched.*--data synthetic"):
-        load_table("ames")
+        fetch_ames("http://127.0.0.1:9/table.csv")  # the discard port: nobody listens
 
 
 @pytest.mark.parametrize("path", [p for p in [REAL_TABLE] if p.is_file()])
 def test_the_pinned_checksum_is_the_real_tables(path):
-    assert sha256_of(path.read_bytes()) == data.AMES_SHA256
+    assert sha256_of(path.read_bytes()) == AMES_SHA256
     assert six_sums(load_table(str(path))) == SIX_SUMS
 
 
-def test_fingerprint_tells_tables_apart():
+def test_other_rows_have_another_fingerprint():
     x, y = make_houses(10, 1, 0)
     one = Table(x, y[:, None], ("a",), "b", "synthetic")
     two = Table(x[::-1], y[::-1, None], ("a",), "b", "synthetic")
     assert one.fingerprint() != two.fingerprint()
 
 
-def test_the_built_in_data_is_the_same_on_every_machine(monkeypatch):
+def test_the_synthetic_table_has_one_fingerprint_on_every_machine():
     # Seen between two machines: the last bits of the rows differed, and a checkpoint was refused on the other.
-    here = load_table("synthetic", num_rows=60)
-    monkeypatch.setattr(
-        data, "make_houses", lambda *size: tuple(values * (1 + 2**-52) for values in make_houses(*size))
-    )
-    assert not np.array_equal(load_table("synthetic", num_rows=60).target, here.target)
-    assert load_table("synthetic", num_rows=60).fingerprint() == here.fingerprint()
-    assert load_table("synthetic", num_rows=61).fingerprint() != here.fingerprint()
-    assert load_table("synthetic", num_rows=60, data_seed=1).fingerprint() != here.fingerprint()
+    table = load_table("synthetic", num_rows=60)
+    elsewhere = replace(table, target=table.target * (1 + 2**-52))
+    assert not np.array_equal(elsewhere.target, table.target)
+    assert elsewhere.fingerprint() == table.fingerprint()
+    assert load_table("synthetic", num_rows=61).fingerprint() != table.fingerprint()
+    assert load_table("synthetic", num_rows=60, data_seed=1).fingerprint() != table.fingerprint()

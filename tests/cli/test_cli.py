@@ -1,6 +1,7 @@
-"""The front door: what a user meets first, and what they meet when they make a mistake."""
+"""The command line: what a user sees first, and what they see after a mistake."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -9,12 +10,12 @@ import pytest
 from torchreg import cli
 from torchreg.cli import main
 
-from .conftest import LESSON_BIAS, LESSON_LOSS, LESSON_WEIGHT
+from ..conftest import LESSON_BIAS, LESSON_LOSS, LESSON_WEIGHT
 
 
 @pytest.mark.parametrize("code", ["import torchreg", "from torchreg.cli import main; main(['--help'])"])
-def test_the_front_door_imports_nothing_heavy(code, run, tmp_path):
-    heavy = ["torch", "pandas", "matplotlib", "numpy", "mpi4py", "pyarrow"]
+def test_the_package_and_its_help_import_nothing_heavy(code, run, tmp_path):
+    heavy = ["torch", "pandas", "matplotlib", "numpy", "mpi4py", "pyarrow", "rich", "tyro"]
     done = run(
         sys.executable, "-c", f"{code}; import sys; print(sorted(set({heavy}) & set(sys.modules)))", cwd=tmp_path
     )
@@ -39,14 +40,14 @@ def test_the_lesson_as_json(capsys):
     assert result["loss"] == pytest.approx(LESSON_LOSS, rel=1e-9)
 
 
-def test_the_result_for_a_person(capsys):
+def test_the_human_readable_result(capsys):
     assert main(["train", "--recipe", "lesson", "--name", "lesson"]) == 0
-    told = capsys.readouterr().out
-    assert "1 rank on 1 node · launcher none · distributed single" in told
-    assert "fit          SalePrice = 88.890079 GrLivArea + 32912.241402" in told
-    assert "closed form  SalePrice = 87.688145 GrLivArea + 34754.077892" in told
-    assert "0.0284 % above the best possible" in told
-    assert "runs/lesson" in told
+    out = capsys.readouterr().out
+    assert "1 rank on 1 node · launcher none · distributed single" in out
+    assert "fit          SalePrice = 88.890079 GrLivArea + 32912.241402" in out
+    assert "closed form  SalePrice = 87.688145 GrLivArea + 34754.077892" in out
+    assert "0.0284 % above the best possible" in out
+    assert "runs/lesson" in out
 
 
 def test_any_flag_overrides_a_recipe(capsys):
@@ -73,7 +74,7 @@ BAD_INPUT = {
     "constant feature": (["--data", "constant.csv"], "in every row"),
     "zero batch": (["--global-batch-size", "0"], "global_batch_size is 0"),
     "negative batch": (["--local-batch-size", "-4"], "local_batch_size is -4"),
-    "negative rate": (["--base-learning-rate", "-1", "1"], "base_learning_rate of the weight is -1.0"),
+    "negative learning rate": (["--base-learning-rate", "-1", "1"], "base_learning_rate of the weight is -1.0"),
     "batch too large": (["--global-batch-size", "552"], "more than the data's 551 rows"),
     "both batches": (["--global-batch-size", "64", "--local-batch-size", "64"], "give one of them"),
     "existing run": (["--name", "there"], "exists already"),
@@ -83,7 +84,7 @@ BAD_INPUT = {
     "no number": (["--max-steps", "many"], "many"),
     "no such choice": (["--sampling", "all"], "all"),
     "no cuda": (["--device", "cuda"], "device is cuda"),
-    "rates refused": (["--base-learning-rate", "9", "9", "--on-unstable", "refuse"], "stability limit"),
+    "learning rates refused": (["--base-learning-rate", "9", "9", "--on-unstable", "refuse"], "stability limit"),
     "numbers too large": (["--data", "huge.csv", "--global-batch-size", "2"], "too large"),
 }
 
@@ -100,7 +101,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(case, capsys, monkeypatch):
     Path("huge.csv").write_text("GrLivArea,SalePrice\n1e200,2\n2,3\n")
     Path("runs/there").mkdir(parents=True)
     options, part = BAD_INPUT[case]
-    monkeypatch.setattr(cli.os, "_exit", sys.exit)  # bring-up leaves at once, without waiting for other ranks
+    monkeypatch.setattr(os, "_exit", sys.exit)  # initialisation leaves at once, without waiting for other ranks
     with pytest.raises(SystemExit) as left:
         sys.exit(main(["train", *options]))
     out, err = capsys.readouterr()
@@ -119,7 +120,7 @@ def test_an_unknown_command_names_the_commands(capsys):
 
 @pytest.mark.parametrize("options", [[], ["--num-features", "3", "--num-rows", "200"]])
 def test_plot_draws_png_and_svg(options, capsys):
-    assert main(["train", "--plot", "--name", "drawn", "--max-steps", "9", *options]) == 0
+    assert main(["train", "--plot", "--name", "drawn", "--max-steps", "2", *options]) == 0
     assert Path("runs/drawn/training.png").read_bytes().startswith(b"\x89PNG")
     svg = Path("runs/drawn/training.svg").read_text()
     assert "<svg" in svg
@@ -129,9 +130,9 @@ def test_plot_draws_png_and_svg(options, capsys):
 def test_data_show_make_and_train_on_it(capsys):
     assert main(["data", "show"]) == 0
     assert "Σxy 136013443019" in capsys.readouterr().out
-    assert main(["data", "make", "--num-rows", "200", "--output", "made.csv"]) == 0
-    assert main(["data", "make", "--output", "made.csv"]) == 2
-    assert main(["train", "--data", "made.csv", "--max-steps", "2"]) == 0
+    assert main(["data", "make", "--num-rows", "200", "--output", "synthetic.csv"]) == 0
+    assert main(["data", "make", "--output", "synthetic.csv"]) == 2
+    assert main(["train", "--data", "synthetic.csv", "--max-steps", "2"]) == 0
 
 
 @pytest.mark.parametrize("options", [["--features", "GrLivArea"], ["--data", "houses.csv", "--num-rows", "9"]])
@@ -140,21 +141,21 @@ def test_data_options_that_have_no_effect_are_refused(options, capsys):
     assert "torchreg: error: " in capsys.readouterr().err
 
 
-def test_mpi_without_mpi4py_says_how_to_get_it(capsys, monkeypatch):
+def test_mpi_without_mpi4py_is_refused_with_the_remedy(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    monkeypatch.setattr(cli.os, "_exit", sys.exit)
+    monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as left:
         main(["train", "--sync", "mpi"])
     assert left.value.code == 2
     assert "sync is mpi, and mpi4py cannot be imported" in capsys.readouterr().err
 
 
-def test_another_package_called_ezpz_is_told_apart(capsys, monkeypatch, tmp_path):
+def test_another_package_called_ezpz_is_recognised(capsys, monkeypatch, tmp_path):
     (tmp_path / "ezpz").mkdir()
     (tmp_path / "ezpz" / "__init__.py").write_text("def crop(image): ...\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "ezpz", raising=False)
-    monkeypatch.setattr(cli.os, "_exit", sys.exit)
+    monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as left:
         main(["train", "--distributed", "ezpz"])
     assert left.value.code == 2

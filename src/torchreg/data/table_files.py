@@ -1,0 +1,170 @@
+"""Columns of CSV and Parquet files as float64, and a clear error for every file that would be misread."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import itertools
+import re
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from torchreg.data.standardizer import Matrix
+
+PARQUET_EXTENSIONS = (".parquet", ".pq")
+_SEPARATORS = ",;\t|"
+_MISSING = {"", "na", "#na", "n/a", "#n/a", "<na>", "nan", "-nan", "null", "none", "1.#ind", "-1.#ind", "1.#qnan"}
+_END = "\x1aend of file\x1a"  # a row of its own, unless a quotation is not closed
+_MAX_NAMES = 12  # of columns, in an error
+
+
+@contextmanager
+def file_errors(path: Path, kind: str) -> Iterator[None]:
+    """Raise `ValueError` for whatever the libraries for this kind of file raise, and where they are missing."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except ImportError as error:
+        library = error.name or "pyarrow"
+        raise ValueError(f"{path} is {kind}, and {library} is not installed: pip install {library}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({_first_line(error)}): save it as such") from error
+    except Exception as error:  # each kind of compression has errors of its own
+        raise ValueError(f"{path} cannot be read or written as {kind}: {_first_line(error)}") from error
+
+
+def read_parquet(path: Path, wanted: Sequence[str]) -> Matrix:
+    """The wanted columns, (num_rows, num_columns), with NaN for missing values; no other column is read."""
+    with file_errors(path, "Parquet"):
+        import pyarrow as pa
+        from pyarrow.parquet import ParquetFile
+
+        file = ParquetFile(path)
+    schema = file.schema_arrow
+    fields = [schema.field(index) for index in _indices([name.strip() for name in schema.names], wanted, path)]
+    for field in fields:
+        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        if not re.match("u?int|half|float|double|decimal|null", str(kind)):
+            raise ValueError(
+                f"{path}: column {field.name.strip()!r} has the type {kind}, which is not a number: choose other "
+                "columns with --features and --target, or convert it"
+            )
+    with file_errors(path, "Parquet"):
+        read = file.read(columns=[field.name for field in fields])
+        return np.column_stack([read[field.name].cast(pa.float64(), safe=False).to_numpy() for field in fields])
+
+
+def read_csv(path: Path, wanted: Sequence[str]) -> Matrix:
+    """The wanted columns, (num_rows, num_columns), with NaN for missing values; each row as wide as the header.
+
+    The separator is the one that splits the header into the most names. Rows may begin with a name, as R writes them.
+    """
+    if path.suffix.lower() == ".zst":
+        with file_errors(path, "CSV"):
+            _refuse_part_of_zstd(path)
+    separator = max(_SEPARATORS, key=lambda letter: len(next(_csv_rows(path, letter), (0, []))[1]))
+    rows = _csv_rows(path, separator)
+    header = [name.strip() for name in next(rows, (0, []))[1]]
+    if not header:
+        raise ValueError(f"data is {path}, which is empty: give a table with a header and rows")
+    first_line: dict[int, int] = {}  # of each number of fields
+    for line, row in rows:
+        first_line.setdefault(len(row), line)
+    offset = int(
+        first_line.keys() == {len(header) + 1} and _have_names([row for _, row in _csv_rows(path, separator)][1:])
+    )
+    for width, line in first_line.items():
+        if width != len(header) + offset:
+            raise ValueError(
+                f"{path}: line {line} has {width} field{'s' * (width != 1)}, and the header has {len(header)}, "
+                f"separated by {separator!r}: give each line as many as the header (no thousands separators, and a "
+                "name for each column)"
+            )
+    indices = [offset + index for index in _indices(header, wanted, path, separator)]
+    numbers = array("d")
+    for number, (_, row) in enumerate(itertools.islice(_csv_rows(path, separator), 1, None), start=1):
+        for index, name in zip(indices, wanted, strict=True):
+            try:
+                numbers.append(_number(row[index]))
+            except ValueError:
+                raise ValueError(
+                    f"{path}: column {name!r} is {row[index]!r} in row {number}, which is not a number: correct the "
+                    "file (a decimal point, no thousands separators), or choose other columns with --features and "
+                    "--target"
+                ) from None
+    return np.array(numbers).reshape(-1, len(wanted))
+
+
+def _number(text: str) -> float:
+    text = text.strip()
+    if text.lower() in _MISSING:  # as for pandas
+        return np.nan
+    if "_" in text or not text.isascii():  # which Python accepts in numbers
+        raise ValueError
+    return float(text)
+
+
+def _csv_rows(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """Line number and fields of the header and of each row, without blank lines."""
+    from pandas.io.common import get_handle
+
+    with file_errors(path, "CSV"), get_handle(path, "r", encoding="utf-8-sig", compression="infer") as file:
+        lines = itertools.chain(file.handle, [_END])
+        reader = csv.reader(lines, delimiter=separator, skipinitialspace=separator != "\t")
+        for row in reader:
+            if row == [_END]:
+                return
+            if len(row) > 1 or any(field.strip() for field in row):
+                yield reader.line_num, row
+        raise EOFError("a quotation is not closed")
+
+
+def _refuse_part_of_zstd(path: Path) -> None:
+    """Raise `EOFError` for a truncated file, and for one of several frames: zstandard ends silently after the first."""
+    import zstandard
+
+    frame = zstandard.ZstdDecompressor().decompressobj()
+    with path.open("rb") as file:
+        while not frame.eof and (block := file.read(1 << 20)):
+            frame.decompress(block)
+        if not frame.eof or frame.unused_data or file.read(1):
+            raise EOFError("it is not one whole zstd frame; give the CSV itself or another compression")
+
+
+def _have_names(rows: Sequence[Sequence[str]]) -> bool:
+    """Whether rows of one field more than the header begin with their names.
+
+    Numbers that a thousands separator splits, and a separator at the end of each line, look much the same.
+    """
+    names = {row[0].strip() for row in rows}
+    is_split = any(
+        all(re.fullmatch(r"\W*\d{1,3}", row[i]) and re.match(r"\d{3}(?!\d)", row[i + 1]) for row in rows)
+        for i in range(len(rows[0]) - 1)
+    )
+    has_last = any(row[-1].strip() for row in rows)
+    return len(names) == len(rows) and all(name[:1].isalpha() for name in names) and has_last and not is_split
+
+
+def _indices(names: Sequence[str], wanted: Sequence[str], path: Path, separator: str = "") -> list[int]:
+    """The index of each wanted column, of which the last is the target, among the names of a file."""
+    for field, name in zip([*["features"] * (len(wanted) - 1), "target"], wanted, strict=True):
+        if (count := names.count(name)) > 1:
+            raise ValueError(f"{field} is {name!r}: {path} has {count} columns of this name: rename them")
+        if count == 0:
+            by_folded = {column.casefold(): column for column in names}
+            close = [by_folded[match] for match in difflib.get_close_matches(name.casefold(), by_folded)]
+            listed = ", ".join(map(repr, close or names[:_MAX_NAMES])) + ", …" * (not close and len(names) > _MAX_NAMES)
+            raise ValueError(
+                f"{field} is {name!r}: {path} has no such column; {'the nearest names' if close else 'its columns'} "
+                f"are {listed}" + (f", separated by {separator!r}" if separator else "")
+            )
+    return [names.index(name) for name in wanted]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
