@@ -138,16 +138,13 @@ class Reporter(Protocol):
     def close(self) -> None:
         """Called when the run is over."""
 
-    def say(self, text: str) -> None:
-        """The name of `info` until runs/ has the new one."""
-
 
 class Silent:
     """Ignores all messages: on the other ranks, and for callers who want the result only."""
 
     def _ignore(self, *args: Any, **kwargs: Any) -> None: ...
 
-    info = say = warn = progress = close = _ignore
+    info = warn = progress = close = _ignore
 
 
 class Terminal:
@@ -166,8 +163,6 @@ class Terminal:
     def info(self, text: str, style: str | None = None) -> None:
         """Print a line."""
         self._console.print(_wrapped(text, self._console.width), style=style, soft_wrap=True)
-
-    say = info
 
     def warn(self, text: str) -> None:
         """Print a warning, in colour where there is one."""

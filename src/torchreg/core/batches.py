@@ -1,4 +1,4 @@
-"""Which samples, on which rank, in which step: a pure function of (seed, step), the same at every world size."""
+"""Which samples, on which rank, in which step: the samples of a step are the same at every world size."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ _DRAWS = 64  # steps that share one generator in random sampling
 class Batch(NamedTuple):
     """What one rank needs for one step.
 
-    `micro_batches` are this rank's, each x (samples, num_features) and y (samples, 1); a rank without samples has one
-    empty micro-batch, so that every rank takes part in every step. `num_samples` counts the samples of all ranks.
+    `micro_batches` are this rank's, each x (samples, num_features) and y (samples, 1), or those of `manual_samples`. A
+    rank without samples has one empty micro-batch, so that every rank takes part in every step. `num_samples` counts
+    the samples of all ranks.
     `first_micro_batch` is the position of this rank's first micro-batch among those of the step (0 in fast reduction).
     """
 
@@ -43,8 +44,9 @@ class Batch(NamedTuple):
 class BatchPlan:
     """Which samples make a step, and how ranks shard them.
 
-    The samples of a step depend on (seed, step) alone. Shards differ by at most one sample; every row counts exactly
-    once an epoch in `shuffle` sampling, whose last batch may be short. Resuming needs only the step.
+    The samples of a step depend on the table's size, the sampling, the global batch size and (seed, step), and on
+    nothing else. Shards differ by at most one sample, or micro-batch. Every row counts exactly once an epoch in
+    `shuffle` sampling, whose last batch may be short. Resuming needs only the step.
     """
 
     num_rows: int
@@ -71,7 +73,7 @@ class BatchPlan:
     ) -> BatchPlan:
         """The plan for one of `global_batch_size` and `local_batch_size` (by default 64 samples on each rank).
 
-        `reproducible` cuts a step into micro-batches before it is sharded, by default into eight.
+        `reproducible` cuts a step into micro-batches before it is sharded, by default into at most eight.
 
         Raises `ValueError` with all the numbers when they cannot fit.
         """
@@ -163,47 +165,44 @@ class BatchLoader:
     def __init__(self, plan: BatchPlan, rank: int, x: Tensor, y: Tensor) -> None:
         self.plan = plan
         self.tensors = (x, y)
-        # All groups of steps look alike. Step i of a group has the samples positions[bounds[i]:bounds[i + 1]] of it.
         counts = [plan.num_samples(step) for step in range(plan.steps_per_group)]
-        shards = [plan.shard(count, rank) for count in counts]
+        shapes = {count: _Shape.of(plan, count, rank) for count in set(counts)}
+        # All groups of steps look alike. Step i of a group has the samples positions[bounds[i]:bounds[i + 1]] of it.
+        self._steps = [shapes[count] for count in counts]
         starts = range(0, plan.global_batch_size * len(counts), plan.global_batch_size)
-        ranges = [np.arange(start + s.start, start + s.stop) for start, s in zip(starts, shards, strict=True)]
-        self._positions = np.concatenate(ranges)
-        self._bounds = [0, *accumulate(map(len, ranges))]
-        unit = plan.micro_batch_size if plan.reproducible and plan.micro_batch_size else plan.num_rows + 1
-        sizes = {(s.start, s.stop): _micro_batch_sizes(s.stop - s.start, plan.micro_batch_size) for s in shards}
-        self._steps = [(sizes[s.start, s.stop], n, s.start // unit) for s, n in zip(shards, counts, strict=True)]
+        shards = [np.arange(n, n + s.stop - s.start) + s.start for n, (s, *_) in zip(starts, self._steps, strict=True)]
+        self._positions = np.concatenate(shards)
+        self._bounds = [0, *accumulate(map(len, shards))]
 
     def iterate(self, start: int, stop: int) -> Iterator[Batch]:
         """The batches of steps start, …, stop − 1."""
         if self.plan.sampling == "full":
-            ((sizes, num_samples, first),) = self._steps
-            shard = slice(int(self._positions[0]), int(self._positions[-1]) + 1) if len(self._positions) else slice(0)
-            micro_batches = list(self._cut([tensor[shard] for tensor in self.tensors], sizes))
+            (shape,) = self._steps
+            micro_batches = list(self._cut([tensor[shape.shard] for tensor in self.tensors], shape.sizes))
             for step in range(start, stop):
-                yield Batch(step, micro_batches, num_samples, first)
+                yield Batch(step, micro_batches, shape.num_samples, shape.first_micro_batch)
             return
         while start < stop:
             steps, samples = self._chunk(start, stop)
-            pairs = self._cut(self._gather(samples), [size for sizes, _, _ in steps for size in sizes])
-            for sizes, num_samples, first in steps:
-                yield Batch(start, list(islice(pairs, len(sizes))), num_samples, first)
+            pairs = self._cut(self._gather(samples), [size for shape in steps for size in shape.sizes])
+            for _, sizes, num_samples, first_micro_batch in steps:
+                yield Batch(start, list(islice(pairs, len(sizes))), num_samples, first_micro_batch)
                 start += 1
 
-    def _chunk(self, start: int, stop: int) -> tuple[list[tuple[list[int], int, int]], Indices]:
+    def _chunk(self, start: int, stop: int) -> tuple[list[_Shape], Indices]:
         """As many steps from `start` on as are gathered at once, and this rank's samples of them."""
-        steps: list[tuple[list[int], int, int]] = []
+        steps: list[_Shape] = []
         samples: list[Indices] = []
-        num_samples = 0
+        num_gathered = 0
         most = max(1, _CHUNK_SAMPLES // self.plan.local_batch_size)
-        while start < stop and len(steps) < _CHUNK_STEPS and num_samples < _CHUNK_SAMPLES:
-            group, first = divmod(start, len(self._steps))
-            end = min(len(self._steps), first + stop - start, first + most)
-            positions = self._positions[self._bounds[first] : self._bounds[end]]
+        while start < stop and len(steps) < _CHUNK_STEPS and num_gathered < _CHUNK_SAMPLES:
+            group, position = divmod(start, len(self._steps))
+            end = min(len(self._steps), position + stop - start, position + most)
+            positions = self._positions[self._bounds[position] : self._bounds[end]]
             samples.append(self.plan.samples_of_group(group)[positions])
-            steps += self._steps[first:end]
-            num_samples += len(positions)
-            start += end - first
+            steps += self._steps[position:end]
+            num_gathered += len(positions)
+            start += end - position
         return steps, np.concatenate(samples)
 
     def _gather(self, samples: Indices) -> list[Tensor]:
@@ -221,9 +220,21 @@ class BatchLoader:
         return ((a.clone(), b.clone()) for a, b in pairs) if self.plan.reproducible else pairs
 
 
-def _micro_batch_sizes(num_samples: int, micro_batch_size: int | None) -> list[int]:
-    size = micro_batch_size or max(num_samples, 1)
-    return [min(size, num_samples - start) for start in range(0, num_samples, size)] or [0]
+class _Shape(NamedTuple):
+    """A step as one rank has it: its shard of the step's samples, cut into micro-batches of these sizes."""
+
+    shard: slice
+    sizes: list[int]
+    num_samples: int
+    first_micro_batch: int
+
+    @classmethod
+    def of(cls, plan: BatchPlan, num_samples: int, rank: int) -> _Shape:
+        shard = plan.shard(num_samples, rank)
+        count = shard.stop - shard.start
+        size = plan.micro_batch_size or max(count, 1)
+        sizes = [min(size, count - start) for start in range(0, count, size)] or [0]
+        return cls(shard, sizes, num_samples, shard.start // size if plan.reproducible else 0)
 
 
 @lru_cache(maxsize=2)

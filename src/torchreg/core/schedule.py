@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 
 def lr_scale(rule: Literal["linear", "sqrt", "none"], global_batch_size: int, reference_batch_size: int) -> float:
@@ -32,7 +32,7 @@ class Schedule:
 
     def __call__(self, step: int) -> tuple[float, float]:
         """The learning rates of step 0, 1, …, `num_steps` − 1."""
-        factor = self.scale if self.is_constant else self.factor(step)
+        factor = self.factor(step)
         return self.base[0] * factor, self.base[1] * factor
 
     @property
@@ -41,41 +41,20 @@ class Schedule:
         return self.base[0] * self.scale, self.base[1] * self.scale
 
     @property
-    def is_constant(self) -> bool:
-        """Whether every step has the scaled learning rates."""
-        return self.decay == "constant" and self.warmup_steps == 0
+    def steps_per_drop(self) -> int:
+        """Steps between two drops of `step` decay: by default a third of the run."""
+        return self.decay_every or max(1, math.ceil(self.num_steps / 3))
 
     def factor(self, step: int) -> float:
         """The factor of `base` in a step."""
         if step < self.warmup_steps:
             return 1 + (self.scale - 1) * step / self.warmup_steps
+        if self.decay == "constant":
+            return self.scale
+        if self.decay == "step":
+            return float(self.scale * self.decay_factor ** ((step - self.warmup_steps) // self.steps_per_drop))
         steps_left = self.num_steps - 1 - self.warmup_steps
         done = (step - self.warmup_steps) / steps_left if steps_left > 0 else 0.0
         if self.decay == "linear":
             return self.scale * (1 - (1 - self.decay_to) * done)
-        if self.decay == "cosine":
-            return self.scale * (self.decay_to + (1 - self.decay_to) * (1 + math.cos(math.pi * done)) / 2)
-        if self.decay == "step":
-            return float(self.scale * self.decay_factor ** ((step - self.warmup_steps) // self._decay_every))
-        return self.scale
-
-    @property
-    def _decay_every(self) -> int:
-        return self.decay_every or max(1, math.ceil(self.num_steps / 3))
-
-    def signature(self) -> dict[str, Any]:
-        """What decides the learning rates, as plain JSON: schedules with equal signatures agree on every common step.
-
-        The number of steps is part of it only where the decay depends on it.
-        """
-        signature: dict[str, Any] = {
-            "base_learning_rate": list(self.base),
-            "learning_rate_scale": self.scale,
-            "warmup_steps": self.warmup_steps,
-            "decay": self.decay,
-        }
-        if self.decay in ("linear", "cosine"):
-            signature |= {"decay_to": self.decay_to, "num_steps": self.num_steps}
-        if self.decay == "step":
-            signature |= {"decay_factor": self.decay_factor, "decay_every": self._decay_every}
-        return signature
+        return self.scale * (self.decay_to + (1 - self.decay_to) * (1 + math.cos(math.pi * done)) / 2)

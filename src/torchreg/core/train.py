@@ -1,7 +1,7 @@
 """The program: one step, written twice, and the loop around it.
 
 `sgd_step` uses autograd, `torch.optim.SGD` and DistributedDataParallel; `manual_step` writes out the gradient and the
-update. Both follow the same trajectory, at any world size.
+update. Both follow the same trajectory at any world size, to rounding.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ LearningRates = tuple[float, float]
 """Of the weight and of the bias."""
 
 Step = Callable[[Batch, LearningRates], Tensor]
-"""One update of the model. Returns this rank's part of the batch's squared error before the update."""
+"""One update of the model: `sgd_step` or `manual_step` with all but these arguments bound by `functools.partial`.
+
+Returns this rank's part of the batch's squared error before the update."""
 
 
 def make_sgd(model: nn.Linear, learning_rates: LearningRates) -> torch.optim.SGD:
     """`torch.optim.SGD` with one parameter group for the weight and one for the bias."""
-    parameters = zip((model.weight, model.bias), learning_rates, strict=True)
-    groups = [{"params": [parameter], "lr": learning_rate} for parameter, learning_rate in parameters]
-    return torch.optim.SGD(groups, foreach=False)  # two small tensors: the fused loops only add overhead
+    pairs = zip((model.weight, model.bias), learning_rates, strict=True)
+    groups = [{"params": [parameter], "lr": learning_rate} for parameter, learning_rate in pairs]
+    return torch.optim.SGD(groups, foreach=False)  # for two small tensors foreach only adds overhead
 
 
 def sgd_step(
@@ -47,9 +49,9 @@ def sgd_step(
     for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
         group["lr"] = learning_rate
     optimizer.zero_grad()
-    total = compute_gradient(batch)
+    own_error = compute_gradient(batch)
     optimizer.step()
-    return total
+    return own_error
 
 
 def ddp_gradient(model: nn.Module, world_size: int, batch: Batch) -> Tensor:
@@ -60,6 +62,7 @@ def ddp_gradient(model: nn.Module, world_size: int, batch: Batch) -> Tensor:
     """
     squared_errors = []
     for number, (x, y) in enumerate(batch.micro_batches, start=1):
+        # The forward belongs inside: DDP decides there whether the backward reduces.
         with nullcontext() if number == len(batch.micro_batches) else no_sync(model):
             error = squared_error(model(x), y)
             (error * (world_size / batch.num_samples)).backward()
@@ -74,7 +77,10 @@ def no_sync(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def reproducible_gradient(model: nn.Module, reduction: Reduction, batch: Batch) -> Tensor:
-    """The gradient by autograd, summed over micro-batches and ranks by a `Reduction` in a fixed order."""
+    """The gradient by autograd, summed over micro-batches and ranks by a reproducible `Reduction`.
+
+    The `model` is not wrapped by DistributedDataParallel.
+    """
     parameters = list(model.parameters())
     squared_errors = []
     for (x, y), part in zip(batch.micro_batches, reduction.parts(batch), strict=False):
@@ -82,11 +88,11 @@ def reproducible_gradient(model: nn.Module, reduction: Reduction, batch: Batch) 
         gradients = torch.autograd.grad(error / batch.num_samples, parameters)
         torch.cat([gradient.view(-1) for gradient in gradients], out=part)
         squared_errors.append(error.detach())
-    total = reduction.all_reduce(batch, squared_errors)
+    own_error = reduction.all_reduce(batch, squared_errors)
     sizes = [parameter.numel() for parameter in parameters]
     for parameter, gradient in zip(parameters, reduction.gradient.split(sizes), strict=True):
         parameter.grad = gradient.view_as(parameter)
-    return total
+    return own_error
 
 
 def manual_step(
@@ -103,12 +109,12 @@ def manual_step(
     `gradient` names the parts of `reduction.gradient`. `sequential` is the lesson's order: the weight first, then the
     bias with the gradient at the new weight. The micro-batches are those of `manual_samples`.
     """
-    total = manual_gradient(parameters, reduction, batch)
+    own_error = manual_gradient(parameters, reduction, batch)
     parameters.weight.sub_(gradient.weight, alpha=2 * learning_rates[0] / batch.num_samples)
     if sequential:
         manual_gradient(parameters, reduction, batch)
     parameters.bias.sub_(gradient.bias, alpha=2 * learning_rates[1] / batch.num_samples)
-    return total
+    return own_error
 
 
 def manual_gradient(parameters: FlatParameters, reduction: Reduction, batch: Batch) -> Tensor:
@@ -140,22 +146,22 @@ def fit(
     log: Callable[[Batch, Tensor], bool],
     checkpoints: Checkpoints | None = None,
 ) -> None:
-    """The training loop: one update for each batch, until `log` returns True.
+    """The training loop: one update for each batch, until `log` returns True, on all ranks after the same batch.
 
     `log` takes this rank's part of each batch's squared error; `schedule` gives the learning rates of a step.
     """
     for batch in batches:
-        squared_error = step(batch, schedule(batch.step))
-        if log(batch, squared_error):
+        own_error = step(batch, schedule(batch.step))
+        if log(batch, own_error):
             break
         if checkpoints is not None and checkpoints.due(batch.step + 1):
             checkpoints.save(batch.step + 1)
 
 
 def evaluate(model: nn.Module, x: Tensor, y: Tensor, plan: BatchPlan, communicator: Communicator) -> float:
-    """The mean squared error on all rows, the same on every rank. Each rank takes its shard.
+    """The mean squared error on all rows, the same on every rank.
 
-    In reproducible reduction each rank takes all rows: the bits then do not depend on the world size.
+    Each rank takes its shard; in reproducible reduction all rows, so that the bits do not depend on the world size.
     """
     shard = slice(None) if plan.reproducible else plan.shard(len(x), communicator.rank)
     with torch.no_grad():

@@ -170,7 +170,13 @@ def prepare(config: TrainConfig, world_size: int, least_squares: LeastSquares | 
 
 
 def _run_signature(config: TrainConfig, state: RunState) -> dict[str, Any]:
-    plan = state.plan
+    """All that the run's numbers depend on. The number of steps is part of it only where the decay depends on it."""
+    plan, schedule = state.plan, state.schedule
+    decay: dict[str, Any] = {}
+    if schedule.decay in ("linear", "cosine"):
+        decay = {"decay_to": schedule.decay_to, "num_steps": schedule.num_steps}
+    elif schedule.decay == "step":
+        decay = {"decay_factor": schedule.decay_factor, "decay_every": schedule.steps_per_drop}
     same = (
         "standardize", "optimizer", "update_order", "reduction", "sampling", "seed", "initial_weight", "initial_bias",
         "target_excess", "log_full_loss", "dtype",
@@ -180,7 +186,11 @@ def _run_signature(config: TrainConfig, state: RunState) -> dict[str, Any]:
         "global_batch_size": plan.global_batch_size,
         "micro_batch_size": plan.micro_batch_size if plan.reproducible else None,  # else it changes only the rounding
         **{name: getattr(config, name) for name in same},
-        **state.schedule.signature(),
+        "base_learning_rate": list(schedule.base),
+        "learning_rate_scale": schedule.scale,
+        "warmup_steps": schedule.warmup_steps,
+        "decay": schedule.decay,
+        **decay,
     }
 
 
