@@ -26,7 +26,7 @@ def usl(contention, coherence):
 
 
 def mechanistic(work):
-    return 1e-4 + 1e-6 * work.rows_per_rank + math.log2(work.world_size) * (2e-5 + 1e-9 * work.message_bytes)
+    return 1e-4 + 1e-6 * work.samples_per_rank + math.log2(work.world_size) * (2e-5 + 1e-9 * work.message_bytes)
 
 
 def made(time_of, sizes, blocks=6, launch=0.05, seed=0):
@@ -238,7 +238,7 @@ def test_any_times_give_a_fit_or_a_reason(blocks):
     [
         (lambda: fit_amdahl({}), "times is empty: give the times of at least one launch"),
         (lambda: fit_amdahl({1: {}}), "times is empty"),
-        (lambda: fit_amdahl({1: {1: -0.5}}), "times has -0.5 s at world size 1: leave out launches"),
+        (lambda: fit_amdahl({1: {1: -0.5}}), "times has -0.5 s at world size 1: exclude launches"),
         (lambda: fit_amdahl({1: {1: math.nan}}), "times has nan s at world size 1"),
         (lambda: fit_amdahl({1: {0: 1.0}}), "world size is 0: give a whole number from 1 on"),
         (lambda: fit_allreduce({1: {8.5: 1.0}}), "message_bytes is 8.5"),
@@ -246,7 +246,7 @@ def test_any_times_give_a_fit_or_a_reason(blocks):
         (lambda: fit_usl({1: {1: 1.0}}), "give one of them"),
         (lambda: fit_usl({1: {1: 1.0}}, global_batch_size=8, local_batch_size=8), "give one of them"),
         (lambda: fit_usl({1: {1: 1.0}}, local_batch_size=0), "local_batch_size is 0"),
-        (lambda: fit_mechanistic({1: {Work(1, 0, 8): 1.0}}), "rows_per_rank is 0: give a positive number"),
+        (lambda: fit_mechanistic({1: {Work(1, 0, 8): 1.0}}), "samples_per_rank is 0: give a positive number"),
         (lambda: fit_mechanistic(exact(mechanistic, STRONG + WEAK)).predict([1]), "of several series"),
     ],
 )

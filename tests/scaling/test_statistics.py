@@ -119,7 +119,7 @@ def test_karp_and_flatt_find_amdahls_serial_fraction():
     ("call", "message"),
     [
         (lambda: median_interval([]), "values is empty: give the value of at least one launch"),
-        (lambda: median_interval([1, math.nan]), "values has nan: leave out launches without a finite value"),
+        (lambda: median_interval([1, math.nan]), "values has nan: exclude launches without a finite value"),
         (lambda: ratio_interval({1: 1.0}, {}), "denominator is empty"),
         (lambda: ratio_interval({1: -1.0}, {1: 1.0}), "numerator has -1: a ratio needs positive values"),
         (lambda: ratio_interval({1: 1.0}, {1: 0.0}), "denominator has 0: a ratio needs positive values"),

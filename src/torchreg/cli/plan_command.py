@@ -38,7 +38,7 @@ def run(argv: list[str]) -> int:
     arguments = parse(PlanArguments, "torchreg plan", argv, defaults)
     config = arguments.config
     if config.plot:
-        from torchreg.plots import require_matplotlib
+        from torchreg.plots.style import require_matplotlib
 
         require_matplotlib()
     world_sizes = whole_numbers("world_sizes", arguments.world_sizes)
@@ -49,7 +49,7 @@ def run(argv: list[str]) -> int:
     plan = make_plan(config, world_sizes)
     pictures: list[Path] = []
     if config.plot:
-        from torchreg.plots import draw_plan
+        from torchreg.plots.plan_figure import draw_plan
 
         folder = create_run_folder(config.runs_dir, config.name, "plan", overwrite=config.overwrite)
         write_json(folder / PLAN_FILE, plan.as_json())

@@ -90,7 +90,7 @@ def _run(kind: Literal["batch", "lr-scaling"], arguments: _SweepArguments, cells
         raise ValueError(f"num_seeds is {arguments.num_seeds}: give a whole number of at least 1")
     config = arguments.config
     if config.plot:
-        from torchreg.plots import require_matplotlib
+        from torchreg.plots.style import require_matplotlib
 
         require_matplotlib()
 
@@ -130,6 +130,6 @@ def _pictures(folder: Path) -> list[Path]:
     """A sweep is drawn wherever matplotlib is there."""
     if importlib.util.find_spec("matplotlib") is None:
         return []
-    from torchreg.plots import draw_sweep
+    from torchreg.plots.sweep_figures import draw_sweep
 
     return draw_sweep(folder)

@@ -40,7 +40,7 @@ def run(argv: list[str]) -> int:
     arguments = parse(TrainArguments, "torchreg train", argv, defaults)
     config = arguments.config
     if config.plot:
-        from torchreg.plots import require_matplotlib
+        from torchreg.plots.style import require_matplotlib
 
         require_matplotlib()
 
@@ -56,7 +56,7 @@ def run(argv: list[str]) -> int:
     if communicator.is_main:
         pictures: list[Path] = []
         if config.plot and result.stopped_by in ("steps", "target"):
-            from torchreg.plots import draw_training
+            from torchreg.plots.training_figure import draw_training
 
             pictures = draw_training(Path(result.run_dir))
         _print_result(result, pictures, json=arguments.json)

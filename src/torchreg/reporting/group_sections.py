@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torchreg.plots.panels import best_model, combination_of
-from torchreg.plots.pictures import Picture, place_text, scopes_of, slug
+from torchreg.plots.pictures import Picture, best_model, combination_of, placement_text, scopes_of, slug
 from torchreg.plots.quantities import count, in_unit, number, ranks
 from torchreg.plots.scaling_figures import draw_allreduce, draw_breakdown, draw_models, draw_scaling
 from torchreg.plots.target_figures import draw_steps, draw_targets
@@ -69,7 +68,7 @@ def _points(group: Json, anchor: str) -> Section:
             counted(point["world_size"]), counted(point["num_nodes"]), word(combination_of(point)),
             bytes_cell(point["message_bytes"]), counted(point["global_batch_size"]), counted(point["num_launches"]),
             estimate_cell(point["step_time_s"], "s"), plain(point["spread"], "%"),
-            estimate_cell(point["slowest_over_median"], ""), estimate_cell(point["throughput"], "samples/s"),
+            estimate_cell(point["slowest_over_median"], ""), estimate_cell(point["throughput"], "k"),
         )  # fmt: skip
 
     points = sorted(group["points"], key=_order)
@@ -104,7 +103,7 @@ def _scaling(group: Json, index: int, kind: str) -> Section | None:
                 yield (
                     *_setting(one), counted(point["world_size"]), counted(point["num_nodes"]),
                     counted(one["baseline_world_size"]), estimate_cell(point["speedup"], ""),
-                    estimate_cell(point["efficiency"], "%"), estimate_cell(point["throughput"], "samples/s"),
+                    estimate_cell(point["efficiency"], "%"), estimate_cell(point["throughput"], "k"),
                     *((estimate_cell(point["karp_flatt"], ""),) if kind == "strong" else ()),
                 )  # fmt: skip
 
@@ -154,10 +153,10 @@ def _allreduce(group: Json, index: int) -> Section | None:
     if not picture:
         return None
     measured = sorted(group["allreduce"], key=lambda one: (one["num_nodes"] > 1, one["num_nodes"], one["world_size"]))
-    fits = ((word(one["way"]), word(place_text(one)), *_fit_cells(one["fit"])) for one in measured if one["fit"])
+    fits = ((word(one["way"]), word(placement_text(one)), *_fit_cells(one["fit"])) for one in measured if one["fit"])
     sizes = (
         (
-            word(one["way"]), word(place_text(one)), bytes_cell(size["message_bytes"]),
+            word(one["way"]), word(placement_text(one)), bytes_cell(size["message_bytes"]),
             estimate_cell(size["time_s"], "s"), plain(size["bandwidth"], "B/s"),
         )
         for one in measured
