@@ -292,8 +292,11 @@ def test_a_perfect_line_is_drawn_too():
 
 def test_neither_backend_nor_settings_of_the_user_reach_a_figure(run, tmp_path):
     """T2: with a notebook kernel's MPLBACKEND `--plot` failed after the run."""
-    assert main(["train", "--max-steps", "3", "--plot", "--name", "train"]) == 0
-    assert main(["plan", "--world-sizes", "1", "--plot", "--name", "plan"]) == 0
+    commands = [
+        ["train", "--max-steps", "3", "--plot", "--overwrite", "--name", "train"],
+        ["plan", "--world-sizes", "1", "--plot", "--name", "plan"],
+    ]
+    assert [main(command) for command in commands] == [0, 0]
     paths = [Path("runs/train/training.png"), Path("runs/plan/plan.png")]
     clean = [path.read_bytes() for path in paths]
     for path in paths:
@@ -302,8 +305,8 @@ def test_neither_backend_nor_settings_of_the_user_reach_a_figure(run, tmp_path):
         "backend: qtagg\ntext.usetex: True\nfigure.facecolor: black\nsavefig.dpi: 9\nfont.size: 40\n"
     )
     code = (
-        "from pathlib import Path\nfrom torchreg.plots import plan_figure, training_figure\n"
-        "training_figure.draw_training(Path('runs/train'))\nplan_figure.draw_plan(Path('runs/plan'))"
+        f"import sys\nfrom torchreg.cli import command\nfor words in {commands}:\n"
+        "    sys.argv = ['torchreg', *words]\n    assert command() == 0"
     )
     done = run(sys.executable, "-c", code, cwd=tmp_path, MPLBACKEND="nowhere")
     assert done.returncode == 0, done.stderr
@@ -318,19 +321,22 @@ def test_drawing_leaves_the_users_matplotlib_as_it_was(drawn):
         assert dict(matplotlib.rcParams) == before
 
 
-def test_a_sweep_over_many_powers_of_ten_shows_where_it_ends():
+def test_a_sweep_over_many_powers_of_ten_shows_where_it_ends(monkeypatch):
     """D6: the end of a batch sweep, and the other panel of an lr-scaling sweep, lay outside their axes."""
     x = np.arange(200.0)
     noise = np.random.default_rng(0).normal(0, 1e-6, 200)
     pd.DataFrame({"x": x, "y": x + noise}).to_csv("close.csv", index=False)
     data = ["--data", "close.csv", "--features", "x", "--target", "y", "--num-seeds", "1"]
     batch = ["--batch-sizes", "32", "--epochs", "20", "--standardize", "--base-learning-rate", "0.3", "0.3"]
+    figures = []
+    monkeypatch.setattr("torchreg.plots.sweep_figures.save", lambda figure, *_: figures.append(figure) or [])
     assert main(["sweep", "batch", *data, *batch, "--name", "batch"]) == 0
     assert (
         main(["sweep", "lr-scaling", *data, "--multipliers", "1,8", "--max-steps", "60", "--name", "lr-scaling"]) == 0
     )
-    for name in ("batch", "lr-scaling"):
-        for axes in sweep_figure(Path("runs") / name).axes:
+    assert len(figures) == 2
+    for figure in figures:
+        for axes in figure.axes:
             low, high = axes.get_ylim()
             for line in axes.lines:
                 if line.get_label().startswith(("mean", "si", "se")):

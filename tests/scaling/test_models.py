@@ -199,7 +199,7 @@ def test_incomplete_blocks_count_for_what_they_have():
     assert widths[1] > widths[0]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.permutations(range(6)), st.floats(1e-3, 1e3))
 def test_neither_order_nor_unit_of_time_matters(order, unit):
     times = synthetic(amdahl(0.2), RANKS)
@@ -211,7 +211,7 @@ def test_neither_order_nor_unit_of_time_matters(order, unit):
         )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.lists(st.dictionaries(st.sampled_from([1, 2, 3, 5, 8, 64, 512]), st.floats(1e-6, 1e3)), min_size=1, max_size=8)
 )

@@ -49,7 +49,7 @@ def _batch_figure(folder: Path, trials: pd.DataFrame) -> Figure:
         axes.set_title(f"{batch_size} samples", fontsize=10)
     for axes in panels[: len(groups) : num_columns]:
         axes.set_ylabel("above the optimum (%)")
-    _share_limits(panels[: len(groups)])
+    _unify_limits(panels[: len(groups)])
     _draw_ends(panels[len(groups)], summary(trials))
     for axes in panels[len(groups) + 1 :]:
         axes.set_axis_off()
@@ -73,7 +73,7 @@ def _draw_curves(axes: Axes, folder: Path, group: pd.DataFrame, curves: pd.DataF
         axes.plot(epochs, mean, color=BLACK, linestyle="--", label="mean, predicted")
 
 
-def _share_limits(panels: Any) -> None:
+def _unify_limits(panels: Any) -> None:
     """The same y limits for all panels; the band of single runs, which may reach down to 0, may exceed them."""
     bottoms, tops = zip(*(axes.get_ylim() for axes in panels), strict=True)
     means = [line.get_ydata() for axes in panels for line in axes.lines if line.get_label().startswith("mean")]

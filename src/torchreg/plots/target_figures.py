@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -122,9 +122,8 @@ def draw_targets(group: Json, number: int, scope: str) -> Picture | None:
 def _draw_times(pairs: Pairs, styles: Mapping[str, Style], axes: Axes) -> None:
     for (one, target), offset in zip(pairs, offsets(len(pairs)), strict=True):
         style = styles[combination_of(one)]
-        _draw_line(
-            axes, target, lambda row: row["predicted_time_s"] and row["predicted_time_s"]["value"], style, offset
-        )
+        predicted = [row for row in target["rows"] if row["predicted_time_s"]]
+        _draw_line(axes, predicted, [row["predicted_time_s"]["value"] for row in predicted], style, offset)
         if rows := [row for row in target["rows"] if row["measured_time_s"]]:
             ranks, times = zip(*((row["world_size"], row["measured_time_s"]) for row in rows), strict=True)
             draw_estimates(axes, ranks, times, style, offset, line=False)
@@ -133,21 +132,20 @@ def _draw_times(pairs: Pairs, styles: Mapping[str, Style], axes: Axes) -> None:
 
 def _draw_node_hours(pairs: Pairs, styles: Mapping[str, Style], axes: Axes) -> None:
     for (one, target), offset in zip(pairs, offsets(len(pairs)), strict=True):
-        style = styles[combination_of(one)]
-        _draw_line(axes, target, lambda row: row["node_hours"], style, offset, style.marker)
+        style, rows = styles[combination_of(one)], [row for row in target["rows"] if row["node_hours"]]
+        _draw_line(axes, rows, [row["node_hours"] for row in rows], style, offset, style.marker)
     _finish(axes, _rows(pairs), "world_size", "node-hours to the target", "")
     if axes.lines:
         axes.yaxis.set_major_formatter("{x:g}")  # thousandths of a node-hour have no name
 
 
 def _draw_line(
-    axes: Axes, target: Json, value: Callable[[Json], float | None], style: Style, offset: float, marker: str = ""
+    axes: Axes, rows: Sequence[Json], values: Sequence[float], style: Style, offset: float, marker: str = ""
 ) -> None:
-    points = [(row["world_size"] * offset, value(row)) for row in target["rows"] if value(row)]
-    if points:
+    if rows:
         axes.plot(
-            *zip(*points, strict=True), color=style.colour, linestyle=style.dashes, linewidth=1, marker=marker,
-            markersize=4.5, label=f"predicted, {style.label}",
+            [row["world_size"] * offset for row in rows], values, color=style.colour, linestyle=style.dashes,
+            linewidth=1, marker=marker, markersize=4.5, label=f"predicted, {style.label}",
         )  # fmt: skip
 
 
