@@ -294,7 +294,7 @@ def test_neither_backend_nor_settings_of_the_user_reach_a_figure(run, tmp_path):
     """T2: with a notebook kernel's MPLBACKEND `--plot` failed after the run."""
     commands = [
         ["train", "--max-steps", "3", "--plot", "--overwrite", "--name", "train"],
-        ["plan", "--world-sizes", "1", "--plot", "--name", "plan"],
+        ["plan", "--world-sizes", "1", "--plot", "--overwrite", "--name", "plan"],
     ]
     assert [main(command) for command in commands] == [0, 0]
     paths = [Path("runs/train/training.png"), Path("runs/plan/plan.png")]
