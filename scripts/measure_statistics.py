@@ -1,12 +1,12 @@
-"""Do the intervals cover the truth as often as they say? Made records of known truth, as a Markdown table.
+"""Measure how often the intervals cover the truth, on synthetic launches; prints a Markdown table.
 
     python scripts/measure_statistics.py [--repetitions 2000]
 
-Each repetition makes the launches of one campaign, with noise of several kinds, and asks whether the 95 % interval
-holds the truth. Asked for is 93 to 97 % of 500 repetitions. By chance alone an interval that covers exactly 95 % is
-outside in one of 25 such counts, so it is the count of all repetitions that decides. Intervals of ratios and
-differences may also cover more. Where a true model is called contradicted, the parameter that is named is a miss, and
-nothing is told of the others; other refusals do not count. The exit code is 1 if one does not cover what is asked for.
+Each repetition simulates the launches of one campaign, with noise of several kinds, and checks whether the 95 %
+interval contains the truth. Required is 93 to 97 % of the repetitions; intervals of ratios and differences may also
+cover more. By chance alone an interval that covers exactly 95 % is outside in one of 25 counts of 500, so the count of
+all repetitions decides. Where a true model is reported as contradicted, the named parameter counts as missed, and the
+others not at all; other refusals do not count. The exit code is 1 if an interval does not cover what is required.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ Size = TypeVar("Size", bound=Hashable)
 
 @dataclass(frozen=True)
 class Options:
-    """Hold intervals against made truth."""
+    """Compare intervals with a known truth."""
 
     repetitions: int = 2_000
-    """Of every row, at least 500."""
+    """Of each case, at least 500."""
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,18 @@ class Noise:
     value: float = 0.0  # each value of a launch by itself
     growth: float = 0.0  # of a launch's noise with each doubling of the ranks, as a fraction of it
     slow: float = 0.0  # the chance of a launch to be twice as slow
-    failed: float = 0.0  # the chance of a launch to leave nothing
+    failed: float = 0.0  # the chance of a launch to have no result
 
-    def told(self) -> str:
-        """In a table's cell."""
-        more = {"values": self.value, "more a doubling": self.growth, "slow": self.slow, "failed": self.failed}
-        told = {"launches": self.launch, "blocks": self.block} | {name: size for name, size in more.items() if size}
-        return ", ".join(f"{name} {size:.0%}" for name, size in told.items())
+    def __str__(self) -> str:
+        """As text in a table."""
+        more = {"values": self.value, "growth per doubling": self.growth, "slow": self.slow, "failed": self.failed}
+        named = {"launches": self.launch, "blocks": self.block} | {name: size for name, size in more.items() if size}
+        return ", ".join(f"{name} {size:.0%}" for name, size in named.items())
 
 
 @dataclass(frozen=True)
 class Case:
-    """A row of the table for each interval: what is true, and how one repetition finds its intervals.
+    """The truth by interval, and how one repetition finds the intervals; each is a row of the table.
 
     `draw` returns an empty mapping where it is refused.
     """
@@ -70,18 +70,18 @@ class Case:
     noise: str
     truth: Mapping[str, float]
     draw: Callable[[np.random.Generator], Mapping[str, Interval]]
-    asked: tuple[float, float] | None = (LEAST, MOST)
+    required: tuple[float, float] | None = (LEAST, MOST)
 
 
 @dataclass(frozen=True)
 class Covered:
-    """How many repetitions there were that told an interval, and which held the truth."""
+    """Which repetitions with an interval contained the truth, and how many had none."""
 
     held: list[bool]
     num_refused: int
 
     def fraction(self, repetitions: int | None = None) -> float:
-        """Of the first so many that were told."""
+        """Of the first so many with an interval."""
         return float(np.mean(self.held[:repetitions])) if self.held else float("nan")
 
 
@@ -96,14 +96,14 @@ def measure(case: Case, repetitions: int, seed: int = 0) -> dict[str, Covered]:
     return {name: Covered(covered.held, repetitions - len(covered.held)) for name, covered in found.items()}
 
 
-def made_launches(
+def synthetic_launches(
     generator: np.random.Generator, time_of: Callable[[Size], float], sizes: tuple[Size, ...], blocks: int, noise: Noise
 ) -> dict[Hashable, dict[Size, float]]:
-    """A launch for each size in each block, {block: {size: seconds}}; Work of one world size shares its launch."""
-    made: dict[Hashable, dict[Size, float]] = {}
+    """A launch for each size in each block, {block: {size: seconds}}; works of one world size share a launch."""
+    found: dict[Hashable, dict[Size, float]] = {}
     for block in range(blocks):
         of_block = np.exp(noise.block * generator.standard_normal())
-        made[block] = {}
+        found[block] = {}
         launches: dict[int, float | None] = {}
         for size in sizes:
             ranks = size.world_size if isinstance(size, Work) else int(size)  # type: ignore[call-overload]
@@ -113,27 +113,27 @@ def made_launches(
                 launches[ranks] = None if generator.random() < noise.failed else float(factor)
             of_launch, of_value = launches[ranks], np.exp(noise.value * generator.standard_normal())
             if of_launch is not None:
-                made[block][size] = float(time_of(size) * of_block * of_launch * of_value)
-    return made
+                found[block][size] = float(time_of(size) * of_block * of_launch * of_value)
+    return found
 
 
-def made_allreduce(
+def synthetic_allreduce(
     generator: np.random.Generator, latency: float, a_byte: float, launches: int, noise: Noise
 ) -> dict[Hashable, dict[int, float]]:
     """All message sizes in every launch, one a block, {launch: {message_bytes: seconds}}."""
-    made: dict[Hashable, dict[int, float]] = {}
+    found: dict[Hashable, dict[int, float]] = {}
     for launch in range(launches):
         spread = np.hypot(noise.block, noise.launch)
         common = np.exp(spread * generator.standard_normal()) * (1 + (generator.random() < noise.slow))
         values = np.exp(noise.value * generator.standard_normal(len(MESSAGES)))
-        made[launch] = {
+        found[launch] = {
             m: float((latency + a_byte * m) * common * value) for m, value in zip(MESSAGES, values, strict=True)
         }
-    return made
+    return found
 
 
-def told(fit: Fit) -> Mapping[str, Interval]:
-    """The intervals by symbol; where a true model is called contradicted, the parameter that is named was missed."""
+def intervals_of(fit: Fit) -> Mapping[str, Interval]:
+    """The intervals by symbol; where a true model is reported as contradicted, the named parameter was missed."""
     if fit.why and "contradict the model:" in fit.why:
         return {p.symbol: (np.nan, np.nan) for p in fit.parameters if f" {p.symbol} would be" in fit.why}
     return {p.symbol: (p.low, p.high) for p in fit.parameters} if fit.identifiable else {}
@@ -149,9 +149,9 @@ def allreduce_case(launches: int, latency: float, a_byte: float, noise: Noise) -
     return Case(
         f"α–β, α = {1e6 * latency:g} µs, β = {a_byte:g} s/byte",
         launches,
-        noise.told(),
+        str(noise),
         {"α": latency, "β": a_byte},
-        lambda generator: told(fit_allreduce(made_allreduce(generator, latency, a_byte, launches, noise))),
+        lambda generator: intervals_of(fit_allreduce(synthetic_allreduce(generator, latency, a_byte, launches, noise))),
     )
 
 
@@ -160,16 +160,18 @@ def amdahl_case(blocks: int, serial: float, sizes: tuple[int, ...], noise: Noise
     return Case(
         f"Amdahl, s = {serial:g}, {sizes[0]} to {sizes[-1]} ranks",
         blocks,
-        noise.told(),
+        str(noise),
         {"T₁": 1e-3, "s": serial},
-        lambda generator: told(
-            fit_amdahl(made_launches(generator, lambda p: 1e-3 * (serial + (1 - serial) / p), sizes, blocks, noise))
+        lambda generator: intervals_of(
+            fit_amdahl(
+                synthetic_launches(generator, lambda p: 1e-3 * (serial + (1 - serial) / p), sizes, blocks, noise)
+            )
         ),
     )
 
 
 def usl_case(blocks: int, contention: float, coherence: float, sizes: tuple[int, ...], noise: Noise) -> Case:
-    """256 rows a step, 100 000 rows a second on one rank."""
+    """256 samples per step, 100 000 samples per second on one rank."""
 
     def time_of(p: int) -> float:
         return 256 / (1e5 * p / (1 + contention * (p - 1) + coherence * p * (p - 1)))
@@ -177,14 +179,16 @@ def usl_case(blocks: int, contention: float, coherence: float, sizes: tuple[int,
     return Case(
         f"USL, σ = {contention:g}, κ = {coherence:g}, {sizes[0]} to {sizes[-1]} ranks",
         blocks,
-        noise.told(),
+        str(noise),
         {"λ": 1e5, "σ": contention, "κ": coherence},
-        lambda generator: told(fit_usl(made_launches(generator, time_of, sizes, blocks, noise), global_batch_size=256)),
+        lambda generator: intervals_of(
+            fit_usl(synthetic_launches(generator, time_of, sizes, blocks, noise), global_batch_size=256)
+        ),
     )
 
 
 def mechanistic_case(blocks: int, series: str, sizes: tuple[int, ...], noise: Noise) -> Case:
-    """100 µs and 1 µs a row, rounds of 20 µs and 1 ns a byte; 256 rows in all, or 64 rows a rank."""
+    """100 µs and 1 µs per sample, rounds of 20 µs and 1 ns per byte; 256 samples in all, or 64 per rank."""
     strong = [Work(p, 256 / p, 64) for p in sizes]
     weak = [Work(p, 64, 64) for p in sizes]
     long = [Work(p, 64, 65_536) for p in sizes]
@@ -195,16 +199,16 @@ def mechanistic_case(blocks: int, series: str, sizes: tuple[int, ...], noise: No
     }[series]
 
     def time_of(work: Work) -> float:
-        ranks, rows, message_bytes = work
-        return 1e-4 + 1e-6 * rows + float(np.log2(ranks)) * (2e-5 + 1e-9 * message_bytes)
+        ranks, samples, message_bytes = work
+        return 1e-4 + 1e-6 * samples + float(np.log2(ranks)) * (2e-5 + 1e-9 * message_bytes)
 
     points = tuple(dict.fromkeys(works))  # a point may be in two series
     return Case(
         f"mechanistic, {series}, {sizes[0]} to {sizes[-1]} ranks",
         blocks,
-        noise.told(),
+        str(noise),
         truth,
-        lambda generator: told(fit_mechanistic(made_launches(generator, time_of, points, blocks, noise))),
+        lambda generator: intervals_of(fit_mechanistic(synthetic_launches(generator, time_of, points, blocks, noise))),
     )
 
 
@@ -219,11 +223,11 @@ def ratio_case(blocks: int, noise: Noise) -> Case:
     """Launches in blocks, of which the one is three times as slow as the other."""
 
     def draw(generator: np.random.Generator) -> Mapping[str, Interval]:
-        made = made_launches(generator, lambda p: {1: 3.0, 2: 1.0}[p], (1, 2), blocks, noise)
-        sides = [{block: found[size] for block, found in made.items() if size in found} for size in (1, 2)]
+        launches = synthetic_launches(generator, lambda p: {1: 3.0, 2: 1.0}[p], (1, 2), blocks, noise)
+        sides = [{block: found[size] for block, found in launches.items() if size in found} for size in (1, 2)]
         return of_estimate("ratio", ratio_interval(*sides))
 
-    return Case("ratio, in blocks", blocks, noise.told(), {"ratio": 3.0}, draw, (LEAST, 1.0))
+    return Case("ratio, in blocks", blocks, str(noise), {"ratio": 3.0}, draw, (LEAST, 1.0))
 
 
 def independent_case(first: tuple[int, float], second: tuple[int, float]) -> Case:
@@ -241,7 +245,7 @@ def independent_case(first: tuple[int, float], second: tuple[int, float]) -> Cas
 
 
 def difference_case(blocks: int) -> Case:
-    """The exposed time: a step of 1 ms less one of 0.6 ms that takes no part in averaging, in one launch."""
+    """The exposed time: a step of 1 ms minus one of 0.6 ms without averaging, in one launch."""
 
     def draw(generator: np.random.Generator) -> Mapping[str, Interval]:
         local = 0.6 * np.exp(0.1 * generator.standard_normal(blocks))
@@ -256,13 +260,13 @@ def bootstrap_case(blocks: int, noise: Noise) -> Case:
     """What is not used: percentiles of the ratio of medians of resampled blocks."""
 
     def draw(generator: np.random.Generator) -> Mapping[str, Interval]:
-        made = made_launches(generator, lambda p: {1: 3.0, 2: 1.0}[p], (1, 2), blocks, noise)
-        values = np.array([[found[1], found[2]] for found in made.values()])
+        launches = synthetic_launches(generator, lambda p: {1: 3.0, 2: 1.0}[p], (1, 2), blocks, noise)
+        values = np.array([[found[1], found[2]] for found in launches.values()])
         medians = np.median(values[generator.integers(0, blocks, (500, blocks))], axis=1)
         low, high = np.quantile(medians[:, 0] / medians[:, 1], [0.025, 0.975])
         return {"ratio": (float(low), float(high))}
 
-    return Case("ratio, bootstrap percentiles (not used)", blocks, noise.told(), {"ratio": 3.0}, draw, None)
+    return Case("ratio, bootstrap percentiles (not used)", blocks, str(noise), {"ratio": 3.0}, draw, None)
 
 
 def lognormal(generator: np.random.Generator, count: int) -> np.ndarray:
@@ -332,21 +336,21 @@ def main() -> int:
     columns = ["interval", "of", "blocks", "noise", f"covers, {FIRST} times", f"{options.repetitions} times",
                "refused", "met"]  # fmt: skip
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
-    all_met, num_asked, num_first = True, 0, 0
+    all_met, num_required, num_first = True, 0, 0
     for seed, case in enumerate(all_cases()):
         for name, covered in measure(case, options.repetitions, seed).items():
             met = "not used"
-            if case.asked:
-                low, high = case.asked
+            if case.required:
+                low, high = case.required
                 is_met = low <= covered.fraction() <= high
-                num_asked += 1
+                num_required += 1
                 num_first += low <= covered.fraction(FIRST) <= high
                 all_met, met = all_met and is_met, "yes" if is_met else "**NO**"
             cells = [case.title, name, str(case.num_blocks), case.noise, f"{covered.fraction(FIRST):.1%}",
                      f"{covered.fraction():.1%}", str(covered.num_refused), met]  # fmt: skip
             print(f"| {' | '.join(cells)} |", flush=True)
-    print(f"\n{num_first} of {num_asked} intervals cover as asked in the first {FIRST} repetitions.")
-    print("Everything that is asked for is met." if all_met else "**Something is not met.**")
+    print(f"\n{num_first} of {num_required} intervals cover what is required in the first {FIRST} repetitions.")
+    print("All requirements are met." if all_met else "**A requirement is not met.**")
     return 0 if all_met else 1
 
 

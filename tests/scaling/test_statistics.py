@@ -1,4 +1,4 @@
-"""If these fail, a report's intervals are narrower or wider than they say, and chance is taken for a regression."""
+"""If these fail, a report's intervals do not have their nominal coverage, and chance is taken for a regression."""
 
 import math
 
@@ -33,7 +33,7 @@ def test_one_launch_twice_as_slow_moves_nothing():
     quiet = [1 + 0.01 * k for k in range(12)]
     slow = [*quiet[:-1], 2.2]
     assert median_interval(slow) == median_interval(quiet)
-    # Of a twelfth of the ratios the signed ranks see the side only, not the size.
+    # The signed ranks depend on the sign of a twelfth of the ratios only, not on its size.
     ones = dict.fromkeys(range(12), 1.0)
     assert ratio_interval(dict(enumerate(slow)), ones).high < 1.12
 
@@ -71,7 +71,7 @@ def test_the_paired_interval_holds_what_wilcoxons_test_does_not_reject(count):
         assert outside <= 0.05 < inside
 
 
-def test_what_a_block_met_is_in_both_launches_and_cancels():
+def test_the_disturbance_of_a_block_cancels():
     blocks = [1.0, 1.3, 0.9, 5.0, 1.1, 2.0, 1.2]
     slow, fast = ({k: time * block for k, block in enumerate(blocks)} for time in (3.0, 2.0))
     assert ratio_interval(slow, fast) == Estimate(*[pytest.approx(1.5)] * 3, 7)
@@ -80,8 +80,8 @@ def test_what_a_block_met_is_in_both_launches_and_cancels():
     assert ratio_interval(fast, fast) == Estimate(1, 1, 1, 7)
 
 
-def test_independent_sides_are_told_by_their_medians():
-    # Medians 3.5 and 35; arms of 2.5 - 0.5/1.4 and ten times that, as logarithms, added as squares: both are the same.
+def test_independent_sides_are_compared_by_their_medians():
+    # Medians 3.5 and 35; arms of 2.5 - 0.5/1.4 and ten times that, as logarithms, summed as squares: both are the same.
     low, high = 1 + 0.5 / 1.4, 6 - 0.5 / 1.4
     first, second = {("new", k): float(k) for k in range(1, 7)}, {("old", k): 10.0 * k for k in range(1, 7)}
     found = ratio_interval(second, first)
@@ -96,7 +96,7 @@ def test_independent_sides_are_told_by_their_medians():
 
 def test_few_shared_blocks_do_not_hide_the_others():
     first, second = {k: 2.0 + k / 100 for k in range(8)}, dict.fromkeys(range(4, 12), 1.0)
-    assert ratio_interval(first, second).num_launches == 8  # as independent; the four pairs would tell no interval
+    assert ratio_interval(first, second).num_launches == 8  # as independent; the four pairs would have no interval
     assert ratio_interval(first, second).low is not None
 
 
@@ -119,7 +119,7 @@ def test_karp_and_flatt_find_amdahls_serial_fraction():
     ("call", "message"),
     [
         (lambda: median_interval([]), "values is empty: give the value of at least one launch"),
-        (lambda: median_interval([1, math.nan]), "values has nan: leave out launches without a finite value"),
+        (lambda: median_interval([1, math.nan]), "values has nan: exclude launches without a finite value"),
         (lambda: ratio_interval({1: 1.0}, {}), "denominator is empty"),
         (lambda: ratio_interval({1: -1.0}, {1: 1.0}), "numerator has -1: a ratio needs positive values"),
         (lambda: ratio_interval({1: 1.0}, {1: 0.0}), "denominator has 0: a ratio needs positive values"),
@@ -147,6 +147,6 @@ def test_bad_values_are_named(call, message):
 )
 def test_intervals_cover_the_truth(case):
     # Seeds are fixed. With others, an interval that covers exactly 95 % misses this band in one of 25 tries.
-    low, high = case.asked
+    low, high = case.required
     for covered in measured.measure(case, 500, seed=1).values():
         assert low <= covered.fraction() <= high

@@ -35,7 +35,7 @@ def parse_config(kind: type[C], program: str, argv: list[str], default: TrainCon
     """Parse a command's options with these defaults. Raises `ValueError` where --plot lacks matplotlib."""
     options = parse(kind, program, argv, kind(config=default))
     if options.config.plot:
-        from torchreg.plots import require_matplotlib
+        from torchreg.plots.style import require_matplotlib
 
         require_matplotlib()
     return options

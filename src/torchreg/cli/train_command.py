@@ -36,7 +36,7 @@ def run(argv: list[str]) -> int:
     if communicator.is_main:
         pictures: list[Path] = []
         if config.plot and result.stopped_by in ("steps", "target"):
-            from torchreg.plots import draw_training
+            from torchreg.plots.training_figure import draw_training
 
             pictures = draw_training(Path(result.run_dir))
         if options.json:

@@ -1,8 +1,6 @@
-"""Every picture. Figures read records, never a live run; each is drawn as PNG and as SVG."""
+"""Figures, drawn from the files of a run, a plan, a sweep or a report; nothing here computes what it shows.
 
-from torchreg.plots.plan_figure import draw_plan
-from torchreg.plots.style import require_matplotlib
-from torchreg.plots.sweep_figures import draw_sweep
-from torchreg.plots.training_figure import draw_training
-
-__all__ = ["draw_plan", "draw_sweep", "draw_training", "require_matplotlib"]
+`training_figure`, `plan_figure`, `sweep_figures`: the figure of a run, of a plan and of a sweep, as PNG and SVG files.
+`scaling_figures`, `target_figures`: the pictures of a scaling report. `pictures`: what these share. `rendering`:
+pictures as files and inside a page. `style`: colours and labels. `quantities`: numbers with units.
+"""

@@ -1,23 +1,25 @@
-"""How a quantity is written for a person: three digits, in the unit that suits it."""
+"""Human-readable quantities: three digits, in the unit that suits them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 _UNITS: dict[str, tuple[tuple[float, str], ...]] = {
     "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"), (1e-12, "ps")),
     "B": ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B")),
     "B/s": ((1e9, "GB/s"), (1e6, "MB/s"), (1e3, "kB/s"), (1.0, "B/s")),
     "%": ((0.01, "%"),),
-    "samples/s": ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, "")),
+    "k": ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, "")),
+    "samples/s": ((1e9, "G samples/s"), (1e6, "M samples/s"), (1e3, "k samples/s"), (1.0, "samples/s")),
 }
 
 
 def in_unit(values: Sequence[float], unit: str) -> str:
     """One value, or the two ends of an interval, in the multiple of `unit` that suits the largest of them.
 
-    `unit` is s, s/anything, B, B/s, % (of fractions), samples/s (of which only k, M or G is written), any other word as
-    it is, or "" for a bare number.
+    `unit` is s, s/anything, B, B/s, samples/s, % (of fractions), k (thousands, millions or billions of a unit that is
+    named elsewhere), any other word as it is, or "" for a bare number.
     """
     largest = max(abs(value) for value in values)
     time, per, thing = unit.partition("/")
@@ -27,8 +29,7 @@ def in_unit(values: Sequence[float], unit: str) -> str:
         multiples = _UNITS.get(unit, ((1.0, unit),))
     # half a unit of the third digit: 0.9999 ms is written 1 ms, not 1000 µs
     scale, name = next((pair for pair in multiples if largest >= 0.9995 * pair[0]), multiples[-1])
-    text = " – ".join(number(value / scale) for value in values)
-    return f"{text} {name}".rstrip()
+    return f"{' – '.join(number(value / scale) for value in values)} {name}".rstrip()
 
 
 def number(value: float) -> str:
@@ -36,26 +37,23 @@ def number(value: float) -> str:
     if value == 0 or 1e-3 <= abs(value) < 999.5:
         return f"{value:.3g}"
     if 999.5 <= abs(value) < 1e9:
-        digits = len(f"{abs(value):.0f}") - 3
-        return f"{round(value, -digits):,.0f}"
+        return f"{round(value, 3 - len(f'{abs(value):.0f}')):,.0f}"
     return f"{value:.2e}"
 
 
 def count(value: float) -> str:
-    """A whole number, every digit of it; what is not whole as in `number`."""
+    """All digits of a whole number; any other number as in `number`."""
     return f"{value:,.0f}" if float(value).is_integer() else number(value)
 
 
 def bytes_text(num_bytes: float) -> str:
-    """A size of a message."""
+    """A message size."""
     return in_unit([num_bytes], "B")
 
 
-def features(number: int) -> str:
-    """1 feature, 64 features."""
-    return f"{number} feature{'s' * (number != 1)}"
+def _counted(thing: str, number: int) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"
 
 
-def ranks(number: int) -> str:
-    """1 rank, 4 ranks."""
-    return f"{number} rank{'s' * (number != 1)}"
+# 1 rank, 4 ranks
+features, ranks, nodes = (partial(_counted, thing) for thing in ("feature", "rank", "node"))

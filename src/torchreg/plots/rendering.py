@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
 import xml.etree.ElementTree as ET
@@ -10,19 +9,19 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from torchreg.console import printable
-from torchreg.plots.style import BLUE, GREEN, GREY, ORANGE, SKY, new_figure, own_style
+from torchreg.plots.pictures import Panel, Picture, Style
+from torchreg.plots.style import BLUE, GREEN, GREY, ORANGE, SKY, default_style, file_content, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-    from torchreg.plots.panels import Look
-    from torchreg.plots.pictures import Panel, Picture
-
 _PANEL_WIDTH = 3.1  # inches
-_SWATCH = "swatch-of-a-look"  # what its ids begin with until it is in a picture's legend
 _TOP, _BOTTOM, _RIGHT = 0.3, 0.5, 0.12  # inches around the axes of a panel; its left margin is its own
-_STYLE: Any = {
+_SETTINGS: Any = {
+    "axes.axisbelow": True,
     "axes.grid": True,
     "axes.labelsize": 8.5,
     "axes.spines.right": False,
@@ -34,157 +33,162 @@ _STYLE: Any = {
     "grid.linewidth": 0.6,
     "hatch.linewidth": 0.6,
     "legend.fontsize": 8.5,
-    "svg.fonttype": "none",  # text stays text: small, searchable, and read aloud
+    "svg.fonttype": "none",  # text stays text: small, searchable, and accessible
     "svg.hashsalt": "torchreg",  # the same report gives the same bytes
-    "text.parse_math": False,  # a dollar in somebody's name is a dollar
+    "text.parse_math": False,  # a dollar in a name is a dollar
 }
 _VARIABLES = {BLUE: "--blue", GREEN: "--green", ORANGE: "--orange", SKY: "--sky", GREY: "--grey"}
-_DECIMALS = re.compile(r"(\.\d\d)\d+")  # a hundredth of a point is finer than any screen
-_REFERENCE = re.compile(r"url\(#([^)]+)\)")
+_NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 
+@default_style(**_SETTINGS)
 def picture_files(picture: Picture) -> dict[str, bytes]:
     """PNG and SVG of all panels with the legend above them, by the file's name."""
-    with own_style(**_STYLE):
-        figure = _whole_figure(picture)
-        files = {}
-        for kind in ("png", "svg"):
-            file = io.BytesIO()
-            date = {"Date": None} if kind == "svg" else {}
-            figure.savefig(file, format=kind, dpi=150, metadata=date)
-            files[f"{picture.name}.{kind}"] = file.getvalue()
-    return files
+    figure = _whole_figure(picture)
+    return {
+        f"{picture.name}.png": file_content(figure, "png"),
+        f"{picture.name}.svg": file_content(figure, "svg", metadata={"Date": None}),
+    }
 
 
+@default_style(**_SETTINGS)
 def inline_panels(picture: Picture) -> list[str]:
-    """Each panel as an `<svg>` element with a title for those who cannot see it; ids are unique in a page."""
+    """Each panel as an `<svg>` element with its description as title; ids are unique in a page."""
     elements = []
-    with own_style(**_STYLE):
-        for index, panel in enumerate(picture.panels):
-            figure = new_figure(_PANEL_WIDTH, panel.height + _TOP + _BOTTOM)
-            figure.set_layout_engine("none")
-            _add_panel(figure, panel, 0.0, 0.0)
-            elements.append(_as_element(figure, f"{picture.name}-{index + 1}", panel.says))
+    for index, panel in enumerate(picture.panels, 1):
+        figure = new_figure(_PANEL_WIDTH, picture.height + _TOP + _BOTTOM, layout=None)
+        axes = _add_panel(figure, picture, panel, 0.0, 0.0)
+        root = _svg(figure)
+        root.attrib |= {"role": "img", "aria-labelledby": "title"}
+        title = ET.Element("title", {"id": "title"})
+        title.text = printable(f"{panel[0]}: {_description(axes)}")
+        root.insert(0, title)
+        elements.append(_with_unique_ids(ET.tostring(root, encoding="unicode"), f"{picture.name}-{index}"))
     return elements
 
 
+def _description(axes: Axes) -> str:
+    """A panel in words: its axes, the first and last value of each line, the length of each bar, and its texts."""
+    from matplotlib.container import BarContainer, ErrorbarContainer
+
+    parts = []
+    for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+        if isinstance(handle, BarContainer):
+            axis: Axis = axes.xaxis
+            values = [abs(bar.get_width()) for bar in handle]
+            names = [f"{label.get_text()} " for label in axes.get_yticklabels()]
+        else:
+            line: Any = handle.lines[0] if isinstance(handle, ErrorbarContainer) else handle
+            axis, values, names = axes.yaxis, line.get_ydata(orig=False)[[0, -1]], ["from ", "to "]
+        texts = [axis.get_major_formatter().format_data_short(value).strip() for value in values]
+        parts.append(f"{name}: {', '.join(map(''.join, zip(names, texts, strict=True)))}")
+    labels = " over ".join(filter(None, (axes.get_ylabel(), axes.get_xlabel())))
+    return "; ".join([labels, *parts, *(text.get_text() for text in axes.texts)])
+
+
 def inline_legend(picture: Picture) -> list[tuple[str, str]]:
-    """What stands before each name in the legend, as an `<svg>` element without a title, and the name."""
+    """The sample of each style in the legend, as an `<svg>` element hidden from screen readers, and its label."""
     return [
-        (_swatch(look).replace(_SWATCH, f"{picture.name}-swatch-{index + 1}"), look.label)
-        for index, look in enumerate(picture.legend)
+        (_with_unique_ids(_swatch(style), f"{picture.name}-swatch-{index}"), style.label)
+        for index, style in enumerate(picture.legend, 1)
     ]
 
 
 @lru_cache(maxsize=64)
-def _swatch(look: Look) -> str:
-    with own_style(**_STYLE):
-        figure = new_figure(0.42, 0.15)
-        figure.set_layout_engine("none")
-        figure.add_artist(_handle(look, [0.02, 0.98], 0.5))
-        return _as_element(figure, _SWATCH, None)
+@default_style(**_SETTINGS)
+def _swatch(style: Style) -> str:
+    figure = new_figure(0.42, 0.15, layout=None)
+    figure.add_artist(_handle(style, [0.02, 0.98], 0.5))
+    root = _svg(figure)
+    width, height = root.attrib["viewBox"].split()[2:]
+    root.attrib |= {"aria-hidden": "true", "width": f"{width}pt", "height": f"{height}pt"}
+    return ET.tostring(root, encoding="unicode")
 
 
 def _whole_figure(picture: Picture) -> Figure:
-    columns = picture.columns
-    rows = [picture.panels[start : start + columns] for start in range(0, len(picture.panels), columns)]
-    heights = [max(panel.height for panel in row) + _TOP + _BOTTOM for row in rows]
-    legend_columns = min(len(picture.legend), max(1, round(columns * _PANEL_WIDTH / 1.9)))
-    top = 0.35 + 0.2 * math.ceil(len(picture.legend) / legend_columns)
-    width, height = columns * _PANEL_WIDTH, sum(heights) + top
-    figure = new_figure(width, height)
-    figure.set_layout_engine("none")
+    num_rows = math.ceil(len(picture.panels) / picture.columns)
+    width, row_height = picture.columns * _PANEL_WIDTH, picture.height + _TOP + _BOTTOM
+    legend_columns = min(len(picture.legend), max(1, round(width / 1.9)))
+    height = num_rows * row_height + 0.35 + 0.2 * math.ceil(len(picture.legend) / legend_columns)
+    figure = new_figure(width, height, layout=None)
     figure.suptitle(picture.title, fontsize=10, y=1 - 0.04 / height, va="top")
     figure.legend(
-        handles=[_handle(look, [0, 1], 0) for look in picture.legend],
-        loc="upper center",
-        bbox_to_anchor=(0.5, 1 - 0.2 / height),
-        ncols=legend_columns,
-        frameon=False,
-    )
-    bottom = height - top
-    for row, row_height in zip(rows, heights, strict=True):
-        bottom -= row_height
-        for column, panel in enumerate(row):
-            _add_panel(figure, panel, column * _PANEL_WIDTH, bottom + row_height - panel.height - _TOP - _BOTTOM)
+        handles=[_handle(style, [0, 1], 0) for style in picture.legend], loc="upper center",
+        bbox_to_anchor=(0.5, 1 - 0.2 / height), ncols=legend_columns, frameon=False,
+    )  # fmt: skip
+    for index, panel in enumerate(picture.panels):
+        row, column = divmod(index, picture.columns)
+        _add_panel(figure, picture, panel, column * _PANEL_WIDTH, (num_rows - 1 - row) * row_height)
     return figure
 
 
-def _add_panel(figure: Figure, panel: Panel, left: float, bottom: float) -> None:
+def _add_panel(figure: Figure, picture: Picture, panel: Panel, left: float, bottom: float) -> Axes:
     """Axes whose box with its margins begins at `left` and `bottom` (inches)."""
+    title, draw = panel
     width, height = figure.get_size_inches()
-    right = _RIGHT + 0.5 * (panel.margin > 1)  # bars have a number at their right
-    box = (left + panel.margin, bottom + _BOTTOM, _PANEL_WIDTH - panel.margin - right, panel.height)
-    axes = figure.add_axes((box[0] / width, box[1] / height, box[2] / width, box[3] / height))
-    axes.set_axisbelow(True)
-    middle = (_PANEL_WIDTH / 2 - panel.margin) / box[2]  # of the panel, so that a long title has room
-    axes.set_title(panel.title, x=middle, y=1.02)  # finding y by itself costs a quarter of the time
-    panel.draw(axes)
+    right = _RIGHT + 0.5 * (picture.margin > 1)  # bars have a number at their right
+    axes_width = _PANEL_WIDTH - picture.margin - right
+    axes = figure.add_axes(
+        ((left + picture.margin) / width, (bottom + _BOTTOM) / height, axes_width / width, picture.height / height)
+    )
+    middle = (_PANEL_WIDTH / 2 - picture.margin) / axes_width  # of the panel, so that a long title has room
+    axes.set_title(title, x=middle, y=1.02)  # an automatic y takes a quarter of the time
+    draw(axes)
+    return axes
 
 
-def _handle(look: Look, x: list[float], y: float) -> Artist:
+def _handle(style: Style, x: list[float], y: float) -> Artist:
+    """The sample of a style in a legend."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Rectangle
 
-    if look.is_area:
-        alpha = 0.35 if look.colour == GREY else 1  # as in the panels, where grey is a shade over a region
-        face = look.colour if look.filled else "none"
+    if not (style.marker or style.dashes):
+        alpha = 0.35 if style.colour == GREY else 1  # as in the panels, where grey shades a region
+        face = "none" if style.hatch else style.colour
+        size = (x[1] - x[0], 0.8)
         return Rectangle(
-            (x[0], 0.1), x[1] - x[0], 0.8, facecolor=face, hatch=look.hatch, alpha=alpha, linewidth=0, label=look.label
+            (x[0], 0.1), *size, facecolor=face, hatch=style.hatch, alpha=alpha, linewidth=0, label=style.label
         )
     middle = [x[0], (x[0] + x[1]) / 2, x[1]]
     return Line2D(
-        middle, [y] * 3, color=look.colour, marker=look.marker, linestyle=look.dashes, linewidth=look.width,
-        markersize=4.5, markevery=[1], label=look.label,
+        middle, [y] * 3, color=style.colour, marker=style.marker, linestyle=style.dashes, linewidth=style.width,
+        markersize=4.5, markevery=[1], label=style.label,
     )  # fmt: skip
 
 
-def _as_element(figure: Figure, name: str, says: str | None) -> str:
-    file = io.BytesIO()
-    figure.savefig(
-        file, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-    )
-    root = ET.fromstring(file.getvalue())
+def _svg(figure: Figure) -> ET.Element:
+    """A figure as an SVG element without namespaces, metadata, style sheets, and ids to which nothing refers."""
+    root = ET.fromstring(file_content(figure, "svg", transparent=True, metadata=_NO_METADATA))
     for parent in list(root.iter()):
         for child in list(parent):
-            if child.tag.endswith(("}metadata", "}style")):  # a style in a page would style all of it
+            if child.tag.endswith(("}metadata", "}style")):  # a style sheet would apply to the whole page
                 parent.remove(child)
-    used = {
-        reference
-        for element in root.iter()
-        for key, value in element.attrib.items()
-        for reference in ([value[1:]] if key.endswith("href") else _REFERENCE.findall(value))
-    }
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
-        element.attrib = {
-            key.rpartition("}")[2]: _in_page(key, value, name)
-            for key, value in element.attrib.items()
-            if key != "id" or value in used
-        }
-    view = root.attrib["viewBox"]
-    root.attrib = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": view, "fill": "currentColor"}
-    if says is None:
-        root.attrib |= {"aria-hidden": "true", "width": f"{view.split()[2]}pt", "height": f"{view.split()[3]}pt"}
-    else:
-        root.attrib |= {"role": "img", "aria-labelledby": f"{name}-title"}
-        title = ET.Element("title", {"id": f"{name}-title"})
-        title.text = printable(says)
-        root.insert(0, title)
-    return re.sub(r">\s+<", "><", ET.tostring(root, encoding="unicode"))
+        attributes = {key.rpartition("}")[2]: _page_value(key, value) for key, value in element.attrib.items()}
+        # matplotlib names its groups, as axes_1, to which nothing refers, unlike clips, markers and hatches
+        element.attrib = {key: value for key, value in attributes.items() if key != "id" or "_" not in value}
+        element.text, element.tail = (
+            None if text and text.isspace() else text for text in (element.text, element.tail)
+        )
+    root.attrib = {
+        "xmlns": "http://www.w3.org/2000/svg", "viewBox": root.attrib["viewBox"], "fill": "currentColor"
+    }  # fmt: skip
+    return root
 
 
-def _in_page(key: str, value: str, name: str) -> str:
-    """An attribute as it is right inside a page: ids carry the picture's name, colours are the page's."""
-    if key == "id":
-        return f"{name}-{value}"
-    if key.endswith("href"):
-        return f"#{name}-{value[1:]}"
+def _page_value(key: str, value: str) -> str:
+    """The value of an attribute with the page's colours, and coordinates rounded to a hundredth of a point."""
     if key in ("d", "transform", "x", "y", "width", "height"):
-        return _DECIMALS.sub(r"\1", value)
-    value = _REFERENCE.sub(rf"url(#{name}-\1)", value)
+        return re.sub(r"(\.\d\d)\d+", r"\1", value)
     if key in ("style", "fill", "stroke"):
         value = value.replace("#000000", "currentColor")
         for colour, variable in _VARIABLES.items():
             value = value.replace(colour.lower(), f"var({variable})")
     return value
+
+
+def _with_unique_ids(element: str, name: str) -> str:
+    """The ids in the tags of an element, and the references to them, with a name before them."""
+    ids = re.compile(r' id="| aria-labelledby="| href="#|url\(#')
+    return re.sub(r"<[^>]+>", lambda tag: ids.sub(rf"\g<0>{name}-", tag[0]), element)

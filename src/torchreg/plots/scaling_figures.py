@@ -1,176 +1,239 @@
-"""The pictures of a scaling report: small multiples, one panel for each message size, one line for each combination.
+"""The pictures of a scaling report: one panel for each batch and message size, one line for each combination.
 
-A report may hold dozens of series. Those that share a scope and a kind (strong, weak) share a picture; each optimizer
-with its sync keeps its colour, marker and dashes in all of them, and each size of the batch and of the message has its
-own panels. A page shows the panels one by one (they must be readable on a phone); a file holds them all.
+A report may have dozens of series. Those with the same scope and kind (strong, weak) share a picture; each combination
+of optimizer and sync has the same style in all of them. A page shows the panels one by one, readable on a phone; a file
+shows them all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from torchreg.console import printable
-from torchreg.plots.panels import (
-    Bar,
-    Json,
-    Look,
-    best_model,
-    combination_of,
-    draw_bars,
-    draw_fits,
-    draw_measure,
-    draw_times,
-    padded,
-    shared_limits,
-)
 from torchreg.plots.pictures import (
-    MORE_LOOKS,
-    Panel,
+    Json,
     Picture,
+    Style,
     batch_text,
-    columns,
-    combination_looks,
-    combinations,
-    place_text,
+    best_model,
+    by_title,
+    combination_of,
+    combination_styles,
+    draw_estimates,
+    legend_of,
+    log_axis,
+    offsets,
+    placement_text,
+    power_of_two,
+    size_axis,
     slug,
+    styles_of,
 )
 from torchreg.plots.quantities import bytes_text, features, in_unit
 from torchreg.plots.style import BLACK, BLUE, GREEN, GREY, ORANGE, SKY
 
-_WAYS = {"gloo": (ORANGE, "^", "-."), "nccl": (BLUE, "o", "-"), "xccl": (BLUE, "o", "-"), "MPI": (GREEN, "s", "--")}
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-_IDEAL = Look("ideal, from the baseline", GREY, dashes="--", width=1)
-_EFFICIENT = Look("80 %", GREY, dashes=":", width=1.5)
-_EXTRAPOLATED = Look("extrapolated: beyond what was measured", GREY, dashes="--")
-_FIT = Look("model, where measured", GREY, dashes="-")
-_ROWS, _COMPUTE, _EXPOSED = Look("taking rows", SKY), Look("compute", BLUE), Look("exposed communication", ORANGE)
-_NOT_TOLD_APART = Look("compute and communication, not told apart", GREEN)
-_IMBALANCE = Look("of it, the slowest rank over the median rank", BLACK, hatch="///", filled=False)
-
-_MEASURES = {"throughput": "throughput", "speedup": "speedup", "efficiency": "efficiency", "karp_flatt": "Karp–Flatt"}
-_KEEPS = {
-    "strong": "the global batch stays, so ideal is p/p0 times as fast",
-    "weak": "the batch of each rank stays, so ideal is the same step time for p/p0 times the rows",
+_IDEAL = Style("ideal, from the baseline", GREY, dashes="--", width=1)
+_EFFICIENT = Style("80 %", GREY, dashes=":", width=1.5)
+_EXTRAPOLATED = Style("extrapolated beyond the measurements", GREY, dashes="--")
+_FIT = Style("model, where measured", GREY, dashes="-")
+_IMBALANCE = Style("slowest minus median rank", BLACK, hatch="///")
+_PARTS = {
+    "data_time_s": Style("data loading", SKY),
+    "compute_time_s": Style("compute", BLUE),
+    "exposed_time_s": Style("exposed communication", ORANGE),
+    "undivided": Style("compute and communication", GREEN),
+}
+_MEASURES = {  # what is drawn, and the label of its axis
+    "throughput": "throughput (samples/s)",
+    "speedup": "speedup over p0",
+    "efficiency": "efficiency",
+    "karp_flatt": "Karp–Flatt serial fraction",
+}
+_CONSTANT = {
+    "strong": "constant global batch: ideal is p/p0 times the throughput",
+    "weak": "constant batch per rank: ideal is the same step time for p/p0 times the samples",
 }
 
 
 def draw_scaling(group: Json, number: int, kind: str, scope: str) -> Picture | None:
     """Throughput, efficiency and, in strong scaling, speedup and Karp–Flatt over world sizes."""
-    series = [one for one in group["series"] if one["kind"] == kind and one["scope"] == scope and one["points"]]
+    series = _series(group, kind, scope)
     if not series:
         return None
-    looks = combination_looks(group)
-    measures = ["throughput", *(["speedup"] if kind == "strong" else []), "efficiency"]
-    explained = ""
-    if any(point["karp_flatt"] for one in series for point in one["points"]):
-        measures.append("karp_flatt")
-        explained = " Karp–Flatt is the serial fraction that would explain the speedup: ideally small, and constant."
-    panels = _by_panel(series)
+    styles, panels = combination_styles(group), _by_size(series)
+    has_karp_flatt = any(point["karp_flatt"] for one in series for point in one["points"])
+    used = {"speedup": kind == "strong", "karp_flatt": has_karp_flatt}
+    karp_flatt = " Karp–Flatt is the serial fraction that corresponds to the speedup: ideally small and constant."
     baselines = " or ".join(f"p0 = {size}" for size in sorted({one["baseline_world_size"] for one in series}))
+    title = f"{kind.capitalize()} scaling, {scope}"
     return Picture(
         f"figure-{number}-{kind}-{slug(scope)}",
-        f"{kind.capitalize()} scaling, {scope}",
-        f"{kind.capitalize()} scaling, {scope} ({_KEEPS[kind]}), baseline {baselines}. Medians over launches with 95 % "
-        f"intervals; markers stand a little aside where they would hide each other.{explained} "
+        title,
+        f"{title} ({_CONSTANT[kind]}), baseline {baselines}. Medians over launches with 95 % intervals; markers are "
+        f"slightly offset where they would overlap.{karp_flatt * has_karp_flatt} "
         f"Source: points and series of group {number} in report.json; points.csv.",
-        (*(looks[name] for name in combinations(series)), _IDEAL, _EFFICIENT),
+        legend_of(series, styles, _IDEAL, _EFFICIENT),
         tuple(
-            Panel(
-                title,
-                f"{_MEASURES[measure]} over ranks, {title}, {scope}: {_last_values(part, measure)}",
-                partial(draw_measure, part, measure, looks, shared_limits(series, measure)),
-            )
-            for measure in measures
+            (title, partial(_draw_measure, part, measure, styles, _shared_limits(series, measure)))
+            for measure in _MEASURES
+            if used.get(measure, True)
             for title, part in panels.items()
         ),
-        columns(len(panels)),
+        _columns(panels),
     )
+
+
+def _draw_measure(
+    series: Sequence[Json], measure: str, styles: Mapping[str, Style], limits: tuple[float, float], axes: Axes
+) -> None:
+    sizes = sorted({point["world_size"] for one in series for point in one["points"]})
+    for one, offset in zip(series, offsets(len(series)), strict=True):
+        points = [point for point in one["points"] if point[measure]]
+        ranks, estimates = [point["world_size"] for point in points], [point[measure] for point in points]
+        if points:
+            draw_estimates(axes, ranks, estimates, styles[combination_of(one)], offset)
+        if points and measure in ("throughput", "speedup"):
+            first = estimates[0]["value"] / ranks[0]
+            axes.plot(sizes, [first * size for size in sizes], color=GREY, linestyle="--", linewidth=1, zorder=1)
+    size_axis(axes, sizes, "ranks")
+    axes.set(ylim=limits, ylabel=_MEASURES[measure])
+    if measure == "throughput":
+        log_axis(axes, "k")
+    elif measure == "speedup":
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter(power_of_two)
+    else:
+        axes.axhline(1 if measure == "efficiency" else 0, color=GREY, linestyle="--", linewidth=1, zorder=1)
+    if measure == "efficiency":
+        axes.axhline(0.8, color=GREY, linestyle=":", linewidth=1.5, zorder=1)
+        axes.yaxis.set_major_formatter(lambda value, _position: in_unit([value], "%"))
+
+
+def _shared_limits(series: Sequence[Json], measure: str) -> tuple[float, float]:
+    """The y limits of all panels of a measure: all values with their intervals, and the lines to compare with."""
+    points = [point[measure] for one in series for point in one["points"] if point[measure]]
+    ends = [point[end] for point in points for end in ("low", "value", "high") if point[end] is not None]
+    if measure in ("throughput", "speedup"):
+        for one in series:
+            if first := one["points"][0][measure]:
+                ends.append(first["value"] * one["points"][-1]["world_size"] / one["points"][0]["world_size"])
+        return _padded(ends)
+    low, high = min([0.0, *ends]), max([1.0 if measure == "efficiency" else 0.1, *ends])
+    return low - 0.04 * (high - low) * (low < 0), high + 0.08 * (high - low)
+
+
+def _padded(values: Sequence[float]) -> tuple[float, float]:
+    """Limits of a logarithmic axis around positive values."""
+    low, high = min(values), max(values)
+    margin = max(1.1, (high / low) ** 0.06)
+    return low / margin, high * margin
 
 
 def draw_breakdown(group: Json, number: int, kind: str, scope: str) -> Picture | None:
-    """Where a step's time goes, as shares of it."""
-    points = {point["id"]: point for point in group["points"]}
-    series = [one for one in group["series"] if one["kind"] == kind and one["scope"] == scope and one["points"]]
+    """The parts of a step, as fractions of its time."""
+    series = _series(group, kind, scope)
     if not series:
         return None
-    bars = {
-        title: [
-            _bar(f"{combination_of(one)}  {row['world_size']}", points[row["point"]])
-            for one in part
-            for row in one["points"]
-        ]
-        for title, part in _by_panel(series).items()
+    points = {point["id"]: point for point in group["points"]}
+    panels = {
+        title: {
+            f"{combination_of(one)}  {row['world_size']}": points[row["point"]] for one in part for row in one["points"]
+        }
+        for title, part in _by_size(series).items()
     }
-    used = {look for part in bars.values() for bar in part for look, shard in (*bar.shards, bar.over) if shard > 0}
+    bars = [point for part in panels.values() for point in part.values()]
+    used = [style for name, style in _PARTS.items() if any(_part(point, name) for point in bars)]
+    title = f"Parts of a step's time, {kind} scaling, {scope}"
     return Picture(
         f"figure-{number}-breakdown-{kind}-{slug(scope)}",
-        f"Where a step's time goes, {kind} scaling, {scope}",
-        f"Where a step's time goes, {kind} scaling, {scope}: a bar for each combination and number of ranks, its parts "
-        "as shares of the median step time, which stands at its right. Exposed communication is the step minus the "
-        "same step without averaging. Parts are medians taken one by one, so they need not add up to 100 %. Hatched is "
-        "by how much the slowest rank is slower than the median one: a part of the others, not one more. "
-        f"Source: points of group {number} in report.json; points.csv.",
-        tuple(look for look in (_ROWS, _COMPUTE, _EXPOSED, _NOT_TOLD_APART, _IMBALANCE) if look in used),
-        tuple(
-            Panel(
-                title,
-                f"shares of the step, {title}, {scope}: {'; '.join(map(_say_bar, part))}",
-                partial(draw_bars, part),
-                height=0.3 + 0.2 * len(part),
-                margin=1.22,
-            )
-            for title, part in bars.items()
-        ),
-        columns(len(bars)),
+        title,
+        f"{title}: a bar for each combination and number of ranks, as percent of the median step time (at the right). "
+        "Exposed communication is the time of the step minus that of the same step without averaging. The medians are "
+        "taken separately, so they need not sum to 100 %. Hatched: slowest minus median rank, contained in the other "
+        f"parts. Source: points of group {number} in report.json; points.csv.",
+        (*used, *[_IMBALANCE] * any(_part(point, "imbalance_time_s") for point in bars)),
+        tuple((title, partial(_draw_bars, part)) for title, part in panels.items()),
+        _columns(panels),
+        height=0.3 + 0.2 * max(map(len, panels.values())),
+        margin=1.22,
     )
 
 
-def _bar(name: str, point: Json) -> Bar:
-    """The parts of a step as fractions of it. Differences of noisy times below zero are noise: no part."""
-    step = point["step_time_s"]["value"]
-
-    def shard(field: str) -> float:
-        return max(0.0, _value(point[field]) or 0.0) / step
-
-    rows, compute, exposed = shard("data_time_s"), shard("compute_time_s"), shard("exposed_time_s")
-    if point["compute_time_s"] is None:  # the step was not measured without averaging
-        parts = [(_ROWS, rows), (_NOT_TOLD_APART, max(0.0, 1 - rows))]
-    else:
-        parts = [(_ROWS, rows), (_COMPUTE, compute), (_EXPOSED, exposed)]
-    return Bar(name, step, tuple(parts), (_IMBALANCE, shard("imbalance_time_s")))
+def _part(point: Json, name: str) -> float:
+    """A part of a step as a fraction of its time. A negative difference of noisy times counts as 0."""
+    if name == "undivided":  # the step was not measured without averaging
+        return 0.0 if point["compute_time_s"] else max(0.0, 1 - _part(point, "data_time_s"))
+    return max(0.0, point[name]["value"]) / point["step_time_s"]["value"] if point[name] else 0.0
 
 
-def _say_bar(bar: Bar) -> str:
-    parts = ", ".join(f"{look.label} {in_unit([shard], '%')}" for look, shard in bar.shards if shard > 0)
-    return f"{bar.name.replace('  ', ' on ')}: {parts}"
+def _draw_bars(points: Mapping[str, Json], axes: Axes) -> None:
+    rows, left = np.arange(len(points)), np.zeros(len(points))
+    for name, style in _PARTS.items():
+        parts = np.array([_part(point, name) for point in points.values()])
+        if parts.any():
+            axes.barh(rows, parts, left=left, height=0.74, facecolor=style.colour, linewidth=0, label=style.label)
+        left = left + parts
+    parts = np.array([_part(point, "imbalance_time_s") for point in points.values()])
+    if parts.any():
+        hatch, label = _IMBALANCE.hatch, _IMBALANCE.label
+        axes.barh(rows, -parts, left=left, height=0.74, facecolor="none", hatch=hatch, linewidth=0, label=label)
+    for row, point in enumerate(points.values()):
+        time = in_unit([point["step_time_s"]["value"]], "s")
+        axes.text(1.015, row, time, transform=axes.get_yaxis_transform(), va="center", fontsize=7.5)
+    axes.set_yticks(rows, [printable(name) for name in points], fontsize=7.5)
+    axes.set(ylim=(len(points) - 0.4, -0.6), xlim=(0, max(1.0, *left)), xlabel="part of the step time (at the right)")
+    axes.xaxis.set_major_formatter(lambda value, _position: in_unit([value], "%"))
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
 
 
 def draw_models(group: Json, number: int, kind: str, scope: str) -> Picture | None:
-    """Measured step times under the model that predicts left-out world sizes best, carried on dashed."""
-    series = [one for one in group["series"] if one["kind"] == kind and one["scope"] == scope and best_model(one)]
+    """Measured step times, and the model with the smallest held-out error, dashed where it is extrapolated."""
+    series = [one for one in _series(group, kind, scope) if best_model(one)]
     if not series:
         return None
-    looks = combination_looks(group)
-    panels = _by_panel(series)
+    styles, panels = combination_styles(group), _by_size(series)
+    title = f"Models of the step time, {kind} scaling, {scope}"
     return Picture(
         f"figure-{number}-models-{kind}-{slug(scope)}",
-        f"Models of the step time, {kind} scaling, {scope}",
-        f"Models of the step time, {kind} scaling, {scope}: measured medians with 95 % intervals, and for each series "
-        "the identifiable model that predicts left-out world sizes best (the table says which). In the shaded part "
-        f"nothing was measured: dashed lines are extrapolated. Source: models of group {number} in report.json.",
-        (*(looks[name] for name in combinations(series)), _FIT, _EXTRAPOLATED),
-        tuple(
-            Panel(
-                title,
-                f"step time over ranks, {title}, {scope}: "
-                + "; ".join(f"{combination_of(one)} under {(best_model(one) or {})['model']}" for one in part),
-                partial(draw_fits, part, looks),
-            )
-            for title, part in panels.items()
-        ),
-        columns(len(panels)),
+        title,
+        f"{title}: measured medians with 95 % intervals, and for each series the identifiable model with the smallest "
+        "held-out error (named in the table). Nothing was measured in the shaded part, where dashed lines are "
+        f"extrapolated. Source: models of group {number} in report.json.",
+        legend_of(series, styles, _FIT, _EXTRAPOLATED),
+        tuple((title, partial(_draw_fits, part, styles)) for title, part in panels.items()),
+        _columns(panels),
     )
+
+
+def _draw_fits(series: Sequence[Json], styles: Mapping[str, Style], axes: Axes) -> None:
+    measured = {point["world_size"] for one in series for point in one["points"]}
+    sizes = set(measured)
+    for one, offset in zip(series, offsets(len(series)), strict=True):
+        style, fit = styles[combination_of(one)], best_model(one) or {"curve": []}
+        ranks = [point["world_size"] for point in one["points"]]
+        draw_estimates(axes, ranks, [point["step_time_s"] for point in one["points"]], style, offset, line=False)
+        curve = [(at["world_size"] * offset, at["step_time_s"]) for at in fit["curve"]]
+        num_inside = sum(not at["extrapolated"] for at in fit["curve"])
+        for part, dashes in ((curve[:num_inside], "-"), (curve[max(0, num_inside - 1) :], "--")):
+            if len(part) > 1:
+                axes.plot(*zip(*part, strict=True), color=style.colour, linestyle=dashes, linewidth=1.2)
+        sizes |= {at["world_size"] for at in fit["curve"]}
+    # ticks at powers of two and at the ends; the curve may be finer
+    size_axis(axes, [*(size for size in sizes if float(math.log2(size)).is_integer()), min(sizes), max(sizes)], "ranks")
+    if max(sizes) > max(measured):
+        axes.axvspan(max(measured) * 1.12, axes.get_xlim()[1], color=GREY, alpha=0.18, linewidth=0)
+    axes.autoscale(axis="y")
+    log_axis(axes, "s")
+    axes.set_ylabel("step time")
 
 
 def draw_allreduce(group: Json, number: int) -> Picture | None:
@@ -178,64 +241,49 @@ def draw_allreduce(group: Json, number: int) -> Picture | None:
     measured = [one for one in group["allreduce"] if one["sizes"]]
     if not measured:
         return None
-    more = iter(MORE_LOOKS)
-    looks = {}
-    for way in dict.fromkeys(one["way"] for one in measured):
-        looks[way] = Look(printable(way), *(_WAYS.get(way) or next(more, MORE_LOOKS[-1])))
-    panels: dict[str, list[Json]] = {}
-    for one in sorted(measured, key=lambda one: (one["num_nodes"] > 1, one["num_nodes"], one["world_size"])):
-        panels.setdefault(place_text(one), []).append(one)
-    limits = padded([size["time_s"]["value"] for one in measured for size in one["sizes"]])
-
-    def says(one: Json) -> str:
-        ends = (
-            f"{in_unit([size['time_s']['value']], 's')} at {bytes_text(size['message_bytes'])}"
-            for size in (one["sizes"][0], one["sizes"][-1])
-        )
-        return f"{one['way']} from {' to '.join(ends)}"
-
+    styles = styles_of(one["backend"] for one in measured)
+    ordered = sorted(measured, key=lambda one: (one["num_nodes"] > 1, one["num_nodes"], one["world_size"]))
+    panels = by_title((placement_text(one), one) for one in ordered)
+    limits = _padded([size["time_s"]["value"] for one in measured for size in one["sizes"]])
     return Picture(
         f"figure-{number}-allreduce",
         "All-reduce",
         "Time of one all-reduce: medians over launches with 95 % intervals, both axes logarithmic. Lines are the fits "
-        "T(m) = α + β m; a way without a line has no identifiable fit. "
+        "T(m) = α + β m; a backend without a line has no identifiable fit. "
         f"Source: allreduce of group {number} in report.json; allreduce.csv.",
-        tuple(looks.values()),
-        tuple(
-            Panel(
-                title,
-                f"time of an all-reduce over message size, {title}: {'; '.join(map(says, part))}",
-                partial(draw_times, part, looks, limits),
-            )
-            for title, part in panels.items()
-        ),
+        tuple(styles.values()),
+        tuple((title, partial(_draw_times, part, styles, limits)) for title, part in panels.items()),
         min(3, len(panels)),
     )
 
 
-def _by_panel(series: Iterable[Json]) -> dict[str, list[Json]]:
-    """Series by size of message and batch, the smallest first."""
-    panels: dict[str, list[Json]] = {}
-    for one in sorted(
-        series, key=lambda one: (one["message_bytes"], one["global_batch_size"] or one["local_batch_size"])
-    ):
-        title = f"{features(one['num_features'])} ({bytes_text(one['message_bytes'])}), {batch_text(one)}"
-        panels.setdefault(title, []).append(one)
-    return panels
+def _draw_times(part: Sequence[Json], styles: Mapping[str, Style], limits: tuple[float, float], axes: Axes) -> None:
+    for one, offset in zip(part, offsets(len(part)), strict=True):
+        style = styles[one["backend"]]
+        sizes = [size["message_bytes"] for size in one["sizes"]]
+        draw_estimates(axes, sizes, [size["time_s"] for size in one["sizes"]], style, offset, line=False)
+        if one["fit"] and one["fit"]["identifiable"]:
+            found = {parameter["symbol"]: parameter["value"] for parameter in one["fit"]["parameters"]}
+            at = np.geomspace(sizes[0], sizes[-1], 40)
+            axes.plot(at, found["α"] + found["β"] * at, color=style.colour, linestyle=style.dashes, linewidth=1.2)
+    size_axis(axes, {size["message_bytes"] for one in part for size in one["sizes"]}, "message size", 4, 1.6)
+    axes.xaxis.set_major_formatter(lambda value, _position: bytes_text(value))
+    axes.set(ylim=limits, ylabel="time of an all-reduce")
+    log_axis(axes, "s")
 
 
-def _value(estimate: Json | None) -> float | None:
-    return None if estimate is None else estimate["value"]
+def _series(group: Json, kind: str, scope: str) -> list[Json]:
+    return [one for one in group["series"] if (one["kind"], one["scope"]) == (kind, scope) and one["points"]]
 
 
-def _last_values(series: Iterable[Json], measure: str) -> str:
-    """What the lines end at."""
-    unit = {"efficiency": "%", "throughput": "samples/s"}.get(measure, "")
-    per = " samples/s" if measure == "throughput" else ""
-    ends = ((one, one["points"][-1]) for one in series)
-    told = (
-        f"{combination_of(one)} {in_unit([last[measure]['value']], unit)}{per} at {last['world_size']}"
-        for one, last in ends
-        if last[measure]
+def _by_size(series: Iterable[Json]) -> dict[str, list[Json]]:
+    """Series by sizes of message and batch, the smallest first."""
+    order = sorted(series, key=lambda one: (one["message_bytes"], one["global_batch_size"] or one["local_batch_size"]))
+    return by_title(
+        (f"{features(one['num_features'])} ({bytes_text(one['message_bytes'])}), {batch_text(one)}", one)
+        for one in order
     )
-    return "; ".join(told) or "nothing to show"
+
+
+def _columns(panels: Mapping[str, object]) -> int:
+    return len(panels) if len(panels) <= 4 else 3

@@ -1,23 +1,24 @@
-"""What all pictures share: colours, units, and how a file appears."""
+"""Colours, labels and files of all figures."""
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.cells import cell_len, set_cell_size
 
 from torchreg.console import printable
-from torchreg.core.checkpoint import PARTIAL
+from torchreg.core.checkpoint import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; what shares axes differs in dashes too.
+# Okabe and Ito's colours, which colour-blind readers can distinguish; lines in the same axes also differ in dashes.
 SKY, ORANGE, BLACK, BLUE, GREEN = "#56B4E9", "#D55E00", "#000000", "#0072B2", "#009E73"
 GREY = "#8A8A8A"
 
@@ -26,7 +27,7 @@ _UNITS = {"GrLivArea": "living area (square feet)", "SalePrice": "sale price (US
 
 
 def require_matplotlib() -> None:
-    """Raise `ValueError`, before a run rather than after it, where pictures cannot be drawn."""
+    """Raise `ValueError`, before a run rather than after it, where matplotlib is missing."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -34,8 +35,8 @@ def require_matplotlib() -> None:
 
 
 @contextmanager
-def own_style(**settings: Any) -> Iterator[None]:
-    """Matplotlib's own settings with these: neither those of a `matplotlibrc` nor those of a notebook around us."""
+def default_style(**settings: Any) -> Iterator[None]:
+    """Matplotlib's defaults with these settings, independent of a `matplotlibrc` or a notebook's settings."""
     from matplotlib import style
 
     with warnings.catch_warnings(), style.context(settings, after_reset=True):
@@ -43,28 +44,33 @@ def own_style(**settings: Any) -> Iterator[None]:
         yield
 
 
-def new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
     """An empty figure (inches) that needs no screen; 10-point text stays readable at 600 pixels up to 7.5 inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     return figure
 
 
+def file_content(figure: Figure, kind: str, **options: Any) -> bytes:
+    """The content of a PNG or SVG file of a figure."""
+    file = io.BytesIO()
+    figure.savefig(file, format=kind, dpi=150, **options)
+    return file.getvalue()
+
+
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write name.png and name.svg; each appears whole or not at all."""
+    """Write name.png and name.svg, each of them atomically."""
     paths = [folder / f"{name}.{kind}" for kind in ("png", "svg")]
     for path in paths:
-        partial = path.with_name(path.name + PARTIAL)
-        figure.savefig(partial, format=path.suffix[1:], dpi=150)
-        partial.replace(path)
+        write_atomically(path, file_content(figure, path.suffix[1:]))
     return paths
 
 
 def plain(name: str) -> str:
-    """A name from elsewhere as text for a figure: no formula between dollars, nothing that a font cannot draw."""
+    """Someone else's name as text for a figure: without formulas between dollars and control characters, shortened."""
     text = printable(name).replace("$", r"\$")
     return text if cell_len(text) <= _LONGEST_NAME else set_cell_size(text, _LONGEST_NAME - 1) + "…"
 
@@ -75,13 +81,13 @@ def label(column: str) -> str:
 
 
 def loss_label(target: str) -> str:
-    """What a mean squared error's axis says, on two lines where the target's name is long."""
+    """The label of a mean squared error's axis, on two lines where the target's name is long."""
     unit = "US dollars" if target in _UNITS else plain(target)
     return f"mean squared error{' ' if len(unit) <= 16 else chr(10)}({unit}²)"
 
 
 def number_axes(axes: Axes) -> None:
-    """Ticks that differ, at any magnitude: thousands in groups where these are short, else a power of ten aside."""
+    """Distinct tick labels at any magnitude: thousands in groups where these are short, else an offset or exponent."""
     axes.locator_params(axis="x", nbins=4)  # labels stand side by side
     for axis, longest in ((axes.xaxis, 1e6), (axes.yaxis, 1e8)):
         low, high = axis.get_view_interval()

@@ -1,4 +1,4 @@
-"""The pictures of sweeps: measured runs on the predicted curves and limits."""
+"""The figures of sweeps: measured runs, and the predicted curves and limits."""
 
 from __future__ import annotations
 
@@ -10,70 +10,71 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from torchreg.plots.style import BLACK, BLUE, GREY, ORANGE, SKY, new_figure, own_style, save
+from torchreg.plots.style import BLACK, BLUE, GREY, ORANGE, SKY, default_style, new_figure, save
 from torchreg.runs.record import RECORD_FILE
 from torchreg.sweeps.sweep_tables import GROUP, TRIALS_FOLDER, curves_table, read_sweep, summary, trials_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _ORDERS = {"simultaneous": (ORANGE, "o", "--", 0.78), "sequential": (BLUE, "s", ":", 0.64)}
 
 
-@own_style()
+@default_style()
 def draw_sweep(folder: Path) -> list[Path]:
-    """Draw a finished sweep, as PNG and SVG in its folder; nothing where the best loss is 0 and so has no multiples."""
-    if not (trials_table(folder)["closed_form_loss"] > 0).all():
-        return []
-    if read_sweep(folder)["kind"] == "batch":
-        return _draw_batch(folder)
-    return _draw_lr_scaling(folder)
+    """Draw a finished sweep, as PNG and SVG in its folder; nothing where the optimum's loss is 0."""
+    figure = sweep_figure(folder)
+    return save(figure, folder, read_sweep(folder)["kind"]) if figure else []
 
 
-def _draw_batch(folder: Path) -> list[Path]:
-    cells, curves = trials_table(folder), curves_table(folder)
-    groups = [(key[2], group) for key, group in cells.groupby(GROUP, sort=True)]
+def sweep_figure(folder: Path) -> Figure | None:
+    """The figure of a finished sweep; None where the optimum's loss is 0, of which there are no multiples."""
+    trials = trials_table(folder)
+    if not (trials["closed_form_loss"] > 0).all():
+        return None
+    return _batch_figure(folder, trials) if read_sweep(folder)["kind"] == "batch" else _lr_scaling_figure(trials)
+
+
+def _batch_figure(folder: Path, trials: pd.DataFrame) -> Figure:
+    curves = curves_table(folder)
+    groups = [(key[2], group) for key, group in trials.groupby(GROUP, sort=True)]
     num_columns = 3 if len(groups) > 1 else 2
     num_rows = math.ceil((len(groups) + 1) / num_columns)
     figure = new_figure(7.5, 0.6 + 2.5 * num_rows)
-    panels = figure.subplots(num_rows, num_columns, sharex=False, squeeze=False).ravel()
+    panels = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
     for axes, (batch_size, group) in zip(panels, groups, strict=False):
         _draw_curves(axes, folder, group, curves[curves["name"].isin(group["name"])])
-        axes.set_title(f"{batch_size} rows", fontsize=10)
-    _share_limits(panels[: len(groups)])
-    _draw_ends(panels[len(groups)], summary(cells))
+        axes.set(xlabel="epoch", yscale="log")
+        axes.set_title(f"{batch_size} samples", fontsize=10)
+    for axes in panels[: len(groups) : num_columns]:
+        axes.set_ylabel("above the optimum (%)")
+    _unify_limits(panels[: len(groups)])
+    _draw_ends(panels[len(groups)], summary(trials))
     for axes in panels[len(groups) + 1 :]:
         axes.set_axis_off()
-    for axes in panels[: len(groups)]:
-        axes.set_xlabel("epoch")
-    for row in range(num_rows):
-        if row * num_columns < len(groups):
-            panels[row * num_columns].set_ylabel("above the best loss (%)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=9)
-    return save(figure, folder, "batch")
+    return figure
 
 
 def _draw_curves(axes: Axes, folder: Path, group: pd.DataFrame, curves: pd.DataFrame) -> None:
     """Single runs, their mean, and the prediction with its band, over epochs."""
     for number, (_, run) in enumerate(curves.groupby("name")):
-        axes.plot(
-            run["epoch"], 100 * run["excess"], color=SKY, linewidth=0.7, alpha=0.7, label=None if number else "one run"
-        )
-    mean = curves.groupby("epoch")["excess"].mean()
-    axes.plot(mean.index, 100 * mean, color=BLUE, linewidth=2, label=f"mean of {len(group)}")
+        name = None if number else "one run"
+        axes.plot(run["epoch"], 100 * run["excess"], color=SKY, linewidth=0.7, alpha=0.7, label=name)
+    by_epoch = curves.groupby("epoch")["excess"].mean()
+    axes.plot(by_epoch.index, 100 * by_epoch, color=BLUE, linewidth=2, label=f"mean of {len(group)}")
     record = json.loads((folder / TRIALS_FOLDER / group["name"].iloc[0] / RECORD_FILE).read_text(encoding="utf-8"))
-    curve = record["forecast"]["curve"]
-    if curve:
+    if curve := record["forecast"]["curve"]:
         epochs = np.array(curve["steps"]) / record["derived"]["steps_per_epoch"]
-        low, high = (100 * np.array(curve[name], dtype=float) for name in ("low", "high"))
+        mean, low, high = (100 * np.array(curve[name], dtype=float) for name in ("excess", "low", "high"))
         axes.fill_between(epochs, low, high, color=GREY, alpha=0.3, linewidth=0, label="95 % of runs, predicted")
-        axes.plot(epochs, 100 * np.array(curve["excess"]), color=BLACK, linestyle="--", label="mean, predicted")
-    axes.set_yscale("log")
+        axes.plot(epochs, mean, color=BLACK, linestyle="--", label="mean, predicted")
 
 
-def _share_limits(panels: Any) -> None:
-    """One scale for all panels; the band of single runs may leave it, which may reach down to nothing."""
+def _unify_limits(panels: Any) -> None:
+    """The same y limits for all panels; the band of single runs, which may reach down to 0, may exceed them."""
     bottoms, tops = zip(*(axes.get_ylim() for axes in panels), strict=True)
     means = [line.get_ydata() for axes in panels for line in axes.lines if line.get_label().startswith("mean")]
     smallest = min((y for values in means for y in values if y > 0), default=0)
@@ -82,31 +83,24 @@ def _share_limits(panels: Any) -> None:
 
 
 def _draw_ends(axes: Axes, table: pd.DataFrame) -> None:
-    """Where runs end, by batch size."""
+    """The end of training, by batch size."""
     axes.set_title("at the end, ± std. error", fontsize=10)
     if table["excess"].isna().all():
         axes.text(0.5, 0.5, "all diverged", transform=axes.transAxes, ha="center")
         return
+    sizes, error = table["global_batch_size"], 100 * table["excess_error"]
     axes.errorbar(
-        table["global_batch_size"],
-        100 * table["excess"],
-        yerr=100 * table["excess_error"],
-        fmt="o",
-        color=BLUE,
-        capsize=3,
-        markersize=4,
-        label="measured",
+        sizes, 100 * table["excess"], yerr=error, fmt="o", color=BLUE, capsize=3, markersize=4, label="measured"
     )
-    axes.plot(table["global_batch_size"], 100 * table["predicted_excess"], "--", color=BLACK, label="predicted")
+    axes.plot(sizes, 100 * table["predicted_excess"], "--", color=BLACK, label="predicted")
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    axes.set(yscale="log", xlabel="global batch (samples)")
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("global batch (rows)")
     axes.legend(fontsize=8)
 
 
-def _draw_lr_scaling(folder: Path) -> list[Path]:
-    table = summary(trials_table(folder))
+def _lr_scaling_figure(trials: pd.DataFrame) -> Figure:
+    table = summary(trials)
     figure = new_figure(7.5, 4.4)
     panels = figure.subplots(1, 2, sharey=True)
     top = 1_000 * float(table["excess"].max(skipna=True))  # of what converged, in percent, with room
@@ -114,58 +108,39 @@ def _draw_lr_scaling(folder: Path) -> list[Path]:
     for axes, standardize in zip(panels, (False, True), strict=True):
         part = table[table["standardize"] == standardize]
         axes.axhspan(top, 100 * top, color=GREY, alpha=0.25, linewidth=0)
-        for order, style in _ORDERS.items():
-            _draw_rungs(axes, part[part["update_order"] == order], top, order, *style)
+        for order in _ORDERS:
+            _draw_order(axes, part[part["update_order"] == order], top, order)
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
+        axes.set(yscale="log", xlabel="learning rate and batch × (1: reference)")
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.set_xlabel("rates and batch × (1 is the reference batch)")
         axes.set_title("standardised features" if standardize else "raw units", fontsize=10)
         axes.text(0.02, 4 * top, "diverged", transform=axes.get_yaxis_transform())
-    panels[0].set_ylim(top=50 * top)  # once all is drawn that decides the other end
-    panels[0].set_ylabel("end of training, above the best loss (%)")
+    panels[0].set_ylim(top=50 * top)  # after everything that determines the other end
+    panels[0].set_ylabel("end of training, above the optimum (%)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=9)
-    return save(figure, folder, "lr-scaling")
+    return figure
 
 
-def _draw_rungs(
-    axes: Axes, runs: pd.DataFrame, top: float, order: str, colour: str, marker: str, dashes: str, label_at: float
-) -> None:
-    """The rungs of one update order, without (filled) and with warm-up (hollow), and the predictions."""
-    for warmup_steps, rungs in runs.groupby("warmup_steps"):
-        height = np.where(rungs["num_diverged"] > 0, 5 * top, 100 * rungs["excess"])
+def _draw_order(axes: Axes, trials: pd.DataFrame, top: float, order: str) -> None:
+    """The trials of one update order, without (filled) and with warm-up (hollow), and the predictions."""
+    colour, marker, dashes, label_at = _ORDERS[order]
+    for warmup_steps, some in trials.groupby("warmup_steps"):
+        height = np.where(some["num_diverged"] > 0, 5 * top, 100 * some["excess"])
+        size, face, name = (10, "none", "warmed up") if warmup_steps else (5, colour, "measured")
         axes.plot(
-            rungs["multiplier"],
-            height,
-            marker,
-            markersize=10 if warmup_steps else 5,
-            markerfacecolor="none" if warmup_steps else colour,
-            color=colour,
-            label=f"{order}, {'warmed up' if warmup_steps else 'measured'}",
-        )
-    stable = runs[(runs["fraction_of_limit"] < 1) & (runs["warmup_steps"] == 0)]
+            some["multiplier"], height, marker, markersize=size, markerfacecolor=face, color=colour,
+            label=f"{order}, {name}",
+        )  # fmt: skip
+    stable = trials[(trials["fraction_of_limit"] < 1) & (trials["warmup_steps"] == 0)]
     mean, low, high = (100 * stable[f"predicted_{name}"].astype(float) for name in ("excess", "low", "high"))
     axes.fill_between(stable["multiplier"], low, high, color=colour, alpha=0.12, linewidth=0)
-    axes.plot(
-        stable["multiplier"],
-        mean,
-        dashes,
-        color=colour,
-        linewidth=1.2,
-        label=f"{order}, predicted mean and 95 % of runs",
-    )
-    nearest = runs.iloc[(runs["fraction_of_limit"] - 1).abs().argmin()]
+    name = f"{order}, predicted mean and 95 % of runs"
+    axes.plot(stable["multiplier"], mean, dashes, color=colour, linewidth=1.2, label=name)
+    nearest = trials.iloc[(trials["fraction_of_limit"] - 1).abs().argmin()]
     limit = nearest["multiplier"] / nearest["fraction_of_limit"]
     axes.axvline(limit, color=colour, linestyle=dashes, linewidth=2)
     axes.annotate(
-        f"limit\n× {limit:.3g}",
-        (limit, label_at),
-        xycoords=axes.get_xaxis_transform(),
-        xytext=(-4, 0),
-        textcoords="offset points",
-        ha="right",
-        va="top",
-        fontsize=9,
-        color=colour,
-    )
+        f"limit\n× {limit:.3g}", (limit, label_at), xycoords=axes.get_xaxis_transform(), xytext=(-4, 0),
+        textcoords="offset points", ha="right", va="top", fontsize=9, color=colour,
+    )  # fmt: skip

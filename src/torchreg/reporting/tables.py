@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torchreg.plots.panels import best_model, combination_of
+from torchreg.plots.pictures import best_model, combination_of
 from torchreg.plots.quantities import bytes_text, count, in_unit, number, ranks
 from torchreg.reporting.points import Json
 

@@ -1,8 +1,8 @@
 """Models of scaling, fitted to launches: which parameters the points determine, and how well.
 
-Every model is a sum of known shapes with unknown coefficients, fitted by `regression`, which says what is assumed. A
-model is refused as not identifiable, with the reason in words, rather than told with numbers that the points do not
-determine. Where a curve is extrapolated is the report's to mark.
+Every model is a sum of known shapes with unknown coefficients, fitted by `regression`, which states the assumptions. A
+model whose parameters the points do not determine is refused as not identifiable, with the reason. The report marks
+where a curve is extrapolated.
 """
 
 from __future__ import annotations
@@ -16,10 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from torchreg.scaling.identify import Fit, Model, Quantity
-from torchreg.scaling.regression import (
-    Array,
-    observe,
-)
+from torchreg.scaling.regression import Array, Observations, observe
 from torchreg.scaling.statistics import Block, Vector
 
 Collective: TypeAlias = Literal["recursive doubling", "Rabenseifner", "ring"]
@@ -28,43 +25,46 @@ _MORE = "measure more world sizes or more launches"
 
 
 class Work(NamedTuple):
-    """What each rank does in a step: take and compute `rows_per_rank`, then average `message_bytes` with the others."""
+    """A rank's work in a step: load and compute `samples_per_rank`, then all-reduce `message_bytes`."""
 
     world_size: int
-    rows_per_rank: float
+    samples_per_rank: float
     message_bytes: int
 
 
 def fit_allreduce(times: Mapping[Block, Mapping[int, float]]) -> Fit:
-    """T(m) = α + β m, latency and time a byte of one collective; `times` is {launch: {message_bytes: seconds}}.
+    """T(m) = α + β m, latency and time per byte of one collective; `times` is {launch: {message_bytes: seconds}}.
 
-    Hockney, "The communication challenge for MPP", Parallel Computing 20, 1994. Both are asked for in their own right:
-    refused where the messages hide one of them. Raises ValueError for sizes or times that are not positive.
+    Hockney, "The communication challenge for MPP", Parallel Computing 20, 1994. Refused unless the messages determine
+    both. Raises ValueError for sizes or times that are not positive.
     """
-    observations, sizes = observe(times, "message_bytes", _check_whole("message_bytes"))
-    least, most = f"{sizes[0]} bytes", f"{sizes[-1]} bytes"
+    observations, sizes = _observe_whole(times, "message_bytes")
     model = Model(
         "α–β",
         "T(m) = α + β m",
         "Hockney 1994",
         "message sizes",
         (
-            Quantity(0, "latency", "α", "s", f"messages of {least} and more hide it, measure smaller ones"),
-            Quantity(1, "time a byte", "β", "s/byte", f"latency hides it up to {most}, measure larger messages"),
+            Quantity(
+                0, "latency", "α", "s", f"messages of {sizes[0]:.0f} bytes and more hide it, measure smaller ones"
+            ),
+            Quantity(
+                1, "time per byte", "β", "s/byte", f"latency hides it up to {sizes[-1]:.0f} bytes, measure larger ones"
+            ),
         ),
         lambda messages: np.stack([np.ones_like(messages), messages], axis=1),
     )
-    return model.fitted(observations, np.array(sizes, dtype=np.float64))
+    return model.fit(observations, sizes)
 
 
 def fit_amdahl(times: Mapping[Block, Mapping[int, float]]) -> Fit:
-    """T(p) = T₁ (s + (1 − s)/p), strong scaling; `times` is {block: {world_size: seconds a step}}.
+    """T(p) = T₁ (s + (1 − s)/p), strong scaling; `times` is {block: {world_size: seconds per step}}.
 
     Amdahl, "Validity of the single processor approach to achieving large scale computing capabilities", AFIPS 1967.
     Needs no time of one rank: T₁ is then a prediction. Contradicted (s above 1) where more ranks are slower. Raises
     ValueError for world sizes or times that are not positive.
     """
-    observations, sizes = observe(times, "world size", _check_whole("world size"))
+    observations, sizes = _observe_whole(times, "world size")
     model = Model(
         "Amdahl",
         "T(p) = T₁ (s + (1 − s)/p)",
@@ -76,7 +76,7 @@ def fit_amdahl(times: Mapping[Block, Mapping[int, float]]) -> Fit:
         ),
         lambda ranks: np.stack([1 / ranks, 1 - 1 / ranks], axis=1),
     )
-    return model.fitted(observations, np.array(sizes, dtype=np.float64))
+    return model.fit(observations, sizes)
 
 
 def fit_usl(
@@ -87,126 +87,115 @@ def fit_usl(
 ) -> Fit:
     """X(p) = λ p / (1 + σ(p − 1) + κ p(p − 1)), the universal scalability law; `times` as for Amdahl.
 
-    Gunther, "Guerrilla capacity planning", 2007, chapter 4: λ is the rows a second of one rank, σ contention, κ what it
-    costs that each agrees with each. X = rows a step / T: `global_batch_size` rows (strong scaling), or
-    `local_batch_size` × p (weak); give one. Its inverse is a sum of three shapes, and is fitted as one.
+    Gunther, "Guerrilla capacity planning", 2007, chapter 4: λ is the throughput of one rank in samples per second, σ
+    contention, κ coherence (the cost of pairwise agreement). X is the samples of a step over its time: give
+    `global_batch_size` (strong scaling) or `local_batch_size` (weak). 1/X is a sum of three shapes, and is fitted so.
     """
-    if (global_batch_size is None) == (local_batch_size is None):
-        raise ValueError(
-            "fit_usl takes global_batch_size (strong scaling) or local_batch_size (weak): give one of them"
-        )
+    batch = {"global_batch_size": global_batch_size, "local_batch_size": local_batch_size}
+    given = {name: size for name, size in batch.items() if size is not None}
+    if len(given) != 1:
+        raise ValueError(f"fit_usl takes {' (strong scaling) or '.join(batch)} (weak): give one of them")
+    _check_whole(**given)
 
-    def rows(ranks: Vector) -> Vector:
-        return np.full_like(ranks, global_batch_size) if local_batch_size is None else local_batch_size * ranks
+    def columns(ranks: Vector) -> Array:
+        samples = np.full_like(ranks, global_batch_size) if local_batch_size is None else local_batch_size * ranks
+        return samples[:, None] * np.stack([1 / ranks, 1 - 1 / ranks, ranks - 1], axis=1)
 
-    for name, size in (("global_batch_size", global_batch_size), ("local_batch_size", local_batch_size)):
-        if size is not None:
-            _check_whole(name)(size)
-    observations, sizes = observe(times, "world size", _check_whole("world size"))
+    observations, sizes = _observe_whole(times, "world size")
     model = Model(
         "USL",
         "X(p) = λ p / (1 + σ(p − 1) + κ p(p − 1))",
         "Gunther 2007",
         "world sizes",
         (
-            Quantity(0, "throughput of one rank", "λ", "rows/s", _MORE, kind="inverse"),
+            Quantity(0, "throughput of one rank", "λ", "samples/s", _MORE, kind="inverse"),
             Quantity(1, "contention", "σ", "", _MORE, kind="relative", is_fraction=True),
             Quantity(2, "coherence", "κ", "", _MORE, kind="relative", can_vanish=True),
         ),
-        lambda ranks: rows(ranks)[:, None] * np.stack([1 / ranks, 1 - 1 / ranks, ranks - 1], axis=1),
+        columns,
     )
-    return model.fitted(observations, np.array(sizes, dtype=np.float64))
+    return model.fit(observations, sizes)
+
+
+_COLLECTIVES: dict[Collective, tuple[str, Callable[[Vector], Vector], Callable[[Vector], Vector]]] = {
+    "recursive doubling": ("log₂ p (α + β m)", np.log2, np.log2),
+    "Rabenseifner": ("2 log₂ p α + 2 (p − 1)/p β m", lambda p: 2 * np.log2(p), lambda p: 2 * (p - 1) / p),
+    "ring": ("2 (p − 1) α + 2 (p − 1)/p β m", lambda p: 2 * (p - 1), lambda p: 2 * (p - 1) / p),
+}
+"""The cost among p ranks in words, and what multiplies α and β m in it."""
 
 
 def fit_mechanistic(times: Mapping[Block, Mapping[Work, float]], collective: Collective = "recursive doubling") -> Fit:
-    """T = c₀ + c₁·rows + communication; `times` is {block: {work: seconds a step}}, of strong and weak points alike.
+    """T = c₀ + c₁·samples + communication, of strong and weak points alike; `times` is {block: {work: seconds}}.
 
-    The communication of p ranks that average m bytes (Thakur, Rabenseifner and Gropp, "Optimization of collective
-    communication operations in MPICH", International Journal of High Performance Computing Applications 19, 2005, in
-    Hockney's α and β; log₂ p is also taken where p is no power of two):
+    `_COLLECTIVES` has the communication of p ranks that all-reduce m bytes (Thakur, Rabenseifner and Gropp,
+    "Optimization of collective communication operations in MPICH", International Journal of High Performance Computing
+    Applications 19, 2005, in Hockney's α and β): recursive doubling for short messages, Rabenseifner and ring for long
+    ones. log₂ p is also used where p is no power of two.
 
-    - recursive doubling, for short messages: log₂ p · (α + β m)
-    - Rabenseifner, for long ones: 2 log₂ p · α + 2 (p − 1)/p · β m
-    - ring: 2 (p − 1) · α + 2 (p − 1)/p · β m
-
-    What no points of such a design could tell apart is one parameter: c = c₀ + c₁·rows where every rank always has as
-    many rows (weak scaling), and τ = α + β m, the time of one round, under recursive doubling of one message size.
+    What no points of such a design can distinguish is one parameter: c = c₀ + c₁·samples where every rank always has as
+    many samples (weak scaling), and τ = α + β m, the time of one round, under recursive doubling of one message size.
     `predict` takes works, (n, 3); of a strong or a weak series of one message size it also takes world sizes, (n,).
     """
-    observations, works = observe(times, "work", _check_work)
+    observations, works = observe(times, "work")
+    for work in works:
+        _check_whole(world_size=work.world_size, message_bytes=work.message_bytes)
+        if not (math.isfinite(work.samples_per_rank) and work.samples_per_rank > 0):
+            raise ValueError(f"samples_per_rank is {work.samples_per_rank}: give a positive number")
     measured = np.array(works, dtype=np.float64)
-    ranks, rows, messages = measured.T
-    is_weak, is_one_size = bool(np.ptp(rows) == 0), bool(np.ptp(messages) == 0)
+    ranks, samples, messages = measured.T
+    is_weak, is_one_size = bool(np.ptp(samples) == 0), bool(np.ptp(messages) == 0)
+    communication, rounds, transfers = _COLLECTIVES[collective]
     if is_weak:
-        quantities, told = [Quantity(0, "compute", "c", "s", _MORE, can_vanish=True)], "c"
+        formula, named = "c", [("compute", "c", "s")]
     else:
-        quantities, told = (
-            [
-                Quantity(0, "fixed time", "c₀", "s", _MORE, can_vanish=True),
-                Quantity(1, "time a row", "c₁", "s/row", _MORE, can_vanish=True),
-            ],
-            "c₀ + c₁·rows",
-        )
-    in_one = is_one_size and collective == "recursive doubling"
-    if in_one:
-        name = f"one round of {works[0].message_bytes} bytes"
-        quantities.append(Quantity(len(quantities), name, "τ", "s", _MORE, can_vanish=True))
-        told += " + τ log₂ p"
+        formula, named = "c₀ + c₁·samples", [("fixed time", "c₀", "s"), ("time per sample", "c₁", "s/sample")]
+    is_one_round = is_one_size and collective == "recursive doubling"
+    if is_one_round:
+        communication = "τ log₂ p"
+        named.append((f"one round of {works[0].message_bytes} bytes", "τ", "s"))
     else:
-        for name, symbol, unit in (("latency of a round", "α", "s"), ("time a byte", "β", "s/byte")):
-            quantities.append(Quantity(len(quantities), name, symbol, unit, _MORE, can_vanish=True))
-        told += _COMMUNICATION[collective]
+        named += [("latency of a round", "α", "s"), ("time per byte", "β", "s/byte")]
 
     def columns(at: Array) -> Array:
-        ranks, rows, messages = at.T
-        doublings, part = np.log2(ranks), 2 * (ranks - 1) / ranks
-        if collective == "recursive doubling":
-            rounds, moved = doublings, doublings
-        else:
-            rounds, moved = 2 * doublings if collective == "Rabenseifner" else 2 * (ranks - 1), part
-        compute = [np.ones_like(ranks)] if is_weak else [np.ones_like(ranks), rows]
-        return np.stack([*compute, rounds] if in_one else [*compute, rounds, moved * messages], axis=1)
+        ranks, samples, messages = at.T
+        compute = [np.ones_like(ranks)] if is_weak else [np.ones_like(ranks), samples]
+        both = [rounds(ranks)] if is_one_round else [rounds(ranks), transfers(ranks) * messages]
+        return np.stack([*compute, *both], axis=1)
 
     def to_works(at: npt.ArrayLike) -> Array:
         """World sizes (n,) as works (n, 3), of the series that was measured."""
         found = np.asarray(at, dtype=np.float64)
         if found.ndim == 2:
             return found
-        is_strong = bool(np.ptp(ranks * rows) == 0)
+        is_strong = bool(np.ptp(ranks * samples) == 0)
         if not (is_one_size and (is_weak or is_strong)):
-            raise ValueError("the points are of several series: give predict rows of world_size, rows_per_rank, bytes")
-        local = np.full_like(found, rows[0]) if is_weak else ranks[0] * rows[0] / found
+            raise ValueError(
+                "the points are of several series: give predict rows of world_size, samples_per_rank, bytes"
+            )
+        local = np.full_like(found, samples[0]) if is_weak else ranks[0] * samples[0] / found
         return np.stack([found, local, np.full_like(found, messages[0])], axis=1)
 
     model = Model(
         "mechanistic",
-        f"T(p) = {told} ({collective})",
+        f"T(p) = {formula} + {communication} ({collective})",
         "Thakur, Rabenseifner and Gropp 2005; Hockney 1994",
         "points",
-        tuple(quantities),
+        tuple(Quantity(column, *name, _MORE, can_vanish=True) for column, name in enumerate(named)),
         columns,
     )
-    fit = model.fitted(observations, measured, np.unique(ranks, return_inverse=True)[1])
+    fit = model.fit(observations, measured, np.unique(ranks, return_inverse=True)[1])
     return replace(fit, predict=lambda at: fit.predict(to_works(at)))
 
 
-_COMMUNICATION: dict[Collective, str] = {
-    "recursive doubling": " + log₂ p (α + β m)",
-    "Rabenseifner": " + 2 log₂ p α + 2 (p − 1)/p β m",
-    "ring": " + 2 (p − 1) α + 2 (p − 1)/p β m",
-}
+def _observe_whole(times: Mapping[Block, Mapping[int, float]], what: str) -> tuple[Observations, Vector]:
+    observations, sizes = observe(times, what)
+    for size in sizes:
+        _check_whole(**{what: size})
+    return observations, np.array(sizes, dtype=np.float64)
 
 
-def _check_whole(what: str) -> Callable[[int], None]:
-    def check(size: int) -> None:
-        if isinstance(size, bool) or size != int(size) or size < 1:
-            raise ValueError(f"{what} is {size}: give a whole number from 1 on")
-
-    return check
-
-
-def _check_work(work: Work) -> None:
-    _check_whole("world_size")(work.world_size)
-    _check_whole("message_bytes")(work.message_bytes)
-    if not (math.isfinite(work.rows_per_rank) and work.rows_per_rank > 0):
-        raise ValueError(f"rows_per_rank is {work.rows_per_rank}: give a positive number")
+def _check_whole(**values: int) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or value != int(value) or value < 1:
+            raise ValueError(f"{name} is {value}: give a whole number from 1 on")

@@ -1,7 +1,7 @@
-"""If these fail, a figure says something else than its numbers, or says it where nobody can read it."""
+"""If these fail, a figure does not show its numbers, or shows them where nobody can read them."""
 
-import importlib
 import itertools
+import json
 import re
 import sys
 import xml.etree.ElementTree as ET
@@ -17,6 +17,9 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from torchreg.cli import main
+from torchreg.plots.plan_figure import draw_plan, plan_figure
+from torchreg.plots.sweep_figures import sweep_figure
+from torchreg.plots.training_figure import training_figure
 from torchreg.sweeps.sweep_tables import read_sweep, trials_table
 
 COMMANDS = {
@@ -30,21 +33,18 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """Of each command the figure as it was saved, its folder and its name."""
-    saved = []
-    with pytest.MonkeyPatch.context() as patch:
-        for module in ("training_figure", "plan_figure", "sweep_figures"):
-            module = importlib.import_module(f"torchreg.plots.{module}")
-
-            def save(figure, folder, name, really=module.save):
-                saved.append((figure, folder, name))
-                return really(figure, folder, name)
-
-            patch.setattr(module, "save", save)
-        for command in COMMANDS.values():
-            runs_dir = str(tmp_path_factory.mktemp("figures"))
-            assert main([*command, "--runs-dir", runs_dir, "--name", "drawn"]) == 0
-    return dict(zip(COMMANDS, saved, strict=True))
+    """Of each command the figure, the folder and the name of its files."""
+    figures = {}
+    for key, command in COMMANDS.items():
+        folder = tmp_path_factory.mktemp("figures") / "drawn"
+        assert main([*command, "--runs-dir", str(folder.parent), "--name", "drawn"]) == 0
+        if command[0] == "train":
+            figures[key] = training_figure(folder), folder, "training"
+        elif command[0] == "plan":
+            figures[key] = plan_figure(json.loads((folder / "plan.json").read_text())), folder, "plan"
+        else:
+            figures[key] = sweep_figure(folder), folder, key
+    return figures
 
 
 def panels_of(figure):
@@ -100,19 +100,19 @@ def test_every_axis_has_a_label_or_shares_its_neighbours(key, drawn):
         (
             "plan",
             [
-                ("ranks", "rates over the stability limit"),
-                ("global batch (rows)", "steps to 1 % above the best loss"),
+                ("ranks", "fraction of the stability limit"),
+                ("global batch (samples)", "steps to 1 % above the optimum"),
             ],
         ),
         (
             "batch",
-            [("epoch", "above the best loss (%)"), ("epoch", ""), ("global batch (rows)", "")],
+            [("epoch", "above the optimum (%)"), ("epoch", ""), ("global batch (samples)", "")],
         ),
         (
             "lr-scaling",
             [
-                ("rates and batch × (1 is the reference batch)", "end of training, above the best loss (%)"),
-                ("rates and batch × (1 is the reference batch)", ""),
+                ("learning rate and batch × (1: reference)", "end of training, above the optimum (%)"),
+                ("learning rate and batch × (1: reference)", ""),
             ],
         ),
     ],
@@ -130,8 +130,8 @@ def test_all_that_is_drawn_with_a_name_is_in_a_legend(key, drawn):
         assert names <= {*legend_of(axes), *legend_of(figure)}
 
 
-def test_prediction_and_measurement_are_told_apart_in_the_legends(drawn):
-    assert {"rows of the step", "predicted mean", "95 % of runs, all rows"} <= set(
+def test_legends_distinguish_prediction_and_measurement(drawn):
+    assert {"samples of the step", "predicted mean", "95 % of runs, all samples"} <= set(
         legend_of(drawn["training"][0].axes[1])
     )
     assert legend_of(drawn["batch"][0]) == ["one run", "mean of 2", "95 % of runs, predicted", "mean, predicted"]
@@ -162,24 +162,24 @@ def test_lines_differ_in_more_than_hue(key, drawn):
 
 def test_the_batch_figure_has_the_runs_and_their_forecast(drawn):
     figure, folder, _ = drawn["batch"]
-    cells = trials_table(folder).set_index("name")
+    trials = trials_table(folder).set_index("name")
     for axes, size in zip(panels_of(figure), (64, 256), strict=False):
-        assert axes.get_title() == f"{size} rows"
+        assert axes.get_title() == f"{size} samples"
         lines = {line.get_label(): line for line in axes.lines}
-        rows = cells[cells["global_batch_size"] == size]
+        rows = trials[trials["global_batch_size"] == size]
         assert lines["mean of 2"].get_ydata()[-1] == pytest.approx(100 * rows["excess"].mean(), rel=1e-6)
         assert lines["mean, predicted"].get_ydata()[-1] == pytest.approx(100 * rows["predicted_excess"].iloc[0])
         assert lines["mean, predicted"].get_xdata()[-1] == 3, "as many epochs as were run"
 
 
-def test_the_ladder_figure_marks_the_predicted_limits_and_puts_diverged_runs_in_their_band(drawn):
+def test_the_lr_scaling_figure_marks_the_predicted_limits_and_puts_diverged_runs_in_their_band(drawn):
     figure, folder, _ = drawn["lr-scaling"]
-    cells = trials_table(folder)
+    trials = trials_table(folder)
     assert read_sweep(folder)["kind"] == "lr-scaling"
     for axes, standardize in zip(figure.axes, (False, True), strict=True):
         limits = {annotation.get_text() for annotation in axes.texts if "limit" in annotation.get_text()}
         assert len(limits) >= 1
-        part = cells[(cells["standardize"] == standardize) & (cells["update_order"] == "simultaneous")]
+        part = trials[(trials["standardize"] == standardize) & (trials["update_order"] == "simultaneous")]
         near = part.iloc[(part["fraction_of_limit"] - 1).abs().argmin()]
         assert f"limit\n× {near['multiplier'] / near['fraction_of_limit']:.3g}" in limits
         (measured,) = [line for line in axes.lines if line.get_label() == "simultaneous, measured"]
@@ -199,8 +199,8 @@ def test_the_ladder_figure_marks_the_predicted_limits_and_puts_diverged_runs_in_
 def test_the_plan_figure_has_each_scaling_rule_over_the_ranks(drawn):
     axes = drawn["plan"][0].axes[0]
     lines = {line.get_label(): line for line in axes.lines}
-    # The lesson's rates at 64 rows a rank: k ranks are k / 3.14 of the limit when scaled linearly, √k when by root.
-    # 16 ranks have more rows than the data and no point.
+    # The lesson's learning rates at 64 samples per rank: with k ranks they are k / 3.14 of the limit when scaled
+    # linearly, √k / 3.14 by the root. 16 ranks need more samples than the data have, so they have no point.
     for rule, multiples in (("linear", (1, 2, 8)), ("sqrt", (1, 2**0.5, 8**0.5)), ("none", (1, 1, 1))):
         line = lines[f"lr_scaling {rule}"]
         np.testing.assert_array_equal(line.get_xdata(), [1, 2, 8])
@@ -229,27 +229,18 @@ def test_pictures_without_matplotlib_are_refused_before_the_run(monkeypatch, cap
     assert not Path("runs").exists()
 
 
-@pytest.fixture
-def drawn_training(monkeypatch):
-    """The figure of a training run on a made table, after it was saved."""
-
-    def draw(features, target, **names):
-        saved = []
-        module = importlib.import_module("torchreg.plots.training_figure")
-        really = module.save
-        monkeypatch.setattr(module, "save", lambda figure, *where: (saved.append(figure), really(figure, *where))[1])
-        name_x, name_y = names.get("x", "x"), names.get("y", "y")
-        pd.DataFrame({name_x: features, name_y: target}).to_csv("drawn.csv", index=False)
-        options = ["--data", "drawn.csv", "--features", name_x, "--target", name_y, "--sampling", "full"]
-        assert main(["train", *options, "--max-steps", "20", "--plot"]) == 0
-        (figure,) = saved
-        return figure
-
-    return draw
+def drawn_training(features, target, x="x", y="y"):
+    """The figure of a training run on a synthetic table, after its layout."""
+    pd.DataFrame({x: features, y: target}).to_csv("drawn.csv", index=False)
+    options = ["--data", "drawn.csv", "--features", x, "--target", y, "--sampling", "full", "--name", "drawn"]
+    assert main(["train", *options, "--max-steps", "20"]) == 0
+    figure = training_figure(Path("runs/drawn"))
+    figure.draw_without_rendering()
+    return figure
 
 
 def value_of(label, offset):
-    """The number that a tick says, with the power of ten and the sum that stand aside."""
+    """The number that a tick shows, with the power of ten and the sum that stand aside."""
     formula = re.fullmatch(r"\$\\mathdefault\{(?:(.*)\\times)?10\^\{(.*)\}\}\$", label)
     if formula:
         return float(formula[1] or 1) * 10.0 ** float(formula[2])
@@ -261,7 +252,7 @@ def value_of(label, offset):
     ("scale", "shift"),
     [(1e-140, 0), (1e-15, 0), (1e-10, 0), (1e-4, 0.1), (-1, 0), (1e4, 0), (1e12, 0), (1e-5, 1e9), (1e140, 0)],
 )
-def test_the_ticks_of_any_magnitude_say_where_they_are(scale, shift, drawn_training):
+def test_tick_labels_are_right_at_any_magnitude(scale, shift):
     """D6: prices of 0.1 to 0.4 had an axis with seven ticks, all of them 0."""
     x = np.linspace(500, 3000, 40)
     figure = drawn_training(scale * x, scale * (x + 100 * np.sin(x)) + shift)
@@ -278,7 +269,7 @@ def test_the_ticks_of_any_magnitude_say_where_they_are(scale, shift, drawn_train
                 assert len(label.replace("mathdefault", "")) <= 30
 
 
-def test_names_are_no_formulas_and_fit_the_figure(drawn_training):
+def test_names_are_no_formulas_and_fit_the_figure():
     """W4: a `$` ended a finished run with a ParseSyntaxException."""
     x = np.arange(9.0)
     figure = drawn_training(x, x + np.sin(x), x="cost ($, \x1b[31m_a_)\n", y="$\\frac{$" + 300 * "y")
@@ -293,7 +284,7 @@ def test_names_are_no_formulas_and_fit_the_figure(drawn_training):
     assert left.get_xlabel() == "cost (\\$, \\x1b[31m_a_)"  # blanks around a name do not count
 
 
-def test_a_perfect_line_is_drawn_too(drawn_training):
+def test_a_perfect_line_is_drawn_too():
     """D6: its loss has no smallest power of ten."""
     x = np.arange(9.0)
     assert len(drawn_training(x, 2 * x).axes) == 2
@@ -301,46 +292,49 @@ def test_a_perfect_line_is_drawn_too(drawn_training):
 
 def test_neither_backend_nor_settings_of_the_user_reach_a_figure(run, tmp_path):
     """T2: with a notebook kernel's MPLBACKEND `--plot` failed after the run."""
-    code = (
-        "import sys\nfrom torchreg.cli import command\n"
-        "for words in (['train', '--max-steps', '3'], ['plan']):\n"
-        "    sys.argv = ['torchreg', *words, '--plot', '--name', words[0]]\n    assert command() == 0"
+    commands = [
+        ["train", "--max-steps", "3", "--plot", "--overwrite", "--name", "train"],
+        ["plan", "--world-sizes", "1", "--plot", "--overwrite", "--name", "plan"],
+    ]
+    assert [main(command) for command in commands] == [0, 0]
+    paths = [Path("runs/train/training.png"), Path("runs/plan/plan.png")]
+    clean = [path.read_bytes() for path in paths]
+    for path in paths:
+        path.unlink()
+    Path("matplotlibrc").write_text(
+        "backend: qtagg\ntext.usetex: True\nfigure.facecolor: black\nsavefig.dpi: 9\nfont.size: 40\n"
     )
-    pictures = []
-    for kind, backend in (("clean", ""), ("users", "nowhere")):
-        folder = tmp_path / kind
-        folder.mkdir()
-        if kind != "clean":
-            (folder / "matplotlibrc").write_text(
-                "backend: qtagg\ntext.usetex: True\nfigure.facecolor: black\nsavefig.dpi: 9\nfont.size: 40\n"
-            )
-        done = run(sys.executable, "-c", code, cwd=folder, MPLBACKEND=backend)
-        assert done.returncode == 0, done.stderr
-        pictures.append([(folder / f"runs/{name}.png").read_bytes() for name in ("train/training", "plan/plan")])
-    assert pictures[0] == pictures[1]
+    code = (
+        f"import sys\nfrom torchreg.cli import command\nfor words in {commands}:\n"
+        "    sys.argv = ['torchreg', *words]\n    assert command() == 0"
+    )
+    done = run(sys.executable, "-c", code, cwd=tmp_path, MPLBACKEND="nowhere")
+    assert done.returncode == 0, done.stderr
+    assert [path.read_bytes() for path in paths] == clean
 
 
-def test_drawing_leaves_the_users_matplotlib_as_it_was():
+def test_drawing_leaves_the_users_matplotlib_as_it_was(drawn):
     """T2: in a notebook."""
     with matplotlib.rc_context({"font.size": 31.0, "axes.facecolor": "black"}):
         before = dict(matplotlib.rcParams)
-        assert main(["plan", "--plot", "--world-sizes", "1"]) == 0
+        assert draw_plan(drawn["plan"][1])
         assert dict(matplotlib.rcParams) == before
 
 
-def test_a_sweep_over_many_powers_of_ten_shows_where_it_ends():
-    """D6: the end of a batch sweep, and the other panel of a ladder, lay outside their axes."""
+def test_a_sweep_over_many_powers_of_ten_shows_where_it_ends(monkeypatch):
+    """D6: the end of a batch sweep, and the other panel of an lr-scaling sweep, lay outside their axes."""
     x = np.arange(200.0)
     noise = np.random.default_rng(0).normal(0, 1e-6, 200)
     pd.DataFrame({"x": x, "y": x + noise}).to_csv("close.csv", index=False)
-    data = ["--data", "close.csv", "--features", "x", "--target", "y", "--num-seeds", "1", "--overwrite"]
-    module = importlib.import_module("torchreg.plots.sweep_figures")
+    data = ["--data", "close.csv", "--features", "x", "--target", "y", "--num-seeds", "1"]
+    batch = ["--batch-sizes", "32", "--epochs", "20", "--standardize", "--base-learning-rate", "0.3", "0.3"]
     figures = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "save", lambda figure, *_: figures.append(figure) or [])
-        options = ["--batch-sizes", "32", "--epochs", "20", "--standardize", "--base-learning-rate", "0.3", "0.3"]
-        assert main(["sweep", "batch", *data, *options]) == 0
-        assert main(["sweep", "lr-scaling", *data, "--multipliers", "1,8", "--max-steps", "60"]) == 0
+    monkeypatch.setattr("torchreg.plots.sweep_figures.save", lambda figure, *_: figures.append(figure) or [])
+    assert main(["sweep", "batch", *data, *batch, "--name", "batch"]) == 0
+    assert (
+        main(["sweep", "lr-scaling", *data, "--multipliers", "1,8", "--max-steps", "60", "--name", "lr-scaling"]) == 0
+    )
+    assert len(figures) == 2
     for figure in figures:
         for axes in figure.axes:
             low, high = axes.get_ylim()
