@@ -98,7 +98,7 @@ _COLUMNS: dict[str, tuple[str, Callable[[Any], Entry]]] = {
     "step time": ("step_time_s", estimate("s")),
     "spread": ("spread", plain("%")),
     "slowest / median rank": ("slowest_over_median", estimate("")),
-    "samples/s": ("throughput", estimate("samples/s")),
+    "samples/s": ("throughput", estimate("k")),
     "p0": ("baseline_world_size", whole),
     "speedup": ("speedup", estimate("")),
     "efficiency": ("efficiency", estimate("%")),
