@@ -20,7 +20,7 @@ NOT_IN_NAMES = """
     told tell tells say says anew piece pieces averaging hand ordered runtime exploding contract beginning opened
     prepared problem problems evidence seal sealed claim claims claimed mend crowded way ways rung rungs ladder soonest
     cheapest place places rate rates made floor share shares cell cells add_over_ranks add_up how_far what_bounds
-    left_out step_rows of_limit right_answer
+    left_out step_rows right_answer
 """
 ALLOWED_NAMES = re.compile(
     r"\w*Runtime(Error|Warning)|(re)?place\w*|_?in_place|IN_PLACE|\w*learning_rates?\w*|LearningRates|\w*LEARNING_RATES?\w*|"

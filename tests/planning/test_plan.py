@@ -112,7 +112,7 @@ def test_json_is_all_there_is_on_stdout_and_a_drawn_plan_is_never_replaced(capsy
     assert planned["rows"][2]["reason"].startswith("global_batch_size is 1024")
     assert planned["largest_stable"]["linear"] == 3
     # The limit is 3.14 times the learning rates of 64 samples (theory.md); 4 ranks have 4 times those, or √4 times.
-    fractions = {rule: dict(pairs) for rule, pairs in planned["fraction_of_limit"].items()}
+    fractions = {rule: dict(pairs) for rule, pairs in planned["fraction_of_stability_limit"].items()}
     assert [fractions[rule][4] for rule in ("linear", "sqrt")] == pytest.approx([4 / 3.14, 2 / 3.14], rel=0.02)
     assert json.loads(Path("runs/planned/plan.json").read_text()) == planned
     assert Path("runs/planned/plan.png").read_bytes().startswith(b"\x89PNG")

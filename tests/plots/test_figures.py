@@ -180,8 +180,8 @@ def test_the_lr_scaling_figure_marks_the_predicted_limits_and_puts_diverged_runs
         limits = {annotation.get_text() for annotation in axes.texts if "limit" in annotation.get_text()}
         assert len(limits) >= 1
         part = trials[(trials["standardize"] == standardize) & (trials["update_order"] == "simultaneous")]
-        near = part.iloc[(part["fraction_of_limit"] - 1).abs().argmin()]
-        assert f"limit\n× {near['multiplier'] / near['fraction_of_limit']:.3g}" in limits
+        near = part.iloc[(part["fraction_of_stability_limit"] - 1).abs().argmin()]
+        assert f"limit\n× {near['multiplier'] / near['fraction_of_stability_limit']:.3g}" in limits
         (measured,) = [line for line in axes.lines if line.get_label() == "simultaneous, measured"]
         heights = dict(zip(measured.get_xdata(), measured.get_ydata(), strict=True))
         cold = part[part["warmup_steps"] == 0].set_index("multiplier")

@@ -83,7 +83,7 @@ def test_trials_csv_has_a_row_per_trial_with_its_prediction(swept):
         forecast = prepare(from_json(record["config"]), 1)[0].forecast
         assert row["predicted_excess"] == pytest.approx(forecast.curve.excess[-1], rel=1e-12)
         assert row["noise_floor"] == pytest.approx(forecast.noise_floor, rel=1e-12)
-        assert row["fraction_of_limit"] == pytest.approx(1 / forecast.stability_limit, rel=1e-12)
+        assert row["fraction_of_stability_limit"] == pytest.approx(1 / forecast.stability_limit, rel=1e-12)
         # 551 rows in two epochs of `random` sampling: 2·⌊551 / 64⌋ = 16 and 2·⌊551 / 256⌋ = 4 steps.
         assert row["num_steps"] == {64: 16, 256: 4}[row["global_batch_size"]]
         assert row["multiplier"] == 1  # the homework's rates do not grow with the batch
@@ -105,7 +105,7 @@ def test_the_summary_is_means_and_standard_errors_over_seeds():
             "standardize": False, "update_order": "sequential", "global_batch_size": 64, "multiplier": 1.0,
             "warmup_steps": 0, "seed": [0, 1, 2], "weight_x": [1.0, 2.0, 6.0], "bias": [0.0, 0.0, 3.0],
             "loss": [1.0, 1.0, 4.0], "excess": [0.1, 0.2, 0.6], "diverged": [False, False, True], "num_steps": 5,
-            "fraction_of_limit": 0.5, "noise_floor": 0.3, "predicted_excess": 0.3, "predicted_low": 0.1,
+            "fraction_of_stability_limit": 0.5, "noise_floor": 0.3, "predicted_excess": 0.3, "predicted_low": 0.1,
             "predicted_high": 0.9,
         }
     )  # fmt: skip
@@ -322,12 +322,14 @@ def test_an_lr_scaling_sweep_diverges_above_the_limit_and_not_below(pictures, ca
     table = trials_table(Path("runs/sweep-lr-scaling"))
     cold = table[table["warmup_steps"] == 0]
     assert set(cold["update_order"]) == {"simultaneous", "sequential"}
-    distance = (cold["fraction_of_limit"] - 1).abs().groupby([cold["standardize"], cold["update_order"]]).min()
+    distance = (
+        (cold["fraction_of_stability_limit"] - 1).abs().groupby([cold["standardize"], cold["update_order"]]).min()
+    )
     assert (distance < 0.04).all()
-    np.testing.assert_array_equal(cold["diverged"], cold["fraction_of_limit"] > 1)
-    assert not table[table["fraction_of_limit"] < 1]["diverged"].any()
+    np.testing.assert_array_equal(cold["diverged"], cold["fraction_of_stability_limit"] > 1)
+    assert not table[table["fraction_of_stability_limit"] < 1]["diverged"].any()
     # Warm-up does not help: well beyond the limit it diverges all the same.
-    assert table[(table["fraction_of_limit"] > 1.05) & (table["warmup_steps"] > 0)]["diverged"].all()
+    assert table[(table["fraction_of_stability_limit"] > 1.05) & (table["warmup_steps"] > 0)]["diverged"].all()
     assert "runs/sweep-lr-scaling/lr-scaling.svg" in capsys.readouterr().out
     assert not curves_table(Path("runs/sweep-lr-scaling")).empty
 

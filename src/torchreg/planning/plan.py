@@ -33,7 +33,7 @@ class WorldSize:
 class Plan:
     """Forecasts for several world sizes, and conclusions.
 
-    `fraction_of_limit` has, for each scaling rule, pairs of world size and scaled learning rate over the
+    `fraction_of_stability_limit` has, for each scaling rule, pairs of world size and scaled learning rate over the
     limit. `largest_stable` is the largest stable world size for each scaling rule, up to the number of rows; empty
     where the global batch does not grow with the ranks. `critical` is None beyond 16 features.
     """
@@ -47,7 +47,7 @@ class Plan:
     lr_scaling: str
     target_excess: float
     rows: tuple[WorldSize, ...]
-    fraction_of_limit: dict[str, tuple[tuple[int, float | None], ...]]
+    fraction_of_stability_limit: dict[str, tuple[tuple[int, float | None], ...]]
     largest_stable: dict[LRScaling, int]
     critical: CriticalBatch | None
     verdict: str
@@ -137,7 +137,9 @@ def plan(config: TrainConfig, world_sizes: Sequence[int]) -> Plan:
         lr_scaling=config.lr_scaling,
         target_excess=first.target_excess,
         rows=rows,
-        fraction_of_limit={r: tuple((row.world_size, fraction(c, row)) for row in rows) for r, c in rules.items()},
+        fraction_of_stability_limit={
+            r: tuple((row.world_size, fraction(c, row)) for row in rows) for r, c in rules.items()
+        },
         largest_stable=largest,
         critical=critical,
         verdict=_verdict(config, rows, largest, table.num_rows // local_batch_size),

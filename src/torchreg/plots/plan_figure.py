@@ -33,7 +33,7 @@ def plan_figure(plan: dict[str, Any]) -> Figure:
 
 
 def _draw_limit(axes: Axes, plan: dict[str, Any]) -> None:
-    for rule, multiples in plan["fraction_of_limit"].items():
+    for rule, multiples in plan["fraction_of_stability_limit"].items():
         colour, dashes, marker = _RULES[rule]
         points = [(size, multiple) for size, multiple in multiples if multiple is not None]
         axes.plot(*zip(*points, strict=True), marker=marker, color=colour, linestyle=dashes, label=f"lr_scaling {rule}")

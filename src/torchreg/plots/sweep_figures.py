@@ -132,13 +132,13 @@ def _draw_order(axes: Axes, trials: pd.DataFrame, top: float, order: str) -> Non
             some["multiplier"], height, marker, markersize=size, markerfacecolor=face, color=colour,
             label=f"{order}, {name}",
         )  # fmt: skip
-    stable = trials[(trials["fraction_of_limit"] < 1) & (trials["warmup_steps"] == 0)]
+    stable = trials[(trials["fraction_of_stability_limit"] < 1) & (trials["warmup_steps"] == 0)]
     mean, low, high = (100 * stable[f"predicted_{name}"].astype(float) for name in ("excess", "low", "high"))
     axes.fill_between(stable["multiplier"], low, high, color=colour, alpha=0.12, linewidth=0)
     name = f"{order}, predicted mean and 95 % of runs"
     axes.plot(stable["multiplier"], mean, dashes, color=colour, linewidth=1.2, label=name)
-    nearest = trials.iloc[(trials["fraction_of_limit"] - 1).abs().argmin()]
-    limit = nearest["multiplier"] / nearest["fraction_of_limit"]
+    nearest = trials.iloc[(trials["fraction_of_stability_limit"] - 1).abs().argmin()]
+    limit = nearest["multiplier"] / nearest["fraction_of_stability_limit"]
     axes.axvline(limit, color=colour, linestyle=dashes, linewidth=2)
     axes.annotate(
         f"limit\n× {limit:.3g}", (limit, label_at), xycoords=axes.get_xaxis_transform(), xytext=(-4, 0),

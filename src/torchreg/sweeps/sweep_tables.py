@@ -43,7 +43,7 @@ def trials_table(folder: Path) -> pd.DataFrame:
                 **{f"weight_{name}": weight for name, weight in weights},
                 **{key: result[key] for key in ("bias", "loss", "excess", "closed_form_loss", "diverged_at_step")},
                 "diverged": result["stopped_by"] == "divergence",
-                "fraction_of_limit": 1 / forecast["stability_limit"],
+                "fraction_of_stability_limit": 1 / forecast["stability_limit"],
                 "noise_floor": forecast["noise_floor"],
                 **{f"predicted_{name}": ends.get(name) for name in ("excess", "low", "high")},
             }
@@ -68,7 +68,14 @@ def curves_table(folder: Path) -> pd.DataFrame:
 def summary(trials: pd.DataFrame) -> pd.DataFrame:
     """One row per configuration: means over its seeds, the standard error of the mean excess, and the prediction."""
     weights = [column for column in trials.columns if column.startswith("weight_")]
-    same = ["num_steps", "fraction_of_limit", "noise_floor", "predicted_excess", "predicted_low", "predicted_high"]
+    same = [
+        "num_steps",
+        "fraction_of_stability_limit",
+        "noise_floor",
+        "predicted_excess",
+        "predicted_low",
+        "predicted_high",
+    ]
     groups = trials.groupby(GROUP, sort=True)
     table = groups[[*weights, "bias", "loss", "excess"]].mean()
     table = table.join(groups["excess"].sem().rename("excess_error")).join(groups[same].first())
@@ -82,7 +89,7 @@ def batch_rows(summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     weights = [column for column in summary.columns if column.startswith("weight_")]
     rows = []
     for row in summary.to_dict("records"):
-        stable, converged = row["fraction_of_limit"] < 1, row["num_diverged"] == 0
+        stable, converged = row["fraction_of_stability_limit"] < 1, row["num_diverged"] == 0
         fitted = {"weight": row[weights[0]], "bias": row["bias"]} if len(weights) == 1 else {}
         low, high = _percent(row["predicted_low"]), _percent(row["predicted_high"])
         rows.append(
@@ -90,7 +97,7 @@ def batch_rows(summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
                 "batch": ("" if converged else "!") + str(row["global_batch_size"]),
                 "lr": f"× {row['multiplier']:.4g}",
                 "steps": f"{row['num_steps']}",
-                "lr / limit": f"{row['fraction_of_limit']:.3g}",
+                "lr / limit": f"{row['fraction_of_stability_limit']:.3g}",
                 **{name: f"{x:.5g}" if converged else "" for name, x in (fitted | {"loss": row["loss"]}).items()},
                 "above best, %": _outcome(row),
                 "predicted": _percent(row["predicted_excess"]) if stable else "diverges",
@@ -105,14 +112,14 @@ def lr_scaling_rows(summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     rows = []
     for (standardize, order, batch, multiplier), trials in summary.groupby(GROUP[:-1], sort=False):
         cold, warm = trials.sort_values("warmup_steps").to_dict("records")
-        stable, diverged = cold["fraction_of_limit"] < 1, bool(cold["num_diverged"] + warm["num_diverged"])
+        stable, diverged = cold["fraction_of_stability_limit"] < 1, bool(cold["num_diverged"] + warm["num_diverged"])
         rows.append(
             {
                 "features": "!" * diverged + ("standardised" if standardize else "raw"),
                 "order": str(order),
                 "lr": f"× {multiplier:.4g}",
                 "batch": f"{batch}",
-                "lr / limit": f"{cold['fraction_of_limit']:.3g}",
+                "lr / limit": f"{cold['fraction_of_stability_limit']:.3g}",
                 "predicted, % above best": _percent(cold["predicted_excess"]) if stable else "diverges",
                 "measured": _outcome(cold),
                 "with warm-up": _outcome(warm),
