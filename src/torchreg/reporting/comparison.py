@@ -14,7 +14,6 @@ from torchreg.reporting.analysis import KIND, SCHEMA_VERSION
 from torchreg.reporting.groups import VERSIONS, comparable_groups
 from torchreg.reporting.points import Json, launches_by_point, point_of
 from torchreg.reporting.provenance import excluded, failures
-from torchreg.reporting.series import step_times
 from torchreg.scaling.records import launches_table, points_table, read_records
 from torchreg.scaling.statistics import Estimate, ratio_interval
 
@@ -132,15 +131,10 @@ def table(comparison: Json) -> tuple[list[str], list[list[str]]]:
             new = f"{row['new_step_time_s'] * 1e3:.3g} ms"
             ratio = f"{value:.3f}" + ("" if low is None else f" ({low:.3f}–{high:.3f})")
         rows.append([
-            f"{'!' if row['outcome'] in _REGRESSIONS else ''}{row['num_nodes']}",
-            f"{row['num_nodes'] * row['ranks_per_node']}",
-            f"{row['optimizer']}/{row['sync']}",
-            f"{row['num_features']}",
-            f"{row['global_batch_size']:,}",
-            f"{row['old_step_time_s'] * 1e3:.3g} ms",
-            new,
-            ratio,
-            row["outcome"],
+            f"{'!' * (row['outcome'] in _REGRESSIONS)}{row['num_nodes']}",
+            f"{row['num_nodes'] * row['ranks_per_node']}", f"{row['optimizer']}/{row['sync']}",
+            f"{row['num_features']}", f"{row['global_batch_size']:,}",
+            f"{row['old_step_time_s'] * 1e3:.3g} ms", new, ratio, row["outcome"],
         ])  # fmt: skip
     return columns, rows
 
@@ -169,7 +163,9 @@ def _read(path: Path) -> _Side:
         groups = []
         for group in comparable_groups(launches_table(records)):
             by_point = launches_by_point(group, points)
-            measured = [{**point_of(name, own), "times": step_times(own)} for name, own in by_point.items()]
+            measured = [
+                {**point_of(name, own), "times": own["step_time_s"].to_dict()} for name, own in by_point.items()
+            ]
             key = {**group.key, "distributed": group.key["effective"]}
             groups.append({**key, "versions": group.key, "points": measured})
         return _side({"groups": groups, "excluded": excluded(records), "failed": failures(records)})

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 
 from torchreg.reporting.points import Json, over_launches
-from torchreg.reporting.series import step_times
 from torchreg.scaling import models
 from torchreg.scaling.identify import Fit
 
@@ -69,7 +68,7 @@ def _times(sizes: Mapping[str, Size], launches: Mapping[str, pd.DataFrame]) -> d
     """{block: {size: seconds of a step}}, as fits need them, of points with a size each."""
     times: dict[Hashable, dict[Size, float]] = {}
     for name, size in sizes.items():
-        for block, seconds in step_times(launches[name]).items():
+        for block, seconds in launches[name]["step_time_s"].items():
             times.setdefault(block, {})[size] = seconds
     return times
 
@@ -82,10 +81,7 @@ def allreduce_of(table: pd.DataFrame) -> list[Json]:
     """Time and bandwidth (B/s) by message size for each backend and world size, with a fit."""
     found = []
     for _, rows in table.groupby(_ALLREDUCE_KEY, sort=True):
-        by_block = {
-            block: dict(zip(own["message_bytes"].tolist(), own["time_s"].tolist(), strict=True))
-            for block, own in rows.groupby("block")
-        }
+        by_block = {block: own.set_index("message_bytes")["time_s"].to_dict() for block, own in rows.groupby("block")}
         sizes = [
             {"message_bytes": size, "time_s": over_launches(times), "bandwidth": size / median(times)}
             for size, times in rows.groupby("message_bytes")["time_s"]

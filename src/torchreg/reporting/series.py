@@ -59,7 +59,7 @@ def _series(group: str, kind: str, scope: str, points: Sequence[Json], launches:
         k = point["world_size"] / baseline["world_size"]
         efficiency = Estimate(1.0, 1.0, 1.0, point["num_launches"])
         if point is not baseline:
-            efficiency = ratio_interval(step_times(launches[baseline["id"]]), step_times(launches[point["id"]]))
+            efficiency = ratio_interval(*(launches[one["id"]]["step_time_s"].to_dict() for one in (baseline, point)))
             if kind == "strong":  # T(p0)·p0 / (T(p)·p); weak: T(p0) / T(p)
                 efficiency = scaled(efficiency, 1 / k)
         speedup = scaled(efficiency, k)
@@ -84,8 +84,3 @@ def _series(group: str, kind: str, scope: str, points: Sequence[Json], launches:
         "baseline_world_size": baseline["world_size"],
         "points": rows,
     }
-
-
-def step_times(launches: pd.DataFrame) -> dict[int, float]:
-    """Block → seconds of a step, from the launches of a point."""
-    return dict(zip(launches.index.tolist(), launches["step_time_s"].tolist(), strict=True))
