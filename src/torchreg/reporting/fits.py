@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict
 from statistics import median
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -81,7 +81,9 @@ def allreduce_of(table: pd.DataFrame) -> list[Json]:
     """Time and bandwidth (B/s) by message size for each backend and world size, with a fit."""
     found = []
     for _, rows in table.groupby(_ALLREDUCE_KEY, sort=True):
-        by_block = {block: own.set_index("message_bytes")["time_s"].to_dict() for block, own in rows.groupby("block")}
+        by_block: dict[Hashable, Any] = {
+            block: own.set_index("message_bytes")["time_s"].to_dict() for block, own in rows.groupby("block")
+        }
         sizes = [
             {"message_bytes": size, "time_s": over_launches(times), "bandwidth": size / median(times)}
             for size, times in rows.groupby("message_bytes")["time_s"]
