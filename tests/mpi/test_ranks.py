@@ -119,7 +119,7 @@ def test_divergence_ends_every_rank_with_exit_code_3_and_a_record(run, tmp_path)
     [
         (["--data", "nowhere.csv"], "nowhere.csv, which does not exist"),
         (["--global-batch-size", "0"], "global_batch_size is 0"),
-        (["--local-batch-size", "200"], "200 rows a rank × 3 ranks"),
+        (["--local-batch-size", "200"], "200 samples × 3 ranks"),
     ],
 )
 def test_bad_input_is_told_once_and_ends_all_ranks_with_exit_code_2(options, part, run, tmp_path):

@@ -1,5 +1,6 @@
 """If these fail, a picture of a scaling report does not show its numbers, or spoils the page around it."""
 
+import copy
 import itertools
 import math
 import re
@@ -10,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.report.example import COMBINATIONS, make_report
 from torchreg.plots import rendering
 from torchreg.plots.pictures import best_model, draw_estimates, power_of_two, scopes_of, styles_of
 from torchreg.plots.quantities import bytes_text, count, in_unit, number
@@ -18,13 +18,39 @@ from torchreg.plots.scaling_figures import draw_allreduce, draw_breakdown, draw_
 from torchreg.plots.style import new_figure
 from torchreg.plots.target_figures import draw_steps, draw_targets, unstable_from
 
+from ..reporting.synthetic import Campaign, report_of
+
 WITHIN = "within a node"
+COMBINATIONS = ["manual/allreduce", "manual/mpi", "sgd/ddp", "sgd/mpi"]
+CAMPAIGN = Campaign(
+    nodes=(1, 2), combinations=[tuple(name.split("/")) for name in COMBINATIONS], num_features=(1, 64), num_blocks=6
+)
+
+
+def change(record):
+    """60 + 90 000 / batch steps to the target, unstable above 400 samples; MPI's all-reduce, four times as fast."""
+    for point in record["points"]:
+        batch = point["global_batch_size"]
+        if point["target_excess"]:
+            steps = round(60 + 90_000 / batch) if batch <= 400 else None
+            time_s = steps and steps * point["step_time_s"]
+            point |= {"predicted_steps": steps, "measured_steps": steps, "measured_time_s": time_s}
+            point["stability_limit"] = 400 / batch
+    record["allreduce"] += [
+        {**one, "backend": "MPI", "sync": "mpi", "time_s": one["time_s"] / 4} for one in record["allreduce"]
+    ]
+    return record
 
 
 @pytest.fixture(scope="module")
-def group():
+def group(tmp_path_factory):
     """Two sizes of the model, four combinations, 1, 2 and 4 ranks a node on one and two nodes."""
-    return make_report(num_features=(1, 64))["groups"][0]
+    return report_of(CAMPAIGN, change=change, folder=tmp_path_factory.mktemp("campaign"))["groups"][0]
+
+
+def allreduce_on_two_ranks(group):
+    """On one node: MPI's, then gloo's."""
+    return [one for one in group["allreduce"] if (one["num_nodes"], one["world_size"]) == (1, 2)]
 
 
 def axes_of(panel):
@@ -149,7 +175,8 @@ def test_intervals_are_drawn_from_low_to_high_and_only_where_they_are():
     segments = [segment[:, 1].tolist() for segment in with_ends.lines[2][0].get_segments()]
     assert segments == [[2.5, 4], [3, 3], [2, 3]]
     assert not without.has_yerr
-    group = make_report(num_features=(1,), num_nodes=(1,), num_launches=3)["groups"][0]
+    few = Campaign(num_blocks=3, num_features=(1,), combinations=[("sgd", "ddp")], ranks_per_node=(1, 2))
+    group = report_of(few)["groups"][0]
     for container in lines_of(axes_of(draw_scaling(group, 1, "strong", WITHIN).panels[0])).values():
         assert not container.has_yerr
 
@@ -158,9 +185,9 @@ def test_lines_differ_in_more_than_hue(group):
     for picture in (draw_scaling(group, 1, "strong", WITHIN), draw_allreduce(group, 1)):
         shapes = [(look.marker, look.dashes) for look in picture.legend if look.marker]
         assert len(set(shapes)) == len(shapes)
-    unknown = make_report(num_features=(1,), num_nodes=(1,), combinations=("manual/mpi", "sgd/ddp"))["groups"][0]
-    for number_, one in enumerate(unknown["series"]):
-        one["sync"] = f"new{number_ % 2}"  # what this version does not know gets a style of its own
+    # What this version does not know gets a style of its own.
+    own = [one for one in group["series"] if one["sync"] in ("mpi", "ddp") and one["num_features"] == 1]
+    unknown = {**group, "series": [{**one, "optimizer": "new"} for one in own]}
     shapes = [(look.marker, look.dashes) for look in draw_scaling(unknown, 1, "strong", WITHIN).legend[:2]]
     assert len(set(shapes)) == 2
 
@@ -168,14 +195,14 @@ def test_lines_differ_in_more_than_hue(group):
 def test_a_bar_is_the_whole_step_and_the_imbalance_a_part_of_it(group):
     picture = draw_breakdown(group, 1, "strong", WITHIN)
     axes = axes_of(picture.panels[0])
-    point = next(point for point in group["points"] if point["id"] == "sgd-ddp-1-256-nodes-1-ranks-4")
+    point = next(one for one in group["points"] if one["id"] == "g1-nodes-1-ranks-4-sgd-ddp-features-1-batch-256")
     row = [label.get_text() for label in axes.get_yticklabels()].index("sgd/ddp  4")
     widths = [container[row].get_width() for container in axes.containers]
     step = point["step_time_s"]["value"]
     names = ("data_time_s", "compute_time_s", "exposed_time_s")
     np.testing.assert_allclose(widths[:3], [point[name]["value"] / step for name in names])
-    assert sum(widths[:3]) == pytest.approx(1)
-    assert widths[3:] == [pytest.approx(-0.03)]  # backwards from the end: not one part more
+    assert sum(widths[:3]) == pytest.approx(1, abs=0.02)  # the medians are taken separately
+    assert widths[3:] == [pytest.approx(-0.01)]  # backwards from the end: not one part more
     assert in_unit([step], "s") in [text.get_text() for text in axes.texts]
 
 
@@ -195,7 +222,7 @@ def test_noise_below_zero_is_no_part_of_a_bar(group):
 
 def test_a_model_is_dashed_beyond_what_was_measured_and_the_best_one_is_drawn(group):
     one = next(one for one in group["series"] if (one["kind"], one["scope"]) == ("strong", WITHIN))
-    assert best_model(one)["model"] == "mechanistic"  # 2.7 % held out; Amdahl 8.3 %; USL not identifiable
+    assert best_model(one)["model"] == "mechanistic"  # which is how the synthetic machine computes its times
     axes = axes_of(draw_models(group, 1, "strong", WITHIN).panels[0])
     curves = [line for line in axes.lines if line.get_marker() == "None" and line.get_linewidth() == 1.2]
     solid = [line for line in curves if line.get_linestyle() == "-"]
@@ -203,7 +230,7 @@ def test_a_model_is_dashed_beyond_what_was_measured_and_the_best_one_is_drawn(gr
     assert len(solid) == len(dashed) == 4
     for within, beyond in zip(solid, dashed, strict=True):
         assert within.get_xdata()[-1] == beyond.get_xdata()[0] == pytest.approx(4, rel=0.08)
-        assert beyond.get_xdata()[-1] == pytest.approx(16, rel=0.08)
+        assert beyond.get_xdata()[-1] == pytest.approx(32, rel=0.08)
     (shade,) = axes.patches
     assert 4 < shade.get_x() < 8
 
@@ -218,9 +245,12 @@ def test_the_allreduce_line_is_alpha_plus_beta_m(group):
         "2 ranks on 1 node", "4 ranks on 1 node", "2 ranks on 2 nodes", "4 ranks on 2 nodes", "8 ranks on 2 nodes",
     ]  # fmt: skip
     axes = axes_of(picture.panels[0])
-    line = next(line for line in axes.lines if len(line.get_xdata()) == 40)
-    # gloo on 2 ranks: α = 2.5e-4 s · log₂ 2, β = 1.4e-9 s a byte.
-    np.testing.assert_allclose(line.get_ydata(), 2.5e-4 + 1.4e-9 * line.get_xdata())
+    lines = [line for line in axes.lines if len(line.get_xdata()) == 40]
+    for line, one, quarters in zip(lines, allreduce_on_two_ranks(group), (1, 4), strict=True):
+        alpha, beta = (parameter["value"] for parameter in one["fit"]["parameters"])
+        np.testing.assert_allclose(line.get_ydata(), alpha + beta * line.get_xdata())
+        # The synthetic machine on 2 ranks with gloo: α = 100 µs, β = 1 ns per byte.
+        assert (alpha, beta) == pytest.approx((quarters / 4 * 100e-6, quarters / 4 * 1e-9), rel=0.1)
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
 
 
@@ -252,13 +282,13 @@ def test_time_and_node_hours_to_the_target_over_ranks(group):
     assert time.patches[0].get_x() == pytest.approx(6.25)
     drawn = {line.get_color(): line for line in hours.lines}
     (target,) = [
-        one for one in group["targets"] if one["series"].startswith("weak-across-nodes-4") and "ddp" in one["series"]
+        one for one in group["targets"] if one["series"].startswith("g1-weak-across-nodes-4") and "ddp" in one["series"]
     ]
     np.testing.assert_allclose(drawn["#D55E00"].get_ydata(), [target["rows"][0]["node_hours"]])
 
 
-def test_a_target_that_is_never_reached_is_marked():
-    group = make_report(num_features=(1,), num_nodes=(1,), ranks_per_node=(1, 2))["groups"][0]
+def test_a_target_that_is_never_reached_is_marked(group):
+    group = copy.deepcopy(group)
     for target in group["targets"]:
         for row in target["rows"]:
             row |= {"predicted_steps": None, "measured_steps": None, "predicted_time_s": None, "measured_time_s": None}
@@ -302,13 +332,9 @@ def test_elements_for_a_page_have_unique_ids_titles_and_the_pages_colours(pictur
     assert all(root.get("aria-hidden") == "true" for root in roots[len(picture.panels) :])
 
 
-def test_names_from_elsewhere_are_drawn_as_they_are():
-    group = make_report(num_features=(1,), num_nodes=(1,), ranks_per_node=(1, 2), combinations=("manual/mpi",))[
-        "groups"
-    ][0]
-    for one in group["allreduce"]:
-        one["backend"] = "a$_{b}$ <i>\x1b[1m"
-    picture = draw_allreduce(group, 1)
+def test_names_from_elsewhere_are_drawn_as_they_are(group):
+    one = {**allreduce_on_two_ranks(group)[0], "backend": "a$_{b}$ <i>\x1b[1m"}
+    picture = draw_allreduce({**group, "allreduce": [one]}, 1)
     assert rendering.picture_files(picture)
     (element,) = rendering.inline_panels(picture)
     assert "&lt;i&gt;\\x1b[1m" in element

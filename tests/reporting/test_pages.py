@@ -19,7 +19,7 @@ from markdown_it import MarkdownIt
 from torchreg.cli import main
 from torchreg.plots import rendering
 from torchreg.reporting.pages import escape_markdown, write_pages
-from torchreg.reporting.tables import Entry, estimate, make_table
+from torchreg.reporting.tables import Entry, make_entry, make_table
 
 from .synthetic import Campaign, report_of
 
@@ -76,13 +76,8 @@ FEW = Campaign(
 
 
 TARGET_FIELDS = (
-    "target_excess",
-    "predicted_steps",
-    "measured_steps",
-    "measured_time_s",
-    "stability_limit",
-    "noise_floor",
-)
+    "target_excess", "predicted_steps", "measured_steps", "measured_time_s", "stability_limit", "noise_floor",
+)  # fmt: skip
 
 
 def change(record):
@@ -91,15 +86,7 @@ def change(record):
     if campaign == "few":
         record["dtype"] = "float32"  # not comparable
         for point in record["points"]:
-            names = (
-                "target_excess",
-                "predicted_steps",
-                "measured_steps",
-                "measured_time_s",
-                "stability_limit",
-                "noise_floor",
-            )
-            point |= dict.fromkeys(names)
+            point |= dict.fromkeys(TARGET_FIELDS)
         failed = launch["block"] == 2 and launch["world_size"] == 2
         return FEW.failure(2, 1, 2, "mpiexec ended with exit status 6") if failed else record
     if launch["num_nodes"] == 2 and launch["ranks_per_node"] != 4:
@@ -434,4 +421,4 @@ def test_columns_with_the_same_value_in_every_row_move_to_the_title():
 def test_steps_to_a_target_have_every_digit():
     # Three digits would make 2,350 of 2,347.
     steps = {"value": 2346.6, "low": 2345.0, "high": 2348.5, "num_launches": 6}
-    assert estimate("steps")(steps) == Entry("2,347", "2,345 – 2,348")
+    assert make_entry(steps, "whole") == Entry("2,347", "2,345 – 2,348")

@@ -8,46 +8,33 @@ from typing import Annotated
 
 import tyro
 
-from torchreg.cli.options import EXIT_FAILED, parse
+from torchreg.cli.options import EXIT_FAILED, JSONOption, parse
 
 
 @dataclass(frozen=True)
-class ReportArguments:
+class ReportArguments(JSONOption):
     """Turn the launch records of a campaign into a report: report.html, report.md, report.json, tables, figures.
 
     Several directories give one report, in which launches that are not comparable are kept apart.
     `torchreg report compare OLD NEW` shows whether a campaign has become slower.
     """
 
+    # Campaign directories, as `torchreg scale run` made them.
     dirs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR [DIR ...]")]
-    """Campaign directories, as `torchreg scale run` made them."""
-
-    out: Path | None = None
-    """Where the report is written. Default: `report` in the campaign's directory."""
-
-    json: bool = False
-    """Print the report as one JSON object on stdout, and nothing else there."""
+    out: Path | None = None  # Where the report is written. Default: `report` in the campaign's directory.
 
 
 @dataclass(frozen=True)
-class CompareArguments:
+class CompareArguments(JSONOption):
     """Compare a new campaign with an old one: exit code 1 where a step became slower, or a result wrong.
 
     Slower means that even the low end of the 95 % interval of new over old is beyond the threshold; faster, the high
     end likewise. Intervals cover differences between launches, not between the hours of two campaigns.
     """
 
-    old: Annotated[Path, tyro.conf.Positional]
-    """The old campaign's directory, or its report.json."""
-
-    new: Annotated[Path, tyro.conf.Positional]
-    """The new campaign's directory, or its report.json."""
-
-    threshold: float = 0.05
-    """The fraction by which a step may take longer."""
-
-    json: bool = False
-    """Print the comparison as one JSON object on stdout, and nothing else there."""
+    old: tyro.conf.Positional[Path]  # The old campaign's directory, or its report.json.
+    new: tyro.conf.Positional[Path]  # The new campaign's directory, or its report.json.
+    threshold: float = 0.05  # The fraction by which a step may take longer.
 
 
 def run(argv: list[str]) -> int:
@@ -60,13 +47,12 @@ def run(argv: list[str]) -> int:
     if arguments.out is None and len(arguments.dirs) > 1:
         raise ValueError(f"report got {len(arguments.dirs)} directories: give the directory of their report with --out")
 
-    from torchreg.reporting.write import require_report_libraries
+    from torchreg.reporting.write import require_report_libraries, write_data
 
     require_report_libraries()
 
     from torchreg.console import show_lines
     from torchreg.reporting.analysis import analyse
-    from torchreg.reporting.write import write_data
     from torchreg.runs.record import to_json
     from torchreg.scaling.records import read_records
 
@@ -82,8 +68,7 @@ def run(argv: list[str]) -> int:
         print(to_json(report))
         return 0
     lines = [f"verdict      {line}" for line in summary_lines(report)]
-    lines += [f"failed       {one['file']}: {one['reason']}" for one in report["failed"]]
-    lines += [f"excluded     {one['file']}: {one['reason']}" for one in report["excluded"]]
+    lines += [f"{what:13}{one['file']}: {one['reason']}" for what in ("failed", "excluded") for one in report[what]]
     lines += [f"report       {path}" for path in written if path.suffix in (".html", ".md", ".json")]
     show_lines(lines)
     return 0

@@ -60,7 +60,7 @@ def analyse(records: Records) -> Json:
 def _group(group: Group, launches: pd.DataFrame, points: pd.DataFrame, allreduce: pd.DataFrame) -> Json:
     own = launches[launches["launch"].isin(group.launches)]
     num_cpus = pd.to_numeric(own["num_cpus"])
-    by_point = launches_by_point(group.id, points[points["launch"].isin(group.launches) & points["check_passed"]])
+    by_point = launches_by_point(group, points)
     found = {name: point_of(name, rows) for name, rows in by_point.items()}
     series = series_of(group.id, list(found.values()), by_point)
     too_many = own.loc[own["ranks_per_node"] > num_cpus, "ranks_per_node"]

@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from torchreg.reporting.analysis import KIND, SCHEMA_VERSION
 from torchreg.reporting.groups import VERSIONS, comparable_groups
 from torchreg.reporting.points import Json, launches_by_point, point_of
 from torchreg.reporting.provenance import excluded, failures
-from torchreg.reporting.series import step_times
 from torchreg.scaling.records import launches_table, points_table, read_records
 from torchreg.scaling.statistics import Estimate, ratio_interval
 
 _WHERE = ("machine", "device_name", "backend", "dtype", "distributed")
 _POINT = ("num_nodes", "ranks_per_node", "optimizer", "sync", "num_features", "global_batch_size")
+_LAUNCH = ("machine", "num_nodes", "ranks_per_node")
 _REGRESSIONS = ("regression", "no result any more")
 _HOURS = (
     "the intervals do not cover a machine that was slower for a whole campaign: to distinguish it from the code, "
@@ -28,19 +28,17 @@ _HOURS = (
 
 Key: TypeAlias = tuple[Hashable, ...]
 """The fields of `_WHERE` and `_POINT`. Versions may differ, because a comparison is often about them."""
+Measured: TypeAlias = tuple[Estimate, Mapping[int, float] | None]
+"""The step time of a point, and its times by block where they are known."""
 
 
-@dataclass(frozen=True)
-class _Side:
-    """A campaign directory or a report.json: step time of each point, and its times by block where they are known.
+class _Side(NamedTuple):
+    """A campaign directory or a report.json; `mixed` are points that were measured with several sets of versions."""
 
-    `mixed` are points that were measured with several sets of versions.
-    """
-
-    points: Mapping[Key, tuple[Estimate, Mapping[int, float] | None]]
-    mixed: frozenset[Key]
+    points: Mapping[Key, Measured]
+    mixed: set[Key]
     wrong: list[str]
-    failed: frozenset[tuple[str, int, int]]
+    failed: set[tuple[Hashable, ...]]
     versions: Mapping[str, list[str]]
 
 
@@ -58,13 +56,12 @@ def compare(old: Path, new: Path, threshold: float = 0.05) -> Json:
     mixed = before.mixed | after.mixed
     rows = []
     for key in sorted(before.points.keys() - mixed, key=lambda key: [(one is not None, one) for one in key]):
-        point: Json = dict(zip((*_WHERE, *_POINT), key, strict=True))
-        row = {**point, "old_step_time_s": before.points[key][0].value}
+        row: Json = dict(zip((*_WHERE, *_POINT), key, strict=True), old_step_time_s=before.points[key][0].value)
         if key in after.points:
             ratio = _ratio(after.points[key], before.points[key])
             row |= {"new_step_time_s": after.points[key][0].value, "ratio": asdict(ratio)}
             rows.append({**row, "outcome": _outcome(ratio, threshold)})
-        elif (point["machine"], point["num_nodes"], point["ranks_per_node"]) in after.failed:
+        elif tuple(row[field] for field in _LAUNCH) in after.failed:
             rows.append({**row, "new_step_time_s": None, "ratio": None, "outcome": "no result any more"})
     if not rows and not after.wrong:
         raise ValueError(
@@ -83,9 +80,7 @@ def compare(old: Path, new: Path, threshold: float = 0.05) -> Json:
     }
 
 
-def _ratio(
-    new: tuple[Estimate, Mapping[int, float] | None], old: tuple[Estimate, Mapping[int, float] | None]
-) -> Estimate:
+def _ratio(new: Measured, old: Measured) -> Estimate:
     (one, new_times), (other, old_times) = new, old
     if new_times is not None and old_times is not None:
         # The same block number in two campaigns is not the same block.
@@ -111,7 +106,7 @@ def _outcome(ratio: Estimate, threshold: float) -> str:
     return "same" if ratio.low >= 1 / (1 + threshold) else "not slower"
 
 
-def _notes(old: _Side, new: _Side, mixed: frozenset[Key]) -> Iterator[str]:
+def _notes(old: _Side, new: _Side, mixed: set[Key]) -> Iterator[str]:
     for name in VERSIONS:
         if old.versions[name] != new.versions[name]:
             before, after = (", ".join(side.versions[name]) or "none" for side in (old, new))
@@ -130,20 +125,16 @@ def table(comparison: Json) -> tuple[list[str], list[list[str]]]:
     columns = ["nodes", "ranks", "trained by", "features", "global batch", "old", "new", "new / old", "outcome"]
     rows = []
     for row in comparison["rows"]:
-        new_s, ratio, shown = row["new_step_time_s"], row["ratio"], ""
-        if ratio:
-            shown = f"{ratio['value']:.3f}"
-            shown += "" if ratio["low"] is None else f" ({ratio['low']:.3f}–{ratio['high']:.3f})"
+        new, ratio = "", ""
+        if row["ratio"]:
+            value, low, high = (row["ratio"][end] for end in ("value", "low", "high"))
+            new = f"{row['new_step_time_s'] * 1e3:.3g} ms"
+            ratio = f"{value:.3f}" + ("" if low is None else f" ({low:.3f}–{high:.3f})")
         rows.append([
-            f"{'!' if row['outcome'] in _REGRESSIONS else ''}{row['num_nodes']}",
-            f"{row['num_nodes'] * row['ranks_per_node']}",
-            f"{row['optimizer']}/{row['sync']}",
-            f"{row['num_features']}",
-            f"{row['global_batch_size']:,}",
-            f"{row['old_step_time_s'] * 1e3:.3g} ms",
-            "" if new_s is None else f"{new_s * 1e3:.3g} ms",
-            shown,
-            row["outcome"],
+            f"{'!' * (row['outcome'] in _REGRESSIONS)}{row['num_nodes']}",
+            f"{row['num_nodes'] * row['ranks_per_node']}", f"{row['optimizer']}/{row['sync']}",
+            f"{row['num_features']}", f"{row['global_batch_size']:,}",
+            f"{row['old_step_time_s'] * 1e3:.3g} ms", new, ratio, row["outcome"],
         ])  # fmt: skip
     return columns, rows
 
@@ -167,12 +158,22 @@ def conclusion(comparison: Json) -> list[str]:
 
 def _read(path: Path) -> _Side:
     if not path.is_file():
-        return _from_records(path)
+        records = read_records([path])
+        points = points_table(records)
+        groups = []
+        for group in comparable_groups(launches_table(records)):
+            by_point = launches_by_point(group, points)
+            measured = [
+                {**point_of(name, own), "times": own["step_time_s"].to_dict()} for name, own in by_point.items()
+            ]
+            key = {**group.key, "distributed": group.key["effective"]}
+            groups.append({**key, "versions": group.key, "points": measured})
+        return _side({"groups": groups, "excluded": excluded(records), "failed": failures(records)})
     try:
         report = json.loads(path.read_bytes())
         if report["kind"] != KIND or report["schema_version"] != SCHEMA_VERSION:
             raise ValueError("another kind or version of file")
-        return _side(report["groups"], report["excluded"], report["failed"])
+        return _side(report)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ValueError(
@@ -181,23 +182,14 @@ def _read(path: Path) -> _Side:
         ) from None
 
 
-def _from_records(folder: Path) -> _Side:
-    records = read_records([folder])
-    launches, points = launches_table(records), points_table(records)
-    good = points[points["check_passed"]]
-    groups = []
-    for group in comparable_groups(launches):
-        by_point = launches_by_point(group.id, good[good["launch"].isin(group.launches)])
-        found = [{**point_of(name, own), "times": step_times(own)} for name, own in by_point.items()]
-        where = {**group.key, "distributed": group.key["effective"]}
-        groups.append({**where, "versions": group.key, "points": found})
-    return _side(groups, excluded(records), failures(records))
-
-
-def _side(groups: Sequence[Json], excluded: Sequence[Json], failed: Sequence[Json]) -> _Side:
-    points: dict[Key, tuple[Estimate, Mapping[int, float] | None]] = {}
+def _side(report: Json) -> _Side:
+    points: dict[Key, Measured] = {}
     mixed = set()
-    for group in groups:
+    versions: dict[str, set[str]] = {name: set() for name in VERSIONS}
+    for group in report["groups"]:
+        for name in VERSIONS:
+            if value := group["versions"].get(name):
+                versions[name].add(str(value))
         for point in group["points"]:
             measured = (_estimate(point["step_time_s"]), point.get("times"))
             # One rank uses neither backend nor communicator: it is the same point in each group.
@@ -208,17 +200,14 @@ def _side(groups: Sequence[Json], excluded: Sequence[Json], failed: Sequence[Jso
                 mixed.add(key)
     return _Side(
         points,
-        frozenset(mixed),
-        [f"{one['what']}: {one['reason']}" for one in excluded if one["is_wrong_result"]],
-        frozenset((one["machine"], one["num_nodes"], one["ranks_per_node"]) for one in failed if not one["is_retried"]),
-        {
-            name: sorted({str(one["versions"][name]) for one in groups if one["versions"].get(name)})
-            for name in VERSIONS
-        },
+        mixed,
+        [f"{one['what']}: {one['reason']}" for one in report["excluded"] if one["is_wrong_result"]],
+        {tuple(one[field] for field in _LAUNCH) for one in report["failed"] if not one["is_retried"]},
+        {name: sorted(values) for name, values in versions.items()},
     )
 
 
-def _estimate(content: Mapping[str, Any]) -> Estimate:
+def _estimate(content: Json) -> Estimate:
     value, low, high = (None if content[end] is None else float(content[end]) for end in ("value", "low", "high"))
     if value is None or not all(math.isfinite(end) and end > 0 for end in (value, low, high) if end is not None):
         raise ValueError(f"step_time_s is {str(content)[:80]}")

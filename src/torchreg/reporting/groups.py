@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import pandas as pd
 
@@ -24,14 +23,13 @@ _NAMES = {"device_name": "device", "mpi_library": "MPI", "nccl_version": "NCCL",
 Values: TypeAlias = tuple[str | None, ...]
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """Launches that may be compared, by name, and what they have in common (`KEY`; None where it does not apply)."""
 
     id: str
     title: str
     key: Mapping[str, str | None]
-    launches: tuple[str, ...]
+    launches: list[str]
 
 
 def comparable_groups(launches: pd.DataFrame) -> list[Group]:
@@ -40,19 +38,23 @@ def comparable_groups(launches: pd.DataFrame) -> list[Group]:
     A launch of one rank belongs to each group that agrees in everything that one rank has. Where there is none, such
     launches form a group.
     """
-    good = launches[launches["status"] == "ok"]
-    keys = pd.Series([_key(row) for row in good.to_dict("records")], index=good.index, dtype=object)
-    several = dict.fromkeys(keys[good["world_size"] > 1])
-    members: dict[Values, list[str]] = {key: [] for key in several}
-    for name, world_size, key in zip(good["launch"], good["world_size"], keys, strict=True):
-        fitting = [key] if world_size > 1 else [other for other in several if _fits(key, other)] or [key]
-        for other in fitting:
-            members.setdefault(other, []).append(name)
-    found = sorted(members, key=lambda key: (-len(members[key]), [str(part) for part in key]))
-    return [
-        Group(f"g{number}", _title(key, found), dict(zip(KEY, key, strict=True)), tuple(members[key]))
-        for number, key in enumerate(found, 1)
-    ]
+    good = [(_key(row), row) for row in launches[launches["status"] == "ok"].to_dict("records")]
+    members: dict[Values, list[str]] = {key: [] for key, row in good if row["world_size"] > 1}
+    several = list(members)
+    for key, row in good:
+        fitting = [other for other in several if _fits(key, other)] if row["world_size"] == 1 else []
+        for other in fitting or [key]:
+            members.setdefault(other, []).append(row["launch"])
+    keys = sorted(members, key=lambda key: (-len(members[key]), [str(part) for part in key]))
+    differing = {field for field, *values in zip(KEY, *keys, strict=True) if len(set(values)) > 1}
+    found = []
+    for number, key in enumerate(keys, 1):
+        values = dict(zip(KEY, key, strict=True))
+        parts = [values[field] for field in _IN_ALL_TITLES if values[field]]
+        rest = [field for field in KEY if field in differing and field not in _IN_ALL_TITLES]
+        parts += [f"{_NAMES.get(field, field)} {values[field] or 'none'}" for field in rest]
+        found.append(Group(f"g{number}", " · ".join(map(str, parts)), values, members[key]))
+    return found
 
 
 def _key(row: Mapping[Any, Any]) -> Values:
@@ -68,13 +70,3 @@ def _fits(one_rank: Values, several: Values) -> bool:
         one == other or (one is None and field in _OF_SEVERAL_RANKS)
         for field, one, other in zip(KEY, one_rank, several, strict=True)
     )
-
-
-def _title(key: Values, keys: list[Values]) -> str:
-    """Machine, device, backend and number format, and of the rest what differs between groups."""
-    values = dict(zip(KEY, key, strict=True))
-    parts = [values[field] for field in _IN_ALL_TITLES if values[field]]
-    for index, field in enumerate(KEY):
-        if field not in _IN_ALL_TITLES and len({other[index] for other in keys}) > 1:
-            parts.append(f"{_NAMES.get(field, field)} {values[field] or 'none'}")
-    return " · ".join(map(str, parts))

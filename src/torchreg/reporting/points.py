@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from torchreg.reporting.groups import Group
 from torchreg.scaling.statistics import Estimate, median_interval
 
 Json = dict[str, Any]
@@ -16,15 +17,15 @@ Json = dict[str, Any]
 _KEYS = ["num_nodes", "ranks_per_node", "world_size", "optimizer", "sync", "num_features", "global_batch_size"]
 
 
-def launches_by_point(group: str, table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The launches of each point by its id, indexed by block, from rows of `points_table` whose check passed.
+def launches_by_point(group: Group, table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The launches of each point of a group by its id, indexed by block, from `points_table`.
 
-    `sync` is `none` at one rank.
+    Launches whose check failed are excluded. `sync` is `none` at one rank.
     """
-    found = {}
-    for (num_nodes, _, world_size, optimizer, sync, num_features, batch), rows in table.groupby(_KEYS, sort=True):
+    own, found = table[table["launch"].isin(group.launches) & table["check_passed"]], {}
+    for (num_nodes, _, world_size, optimizer, sync, num_features, batch), rows in own.groupby(_KEYS, sort=True):
         setting = f"{optimizer}-{sync}-features-{num_features}-batch-{batch}"
-        found[f"{group}-nodes-{num_nodes}-ranks-{world_size}-{setting}"] = rows.set_index("block").sort_index()
+        found[f"{group.id}-nodes-{num_nodes}-ranks-{world_size}-{setting}"] = rows.set_index("block").sort_index()
     return found
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
 import pandas as pd
 
 from torchreg.reporting.points import Json
-from torchreg.scaling.records import Launch, Records
+from torchreg.scaling.records import Records
 from torchreg.scaling.schema import printable
 
 _OF_ONE_LAUNCH = re.compile(
@@ -56,47 +57,39 @@ def cost(launches: pd.DataFrame) -> Json:
 
 def provenance(records: Records) -> Json:
     """Fields that all launches have in common, and for the others each value with the number of its launches."""
-    counts: dict[str, Counter[str]] = {}
-    for launch in records.launches:
-        for field, value in _fields(launch):
-            counts.setdefault(field, Counter())[value] += 1
-    total = len(records.launches)
-    of_several = sum(launch.content["launch"]["world_size"] > 1 for launch in records.launches)
+    launches = [(launch.content["launch"]["world_size"] > 1, _fields(launch.content)) for launch in records.launches]
     same, differs = {}, []
-    for field, values in sorted(counts.items()):
-        expected = of_several if field in _NOT_OF_ONE_RANK else total
-        missing = expected - sum(values.values())
-        found = [{"value": value, "launches": number} for value, number in sorted(values.items())]
-        if missing > 0:
-            found.append({"value": None, "launches": missing})
-        if len(found) == 1:
-            same[field] = found[0]["value"]
-        else:
-            differs.append({"field": field, "values": found})
+    for field in sorted({field for _, fields in launches for field in fields}):
+        counts = Counter(
+            fields.get(field) for is_several, fields in launches if is_several or field not in _NOT_OF_ONE_RANK
+        )
+        found = sorted(counts.items(), key=lambda pair: (pair[0] is None, pair[0] or ""))
+        if len(found) > 1:
+            differs.append({"field": field, "values": [{"value": value, "launches": n} for value, n in found]})
+        elif found and found[0][0] is not None:
+            same[field] = found[0][0]
     return {"same": same, "differs": differs}
 
 
-def _fields(launch: Launch) -> Iterator[tuple[str, str]]:
-    content = launch.content
-    communicator, origin = content["distributed"], content["provenance"]
-    fields = {f"campaign.{key}": content["campaign"][key] for key in ("name", "machine", "fingerprint")}
-    fields |= {f"distributed.{key}": communicator.get(key) for key in _DISTRIBUTED}
-    fields |= {f"source.{key}": origin["source"][key] for key in ("commit", "dirty")}
-    fields |= {key: origin[key] for key in ("python", "platform", "job_id")}
-    fields |= {f"libraries.{name}": version for name, version in origin["libraries"].items()}
-    fields |= {
-        f"environment.{name}": value
-        for name, value in origin["environment"].items()
-        if not _OF_ONE_LAUNCH.fullmatch(name)
+def _fields(content: Mapping[str, Any]) -> dict[str, str | None]:
+    """What a record has of its origin, as texts; None where it was not recorded."""
+    campaign, communicator, origin = content["campaign"], content["distributed"], content["provenance"]
+    sections = {
+        "campaign.": {key: campaign[key] for key in ("name", "machine", "fingerprint")},
+        "distributed.": {key: communicator[key] for key in _DISTRIBUTED},
+        "source.": origin["source"],
+        "libraries.": origin["libraries"],
+        "environment.": {k: v for k, v in origin["environment"].items() if not _OF_ONE_LAUNCH.fullmatch(k)},
+        "machine_facts.": content["machine_facts"],
+        "": {key: origin[key] for key in ("python", "platform", "job_id")} | {"dtype": content["dtype"]},
     }
-    fields |= {f"machine_facts.{key}": value for key, value in (content.get("machine_facts") or {}).items()}
-    fields["campaign.without"] = " ".join(content["campaign"].get("without") or []) or None
-    fields["dtype"] = content["dtype"]
+    fields = {prefix + key: value for prefix, section in sections.items() for key, value in section.items()}
+    fields["campaign.without"] = " ".join(campaign["without"]) or None
     fields["devices"] = ", ".join(sorted({place["device"].split(":")[0] for place in communicator["placements"]}))
-    alone = content["launch"]["world_size"] == 1
-    for field, value in fields.items():
-        if value is not None and not (alone and field in _NOT_OF_ONE_RANK):
-            yield field, value if isinstance(value, str) else json.dumps(value)
+    return {
+        field: value if value is None or isinstance(value, str) else json.dumps(value)
+        for field, value in fields.items()
+    }
 
 
 def excluded(records: Records) -> list[Json]:

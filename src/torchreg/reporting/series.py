@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import groupby
+from operator import itemgetter
 
 import pandas as pd
 
 from torchreg.reporting.points import Json, scaled
 from torchreg.scaling.statistics import Estimate, karp_flatt, ratio_interval
+
+_SETTING = ("optimizer", "sync", "num_features")
+_CONSTANT = {"strong": "global_batch_size", "weak": "local_batch_size"}
 
 
 def series_of(group: str, points: Sequence[Json], launches: Mapping[str, pd.DataFrame]) -> list[Json]:
@@ -18,22 +22,26 @@ def series_of(group: str, points: Sequence[Json], launches: Mapping[str, pd.Data
     A campaign of strong and weak series measures points that also form other, shorter series by coincidence. These are
     excluded where each of their points is in a series of full length.
     """
-    candidates = [one for scope, inside in _scopes(points) for one in _candidates(scope, inside)]
-    longest: dict[tuple[str, ...], int] = defaultdict(int)
-    for one in candidates:
-        longest[_family(one)] = max(longest[_family(one)], len(one["points"]))
-    full = [one for one in candidates if len(one["points"]) == longest[_family(one)]]
-    covered = {(one["scope"], one["sync"], point["id"]) for one in full for point in one["points"]}
-    kept = [
-        one
-        for one in candidates
-        if one in full or any((one["scope"], one["sync"], point["id"]) not in covered for point in one["points"])
-    ]
-    return [_with_ratios(group, one, launches) for one in kept]
-
-
-def _family(series: Json) -> tuple[str, ...]:
-    return series["scope"], series["optimizer"], series["sync"], str(series["num_features"])
+    found = []
+    for scope, inside in _scopes(points):
+        settings = [itemgetter(*_SETTING)(point) for point in inside]
+        for optimizer, sync, num_features in dict.fromkeys(setting for setting in settings if setting[1] != "none"):
+            alike = ((optimizer, sync, num_features), (optimizer, "none", num_features))
+            own = [point for point, setting in zip(inside, settings, strict=True) if setting in alike]
+            candidates = [
+                (kind, list(chosen))
+                for kind, field in _CONSTANT.items()
+                for _, chosen in groupby(sorted(own, key=itemgetter(field, "world_size")), key=itemgetter(field))
+            ]
+            longest = max(len(chosen) for _, chosen in candidates)
+            covered = {point["id"] for _, chosen in candidates if len(chosen) == longest for point in chosen}
+            found += [
+                _series(group, kind, scope, chosen, launches)
+                for kind, chosen in candidates
+                if len(chosen) > 1
+                and (len(chosen) == longest or not covered.issuperset(point["id"] for point in chosen))
+            ]
+    return found
 
 
 def _scopes(points: Sequence[Json]) -> Iterator[tuple[str, list[Json]]]:
@@ -44,46 +52,16 @@ def _scopes(points: Sequence[Json]) -> Iterator[tuple[str, list[Json]]]:
         yield scope, [point for point in points if point["ranks_per_node"] == per_node]
 
 
-def _candidates(scope: str, points: Sequence[Json]) -> Iterator[Json]:
-    """Series whose `points` are still those of the group; the first is the baseline p0, the smallest world size."""
-    settings = [(point["optimizer"], point["sync"], point["num_features"]) for point in points]
-    for optimizer, sync, num_features in dict.fromkeys(setting for setting in settings if setting[1] != "none"):
-        own = [
-            point
-            for point, setting in zip(points, settings, strict=True)
-            if setting in ((optimizer, sync, num_features), (optimizer, "none", num_features))
-        ]
-        for kind, field in (("strong", "global_batch_size"), ("weak", "local_batch_size")):
-            for batch in sorted({point[field] for point in own}):
-                chosen = sorted((p for p in own if p[field] == batch), key=lambda point: point["world_size"])
-                if len(chosen) > 1:
-                    yield {
-                        "kind": kind,
-                        "scope": scope,
-                        "optimizer": optimizer,
-                        "sync": sync,
-                        "num_features": num_features,
-                        "message_bytes": chosen[-1]["message_bytes"],
-                        "global_batch_size": batch if kind == "strong" else None,
-                        "local_batch_size": batch if kind == "weak" else None,
-                        "baseline_world_size": chosen[0]["world_size"],
-                        "points": chosen,
-                    }
-
-
-def _with_ratios(group: str, series: Json, launches: Mapping[str, pd.DataFrame]) -> Json:
-    """The series with its id, and with speedup and efficiency over the baseline in its points."""
-    strong, batch = series["kind"] == "strong", series["global_batch_size"] or series["local_batch_size"]
-    scope = series["scope"].replace(",", "").replace(" ", "-")
-    setting = f"{series['optimizer']}-{series['sync']}-features-{series['num_features']}-batch-{batch:g}"
-    baseline, rows = series["points"][0], []
-    for point in series["points"]:
+def _series(group: str, kind: str, scope: str, points: Sequence[Json], launches: Mapping[str, pd.DataFrame]) -> Json:
+    """A series, with speedup and efficiency over the baseline p0, the smallest world size, in its points."""
+    baseline, last, rows = points[0], points[-1], []
+    for point in points:
         k = point["world_size"] / baseline["world_size"]
-        if point is baseline:
-            efficiency = Estimate(1.0, 1.0, 1.0, point["num_launches"])
-        else:
-            ratio = ratio_interval(step_times(launches[baseline["id"]]), step_times(launches[point["id"]]))
-            efficiency = scaled(ratio, 1 / k) if strong else ratio  # T(p0)·p0 / (T(p)·p); weak: T(p0) / T(p)
+        efficiency = Estimate(1.0, 1.0, 1.0, point["num_launches"])
+        if point is not baseline:
+            efficiency = ratio_interval(*(launches[one["id"]]["step_time_s"].to_dict() for one in (baseline, point)))
+            if kind == "strong":  # T(p0)·p0 / (T(p)·p); weak: T(p0) / T(p)
+                efficiency = scaled(efficiency, 1 / k)
         speedup = scaled(efficiency, k)
         rows.append(
             {
@@ -91,12 +69,18 @@ def _with_ratios(group: str, series: Json, launches: Mapping[str, pd.DataFrame])
                 **{field: point[field] for field in ("world_size", "num_nodes", "throughput", "step_time_s")},
                 "speedup": asdict(speedup),
                 "efficiency": asdict(efficiency),
-                "karp_flatt": asdict(karp_flatt(speedup, k)) if strong and k > 1 else None,
+                "karp_flatt": asdict(karp_flatt(speedup, k)) if kind == "strong" and k > 1 else None,
             }
         )
-    return {"id": f"{group}-{series['kind']}-{scope}-{setting}", **series, "points": rows}
-
-
-def step_times(launches: pd.DataFrame) -> dict[int, float]:
-    """Block → seconds of a step, from the launches of a point."""
-    return dict(zip(launches.index.tolist(), launches["step_time_s"].tolist(), strict=True))
+    batch = last[_CONSTANT[kind]]
+    setting = f"{last['optimizer']}-{last['sync']}-features-{last['num_features']}-batch-{batch:g}"
+    return {
+        "id": f"{group}-{kind}-{scope.replace(',', '').replace(' ', '-')}-{setting}",
+        "kind": kind,
+        "scope": scope,
+        **{field: last[field] for field in (*_SETTING, "message_bytes")},
+        **dict.fromkeys(_CONSTANT.values()),
+        _CONSTANT[kind]: batch,
+        "baseline_world_size": baseline["world_size"],
+        "points": rows,
+    }

@@ -10,7 +10,7 @@ from statistics import median
 import pandas as pd
 
 from torchreg.reporting.points import Json, over_launches, scaled
-from torchreg.scaling.statistics import Estimate, median_interval
+from torchreg.scaling.statistics import median_interval
 
 _NEVER = 1e300  # stands for "not reached" in a median, and sorts above every time
 
@@ -24,14 +24,8 @@ def targets_of(series: Sequence[Json], launches: Mapping[str, pd.DataFrame]) -> 
             tried = [(row, own[own["target_excess"] == target]) for row, own in by_size]
             rows = [_row(row, own) for row, own in tried if len(own)]
             stable = [row["world_size"] for row in takewhile(lambda row: row["is_stable"], rows)]
-            found.append(
-                {
-                    "series": one["id"],
-                    "target_excess": target,
-                    "stable_up_to_world_size": stable[-1] if stable else None,
-                    "rows": rows,
-                }
-            )
+            heading = {"series": one["id"], "target_excess": target}
+            found.append({**heading, "stable_up_to_world_size": max(stable, default=None), "rows": rows})
     return found
 
 
@@ -43,10 +37,10 @@ def _row(point: Json, launches: pd.DataFrame) -> Json:
     """
     predicted_steps = None if launches["predicted_steps"].isna().any() else float(launches["predicted_steps"].median())
     step_time = median_interval(launches["step_time_s"])
-    predicted = None if predicted_steps is None else scaled(step_time, predicted_steps)
-    measured, steps = _reached(launches["measured_time_s"]), _reached(launches["measured_steps"])
-    measured_time = launches["measured_time_s"].where(launches["measured_time_s"] > 0)
-    both = (launches["predicted_steps"] * launches["step_time_s"] / measured_time).dropna()
+    predicted = None if predicted_steps is None else asdict(scaled(step_time, predicted_steps))
+    measured_time = launches["measured_time_s"]
+    measured = _reached(measured_time)
+    both = (launches["predicted_steps"] * launches["step_time_s"] / measured_time.where(measured_time > 0)).dropna()
     chosen = measured or predicted
     limit = float(launches["stability_limit"].median())
     return {
@@ -54,29 +48,28 @@ def _row(point: Json, launches: pd.DataFrame) -> Json:
         "num_nodes": point["num_nodes"],
         "global_batch_size": int(launches["global_batch_size"].iloc[0]),
         "predicted_steps": predicted_steps,
-        "measured_steps": steps and asdict(steps),
+        "measured_steps": _reached(launches["measured_steps"]),
         "num_reached": int(launches["measured_steps"].notna().sum()),
         "num_launches": len(launches),
         "step_time_s": asdict(step_time),
-        "predicted_time_s": predicted and asdict(predicted),
-        "measured_time_s": measured and asdict(measured),
+        "predicted_time_s": predicted,
+        "measured_time_s": measured,
         "predicted_over_measured": over_launches(both) if len(both) else None,
-        "time_s": chosen and asdict(chosen),
+        "time_s": chosen,
         "time_from": "measured" if measured else "predicted" if predicted else None,
-        "node_hours": chosen and chosen.value * point["num_nodes"] / 3600,
+        "node_hours": chosen and chosen["value"] * point["num_nodes"] / 3600,
         "stability_limit": limit,
         "is_stable": limit >= 1,
     }
 
 
-def _reached(values: pd.Series[float]) -> Estimate | None:
+def _reached(values: pd.Series[float]) -> Json | None:
     """The median over launches, of which those that did not reach the target are the longest; None where it is one."""
-    found = median_interval(values.fillna(_NEVER))
-    if found.value > _NEVER / 1e6:
+    found = over_launches(values.fillna(_NEVER))
+    if found["value"] > _NEVER / 1e6:
         return None
-    if found.high is not None and found.high > _NEVER / 1e6:
-        return Estimate(found.value, found.low, None, found.num_launches)
-    return found
+    is_open = found["high"] is not None and found["high"] > _NEVER / 1e6
+    return {**found, "high": None} if is_open else found
 
 
 def best_of(group: Json) -> list[Json]:
@@ -87,12 +80,11 @@ def best_of(group: Json) -> list[Json]:
     series = {one["id"]: one for one in group["series"]}
     rows: dict[tuple[int, float], list[Json]] = {}
     for table in group["targets"]:
-        one = series[table["series"]]
-        for row in table["rows"]:
-            if row["time_s"] is not None:
-                setting = {field: one[field] for field in ("optimizer", "sync", "num_features")}
-                setting |= {"group": group["id"], "series": one["id"], "target_excess": table["target_excess"]}
-                rows.setdefault((one["num_features"], table["target_excess"]), []).append(setting | row)
+        one, target = series[table["series"]], table["target_excess"]
+        setting = {field: one[field] for field in ("optimizer", "sync", "num_features")}
+        setting |= {"group": group["id"], "series": one["id"], "target_excess": target}
+        reached = [setting | row for row in table["rows"] if row["time_s"] is not None]
+        rows.setdefault((one["num_features"], target), []).extend(reached)
     return [
         {
             "group": group["id"],
@@ -102,6 +94,7 @@ def best_of(group: Json) -> list[Json]:
             "lowest_node_hours": _best(own, "node_hours"),
         }
         for (num_features, target), own in sorted(rows.items())
+        if own
     ]
 
 
@@ -127,9 +120,8 @@ def _best(rows: Sequence[Json], criterion: str) -> Json:
 def prediction_error(group: Json) -> Json | None:
     """How far predicted and measured times to a target differ: median and largest relative error, and where."""
     rows = [row for table in group["targets"] for row in table["rows"] if row["predicted_over_measured"]]
-    if not rows:
-        return None
     errors = [abs(row["predicted_over_measured"]["value"] - 1) for row in rows]
-    worst = rows[errors.index(max(errors))]
-    where = {field: worst[field] for field in ("world_size", "global_batch_size")}
-    return {"group": group["id"], "median": median(errors), "largest": max(errors), **where}
+    if not errors:
+        return None
+    worst = {field: rows[errors.index(max(errors))][field] for field in ("world_size", "global_batch_size")}
+    return {"group": group["id"], "median": median(errors), "largest": max(errors), **worst}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,19 +29,11 @@ def write_data(report: Mapping[str, Any], records: Records, folder: Path) -> lis
     except OSError as error:
         raise ValueError(f"out is {folder}, which cannot be made ({error.strerror}): give another --out") from error
     write_json(folder / "report.json", report)
-    paths = [folder / "report.json"]
-    tables = {
-        "points": points_table(records),
-        "allreduce": allreduce_table(records),
-        "launches": launches_table(records),
-    }
-    for name, table in tables.items():
-        files = {f"{name}.csv": table.to_csv(index=False, lineterminator="\n").encode()}
-        if name != "launches":
-            content = io.BytesIO()
-            table.to_parquet(content, index=False)
-            files[f"{name}.parquet"] = content.getvalue()
-        for file, data in files.items():
-            write_atomically(folder / file, data)
-            paths.append(folder / file)
-    return paths
+    files = {}
+    for name, table in (("points", points_table(records)), ("allreduce", allreduce_table(records))):
+        files[f"{name}.csv"] = table.to_csv(index=False, lineterminator="\n").encode()
+        files[f"{name}.parquet"] = table.to_parquet(index=False)
+    files["launches.csv"] = launches_table(records).to_csv(index=False, lineterminator="\n").encode()
+    for file, content in files.items():
+        write_atomically(folder / file, content)
+    return [folder / name for name in ("report.json", *files)]
