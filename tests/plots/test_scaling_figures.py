@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 from torchreg.plots import rendering
 from torchreg.plots.pictures import best_model, draw_estimates, power_of_two, scopes_of, styles_of
 from torchreg.plots.quantities import bytes_text, count, in_unit, number
 from torchreg.plots.scaling_figures import draw_allreduce, draw_breakdown, draw_models, draw_scaling
-from torchreg.plots.style import new_figure
 from torchreg.plots.target_figures import draw_steps, draw_targets, unstable_from
 
 from ..reporting.synthetic import Campaign, report_of
@@ -54,7 +54,7 @@ def allreduce_on_two_ranks(group):
 
 
 def axes_of(panel):
-    axes = new_figure(3, 3).add_subplot()
+    axes = Figure(figsize=(3, 3)).add_subplot()
     panel[1](axes)
     return axes
 
@@ -167,10 +167,10 @@ def test_intervals_are_drawn_from_low_to_high_and_only_where_they_are():
     full = {"value": 3.0, "low": 2.5, "high": 4.0, "num_launches": 6}
     none = {"value": 3.0, "low": None, "high": None, "num_launches": 3}
     half = {"value": 3.0, "low": 2.0, "high": None, "num_launches": 6}  # too many launches missed the target
-    axes = new_figure(3, 3).add_subplot()
+    axes = Figure(figsize=(3, 3)).add_subplot()
     style = styles_of(["sgd/ddp"])["sgd/ddp"]
-    draw_estimates(axes, [1, 2, 4], [full, none, half], style, offset=1)
-    draw_estimates(axes, [1], [none], style, offset=1)
+    draw_estimates(axes, [(1, full), (2, none), (4, half)], style, offset=1)
+    draw_estimates(axes, [(1, none)], style, offset=1)
     with_ends, without = axes.containers
     segments = [segment[:, 1].tolist() for segment in with_ends.lines[2][0].get_segments()]
     assert segments == [[2.5, 4], [3, 3], [2, 3]]

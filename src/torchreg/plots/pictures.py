@@ -6,31 +6,26 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullLocator
 
 from torchreg.console import printable
 from torchreg.plots.quantities import count, in_unit, nodes, ranks
 from torchreg.plots.style import BLACK, BLUE, GREEN, GREY, ORANGE, SKY
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 Json: TypeAlias = dict[str, Any]
-Panel: TypeAlias = "tuple[str, Callable[[Axes], None]]"
-"""A title, and a function that draws on axes."""
+Panel: TypeAlias = tuple[str, Callable[[Axes], None]]  # a title, and a function that draws on axes
 
 _STYLES: dict[str, tuple[str, str, str]] = {
     "manual/allreduce": (BLUE, "o", "-"),
     "manual/mpi": (GREEN, "s", "--"),
     "sgd/ddp": (ORANGE, "^", "-."),
     "sgd/mpi": (BLACK, "D", ":"),
-    "gloo": (ORANGE, "^", "-."),
-    "nccl": (BLUE, "o", "-"),
-    "xccl": (BLUE, "o", "-"),
-    "MPI": (GREEN, "s", "--"),
 }
+_ALIKE = {"gloo": "sgd/ddp", "nccl": "manual/allreduce", "xccl": "manual/allreduce", "MPI": "manual/mpi"}
 _MORE_STYLES = ((SKY, "v", "-"), (GREY, "P", "--"), (SKY, "X", ":"), (GREY, "*", "-."))
 
 
@@ -66,20 +61,13 @@ class Picture:
 def styles_of(names: Iterable[str]) -> dict[str, Style]:
     """One style for each combination or backend; unknown ones have styles of their own."""
     more = iter(_MORE_STYLES)
-    return {
-        name: Style(printable(name), *(_STYLES.get(name) or next(more, _MORE_STYLES[-1])))
-        for name in dict.fromkeys(names)
-    }
+    known = {name: _STYLES.get(_ALIKE.get(name, name)) for name in names}
+    return {name: Style(printable(name), *(found or next(more, _MORE_STYLES[-1]))) for name, found in known.items()}
 
 
 def combination_of(thing: Mapping[str, Any]) -> str:
     """Optimizer and sync, separated by a slash."""
     return f"{thing['optimizer']}/{thing['sync']}"
-
-
-def combination_styles(group: Json) -> dict[str, Style]:
-    """One style for each combination of a group."""
-    return styles_of(map(combination_of, group["series"]))
 
 
 def legend_of(series: Iterable[Json], styles: Mapping[str, Style], *others: Style) -> tuple[Style, ...]:
@@ -124,13 +112,13 @@ def slug(text: str) -> str:
 
 
 def draw_estimates(
-    axes: Axes, sizes: Sequence[float], estimates: Sequence[Json], style: Style, offset: float, line: bool = True
+    axes: Axes, points: Sequence[tuple[float, Json]], style: Style, offset: float, *, line: bool = True
 ) -> None:
     """Markers with intervals, where these have ends, at sizes times `offset` so that equal values stay visible."""
-    ends = np.array([[one[end] for end in ("low", "value", "high")] for one in estimates], dtype=float)
+    ends = np.array([[one[end] for end in ("low", "value", "high")] for _, one in points], dtype=float)
     errors = np.nan_to_num(np.diff(ends, axis=1).T).clip(min=0)  # lengths down and up
     axes.errorbar(
-        [size * offset for size in sizes], ends[:, 1], yerr=errors if errors.any() else None, color=style.colour,
+        [size * offset for size, _ in points], ends[:, 1], yerr=errors if errors.any() else None, color=style.colour,
         marker=style.marker, linestyle=style.dashes if line else "none", linewidth=style.width, markersize=4.5,
         elinewidth=1, capsize=2, label=style.label,
     )  # fmt: skip
@@ -158,8 +146,6 @@ def size_axis(axes: Axes, sizes: Iterable[float], label: str, num_ticks: int = 1
 
 def log_axis(axes: Axes, unit: str) -> None:
     """A logarithmic y axis with at least two labelled ticks; `unit` as for `in_unit`."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     decades = math.log10(high / low)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from torchreg.plots.quantities import in_unit
-from torchreg.plots.style import BLACK, BLUE, GREEN, GREY, ORANGE, default_style, new_figure, save
+from torchreg.plots.style import BLACK, BLUE, GREEN, GREY, ORANGE, default_style, save
 from torchreg.runs.record import PLAN_FILE
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _RULES = {"linear": (ORANGE, "-", "o"), "sqrt": (BLUE, "--", "s"), "none": (GREEN, ":", "^")}
 
@@ -25,7 +24,7 @@ def draw_plan(folder: Path) -> list[Path]:
 
 def plan_figure(plan: dict[str, Any]) -> Figure:
     """The figure of a `plan.json`."""
-    figure = new_figure(7.5, 3.9)
+    figure = Figure(figsize=(7.5, 3.9), layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw_limit(left, plan)
     _draw_steps(right, plan)
@@ -44,10 +43,9 @@ def _draw_limit(axes: Axes, plan: dict[str, Any]) -> None:
     axes.axhspan(1, top, color=GREY, alpha=0.25, linewidth=0)
     axes.axhline(1, color=BLACK, linewidth=1)
     axes.text(0.03, 1.07, "diverges", transform=axes.get_yaxis_transform(), va="bottom")
-    axes.set_ylim(bottom, top)
+    axes.set(xlabel="ranks", ylabel="fraction of the stability limit", title="stability", ylim=(bottom, top))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter("{x:.4g}")
-    axes.set(xlabel="ranks", ylabel="fraction of the stability limit", title="stability")
     axes.legend(fontsize=9)
 
 
@@ -62,12 +60,8 @@ def _draw_steps(axes: Axes, plan: dict[str, Any]) -> None:
         if critical["critical"]:
             axes.axvline(critical["critical"], color=BLACK, linewidth=1)
             axes.text(critical["critical"], 0.02, " critical batch", transform=axes.get_xaxis_transform(), va="bottom")
-    planned = [
-        (row["global_batch_size"], row["forecast"]["steps_to_target"])
-        for row in plan["rows"]
-        if row["forecast"] and row["forecast"]["steps_to_target"]
-    ]
-    if planned:
+    forecasts = [(row["global_batch_size"], row["forecast"]) for row in plan["rows"] if row["forecast"]]
+    if planned := [(size, steps) for size, forecast in forecasts if (steps := forecast["steps_to_target"])]:
         axes.plot(*zip(*planned, strict=True), "o-", color=ORANGE, label="planned learning rate")
     axes.set(xlabel="global batch (samples)", title="steps to the target")
     axes.set_ylabel(f"steps to {in_unit([plan['target_excess']], '%')} above the optimum")

@@ -6,17 +6,19 @@ import math
 import re
 import xml.etree.ElementTree as ET
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.container import BarContainer, ErrorbarContainer
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 
 from torchreg.console import printable
 from torchreg.plots.pictures import Panel, Picture, Style
-from torchreg.plots.style import BLUE, GREEN, GREY, ORANGE, SKY, default_style, file_content, new_figure
-
-if TYPE_CHECKING:
-    from matplotlib.artist import Artist
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
+from torchreg.plots.style import BLUE, GREEN, GREY, ORANGE, SKY, default_style, file_content
 
 _PANEL_WIDTH = 3.1  # inches
 _TOP, _BOTTOM, _RIGHT = 0.3, 0.5, 0.12  # inches around the axes of a panel; its left margin is its own
@@ -44,7 +46,19 @@ _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 @default_style(**_SETTINGS)
 def picture_files(picture: Picture) -> dict[str, bytes]:
     """PNG and SVG of all panels with the legend above them, by the file's name."""
-    figure = _whole_figure(picture)
+    num_rows = math.ceil(len(picture.panels) / picture.columns)
+    width, row_height = picture.columns * _PANEL_WIDTH, picture.height + _TOP + _BOTTOM
+    legend_columns = min(len(picture.legend), max(1, round(width / 1.9)))
+    height = num_rows * row_height + 0.35 + 0.2 * math.ceil(len(picture.legend) / legend_columns)
+    figure = Figure(figsize=(width, height))
+    figure.suptitle(picture.title, fontsize=10, y=1 - 0.04 / height, va="top")
+    figure.legend(
+        handles=list(map(_handle, picture.legend)), loc="upper center", bbox_to_anchor=(0.5, 1 - 0.2 / height),
+        ncols=legend_columns, frameon=False,
+    )  # fmt: skip
+    for index, panel in enumerate(picture.panels):
+        row, column = divmod(index, picture.columns)
+        _add_panel(figure, picture, panel, column * _PANEL_WIDTH, (num_rows - 1 - row) * row_height)
     return {
         f"{picture.name}.png": file_content(figure, "png"),
         f"{picture.name}.svg": file_content(figure, "svg", metadata={"Date": None}),
@@ -56,7 +70,7 @@ def inline_panels(picture: Picture) -> list[str]:
     """Each panel as an `<svg>` element with its description as title; ids are unique in a page."""
     elements = []
     for index, panel in enumerate(picture.panels, 1):
-        figure = new_figure(_PANEL_WIDTH, picture.height + _TOP + _BOTTOM, layout=None)
+        figure = Figure(figsize=(_PANEL_WIDTH, picture.height + _TOP + _BOTTOM))
         axes = _add_panel(figure, picture, panel, 0.0, 0.0)
         root = _svg(figure)
         root.attrib |= {"role": "img", "aria-labelledby": "title"}
@@ -69,13 +83,11 @@ def inline_panels(picture: Picture) -> list[str]:
 
 def _description(axes: Axes) -> str:
     """A panel in words: its axes, the first and last value of each line, the length of each bar, and its texts."""
-    from matplotlib.container import BarContainer, ErrorbarContainer
-
     parts = []
+    axis: Axis
     for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
         if isinstance(handle, BarContainer):
-            axis: Axis = axes.xaxis
-            values = [abs(bar.get_width()) for bar in handle]
+            axis, values = axes.xaxis, [abs(bar.get_width()) for bar in handle]
             names = [f"{label.get_text()} " for label in axes.get_yticklabels()]
         else:
             line: Any = handle.lines[0] if isinstance(handle, ErrorbarContainer) else handle
@@ -97,29 +109,12 @@ def inline_legend(picture: Picture) -> list[tuple[str, str]]:
 @lru_cache(maxsize=64)
 @default_style(**_SETTINGS)
 def _swatch(style: Style) -> str:
-    figure = new_figure(0.42, 0.15, layout=None)
-    figure.add_artist(_handle(style, [0.02, 0.98], 0.5))
+    figure = Figure(figsize=(0.42, 0.15))
+    figure.add_artist(_handle(style))
     root = _svg(figure)
     width, height = root.attrib["viewBox"].split()[2:]
     root.attrib |= {"aria-hidden": "true", "width": f"{width}pt", "height": f"{height}pt"}
     return ET.tostring(root, encoding="unicode")
-
-
-def _whole_figure(picture: Picture) -> Figure:
-    num_rows = math.ceil(len(picture.panels) / picture.columns)
-    width, row_height = picture.columns * _PANEL_WIDTH, picture.height + _TOP + _BOTTOM
-    legend_columns = min(len(picture.legend), max(1, round(width / 1.9)))
-    height = num_rows * row_height + 0.35 + 0.2 * math.ceil(len(picture.legend) / legend_columns)
-    figure = new_figure(width, height, layout=None)
-    figure.suptitle(picture.title, fontsize=10, y=1 - 0.04 / height, va="top")
-    figure.legend(
-        handles=[_handle(style, [0, 1], 0) for style in picture.legend], loc="upper center",
-        bbox_to_anchor=(0.5, 1 - 0.2 / height), ncols=legend_columns, frameon=False,
-    )  # fmt: skip
-    for index, panel in enumerate(picture.panels):
-        row, column = divmod(index, picture.columns)
-        _add_panel(figure, picture, panel, column * _PANEL_WIDTH, (num_rows - 1 - row) * row_height)
-    return figure
 
 
 def _add_panel(figure: Figure, picture: Picture, panel: Panel, left: float, bottom: float) -> Axes:
@@ -137,22 +132,16 @@ def _add_panel(figure: Figure, picture: Picture, panel: Panel, left: float, bott
     return axes
 
 
-def _handle(style: Style, x: list[float], y: float) -> Artist:
-    """The sample of a style in a legend."""
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Rectangle
-
+def _handle(style: Style) -> Artist:
+    """The sample of a style, as large as its figure; matplotlib's legends have a size of their own."""
     if not (style.marker or style.dashes):
-        alpha = 0.35 if style.colour == GREY else 1  # as in the panels, where grey shades a region
-        face = "none" if style.hatch else style.colour
-        size = (x[1] - x[0], 0.8)
         return Rectangle(
-            (x[0], 0.1), *size, facecolor=face, hatch=style.hatch, alpha=alpha, linewidth=0, label=style.label
-        )
-    middle = [x[0], (x[0] + x[1]) / 2, x[1]]
+            (0.02, 0.1), 0.96, 0.8, facecolor="none" if style.hatch else style.colour, hatch=style.hatch, linewidth=0,
+            alpha=0.35 if style.colour == GREY else 1, label=style.label,  # as in the panels: grey shades a region
+        )  # fmt: skip
     return Line2D(
-        middle, [y] * 3, color=style.colour, marker=style.marker, linestyle=style.dashes, linewidth=style.width,
-        markersize=4.5, markevery=[1], label=style.label,
+        [0.02, 0.5, 0.98], [0.5] * 3, color=style.colour, marker=style.marker, linestyle=style.dashes,
+        linewidth=style.width, markersize=4.5, markevery=[1], label=style.label,
     )  # fmt: skip
 
 
@@ -168,12 +157,9 @@ def _svg(figure: Figure) -> ET.Element:
         attributes = {key.rpartition("}")[2]: _page_value(key, value) for key, value in element.attrib.items()}
         # matplotlib names its groups, as axes_1, to which nothing refers, unlike clips, markers and hatches
         element.attrib = {key: value for key, value in attributes.items() if key != "id" or "_" not in value}
-        element.text, element.tail = (
-            None if text and text.isspace() else text for text in (element.text, element.tail)
-        )
-    root.attrib = {
-        "xmlns": "http://www.w3.org/2000/svg", "viewBox": root.attrib["viewBox"], "fill": "currentColor"
-    }  # fmt: skip
+        element.text, element.tail = ((text or "").strip() and text for text in (element.text, element.tail))
+    namespace, box = "http://www.w3.org/2000/svg", root.attrib["viewBox"]
+    root.attrib = {"xmlns": namespace, "viewBox": box, "fill": "currentColor"}
     return root
 
 

@@ -7,49 +7,30 @@ shows them all.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from torchreg.console import printable
-from torchreg.plots.pictures import (
-    Json,
-    Picture,
-    Style,
-    batch_text,
-    best_model,
-    by_title,
-    combination_of,
-    combination_styles,
-    draw_estimates,
-    legend_of,
-    log_axis,
-    offsets,
-    placement_text,
-    power_of_two,
-    size_axis,
-    slug,
-    styles_of,
-)
+from torchreg.plots import pictures
+from torchreg.plots.pictures import Json, Picture, Style, combination_of, draw_estimates, offsets
 from torchreg.plots.quantities import bytes_text, features, in_unit
 from torchreg.plots.style import BLACK, BLUE, GREEN, GREY, ORANGE, SKY
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _IDEAL = Style("ideal, from the baseline", GREY, dashes="--", width=1)
 _EFFICIENT = Style("80 %", GREY, dashes=":", width=1.5)
 _EXTRAPOLATED = Style("extrapolated beyond the measurements", GREY, dashes="--")
 _FIT = Style("model, where measured", GREY, dashes="-")
-_IMBALANCE = Style("slowest minus median rank", BLACK, hatch="///")
-_PARTS = {
+_PARTS = {  # of a step; a hatched one is contained in the others
     "data_time_s": Style("data loading", SKY),
     "compute_time_s": Style("compute", BLUE),
     "exposed_time_s": Style("exposed communication", ORANGE),
     "undivided": Style("compute and communication", GREEN),
+    "imbalance_time_s": Style("slowest minus median rank", BLACK, hatch="///"),
 }
 _MEASURES = {  # what is drawn, and the label of its axis
     "throughput": "throughput (samples/s)",
@@ -65,26 +46,26 @@ _CONSTANT = {
 
 def draw_scaling(group: Json, number: int, kind: str, scope: str) -> Picture | None:
     """Throughput, efficiency and, in strong scaling, speedup and Karp–Flatt over world sizes."""
-    series = _series(group, kind, scope)
-    if not series:
+    panels = _panels(group, kind, scope)
+    if not panels:
         return None
-    styles, panels = combination_styles(group), _by_size(series)
+    series, styles = [*itertools.chain(*panels.values())], pictures.styles_of(map(combination_of, group["series"]))
     has_karp_flatt = any(point["karp_flatt"] for one in series for point in one["points"])
-    used = {"speedup": kind == "strong", "karp_flatt": has_karp_flatt}
+    used = {"throughput": True, "speedup": kind == "strong", "efficiency": True, "karp_flatt": has_karp_flatt}
     karp_flatt = " Karp–Flatt is the serial fraction that corresponds to the speedup: ideally small and constant."
     baselines = " or ".join(f"p0 = {size}" for size in sorted({one["baseline_world_size"] for one in series}))
     title = f"{kind.capitalize()} scaling, {scope}"
     return Picture(
-        f"figure-{number}-{kind}-{slug(scope)}",
+        f"figure-{number}-{kind}-{pictures.slug(scope)}",
         title,
         f"{title} ({_CONSTANT[kind]}), baseline {baselines}. Medians over launches with 95 % intervals; markers are "
         f"slightly offset where they would overlap.{karp_flatt * has_karp_flatt} "
         f"Source: points and series of group {number} in report.json; points.csv.",
-        legend_of(series, styles, _IDEAL, _EFFICIENT),
+        pictures.legend_of(series, styles, _IDEAL, _EFFICIENT),
         tuple(
             (title, partial(_draw_measure, part, measure, styles, _shared_limits(series, measure)))
             for measure in _MEASURES
-            if used.get(measure, True)
+            if used[measure]
             for title, part in panels.items()
         ),
         _columns(panels),
@@ -96,23 +77,22 @@ def _draw_measure(
 ) -> None:
     sizes = sorted({point["world_size"] for one in series for point in one["points"]})
     for one, offset in zip(series, offsets(len(series)), strict=True):
-        points = [point for point in one["points"] if point[measure]]
-        ranks, estimates = [point["world_size"] for point in points], [point[measure] for point in points]
-        if points:
-            draw_estimates(axes, ranks, estimates, styles[combination_of(one)], offset)
-        if points and measure in ("throughput", "speedup"):
-            first = estimates[0]["value"] / ranks[0]
-            axes.plot(sizes, [first * size for size in sizes], color=GREY, linestyle="--", linewidth=1, zorder=1)
-    size_axis(axes, sizes, "ranks")
+        if points := [(point["world_size"], point[measure]) for point in one["points"] if point[measure]]:
+            draw_estimates(axes, points, styles[combination_of(one)], offset)
+            if measure in ("throughput", "speedup"):
+                first = points[0][1]["value"] / points[0][0]
+                axes.plot(sizes, first * np.array(sizes), color=GREY, linestyle="--", linewidth=1, zorder=1)
+    pictures.size_axis(axes, sizes, "ranks")
     axes.set(ylim=limits, ylabel=_MEASURES[measure])
     if measure == "throughput":
-        log_axis(axes, "k")
+        pictures.log_axis(axes, "k")
     elif measure == "speedup":
         axes.set_yscale("log", base=2)
-        axes.yaxis.set_major_formatter(power_of_two)
+        axes.yaxis.set_major_formatter(pictures.power_of_two)
+    elif measure == "karp_flatt":
+        axes.axhline(0, color=GREY, linestyle="--", linewidth=1, zorder=1)
     else:
-        axes.axhline(1 if measure == "efficiency" else 0, color=GREY, linestyle="--", linewidth=1, zorder=1)
-    if measure == "efficiency":
+        axes.axhline(1, color=GREY, linestyle="--", linewidth=1, zorder=1)
         axes.axhline(0.8, color=GREY, linestyle=":", linewidth=1.5, zorder=1)
         axes.yaxis.set_major_formatter(lambda value, _position: in_unit([value], "%"))
 
@@ -122,10 +102,9 @@ def _shared_limits(series: Sequence[Json], measure: str) -> tuple[float, float]:
     points = [point[measure] for one in series for point in one["points"] if point[measure]]
     ends = [point[end] for point in points for end in ("low", "value", "high") if point[end] is not None]
     if measure in ("throughput", "speedup"):
-        for one in series:
-            if first := one["points"][0][measure]:
-                ends.append(first["value"] * one["points"][-1]["world_size"] / one["points"][0]["world_size"])
-        return _padded(ends)
+        outer = [(one["points"][0], one["points"][-1]["world_size"]) for one in series if one["points"][0][measure]]
+        ideal = [first[measure]["value"] * last / first["world_size"] for first, last in outer]
+        return _padded([*ends, *ideal])
     low, high = min([0.0, *ends]), max([1.0 if measure == "efficiency" else 0.1, *ends])
     return low - 0.04 * (high - low) * (low < 0), high + 0.08 * (high - low)
 
@@ -139,27 +118,24 @@ def _padded(values: Sequence[float]) -> tuple[float, float]:
 
 def draw_breakdown(group: Json, number: int, kind: str, scope: str) -> Picture | None:
     """The parts of a step, as fractions of its time."""
-    series = _series(group, kind, scope)
-    if not series:
-        return None
     points = {point["id"]: point for point in group["points"]}
     panels = {
-        title: {
-            f"{combination_of(one)}  {row['world_size']}": points[row["point"]] for one in part for row in one["points"]
-        }
-        for title, part in _by_size(series).items()
-    }
+        title: {f"{combination_of(one)}  {row['world_size']}": points[row["point"]]
+                for one in part for row in one["points"]}
+        for title, part in _panels(group, kind, scope).items()
+    }  # fmt: skip
+    if not panels:
+        return None
     bars = [point for part in panels.values() for point in part.values()]
-    used = [style for name, style in _PARTS.items() if any(_part(point, name) for point in bars)]
     title = f"Parts of a step's time, {kind} scaling, {scope}"
     return Picture(
-        f"figure-{number}-breakdown-{kind}-{slug(scope)}",
+        f"figure-{number}-breakdown-{kind}-{pictures.slug(scope)}",
         title,
         f"{title}: a bar for each combination and number of ranks, as percent of the median step time (at the right). "
         "Exposed communication is the time of the step minus that of the same step without averaging. The medians are "
         "taken separately, so they need not sum to 100 %. Hatched: slowest minus median rank, contained in the other "
         f"parts. Source: points of group {number} in report.json; points.csv.",
-        (*used, *[_IMBALANCE] * any(_part(point, "imbalance_time_s") for point in bars)),
+        tuple(style for name, style in _PARTS.items() if any(_part(point, name) for point in bars)),
         tuple((title, partial(_draw_bars, part)) for title, part in panels.items()),
         _columns(panels),
         height=0.3 + 0.2 * max(map(len, panels.values())),
@@ -179,12 +155,10 @@ def _draw_bars(points: Mapping[str, Json], axes: Axes) -> None:
     for name, style in _PARTS.items():
         parts = np.array([_part(point, name) for point in points.values()])
         if parts.any():
-            axes.barh(rows, parts, left=left, height=0.74, facecolor=style.colour, linewidth=0, label=style.label)
-        left = left + parts
-    parts = np.array([_part(point, "imbalance_time_s") for point in points.values()])
-    if parts.any():
-        hatch, label = _IMBALANCE.hatch, _IMBALANCE.label
-        axes.barh(rows, -parts, left=left, height=0.74, facecolor="none", hatch=hatch, linewidth=0, label=label)
+            looks: Json = {"facecolor": "none", "hatch": style.hatch} if style.hatch else {"facecolor": style.colour}
+            widths = -parts if style.hatch else parts
+            axes.barh(rows, widths, left=left, height=0.74, linewidth=0, label=style.label, **looks)
+        left = left if style.hatch else left + parts
     for row, point in enumerate(points.values()):
         time = in_unit([point["step_time_s"]["value"]], "s")
         axes.text(1.015, row, time, transform=axes.get_yaxis_transform(), va="center", fontsize=7.5)
@@ -197,18 +171,18 @@ def _draw_bars(points: Mapping[str, Json], axes: Axes) -> None:
 
 def draw_models(group: Json, number: int, kind: str, scope: str) -> Picture | None:
     """Measured step times, and the model with the smallest held-out error, dashed where it is extrapolated."""
-    series = [one for one in _series(group, kind, scope) if best_model(one)]
-    if not series:
+    panels = _panels(group, kind, scope, pictures.best_model)
+    if not panels:
         return None
-    styles, panels = combination_styles(group), _by_size(series)
+    styles = pictures.styles_of(map(combination_of, group["series"]))
     title = f"Models of the step time, {kind} scaling, {scope}"
     return Picture(
-        f"figure-{number}-models-{kind}-{slug(scope)}",
+        f"figure-{number}-models-{kind}-{pictures.slug(scope)}",
         title,
         f"{title}: measured medians with 95 % intervals, and for each series the identifiable model with the smallest "
         "held-out error (named in the table). Nothing was measured in the shaded part, where dashed lines are "
         f"extrapolated. Source: models of group {number} in report.json.",
-        legend_of(series, styles, _FIT, _EXTRAPOLATED),
+        pictures.legend_of(itertools.chain(*panels.values()), styles, _FIT, _EXTRAPOLATED),
         tuple((title, partial(_draw_fits, part, styles)) for title, part in panels.items()),
         _columns(panels),
     )
@@ -218,21 +192,21 @@ def _draw_fits(series: Sequence[Json], styles: Mapping[str, Style], axes: Axes) 
     measured = {point["world_size"] for one in series for point in one["points"]}
     sizes = set(measured)
     for one, offset in zip(series, offsets(len(series)), strict=True):
-        style, fit = styles[combination_of(one)], best_model(one) or {"curve": []}
-        ranks = [point["world_size"] for point in one["points"]]
-        draw_estimates(axes, ranks, [point["step_time_s"] for point in one["points"]], style, offset, line=False)
+        style, fit = styles[combination_of(one)], pictures.best_model(one) or {"curve": []}
+        points = [(point["world_size"], point["step_time_s"]) for point in one["points"]]
+        draw_estimates(axes, points, style, offset, line=False)
         curve = [(at["world_size"] * offset, at["step_time_s"]) for at in fit["curve"]]
         num_inside = sum(not at["extrapolated"] for at in fit["curve"])
         for part, dashes in ((curve[:num_inside], "-"), (curve[max(0, num_inside - 1) :], "--")):
             if len(part) > 1:
                 axes.plot(*zip(*part, strict=True), color=style.colour, linestyle=dashes, linewidth=1.2)
         sizes |= {at["world_size"] for at in fit["curve"]}
-    # ticks at powers of two and at the ends; the curve may be finer
-    size_axis(axes, [*(size for size in sizes if float(math.log2(size)).is_integer()), min(sizes), max(sizes)], "ranks")
+    ticks = [size for size in sizes if math.log2(size).is_integer() or size in (min(sizes), max(sizes))]
+    pictures.size_axis(axes, ticks, "ranks")  # the curve may be finer
     if max(sizes) > max(measured):
         axes.axvspan(max(measured) * 1.12, axes.get_xlim()[1], color=GREY, alpha=0.18, linewidth=0)
     axes.autoscale(axis="y")
-    log_axis(axes, "s")
+    pictures.log_axis(axes, "s")
     axes.set_ylabel("step time")
 
 
@@ -241,9 +215,9 @@ def draw_allreduce(group: Json, number: int) -> Picture | None:
     measured = [one for one in group["allreduce"] if one["sizes"]]
     if not measured:
         return None
-    styles = styles_of(one["backend"] for one in measured)
+    styles = pictures.styles_of(one["backend"] for one in measured)
     ordered = sorted(measured, key=lambda one: (one["num_nodes"] > 1, one["num_nodes"], one["world_size"]))
-    panels = by_title((placement_text(one), one) for one in ordered)
+    panels = pictures.by_title((pictures.placement_text(one), one) for one in ordered)
     limits = _padded([size["time_s"]["value"] for one in measured for size in one["sizes"]])
     return Picture(
         f"figure-{number}-allreduce",
@@ -259,29 +233,27 @@ def draw_allreduce(group: Json, number: int) -> Picture | None:
 
 def _draw_times(part: Sequence[Json], styles: Mapping[str, Style], limits: tuple[float, float], axes: Axes) -> None:
     for one, offset in zip(part, offsets(len(part)), strict=True):
-        style = styles[one["backend"]]
-        sizes = [size["message_bytes"] for size in one["sizes"]]
-        draw_estimates(axes, sizes, [size["time_s"] for size in one["sizes"]], style, offset, line=False)
+        style, times = styles[one["backend"]], [(size["message_bytes"], size["time_s"]) for size in one["sizes"]]
+        draw_estimates(axes, times, style, offset, line=False)
         if one["fit"] and one["fit"]["identifiable"]:
             found = {parameter["symbol"]: parameter["value"] for parameter in one["fit"]["parameters"]}
-            at = np.geomspace(sizes[0], sizes[-1], 40)
+            at = np.geomspace(times[0][0], times[-1][0], 40)
             axes.plot(at, found["α"] + found["β"] * at, color=style.colour, linestyle=style.dashes, linewidth=1.2)
-    size_axis(axes, {size["message_bytes"] for one in part for size in one["sizes"]}, "message size", 4, 1.6)
+    pictures.size_axis(axes, {size["message_bytes"] for one in part for size in one["sizes"]}, "message size", 4, 1.6)
     axes.xaxis.set_major_formatter(lambda value, _position: bytes_text(value))
     axes.set(ylim=limits, ylabel="time of an all-reduce")
-    log_axis(axes, "s")
+    pictures.log_axis(axes, "s")
 
 
-def _series(group: Json, kind: str, scope: str) -> list[Json]:
-    return [one for one in group["series"] if (one["kind"], one["scope"]) == (kind, scope) and one["points"]]
-
-
-def _by_size(series: Iterable[Json]) -> dict[str, list[Json]]:
+def _panels(
+    group: Json, kind: str, scope: str, wanted: Callable[[Json], object] = lambda one: one["points"]
+) -> dict[str, list[Json]]:
     """Series by sizes of message and batch, the smallest first."""
-    order = sorted(series, key=lambda one: (one["message_bytes"], one["global_batch_size"] or one["local_batch_size"]))
-    return by_title(
-        (f"{features(one['num_features'])} ({bytes_text(one['message_bytes'])}), {batch_text(one)}", one)
-        for one in order
+    series = [one for one in group["series"] if (one["kind"], one["scope"]) == (kind, scope) and wanted(one)]
+    series.sort(key=lambda one: (one["message_bytes"], one["global_batch_size"] or one["local_batch_size"]))
+    return pictures.by_title(
+        (f"{features(one['num_features'])} ({bytes_text(one['message_bytes'])}), {pictures.batch_text(one)}", one)
+        for one in series
     )
 
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from torchreg.plots.style import BLACK, BLUE, GREY, ORANGE, SKY, default_style, new_figure, save
+from torchreg.plots.style import BLACK, BLUE, GREY, ORANGE, SKY, default_style, save
 from torchreg.runs.record import RECORD_FILE
 from torchreg.sweeps.sweep_tables import GROUP, TRIALS_FOLDER, curves_table, read_sweep, summary, trials_table
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _ORDERS = {"simultaneous": (ORANGE, "o", "--", 0.78), "sequential": (BLUE, "s", ":", 0.64)}
 
@@ -41,7 +39,7 @@ def _batch_figure(folder: Path, trials: pd.DataFrame) -> Figure:
     groups = [(key[2], group) for key, group in trials.groupby(GROUP, sort=True)]
     num_columns = 3 if len(groups) > 1 else 2
     num_rows = math.ceil((len(groups) + 1) / num_columns)
-    figure = new_figure(7.5, 0.6 + 2.5 * num_rows)
+    figure = Figure(figsize=(7.5, 0.6 + 2.5 * num_rows), layout="constrained")
     panels = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
     for axes, (batch_size, group) in zip(panels, groups, strict=False):
         _draw_curves(axes, folder, group, curves[curves["name"].isin(group["name"])])
@@ -49,12 +47,16 @@ def _batch_figure(folder: Path, trials: pd.DataFrame) -> Figure:
         axes.set_title(f"{batch_size} samples", fontsize=10)
     for axes in panels[: len(groups) : num_columns]:
         axes.set_ylabel("above the optimum (%)")
-    _unify_limits(panels[: len(groups)])
+    # The same y limits for all; the band of single runs, which may reach down to 0, may exceed them.
+    bottoms, tops = zip(*(axes.get_ylim() for axes in panels[: len(groups)]), strict=True)
+    lines = [line for axes in panels for line in axes.lines if line.get_label().startswith("mean")]
+    smallest = min((y for line in lines for y in line.get_ydata() if y > 0), default=0)
+    for axes in panels[: len(groups)]:
+        axes.set_ylim(max(min(bottoms), smallest / 10), max(tops))
     _draw_ends(panels[len(groups)], summary(trials))
     for axes in panels[len(groups) + 1 :]:
         axes.set_axis_off()
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=9)
     return figure
 
 
@@ -73,15 +75,6 @@ def _draw_curves(axes: Axes, folder: Path, group: pd.DataFrame, curves: pd.DataF
         axes.plot(epochs, mean, color=BLACK, linestyle="--", label="mean, predicted")
 
 
-def _unify_limits(panels: Any) -> None:
-    """The same y limits for all panels; the band of single runs, which may reach down to 0, may exceed them."""
-    bottoms, tops = zip(*(axes.get_ylim() for axes in panels), strict=True)
-    means = [line.get_ydata() for axes in panels for line in axes.lines if line.get_label().startswith("mean")]
-    smallest = min((y for values in means for y in values if y > 0), default=0)
-    for axes in panels:
-        axes.set_ylim(max(min(bottoms), smallest / 10), max(tops))
-
-
 def _draw_ends(axes: Axes, table: pd.DataFrame) -> None:
     """The end of training, by batch size."""
     axes.set_title("at the end, ± std. error", fontsize=10)
@@ -89,9 +82,7 @@ def _draw_ends(axes: Axes, table: pd.DataFrame) -> None:
         axes.text(0.5, 0.5, "all diverged", transform=axes.transAxes, ha="center")
         return
     sizes, error = table["global_batch_size"], 100 * table["excess_error"]
-    axes.errorbar(
-        sizes, 100 * table["excess"], yerr=error, fmt="o", color=BLUE, capsize=3, markersize=4, label="measured"
-    )
+    axes.errorbar(sizes, 100 * table["excess"], error, fmt="o", color=BLUE, capsize=3, markersize=4, label="measured")
     axes.plot(sizes, 100 * table["predicted_excess"], "--", color=BLACK, label="predicted")
     axes.set_xscale("log", base=2)
     axes.set(yscale="log", xlabel="global batch (samples)")
@@ -101,7 +92,7 @@ def _draw_ends(axes: Axes, table: pd.DataFrame) -> None:
 
 def _lr_scaling_figure(trials: pd.DataFrame) -> Figure:
     table = summary(trials)
-    figure = new_figure(7.5, 4.4)
+    figure = Figure(figsize=(7.5, 4.4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     top = 1_000 * float(table["excess"].max(skipna=True))  # of what converged, in percent, with room
     top = top if top > 0 else 1.0
@@ -117,8 +108,7 @@ def _lr_scaling_figure(trials: pd.DataFrame) -> Figure:
         axes.text(0.02, 4 * top, "diverged", transform=axes.get_yaxis_transform())
     panels[0].set_ylim(top=50 * top)  # after everything that determines the other end
     panels[0].set_ylabel("end of training, above the optimum (%)")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=9)
     return figure
 
 
@@ -128,10 +118,8 @@ def _draw_order(axes: Axes, trials: pd.DataFrame, top: float, order: str) -> Non
     for warmup_steps, some in trials.groupby("warmup_steps"):
         height = np.where(some["num_diverged"] > 0, 5 * top, 100 * some["excess"])
         size, face, name = (10, "none", "warmed up") if warmup_steps else (5, colour, "measured")
-        axes.plot(
-            some["multiplier"], height, marker, markersize=size, markerfacecolor=face, color=colour,
-            label=f"{order}, {name}",
-        )  # fmt: skip
+        looks: Any = {"color": colour, "markersize": size, "markerfacecolor": face}
+        axes.plot(some["multiplier"], height, marker, **looks, label=f"{order}, {name}")
     stable = trials[(trials["fraction_of_stability_limit"] < 1) & (trials["warmup_steps"] == 0)]
     mean, low, high = (100 * stable[f"predicted_{name}"].astype(float) for name in ("excess", "low", "high"))
     axes.fill_between(stable["multiplier"], low, high, color=colour, alpha=0.12, linewidth=0)

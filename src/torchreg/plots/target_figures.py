@@ -4,31 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
-from torchreg.plots.pictures import (
-    Json,
-    Picture,
-    Style,
-    batch_text,
-    by_title,
-    combination_of,
-    combination_styles,
-    draw_estimates,
-    legend_of,
-    log_axis,
-    offsets,
-    power_of_two,
-    size_axis,
-    slug,
-)
+import pandas as pd
+from matplotlib.axes import Axes
+
+from torchreg.plots import pictures
+from torchreg.plots.pictures import Json, Picture, Style, batch_text, by_title, combination_of, draw_estimates, offsets
 from torchreg.plots.quantities import features, in_unit
 from torchreg.plots.style import BLACK, GREY
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 Pairs: TypeAlias = list[tuple[Json, Json]]  # series with their targets
 
@@ -39,7 +25,7 @@ _BOTH = Style("line: predicted; marker: measured", GREY, dashes="-", width=1)
 
 def draw_steps(group: Json, number: int) -> Picture | None:
     """Statistical efficiency: steps to the target and the fraction of the stability limit by global batch."""
-    styles, targets = combination_styles(group), _targets(group)
+    styles, targets = pictures.styles_of(map(combination_of, group["series"])), _targets(group)
     if not targets:
         return None
     title = "Statistical efficiency: steps to the target"
@@ -49,11 +35,11 @@ def draw_steps(group: Json, number: int) -> Picture | None:
         f"{title} by global batch, predicted by theory (line) and measured (markers, medians with 95 % intervals); and "
         "the learning rate as a fraction of the stability limit. Above 1, shaded, training diverges. "
         f"Source: targets of group {number} in report.json.",
-        legend_of((one for pairs in targets.values() for one, _ in pairs), styles, _PREDICTED, _UNSTABLE),
+        pictures.legend_of((one for one, _ in itertools.chain(*targets.values())), styles, _PREDICTED, _UNSTABLE),
         tuple(
-            (title, partial(draw, pairs, styles))
+            (title, draw)
             for title, pairs in targets.items()
-            for draw in (_draw_steps, _draw_limits)
+            for draw in (partial(_draw_steps, pairs, styles), partial(_draw_limits, pairs))
         ),
         columns=2,
         margin=0.8,
@@ -61,39 +47,31 @@ def draw_steps(group: Json, number: int) -> Picture | None:
 
 
 def _draw_steps(pairs: Pairs, styles: Mapping[str, Style], axes: Axes) -> None:
-    rows = _rows(pairs)
-    predicted = {(row["global_batch_size"], row["predicted_steps"]) for row in rows if row["predicted_steps"]}
-    if predicted:
+    rows = [(combination_of(one), row) for one, target in pairs for row in target["rows"]]
+    if predicted := {(row["global_batch_size"], row["predicted_steps"]) for _, row in rows if row["predicted_steps"]}:
         axes.plot(*zip(*sorted(predicted), strict=True), color=BLACK, linewidth=1, label="predicted")
-    by_combination = by_title((combination_of(one), row) for one, target in pairs for row in target["rows"])
+    by_combination = by_title(rows)
     for (name, mine), offset in zip(by_combination.items(), offsets(len(by_combination), 0.13), strict=True):
-        if measured := [row for row in mine if row["measured_steps"]]:
-            batches, steps = zip(*((row["global_batch_size"], row["measured_steps"]) for row in measured), strict=True)
-            draw_estimates(axes, batches, steps, styles[name], offset, line=False)
-    _finish(
-        axes,
-        rows,
-        "global_batch_size",
-        f"steps to {in_unit([pairs[0][1]['target_excess']], '%')} above the optimum",
-        "k",
-    )
+        if measured := [(row["global_batch_size"], row["measured_steps"]) for row in mine if row["measured_steps"]]:
+            draw_estimates(axes, measured, styles[name], offset, line=False)
+    label = f"steps to {in_unit([pairs[0][1]['target_excess']], '%')} above the optimum"
+    _finish(axes, _limits(pairs, "global_batch_size"), "global batch (samples)", label, "k")
 
 
-def _draw_limits(pairs: Pairs, _styles: Mapping[str, Style], axes: Axes) -> None:
-    rows = _rows(pairs)
-    limits = _limits(rows, "global_batch_size")
+def _draw_limits(pairs: Pairs, axes: Axes) -> None:
+    limits = _limits(pairs, "global_batch_size")
     axes.plot(list(limits), [1 / limit for limit in limits.values()], ".-", color=BLACK, linewidth=1, label="predicted")
     axes.set_yscale("log", base=2)
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, 0.5), max(high, 2))  # so that the limit is visible
     axes.axhline(1, color=GREY, linestyle="--", linewidth=1)
-    axes.yaxis.set_major_formatter(power_of_two)
-    _finish(axes, rows, "global_batch_size", "fraction of the stability limit")
+    axes.yaxis.set_major_formatter(pictures.power_of_two)
+    _finish(axes, limits, "global batch (samples)", "fraction of the stability limit")
 
 
 def draw_targets(group: Json, number: int, scope: str) -> Picture | None:
     """Statistical × hardware efficiency: time and node-hours to the target by world size."""
-    styles = combination_styles(group)
+    styles = pictures.styles_of(map(combination_of, group["series"]))
     parts = by_title(
         (f"{one['kind']}, {title}, {batch_text(one)}", (one, target))
         for title, pairs in _targets(group).items()
@@ -103,62 +81,52 @@ def draw_targets(group: Json, number: int, scope: str) -> Picture | None:
     if not parts:
         return None
     return Picture(
-        f"figure-{number}-targets-{slug(scope)}",
+        f"figure-{number}-targets-{pictures.slug(scope)}",
         f"Time and node-hours to the target, {scope}",
         f"Statistical × hardware efficiency, {scope}: the time to the target is the number of steps × the step time; "
         "node-hours are that times the number of nodes (a partly used node counts whole). Lines: predicted steps × "
         "measured step time. Markers: measured times with 95 % intervals, and node-hours. Shaded world sizes are above "
         f"the stability limit. Source: targets of group {number} in report.json.",
-        legend_of((one for pairs in parts.values() for one, _ in pairs), styles, _BOTH, _UNSTABLE),
+        pictures.legend_of((one for one, _ in itertools.chain(*parts.values())), styles, _BOTH, _UNSTABLE),
         tuple(
-            (title, partial(draw, pairs, styles))
+            (title, partial(_draw_by_ranks, pairs, styles, is_time))
             for title, pairs in parts.items()
-            for draw in (_draw_times, _draw_node_hours)
+            for is_time in (True, False)
         ),
         columns=2,
     )
 
 
-def _draw_times(pairs: Pairs, styles: Mapping[str, Style], axes: Axes) -> None:
+def _draw_by_ranks(pairs: Pairs, styles: Mapping[str, Style], is_time: bool, axes: Axes) -> None:
+    """Predicted times as lines and measured ones as markers; or node-hours as lines with markers."""
     for (one, target), offset in zip(pairs, offsets(len(pairs)), strict=True):
-        style = styles[combination_of(one)]
-        predicted = [row for row in target["rows"] if row["predicted_time_s"]]
-        _draw_line(axes, predicted, [row["predicted_time_s"]["value"] for row in predicted], style, offset)
-        if rows := [row for row in target["rows"] if row["measured_time_s"]]:
-            ranks, times = zip(*((row["world_size"], row["measured_time_s"]) for row in rows), strict=True)
-            draw_estimates(axes, ranks, times, style, offset, line=False)
-    _finish(axes, _rows(pairs), "world_size", "time to the target", "s")
-
-
-def _draw_node_hours(pairs: Pairs, styles: Mapping[str, Style], axes: Axes) -> None:
-    for (one, target), offset in zip(pairs, offsets(len(pairs)), strict=True):
-        style, rows = styles[combination_of(one)], [row for row in target["rows"] if row["node_hours"]]
-        _draw_line(axes, rows, [row["node_hours"] for row in rows], style, offset, style.marker)
-    _finish(axes, _rows(pairs), "world_size", "node-hours to the target", "")
-    if axes.lines:
+        style, rows = styles[combination_of(one)], target["rows"]
+        name = "predicted_time_s" if is_time else "node_hours"
+        if found := [(row["world_size"], row[name]) for row in rows if row[name]]:
+            axes.plot(
+                [size * offset for size, _ in found], [value["value"] if is_time else value for _, value in found],
+                color=style.colour, linestyle=style.dashes, linewidth=1, marker="" if is_time else style.marker,
+                markersize=4.5, label=f"predicted, {style.label}",
+            )  # fmt: skip
+        measured = [(row["world_size"], row["measured_time_s"]) for row in rows if is_time and row["measured_time_s"]]
+        if measured:
+            draw_estimates(axes, measured, style, offset, line=False)
+    label, unit = ("time to the target", "s") if is_time else ("node-hours to the target", "")
+    _finish(axes, _limits(pairs, "world_size"), "ranks", label, unit)
+    if axes.lines and not is_time:
         axes.yaxis.set_major_formatter("{x:g}")  # thousandths of a node-hour have no name
 
 
-def _draw_line(
-    axes: Axes, rows: Sequence[Json], values: Sequence[float], style: Style, offset: float, marker: str = ""
-) -> None:
-    if rows:
-        axes.plot(
-            [row["world_size"] * offset for row in rows], values, color=style.colour, linestyle=style.dashes,
-            linewidth=1, marker=marker, markersize=4.5, label=f"predicted, {style.label}",
-        )  # fmt: skip
-
-
-def _finish(axes: Axes, rows: Sequence[Json], by: str, label: str, unit: str | None = None) -> None:
-    """The axes of a panel by world size or global batch; a unit makes the y axis logarithmic."""
+def _finish(axes: Axes, limits: Mapping[float, float], size: str, label: str, unit: str | None = None) -> None:
+    """The axes of a panel, with stability limits by size; a unit makes the y axis logarithmic."""
     axes.set_ylabel(label)
     if not axes.lines:
         axes.text(0.5, 0.5, "never reached", transform=axes.transAxes, ha="center")
         axes.set_yticks([])
     elif unit is not None:
-        log_axis(axes, unit)
-    size_axis(axes, [row[by] for row in rows], {"world_size": "ranks"}.get(by, "global batch (samples)"))
-    start = unstable_from(_limits(rows, by))
+        pictures.log_axis(axes, unit)
+    pictures.size_axis(axes, limits, size)
+    start = unstable_from(limits)
     if start is not None:
         low, high = axes.get_xlim()
         axes.axvspan(max(low, start), high, color=GREY, alpha=0.3, linewidth=0)
@@ -179,16 +147,10 @@ def unstable_from(limits: Mapping[float, float]) -> float | None:
     return None
 
 
-def _limits(rows: Iterable[Json], by: str) -> dict[float, float]:
+def _limits(pairs: Pairs, by: str) -> dict[float, float]:
     """The lowest stability limit at each size: optimizers may differ."""
-    limits: dict[float, float] = {}
-    for row in sorted(rows, key=lambda row: row[by]):
-        limits[row[by]] = min(row["stability_limit"], limits.get(row[by], math.inf))
-    return limits
-
-
-def _rows(pairs: Pairs) -> list[Json]:
-    return [row for _, target in pairs for row in target["rows"]]
+    rows = pd.DataFrame([row for _, target in pairs for row in target["rows"]])
+    return dict(rows.groupby(by)["stability_limit"].min())
 
 
 def _targets(group: Json) -> dict[str, Pairs]:

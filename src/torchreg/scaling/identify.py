@@ -10,16 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from torchreg.scaling.regression import (
-    FEWEST_BLOCKS,
-    Array,
-    Indices,
-    Interval,
-    Observations,
-    Regression,
-    fit_nonnegative,
-    regress,
-)
+from torchreg.scaling.regression import FEWEST_BLOCKS, Array, Indices, Interval, Observations, Regression, regress
 from torchreg.scaling.statistics import Vector
 
 _LARGEST_FACTOR = 10.0  # between the ends of an interval that still determines the parameter's magnitude
@@ -84,12 +75,10 @@ class Quantity:
     def reason(self, interval: Interval, largest_part: float) -> str | None:
         """Why an interval does not determine the parameter; its part of a time is at most it times `largest_part`."""
         name, unit = f"{self.name} {self.symbol}", f" {self.unit}" if self.unit else ""
-        for is_beyond, bound in ((interval.high < 0, "below 0"), (self.is_fraction and interval.low > 1, "above 1")):
-            if is_beyond:
-                return (
-                    f"the points contradict the model: {name} would be {interval.value:.2g}{unit} "
-                    f"(95 %: {interval.low:.2g} to {interval.high:.2g}), and it cannot be {bound}"
-                )
+        if interval.high < 0 or (self.is_fraction and interval.low > 1):
+            found = f"{interval.value:.2g}{unit} (95 %: {interval.low:.2g} to {interval.high:.2g})"
+            bound = "below 0" if interval.high < 0 else "above 1"
+            return f"the points contradict the model: {name} would be {found}, and it cannot be {bound}"
         low, high = self.clip(interval.low), self.clip(interval.high)
         is_resolved = 0 < high <= _LARGEST_FACTOR * low
         is_small = self.can_vanish and high * largest_part <= _SMALL
@@ -117,17 +106,16 @@ class Model:
         """Fit to the sizes `at`, (num_sizes, …); those of one number in `together` are held out as one."""
         columns = self.columns(at)
         found = regress(observations, columns, np.arange(len(at)) if together is None else together)
-        bounded = fit_nonnegative(observations, columns, found.coefficients)
-        why = self._too_few(observations, len(at)) or self._undetermined(found, bounded)
+        why = self._too_little(observations, len(at), found)
         intervals = [] if why else found.intervals([quantity.of for quantity in self.quantities])
         why = why or self._unresolved(found, columns, intervals)
         parameters = []
-        if self._has_values(bounded):
+        if self._has_values(found.nonnegative):
             for index, one in enumerate(self.quantities):
-                low, high = (None, None) if why else map(one.clip, (intervals[index].low, intervals[index].high))
-                value = one.clip(float(one.of(bounded)))
+                low, high = (None, None) if why else map(one.clip, intervals[index][1:])
+                value = one.clip(float(one.of(found.nonnegative)))
                 parameters.append(Parameter(one.name, one.symbol, one.unit, value, low, high))
-        coefficients = bounded if parameters else np.full_like(bounded, np.nan)
+        coefficients = found.nonnegative if parameters else np.full(len(self.quantities), np.nan)
         return Fit(
             self.name, self.formula, self.source, why is None, why, tuple(parameters), found.held_out_error,
             lambda at: np.asarray(self.columns(np.asarray(at, dtype=np.float64)) @ coefficients),
@@ -138,23 +126,20 @@ class Model:
         is_divided = any(quantity.kind != "coefficient" for quantity in self.quantities)
         return bool(np.isfinite(coefficients).all() and not (is_divided and coefficients[..., 0].min() <= 0))
 
-    def _too_few(self, observations: Observations, num_sizes: int) -> str | None:
+    def _too_little(self, observations: Observations, num_sizes: int, found: Regression) -> str | None:
+        """Why the points do not determine the coefficients."""
         needed, num_blocks = len(self.quantities) + 1, observations.num_blocks
         if num_sizes < needed:
-            sizes = self.sizes if num_sizes > 1 else self.sizes.removesuffix("s")
-            few = f"{num_sizes} {sizes} for {needed - 1} parameters"
-            return f"{few}: from {needed} on, the points can contradict the model"
+            few = f"{num_sizes} {self.sizes if num_sizes > 1 else self.sizes.removesuffix('s')}"
+            return f"{few} for {needed - 1} parameters: from {needed} on, the points can contradict the model"
         if num_blocks < FEWEST_BLOCKS:
             few = f"{num_blocks} block{'s' * (num_blocks > 1)} of launches"
             return f"{few}: from {FEWEST_BLOCKS} on, their spread can be estimated"
-        return None
-
-    def _undetermined(self, found: Regression, bounded: Vector) -> str | None:
         if not np.isfinite(found.coefficients).all():
             return f"at these {self.sizes} its terms have the same shape, or times are too scattered for any to be seen"
         if not np.isfinite(found.without_block).all():
             return "it rests on one block of launches alone: repeat the launches that failed in the others"
-        if not all(map(self._has_values, (found.coefficients, found.without_block, bounded))):
+        if not all(map(self._has_values, (found.coefficients, found.without_block, found.nonnegative))):
             return f"the points contradict the model: {self.quantities[0].name} would not be positive"
         return None
 

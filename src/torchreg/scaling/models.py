@@ -39,21 +39,14 @@ def fit_allreduce(times: Mapping[Block, Mapping[int, float]]) -> Fit:
     both. Raises ValueError for sizes or times that are not positive.
     """
     observations, sizes = _observe_whole(times, "message_bytes")
-    model = Model(
-        "α–β",
-        "T(m) = α + β m",
-        "Hockney 1994",
-        "message sizes",
-        (
-            Quantity(
-                0, "latency", "α", "s", f"messages of {sizes[0]:.0f} bytes and more hide it, measure smaller ones"
-            ),
-            Quantity(
-                1, "time per byte", "β", "s/byte", f"latency hides it up to {sizes[-1]:.0f} bytes, measure larger ones"
-            ),
-        ),
-        lambda messages: np.stack([np.ones_like(messages), messages], axis=1),
-    )
+    smaller = f"messages of {sizes[0]:.0f} bytes and more hide it, measure smaller ones"
+    larger = f"latency hides it up to {sizes[-1]:.0f} bytes, measure larger ones"
+    quantities = Quantity(0, "latency", "α", "s", smaller), Quantity(1, "time per byte", "β", "s/byte", larger)
+
+    def columns(messages: Vector) -> Array:
+        return np.stack([np.ones_like(messages), messages], axis=1)
+
+    model = Model("α–β", "T(m) = α + β m", "Hockney 1994", "message sizes", quantities, columns)
     return model.fit(observations, sizes)
 
 
@@ -64,19 +57,16 @@ def fit_amdahl(times: Mapping[Block, Mapping[int, float]]) -> Fit:
     Needs no time of one rank: T₁ is then a prediction. Contradicted (s above 1) where more ranks are slower. Raises
     ValueError for world sizes or times that are not positive.
     """
-    observations, sizes = _observe_whole(times, "world size")
-    model = Model(
-        "Amdahl",
-        "T(p) = T₁ (s + (1 − s)/p)",
-        "Amdahl 1967",
-        "world sizes",
-        (
-            Quantity(0, "time of one rank", "T₁", "s", _MORE),
-            Quantity(1, "serial fraction", "s", "", _MORE, kind="relative", is_fraction=True),
-        ),
-        lambda ranks: np.stack([1 / ranks, 1 - 1 / ranks], axis=1),
+    quantities = (
+        Quantity(0, "time of one rank", "T₁", "s", _MORE),
+        Quantity(1, "serial fraction", "s", "", _MORE, kind="relative", is_fraction=True),
     )
-    return model.fit(observations, sizes)
+
+    def columns(ranks: Vector) -> Array:
+        return np.stack([1 / ranks, 1 - 1 / ranks], axis=1)
+
+    model = Model("Amdahl", "T(p) = T₁ (s + (1 − s)/p)", "Amdahl 1967", "world sizes", quantities, columns)
+    return model.fit(*_observe_whole(times, "world size"))
 
 
 def fit_usl(
@@ -97,24 +87,19 @@ def fit_usl(
         raise ValueError(f"fit_usl takes {' (strong scaling) or '.join(batch)} (weak): give one of them")
     _check_whole(**given)
 
+    quantities = (
+        Quantity(0, "throughput of one rank", "λ", "samples/s", _MORE, kind="inverse"),
+        Quantity(1, "contention", "σ", "", _MORE, kind="relative", is_fraction=True),
+        Quantity(2, "coherence", "κ", "", _MORE, kind="relative", can_vanish=True),
+    )
+
     def columns(ranks: Vector) -> Array:
         samples = np.full_like(ranks, global_batch_size) if local_batch_size is None else local_batch_size * ranks
         return samples[:, None] * np.stack([1 / ranks, 1 - 1 / ranks, ranks - 1], axis=1)
 
-    observations, sizes = _observe_whole(times, "world size")
-    model = Model(
-        "USL",
-        "X(p) = λ p / (1 + σ(p − 1) + κ p(p − 1))",
-        "Gunther 2007",
-        "world sizes",
-        (
-            Quantity(0, "throughput of one rank", "λ", "samples/s", _MORE, kind="inverse"),
-            Quantity(1, "contention", "σ", "", _MORE, kind="relative", is_fraction=True),
-            Quantity(2, "coherence", "κ", "", _MORE, kind="relative", can_vanish=True),
-        ),
-        columns,
-    )
-    return model.fit(observations, sizes)
+    formula = "X(p) = λ p / (1 + σ(p − 1) + κ p(p − 1))"
+    model = Model("USL", formula, "Gunther 2007", "world sizes", quantities, columns)
+    return model.fit(*_observe_whole(times, "world size"))
 
 
 _COLLECTIVES: dict[Collective, tuple[str, Callable[[Vector], Vector], Callable[[Vector], Vector]]] = {
@@ -144,12 +129,12 @@ def fit_mechanistic(times: Mapping[Block, Mapping[Work, float]], collective: Col
             raise ValueError(f"samples_per_rank is {work.samples_per_rank}: give a positive number")
     measured = np.array(works, dtype=np.float64)
     ranks, samples, messages = measured.T
-    is_weak, is_one_size = bool(np.ptp(samples) == 0), bool(np.ptp(messages) == 0)
+    is_weak, is_one_size = np.ptp(samples) == 0, np.ptp(messages) == 0
     communication, rounds, transfers = _COLLECTIVES[collective]
     if is_weak:
-        formula, named = "c", [("compute", "c", "s")]
+        compute, named = "c", [("compute", "c", "s")]
     else:
-        formula, named = "c₀ + c₁·samples", [("fixed time", "c₀", "s"), ("time per sample", "c₁", "s/sample")]
+        compute, named = "c₀ + c₁·samples", [("fixed time", "c₀", "s"), ("time per sample", "c₁", "s/sample")]
     is_one_round = is_one_size and collective == "recursive doubling"
     if is_one_round:
         communication = "τ log₂ p"
@@ -159,31 +144,24 @@ def fit_mechanistic(times: Mapping[Block, Mapping[Work, float]], collective: Col
 
     def columns(at: Array) -> Array:
         ranks, samples, messages = at.T
-        compute = [np.ones_like(ranks)] if is_weak else [np.ones_like(ranks), samples]
-        both = [rounds(ranks)] if is_one_round else [rounds(ranks), transfers(ranks) * messages]
-        return np.stack([*compute, *both], axis=1)
+        local = [np.ones_like(ranks)] if is_weak else [np.ones_like(ranks), samples]
+        shared = [rounds(ranks)] if is_one_round else [rounds(ranks), transfers(ranks) * messages]
+        return np.stack([*local, *shared], axis=1)
 
     def to_works(at: npt.ArrayLike) -> Array:
         """World sizes (n,) as works (n, 3), of the series that was measured."""
         found = np.asarray(at, dtype=np.float64)
         if found.ndim == 2:
             return found
-        is_strong = bool(np.ptp(ranks * samples) == 0)
-        if not (is_one_size and (is_weak or is_strong)):
-            raise ValueError(
-                "the points are of several series: give predict rows of world_size, samples_per_rank, bytes"
-            )
+        if not (is_one_size and (is_weak or np.ptp(ranks * samples) == 0)):
+            raise ValueError("points are of several series: give predict rows of world_size, samples_per_rank, bytes")
         local = np.full_like(found, samples[0]) if is_weak else ranks[0] * samples[0] / found
         return np.stack([found, local, np.full_like(found, messages[0])], axis=1)
 
-    model = Model(
-        "mechanistic",
-        f"T(p) = {formula} + {communication} ({collective})",
-        "Thakur, Rabenseifner and Gropp 2005; Hockney 1994",
-        "points",
-        tuple(Quantity(column, *name, _MORE, can_vanish=True) for column, name in enumerate(named)),
-        columns,
-    )
+    formula = f"T(p) = {compute} + {communication} ({collective})"
+    source = "Thakur, Rabenseifner and Gropp 2005; Hockney 1994"
+    quantities = tuple(Quantity(column, *name, _MORE, can_vanish=True) for column, name in enumerate(named))
+    model = Model("mechanistic", formula, source, "points", quantities, columns)
     fit = model.fit(observations, measured, np.unique(ranks, return_inverse=True)[1])
     return replace(fit, predict=lambda at: fit.predict(to_works(at)))
 

@@ -34,7 +34,6 @@ _NOT_CONVERGED = 1e-2  # a fit whose last change was larger has no result
 
 Array: TypeAlias = npt.NDArray[np.float64]
 Indices: TypeAlias = npt.NDArray[np.int64]
-Function: TypeAlias = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -62,15 +61,19 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Regression:
-    """Coefficients (p,), of all blocks and without each block (num_blocks, p); NaN where they are not determined."""
+    """Coefficients (p,), of all blocks and without each block (num_blocks, p); NaN where they are not determined.
+
+    For `nonnegative` the column with the most negative coefficient is removed until none is negative.
+    """
 
     coefficients: Vector
+    nonnegative: Vector
     without_block: Array
     held_out_error: float | None
     _blocks: Indices
     _columns: Array  # (n, p) of the relative times at the fit
 
-    def intervals(self, functions: Iterable[Function]) -> list[Interval]:
+    def intervals(self, functions: Iterable[Callable[[npt.NDArray[Any]], npt.NDArray[Any]]]) -> list[Interval]:
         """Of smooth functions of the coefficients (..., p), which must also accept complex ones.
 
         Without block g the coefficients change by −(X'X)⁻¹ X_g' (I − H_gg)⁻¹ r_g, with the hat matrix H = QQ' and the
@@ -120,38 +123,21 @@ def regress(observations: Observations, columns: Array, together: Indices) -> Re
     Sizes with the same number 0, 1, … in `together` (num_sizes,) are held out together, and predicted from the others.
     """
     times, blocks, sizes = observations.times, observations.blocks, observations.sizes
+    everything = np.ones((1, len(times)), dtype=bool)
     without_each = blocks != np.arange(observations.num_blocks)[:, None]
-    masks = [
-        np.ones((1, len(times)), dtype=bool),
-        without_each,
-        together[sizes] != np.arange(together.max() + 1)[:, None],
-    ]
-    coefficients = _fit(columns[sizes], times, np.vstack(masks))
+    without_together = together[sizes] != np.arange(together.max() + 1)[:, None]
+    coefficients = _fit(columns[sizes], times, np.vstack([everything, without_each, without_together]))
     found, without_block, without_group = np.split(coefficients, [1, 1 + observations.num_blocks])
+    kept, some = np.arange(columns.shape[1]), found[0]
+    while len(kept) > 1 and some.min() < 0:  # not if it is NaN
+        kept = np.delete(kept, some.argmin())
+        some = _fit(columns[sizes][:, kept], times, everything)[0]
+    nonnegative = np.zeros(columns.shape[1])
+    nonnegative[kept] = some
     medians = np.array([np.median(times[sizes == size]) for size in range(len(columns))])
-    held_out_error = float(np.abs(np.sum(columns * without_group[together], axis=1) / medians - 1).max())
-    return Regression(
-        found[0],
-        without_block,
-        held_out_error if math.isfinite(held_out_error) else None,
-        blocks,
-        columns[sizes] / (columns @ found[0])[sizes, None],
-    )
-
-
-def fit_nonnegative(observations: Observations, columns: Array, unbounded: Vector) -> Vector:
-    """The coefficients if none may be negative: the column with the most negative one is removed until none is.
-
-    `unbounded` are the coefficients of all columns, with which it begins.
-    """
-    kept, found = np.arange(columns.shape[1]), unbounded
-    while len(kept) > 1 and found.min() < 0:  # not if it is NaN
-        kept = np.delete(kept, found.argmin())
-        everything = np.ones((1, len(observations.times)), dtype=bool)
-        found = _fit(columns[observations.sizes][:, kept], observations.times, everything)[0]
-    coefficients = np.zeros(columns.shape[1])
-    coefficients[kept] = found
-    return coefficients
+    error = float(np.abs(np.sum(columns * without_group[together], axis=1) / medians - 1).max())
+    relative = columns[sizes] / (columns @ found[0])[sizes, None]
+    return Regression(found[0], nonnegative, without_block, error if math.isfinite(error) else None, blocks, relative)
 
 
 def _fit(columns: Array, times: Vector, masks: npt.NDArray[np.bool_]) -> Array:
@@ -162,7 +148,8 @@ def _fit(columns: Array, times: Vector, masks: npt.NDArray[np.bool_]) -> Array:
     result = np.full((len(masks), columns.shape[1]), np.nan)
     relative = columns / times[:, None]
     norms = np.linalg.norm(relative, axis=0)
-    relative = relative / np.where(norms > 0, norms, 1)
+    norms[norms == 0] = 1
+    relative /= norms
     gram = np.einsum("fn,ni,nj->fij", masks.astype(float), relative, relative)
     lengths = np.sqrt(np.einsum("fii->fi", gram))
     divisors = np.where(lengths > 0, lengths, 1)
@@ -172,7 +159,6 @@ def _fit(columns: Array, times: Vector, masks: npt.NDArray[np.bool_]) -> Array:
         return result
     inside, counts, fits = masks[chosen], masks[chosen].sum(axis=1), np.arange(len(chosen))
     freedom = np.sqrt(counts / np.maximum(counts - columns.shape[1], 1))
-
     found = np.linalg.solve(gram[chosen], np.einsum("fn,ni->fi", inside.astype(float), relative)[:, :, None])[:, :, 0]
     negative = (np.where(inside, found @ relative.T, 1) < 0.1).any(axis=1)
     found[negative] = 1 / lengths[chosen][negative]  # no column is negative, so these times are positive
@@ -195,4 +181,4 @@ def _fit(columns: Array, times: Vector, masks: npt.NDArray[np.bool_]) -> Array:
         if moved.max() < _TOLERANCE:
             break
     result[chosen] = np.where(moved[:, None] < _NOT_CONVERGED, found, np.nan)
-    return result / np.where(norms > 0, norms, 1)
+    return result / norms

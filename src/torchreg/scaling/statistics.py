@@ -72,7 +72,11 @@ def ratio_interval(numerator: Mapping[Block, float], denominator: Mapping[Block,
         if (least := _checked(name, side.values()).min()) <= 0:
             raise ValueError(f"{name} has {least:g}: a ratio needs positive values")
     if shared := _shared(numerator, denominator):
-        logarithm = _signed_ranks(np.array([math.log(numerator[block] / denominator[block]) for block in shared]))
+        logs, count = np.array([math.log(numerator[block] / denominator[block]) for block in shared]), len(shared)
+        means = np.sort((logs[:, None] + logs)[np.triu_indices(count)] / 2)
+        rank = _signed_rank(count)
+        low, high = (float(means[rank - 1]), float(means[-rank])) if count >= FEWEST_LAUNCHES else (None, None)
+        logarithm = Estimate(float(np.median(means)), low, high, count)
     else:
         sides = (median_interval(side.values()) for side in (numerator, denominator))
         logarithm = _difference(*(_transformed(side, math.log) for side in sides))
@@ -133,16 +137,6 @@ def _transformed(estimate: Estimate, function: Callable[[float], float]) -> Esti
     return Estimate(value, low, high, count)
 
 
-def _signed_ranks(values: Vector) -> Estimate:
-    count = len(values)
-    means = np.sort((values[:, None] + values)[np.triu_indices(count)] / 2)
-    value = float(np.median(means))
-    if count < FEWEST_LAUNCHES:
-        return Estimate(value, None, None, count)
-    rank = _signed_rank(count)
-    return Estimate(value, float(means[rank - 1]), float(means[-rank]), count)
-
-
 def _difference(first: Estimate, second: Estimate) -> Estimate:
     """The difference of two independent estimates with intervals that need not be symmetric."""
     value, count = first.value - second.value, min(first.num_launches, second.num_launches)
@@ -156,7 +150,7 @@ def _difference(first: Estimate, second: Estimate) -> Estimate:
 @lru_cache
 def _median_rank(count: int) -> tuple[int, float]:
     """The order statistic that bounds the median of `count` values, and how far to move to the next inner one."""
-    rank = _rank_below(binom.pmf(np.arange(count + 1), count, 0.5))
+    rank = int(binom.ppf((1 - CONFIDENCE) / 2, count, 0.5))
     outer, inner = (1 - 2 * float(binom.cdf(k - 1, count, 0.5)) for k in (rank, rank + 1))
     excess = (outer - CONFIDENCE) / (outer - inner)
     return rank, (count - rank) * excess / (rank + (count - 2 * rank) * excess)
@@ -164,13 +158,11 @@ def _median_rank(count: int) -> tuple[int, float]:
 
 @lru_cache
 def _signed_rank(count: int) -> int:
-    """The distribution is that of the sum of those of the ranks 1 … count for which a fair coin shows heads."""
+    """The number of smallest sums of signed ranks whose total probability is at most that of one side.
+
+    The sum is of those of the ranks 1 … count for which a fair coin shows heads.
+    """
     chance = np.ones(1)
     for rank in range(1, count + 1):
         chance = (np.pad(chance, (0, rank)) + np.pad(chance, (rank, 0))) / 2
-    return _rank_below(chance)
-
-
-def _rank_below(chance: Vector) -> int:
-    """The number of smallest outcomes whose total probability is at most that of one side."""
     return int(np.searchsorted(np.cumsum(chance), (1 - CONFIDENCE) / 2, side="right"))
