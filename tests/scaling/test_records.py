@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from torchreg.cli import main
 from torchreg.reporting.analysis import analyse
 from torchreg.scaling import sources
-from torchreg.scaling.records import allreduce_table, launches_table, merge, points_table, read_records
+from torchreg.scaling.records import allreduce_table, launches_table, points_table, read_records
 from torchreg.scaling.schema import check, checksummed
+from torchreg.scaling.sources import merge
 
 from .synthetic_records import SyntheticCampaign, write_launch
 
@@ -52,7 +53,7 @@ def reasons(records):
 def test_tables_have_a_row_for_each_launch_and_point():
     records = read(SMALL.write(Path("campaign")))
     assert len(records.launches) == 4
-    assert (records.failed, records.excluded) == ((), ())
+    assert (records.failed, records.excluded) == ([], [])
     points = points_table(records)
     # 2 blocks × 2 world sizes × 1 combination × 1 size; strong 256, and weak 64 or 128.
     assert len(points) == 2 * 2 * 2
@@ -170,7 +171,7 @@ def test_what_is_no_plain_file_is_named_and_never_opened(monkeypatch):
     (odd["a-link"] / "launch.json").symlink_to(target.resolve())
     os.mkfifo(odd["b-pipe"] / "launch.json")
     (odd["c-folder"] / "launch.json").mkdir()
-    (odd["d-locked"] / "claim.json").write_text("{}")
+    (odd["d-locked"] / "lock.json").write_text("{}")
     (campaign / "launches/f-linked-folder").symlink_to(Path("elsewhere").resolve())
     (campaign / "launches/g-file").write_text("hello")
     records = read()
@@ -382,7 +383,7 @@ def test_merging_copies_logs_and_damage_but_nothing_unfinished():
     campaign = SMALL.write(Path("campaign"))
     (campaign / "launches/block-00-nodes-1-ranks-1/stderr.log").write_text("warning")
     (campaign / "launches/x-running").mkdir()
-    (campaign / "launches/x-running/claim.json").write_text("{}")
+    (campaign / "launches/x-running/lock.json").write_text("{}")
     (campaign / "launches/y-damaged").mkdir()
     (campaign / "launches/y-damaged/launch.json").write_text("{")
     lines = merge(Path("all"), [campaign])

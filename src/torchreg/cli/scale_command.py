@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +17,9 @@ from torchreg.cli.launch_command import run_command
 from torchreg.cli.options import EXIT_FAILED, EXIT_STOPPED, parse
 from torchreg.distributed.launcher import detect_launcher, sign_of_mpi
 from torchreg.runs.config import TrainConfig
-from torchreg.scaling.campaign import Campaign, launches, node_hours, read_campaign, settings
+from torchreg.scaling.campaign import Campaign, estimated_s, launches, node_hours, read_campaign, settings
+
+_MAX_FAILURES = 5  # that `scale status` shows
 
 _USAGE = """\
 usage: torchreg scale {plan,run,status,merge,command} ...
@@ -49,26 +53,47 @@ class Plan:
         from torchreg.console import show_lines, show_table
         from torchreg.runs.record import to_json
         from torchreg.scaling.campaign_run import command_of, launcher_of
-        from torchreg.scaling.campaign_tables import plan_lines, plan_table
 
-        todo, launcher = launches(self.campaign), launcher_of(self.campaign)
-        commands = {launch.id: command_of(self.campaign, launch, Path("DIR"), launcher) for launch in todo}
-        if not self.json:
-            show_table(*plan_table(self.campaign))
-            show_lines(plan_lines(self.campaign, commands))
-            return 0
+        campaign, launcher = self.campaign, launcher_of(self.campaign)
         content = [
             {
                 **asdict(launch),
                 "id": launch.id,
                 "world_size": launch.world_size,
-                "settings": [asdict(setting) for setting in settings(self.campaign, launch.world_size)],
-                "command": commands[launch.id],
+                "settings": [asdict(setting) for setting in settings(campaign, launch.world_size)],
+                "command": command_of(campaign, launch, Path("DIR"), launcher),
             }
-            for launch in todo
+            for launch in launches(campaign)
         ]
-        cost = node_hours(self.campaign, todo)
-        print(to_json({"campaign": asdict(self.campaign), "launches": content, "node_hours": cost}))
+        if self.json:
+            cost = node_hours(campaign)
+            print(to_json({"campaign": asdict(campaign), "launches": content, "node_hours": cost}))
+            return 0
+        columns = (
+            "nodes",
+            "ranks a node",
+            "ranks",
+            "launches",
+            "points each",
+            "global batches",
+            "s each",
+            "node-hours",
+        )
+        rows, commands, total_s = [], [], 0.0
+        first = {(each["num_nodes"], each["world_size"]): each for each in reversed(content)}
+        for (nodes, ranks), launch in sorted(first.items()):
+            seconds = estimated_s(campaign, ranks)
+            total_s += campaign.repeats * seconds
+            batches = ", ".join(map(str, sorted({each["global_batch_size"] for each in launch["settings"]})))
+            counts = (nodes, launch["ranks_per_node"], ranks, campaign.repeats, len(launch["settings"]))
+            cost = campaign.repeats * seconds * nodes / 3600
+            rows.append([*map(str, counts), batches, f"{seconds:.0f}", f"{cost:.2f}"])
+            commands.append(f"command      {shlex.join(launch['command'])}")
+        show_table(columns, rows)
+        features, pairs = ", ".join(map(str, campaign.num_features)), ", ".join(campaign.combinations)
+        cost = f"about {total_s / 60:.0f} min and {node_hours(campaign):.2f} node-hours"
+        measured = f"measured     {features} features; {pairs}; windows of {campaign.window_s:g} s"
+        show_lines([measured, f"total        {len(content)} launches, {cost}", *commands])
         return 0
 
 
@@ -100,14 +125,19 @@ class Run:
         from torchreg.console import show_lines
         from torchreg.runs.stopping import StopRequest
         from torchreg.scaling.campaign_run import run_campaign
-        from torchreg.scaling.campaign_tables import outcome_lines
 
         folder = Path(self.dir or f"runs/{self.campaign.name}")
         report = partial(print, flush=True)
         report(f"campaign     {folder}")
         with StopRequest(self.time_limit_s) as stop:
             states, stopped = run_campaign(self.campaign, folder, stop, report, retry_failed=self.retry_failed)
-        show_lines(outcome_lines(states, stopped, folder))
+        counts = f"{states['done']} of {states.total()} done, {states['failed']} failed"
+        lines = [f"launches     {counts}, {states['running']} running elsewhere"]
+        if stopped:
+            lines.append(f"stopped      {stopped}; run the same command to resume")
+        if states["failed"]:
+            lines.append(f"failed       reasons: `torchreg scale status {folder}`; --retry-failed runs them again")
+        show_lines([*lines, f"report       torchreg report {folder}"])
         if states["open"] or states["running"]:
             return EXIT_STOPPED
         return EXIT_FAILED if states["failed"] else 0
@@ -127,14 +157,30 @@ class Status:
         """Print the status."""
         from torchreg.console import show_lines, show_table
         from torchreg.runs.record import to_json
-        from torchreg.scaling.campaign_tables import status, status_lines, status_table
+        from torchreg.scaling.campaign_run import status
 
         found = status(Path(self.dir))
         if self.json:
             print(to_json(found))
-        else:
-            show_table(*status_table(found))
-            show_lines(status_lines(found, Path(self.dir)))
+            return 0
+        columns = ("done", "failed", "running", "open")
+        messages: dict[str, list[str]] = {state: [] for state in columns}
+        counts: dict[tuple[int, int], Counter[str]] = defaultdict(Counter)
+        for launch in found:
+            messages[launch["state"]].append(f"{launch['state']:13}{launch['id']}: {launch['message']}")
+            counts[launch["num_nodes"], launch["world_size"]][launch["state"]] += 1
+        rows = [
+            ["!" * bool(count["failed"]) + str(nodes), str(ranks), *(str(count[state]) for state in columns)]
+            for (nodes, ranks), count in sorted(counts.items())
+        ]
+        show_table(("nodes", "ranks", *columns), rows)
+        lines = messages["failed"][:_MAX_FAILURES]
+        if (more := len(messages["failed"]) - _MAX_FAILURES) > 0:
+            lines.append(f"failed       and {more} more")
+        lines += messages["running"]
+        if num_open := len(messages["open"]):
+            lines.append(f"open         {num_open} of {len(found)} launches: run `torchreg scale run` again to resume")
+        show_lines([*lines, f"report       torchreg report {Path(self.dir)}"])
         return 0
 
 
@@ -151,7 +197,7 @@ class Merge:
     def run(self) -> int:
         """Merge the folders."""
         from torchreg.console import show_lines
-        from torchreg.scaling.merging import merge
+        from torchreg.scaling.sources import merge
 
         show_lines(merge(Path(self.out), [Path(folder) for folder in self.dirs]))
         return 0

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -136,21 +136,24 @@ class Campaign:
             if isinstance(values, tuple) and len(set(values)) < len(values):
                 raise ValueError(f"{field} is {', '.join(map(str, values))}: give each number once")
         split_options("launcher_args", self.launcher_args)
-        max_world_size = max(self.nodes) * max(self.ranks_per_node)
-        if min(self.global_batch_sizes, default=max_world_size) < max_world_size:
+        num_ranks, max_batch_size = self._max_world_size, self._max_batch_size
+        if min(self.global_batch_sizes, default=num_ranks) < num_ranks:
             raise ValueError(
-                f"global_batch_sizes has {min(self.global_batch_sizes)}, and the largest world size is "
-                f"{max_world_size}: some ranks would have no samples; give larger batches or fewer ranks"
+                f"global_batch_sizes has {min(self.global_batch_sizes)}, and the largest world size is {num_ranks}: "
+                "some ranks would have no samples; give larger batches or fewer ranks"
             )
-        if self.num_rows is not None and self.num_rows < self._max_batch_size:
+        if self.num_rows is not None and self.num_rows < max_batch_size:
             raise ValueError(
-                f"num_rows is {self.num_rows}, and the largest global batch is {self._max_batch_size}: give more rows"
+                f"num_rows is {self.num_rows}, and the largest global batch is {max_batch_size}: give more rows"
             )
 
     @property
+    def _max_world_size(self) -> int:
+        return max(self.nodes) * max(self.ranks_per_node)
+
+    @property
     def _max_batch_size(self) -> int:
-        max_world_size = max(self.nodes) * max(self.ranks_per_node)
-        return max((*self.global_batch_sizes, *(size * max_world_size for size in self.local_batch_sizes)))
+        return max((*self.global_batch_sizes, *(size * self._max_world_size for size in self.local_batch_sizes)))
 
     @property
     def effective_num_rows(self) -> int:
@@ -173,11 +176,6 @@ class Setting:
     sync: Literal["allreduce", "ddp", "mpi", "none"]
     num_features: int
     global_batch_size: int
-
-    @property
-    def name(self) -> str:
-        """A name for folders."""
-        return f"{self.optimizer}-{self.sync}-features-{self.num_features}-batch-{self.global_batch_size}"
 
 
 @dataclass(frozen=True)
@@ -202,7 +200,7 @@ class Launch:
 
 def launches(campaign: Campaign) -> list[Launch]:
     """Every launch, in randomized blocks: a slow drift of the machine affects all world sizes alike."""
-    shapes = [(nodes, ranks) for nodes in campaign.nodes for ranks in campaign.ranks_per_node]
+    shapes = list(itertools.product(campaign.nodes, campaign.ranks_per_node))
     found = []
     for block in range(campaign.repeats):
         for nodes, ranks in np.random.default_rng([campaign.seed, block]).permutation(shapes).tolist():
@@ -228,41 +226,27 @@ def settings(campaign: Campaign, world_size: int, *, by_mpi: bool = True) -> lis
     ]
 
 
-def estimated_s(campaign: Campaign, launch: Launch) -> float:
+def estimated_s(campaign: Campaign, world_size: int) -> float:
     """Estimated seconds of a launch."""
-    windows = 1.0 if launch.world_size == 1 else 1.5  # with averaging, and half of one without
+    windows = 1.0 if world_size == 1 else 1.5  # with averaging, and half of one without
     point_s = windows * campaign.window_s + 0.5  # warm-up, check, run to the target
     start_up_s, all_reduce_s = 15.0, 3.0
-    return start_up_s + all_reduce_s + point_s * len(settings(campaign, launch.world_size))
+    return start_up_s + all_reduce_s + point_s * len(settings(campaign, world_size))
 
 
-def node_hours(campaign: Campaign, chosen: Sequence[Launch]) -> float:
-    """Estimated cost of launches: whole nodes, as they are charged."""
-    return sum(estimated_s(campaign, launch) * launch.num_nodes for launch in chosen) / 3600
+def node_hours(campaign: Campaign) -> float:
+    """Estimated cost of all launches: whole nodes, as they are charged."""
+    return sum(estimated_s(campaign, one.world_size) * one.num_nodes for one in launches(campaign)) / 3600
 
 
 def read_campaign(path: Path) -> Campaign:
     """The campaign of a campaign file, such as jobs/campaigns/local.yaml. Raises `ValueError` for any other file."""
     import msgspec
+    import yaml
 
     if not path.is_file():
         error = "is not a regular file" if path.exists() else "does not exist"
         raise ValueError(f"campaign is {path}, which {error}: give a YAML file, such as jobs/campaigns/local.yaml")
-    content, defaults = _read_yaml(path), asdict(Campaign())
-    for key, value in content.items():
-        if key not in defaults:
-            raise ValueError(f"campaign is {path}, which has {key!r}: its keys are {', '.join(defaults)}")
-        if isinstance(defaults[key], tuple) and not isinstance(value, list):
-            content[key] = [value]
-    try:
-        return msgspec.convert(content, Campaign, strict=False)  # YAML reads 1e-4 as a string
-    except msgspec.ValidationError as error:
-        raise ValueError(f"campaign is {path}: {error}; `torchreg scale plan --help` lists the values") from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
     try:
         with path.open("rb") as file:
             text = file.read(_MAX_FILE_BYTES + 1)
@@ -280,13 +264,21 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise ValueError(f"campaign is {path}, which is not the YAML of a campaign: {reason}") from error
-    return content
+    defaults = asdict(Campaign())
+    for key, value in content.items():
+        if key not in defaults:
+            raise ValueError(f"campaign is {path}, which has {key!r}: its keys are {', '.join(defaults)}")
+        if isinstance(defaults[key], tuple) and not isinstance(value, list):
+            content[key] = [value]
+    try:
+        return msgspec.convert(content, Campaign, strict=False)  # YAML reads 1e-4 as a string
+    except msgspec.ValidationError as error:
+        raise ValueError(f"campaign is {path}: {error}; `torchreg scale plan --help` lists the values") from None
 
 
 def to_yaml(campaign: Campaign) -> str:
     """The campaign file of a campaign."""
     import yaml
 
-    values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(campaign).items()}
-    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    return text
+    values = json.loads(json.dumps(asdict(campaign)))  # tuples become lists
+    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

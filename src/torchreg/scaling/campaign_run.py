@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -35,25 +35,38 @@ State = Literal["done", "failed", "running", "open"]
 _MAY_CHANGE = ("repeats", "nodes", "ranks_per_node", "launcher", "launcher_args", "timeout_s", "launch_timeout_s")
 
 
-def status_of(folder: Path) -> tuple[State, float | None, str]:
-    """State of the launch of a folder, its wall time in seconds, and a message.
+class Status(NamedTuple):
+    """Of a launch. The message is the time that it took, why it failed, or which process runs it."""
 
-    The message is the time that it took, why it failed, or which process runs it. An invalid record is a failure.
-    """
+    state: State
+    wall_s: float | None = None
+    message: str = ""
+
+
+def status_of(folder: Path) -> Status:
+    """The status of the launch of a folder. An invalid record is a failure."""
     try:
         record = check((folder / LAUNCH_FILE).read_bytes())
     except FileNotFoundError:
         owner = locked_by(folder)
-        return ("running", None, owner) if owner else ("open", None, "")
+        return Status("running", message=owner) if owner else Status("open")
     except (OSError, ValueError) as error:
-        return "failed", None, f"{LAUNCH_FILE} is not a record: {error}"
-    is_ok = record["status"] == "ok"
-    return ("done", record["wall_s"], f"{record['wall_s']:.0f} s") if is_ok else ("failed", None, record["reason"])
+        return Status("failed", message=f"{LAUNCH_FILE} is not a record: {error}")
+    if record["status"] == "failed":
+        return Status("failed", message=record["reason"])
+    return Status("done", record["wall_s"], f"{record['wall_s']:.0f} s")
 
 
-def state_of(folder: Path) -> State:
-    """The state of the launch of a folder."""
-    return status_of(folder)[0]
+def status(folder: Path) -> list[dict[str, Any]]:
+    """Every launch of a campaign's folder: `id`, `world_size`, `num_nodes`, and the fields of its `Status`.
+
+    Raises `ValueError` if the folder has no campaign.
+    """
+    return [
+        {"id": launch.id, "world_size": launch.world_size, "num_nodes": launch.num_nodes}
+        | status_of(folder / LAUNCHES_FOLDER / launch.id)._asdict()
+        for launch in launches(campaign_of(folder))
+    ]
 
 
 def campaign_of(folder: Path) -> Campaign:
@@ -127,10 +140,13 @@ def run_campaign(
         if fd is None:
             stopped = stop.reason or f"another `scale run` measures in {folder} on this host, or its ranks still end"
         for number, launch in enumerate(todo, start=1):
-            state = state_of(folders[launch.id])
+            state = status_of(folders[launch.id]).state
             if state == "done" or (state == "failed" and not retry_failed):
                 continue
-            expected_s, left_s = durations_s.get(launch.world_size, estimated_s(campaign, launch)), stop.left_s()
+            expected_s, left_s = (
+                durations_s.get(launch.world_size, estimated_s(campaign, launch.world_size)),
+                stop.left_s(),
+            )
             if stop.is_due():
                 stopped = stop.reason
             elif left_s is not None and expected_s > left_s:
@@ -142,7 +158,7 @@ def run_campaign(
                 report(f"elsewhere    {launch.id}: {locked_by(folders[launch.id])}")
                 continue
             try:
-                if state_of(folders[launch.id]) == "done":  # by another job, just before the lock was taken
+                if status_of(folders[launch.id]).state == "done":  # by another job, just before the lock was taken
                     continue
                 record = run_launch(campaign, launch, commands[launch.id], folders[launch.id], stop, lock, fd)
             finally:
@@ -153,7 +169,7 @@ def run_campaign(
             durations_s[launch.world_size] = record["wall_s"]
             message = f"failed: {record['reason']}" if record["status"] == "failed" else f"{record['wall_s']:.0f} s"
             report(f"{number:4}/{len(todo)}    {launch.id}: {message}")
-    return Counter(map(state_of, folders.values())), stopped
+    return Counter(status_of(each).state for each in folders.values()), stopped
 
 
 def command_of(
