@@ -217,7 +217,7 @@ def test_failed_launches_and_earlier_attempts_are_failures_with_their_log():
     assert reasons(records) == ["status is ok, and the file's name is that of a failed attempt"]
     report = analyse(records)
     assert [one["is_retried"] for one in report["failed"]] == [True, False]
-    assert report["cost"]["launches"] == 6
+    assert report["cost"]["num_launches"] == 6
     # 4 launches of 40 s and 2 failures of 5 s, on one node each.
     assert report["cost"]["node_hours"] == pytest.approx(170 / 3600)
 
@@ -404,7 +404,7 @@ def test_merging_refuses_to_write_into_something_else():
     Path("home/letter.txt").write_text("dear")
     with pytest.raises(ValueError, match="holds other files than a campaign's"):
         merge(Path("home"), [one])
-    with pytest.raises(ValueError, match="is no directory"):
+    with pytest.raises(ValueError, match="is not a directory"):
         merge(Path("home/letter.txt"), [one])
     with pytest.raises(ValueError, match="torchreg scale run"):
         merge(Path("new"), [Path("home")])

@@ -114,7 +114,7 @@ def launches_table(records: Records) -> pd.DataFrame:
 
     `block` counts the blocks of all sources together, so that no number stands for two of them.
     """
-    rows = [_launch_row(launch) for launch in (*records.launches, *records.failed)]
+    rows = map(_launch_row, (*records.launches, *records.failed))
     table = pd.DataFrame(rows, columns=_LAUNCH_COLUMNS)
     table = table.sort_values(["status", "launch", "file"], ascending=[False, True, True], ignore_index=True)
     source = table["launch"].str.extract(r"((?:~\d+)*)$", expand=False)  # what distinguishes launches of the same id
@@ -125,10 +125,10 @@ def launches_table(records: Records) -> pd.DataFrame:
 
 
 def _launch_row(launch: Launch) -> dict[str, Any]:
-    """The columns that a record has as fields of the same name, and those that are computed."""
+    """The fields of a record, of which the columns are taken, and those that are computed."""
     content = launch.content
-    sections = [content["campaign"], content["launch"], content]
-    computed = {
+    row = {
+        **(content["campaign"] | content["launch"] | content),
         "launch": launch.name,
         "campaign": content["campaign"]["name"],
         "recorded_block": content["launch"]["block"],
@@ -136,22 +136,21 @@ def _launch_row(launch: Launch) -> dict[str, Any]:
         "file": schema.printable(str(launch.path)),
         "without": None,
     }
-    if content["status"] == "ok":
-        origin, distributed = content["provenance"], content["distributed"]
-        sections = [content["machine_facts"], origin["libraries"], origin["source"], origin, distributed, *sections]
-        placements, environment = distributed["placements"], sorted(origin["environment"].items())
-        computed |= {
-            "device_name": ", ".join(sorted({one["device_name"] for one in placements})),
-            "placement": " ".join(f"{name}={value}" for name, value in environment if _PLACEMENT.fullmatch(name))
-            or None,
-            "without": " ".join(sorted(content["campaign"]["without"])) or None,
-            # Of a node whose ranks compute on them.
-            "num_cpus": distributed["num_cpus"] if placements[0]["device"] == "cpu" else None,
-            "num_points": len(content["points"]),
-            "num_failed_checks": sum(not point["check_passed"] for point in content["points"]),
-        }
-    row = {key: value for section in sections for key, value in section.items() if key in _LAUNCH_COLUMNS}
-    return row | computed
+    if content["status"] == "failed":
+        return row
+    origin, distributed, points = content["provenance"], content["distributed"], content["points"]
+    placements, environment = distributed["placements"], sorted(origin["environment"].items())
+    placement = " ".join(f"{name}={value}" for name, value in environment if _PLACEMENT.fullmatch(name))
+    return {
+        **(content["machine_facts"] | origin["libraries"] | origin["source"] | origin | distributed | row),
+        "device_name": ", ".join(sorted({one["device_name"] for one in placements})),
+        "placement": placement or None,
+        "without": " ".join(sorted(content["campaign"]["without"])) or None,
+        # Of a node whose ranks compute on them.
+        "num_cpus": distributed["num_cpus"] if placements[0]["device"] == "cpu" else None,
+        "num_points": len(points),
+        "num_failed_checks": sum(not point["check_passed"] for point in points),
+    }
 
 
 def points_table(records: Records) -> pd.DataFrame:
