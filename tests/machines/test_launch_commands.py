@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchreg.cli.launch_command import run_command
+from torchreg.cli.scale_command import run
 from torchreg.machines.known_machines import MACHINES
 from torchreg.machines.launch_commands import allocated_hosts, available_launcher, launch_command, place_ranks
 
@@ -316,7 +316,7 @@ def test_the_command_prints_one_token_a_line(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("PBS_NODEFILE", str(tmp_path / "nodes"))
     (tmp_path / "nodes").write_text("n1\nn1\nn2\n")
     options = "--launcher mpich --ranks-per-node 2 --env A=1 'B=2 3' --extra='-launcher ssh'"
-    assert run_command(shlex.split(options)) == 0
+    assert run(["command", *shlex.split(options)]) == 0
     assert capsys.readouterr().out.splitlines() == [
         *("mpiexec", "-n", "4", "--ppn", "2", "--hosts", "n1,n2", "-launcher", "ssh", "--env", "A=1", "--env", "B=2 3"),
     ]
@@ -324,21 +324,21 @@ def test_the_command_prints_one_token_a_line(capsys, monkeypatch, tmp_path):
 
 def test_the_command_in_a_slurm_job_takes_its_nodes(capsys, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "3")
-    assert run_command(["--launcher", "srun", "--machine", "perlmutter"]) == 0
+    assert run(["command", "--launcher", "srun", "--machine", "perlmutter"]) == 0
     assert capsys.readouterr().out.split()[:7] == ["srun", "--nodes", "3", "--ntasks", "12", "--ntasks-per-node", "4"]
 
 
 def test_the_command_with_nothing_to_print_prints_nothing(capsys):
-    assert run_command(["--launcher", "none", "--num-ranks", "1"]) == 0
+    assert run(["command", "--launcher", "none", "--num-ranks", "1"]) == 0
     assert capsys.readouterr().out == ""
 
 
 def test_the_command_reports_what_is_wrong():
     with pytest.raises(ValueError, match="env has 'A': give NAME=VALUE"):
-        run_command(["--num-ranks", "1", "--env", "A"])
+        run(["command", "--num-ranks", "1", "--env", "A"])
     with pytest.raises(ValueError, match="hosts has ''"):
-        run_command(["--launcher", "mpich", "--ranks-per-node", "1", "--hosts", "n1,"])
+        run(["command", "--launcher", "mpich", "--ranks-per-node", "1", "--hosts", "n1,"])
     with pytest.raises(ValueError, match="num_nodes is 4, and hosts names 2"):
-        run_command(["--launcher", "mpich", "--num-nodes", "4", "--ranks-per-node", "1", "--hosts", "n1,n2"])
+        run(["command", "--launcher", "mpich", "--num-nodes", "4", "--ranks-per-node", "1", "--hosts", "n1,n2"])
     with pytest.raises(ValueError, match='extra is "\'open", which no shell could split'):
-        run_command(["--num-ranks", "1", "--extra", "'open"])
+        run(["command", "--num-ranks", "1", "--extra", "'open"])

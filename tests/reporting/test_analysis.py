@@ -13,8 +13,8 @@ from torchreg.reporting.analysis import analyse
 from torchreg.reporting.bottlenecks import bottleneck, scaling_limit
 from torchreg.reporting.pages import summary_lines
 from torchreg.reporting.write import write_data
-from torchreg.scaling.merging import merge
 from torchreg.scaling.records import read_records
+from torchreg.scaling.sources import merge
 
 from .synthetic import Campaign, Machine, report_of, set_check, without_noise, write_launch
 

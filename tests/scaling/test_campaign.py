@@ -74,7 +74,7 @@ def test_node_hours_count_whole_nodes():
     one = Campaign(nodes=(1,), ranks_per_node=(4,), repeats=1)
     two = Campaign(nodes=(2,), ranks_per_node=(2,), repeats=1)
     # The same four ranks and settings, on twice the nodes.
-    assert math.isclose(node_hours(two, launches(two)), 2 * node_hours(one, launches(one)))
+    assert math.isclose(node_hours(two), 2 * node_hours(one))
 
 
 def test_a_campaign_survives_its_file(tmp_path):

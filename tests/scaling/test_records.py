@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from torchreg.cli import main
 from torchreg.reporting.analysis import analyse
 from torchreg.scaling import sources
-from torchreg.scaling.records import allreduce_table, launches_table, merge, points_table, read_records
+from torchreg.scaling.records import allreduce_table, launches_table, points_table, read_records
 from torchreg.scaling.schema import check, checksummed
+from torchreg.scaling.sources import merge
 
 from .synthetic_records import SyntheticCampaign, write_launch
 
@@ -52,7 +53,7 @@ def reasons(records):
 def test_tables_have_a_row_for_each_launch_and_point():
     records = read(SMALL.write(Path("campaign")))
     assert len(records.launches) == 4
-    assert (records.failed, records.excluded) == ((), ())
+    assert (records.failed, records.excluded) == ([], [])
     points = points_table(records)
     # 2 blocks × 2 world sizes × 1 combination × 1 size; strong 256, and weak 64 or 128.
     assert len(points) == 2 * 2 * 2
@@ -216,7 +217,7 @@ def test_failed_launches_and_earlier_attempts_are_failures_with_their_log():
     assert reasons(records) == ["status is ok, and the file's name is that of a failed attempt"]
     report = analyse(records)
     assert [one["is_retried"] for one in report["failed"]] == [True, False]
-    assert report["cost"]["launches"] == 6
+    assert report["cost"]["num_launches"] == 6
     # 4 launches of 40 s and 2 failures of 5 s, on one node each.
     assert report["cost"]["node_hours"] == pytest.approx(170 / 3600)
 
@@ -403,7 +404,7 @@ def test_merging_refuses_to_write_into_something_else():
     Path("home/letter.txt").write_text("dear")
     with pytest.raises(ValueError, match="holds other files than a campaign's"):
         merge(Path("home"), [one])
-    with pytest.raises(ValueError, match="is no directory"):
+    with pytest.raises(ValueError, match="is not a directory"):
         merge(Path("home/letter.txt"), [one])
     with pytest.raises(ValueError, match="torchreg scale run"):
         merge(Path("new"), [Path("home")])

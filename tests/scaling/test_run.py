@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,8 +23,7 @@ from torchreg.cli import main
 from torchreg.runs.stopping import StopRequest
 from torchreg.scaling import campaign_run, locks
 from torchreg.scaling.campaign import Campaign, launches
-from torchreg.scaling.campaign_run import campaign_of, open_campaign, run_campaign, state_of
-from torchreg.scaling.campaign_tables import status, status_lines
+from torchreg.scaling.campaign_run import campaign_of, open_campaign, run_campaign, status, status_of
 
 from .synthetic_records import SyntheticCampaign
 
@@ -101,7 +101,7 @@ def test_an_invalid_record_is_a_failure_and_no_result(play, tmp_path):
     play()
     path = tmp_path / "campaign/launches" / FIRST / "launch.json"
     path.write_text(path.read_text().replace('"block": 0', '"block": 7'))
-    assert state_of(path.parent) == "failed"
+    assert status_of(path.parent).state == "failed"
     (message,) = [each["message"] for each in status(tmp_path / "campaign") if each["state"] == "failed"]
     assert "damaged" in message
     assert play() == {"done": 1, "failed": 1}
@@ -116,7 +116,7 @@ def test_repeats_can_be_added_and_another_measurement_is_refused(play, tmp_path)
     assert campaign_of(tmp_path / "campaign").repeats == 2
 
 
-def test_a_failure_is_recorded_and_repeated_only_on_request(play, tmp_path):
+def test_a_failure_is_recorded_and_repeated_only_on_request(play, tmp_path, capsys):
     folder = tmp_path / "campaign"
     program = "import sys; print('noise', file=sys.stderr); sys.exit('torchreg: error on rank 1 (n1): no luck')"
     assert play(program) == {"failed": 2}
@@ -124,9 +124,8 @@ def test_a_failure_is_recorded_and_repeated_only_on_request(play, tmp_path):
     assert record["status"] == "failed"
     assert record["reason"] == "exit code 1: torchreg: error on rank 1 (n1): no luck"
     assert "points" not in record
-    lines = status_lines(status(folder), folder)
-    assert lines[0].startswith("failed       block-00-nodes-1-ranks-")
-    assert "no luck" in lines[0]
+    assert main(["scale", "status", str(folder)]) == 0
+    assert re.search(r"^failed       block-00-nodes-1-ranks-\d: .*no luck$", capsys.readouterr().out, re.MULTILINE)
     assert play() == {"failed": 2}, "nothing is retried silently"
     assert ran(folder) == []
     assert play(retry_failed=True) == {"done": 2}
@@ -272,10 +271,10 @@ def test_a_stale_lock_is_removed(stale, play, locked, monkeypatch):
 def test_a_lock_of_another_host_holds_until_it_is_not_renewed(play, locked):
     path = locked()
     assert play() == {"done": 1, "running": 1}
-    assert state_of(path.parent) == "running"
+    assert status_of(path.parent).state == "running"
     for damage in (b"", b"{", b"[]", b"[" * 10_000):  # it may just be being written
         path.write_bytes(damage)
-        assert state_of(path.parent) == "running"
+        assert status_of(path.parent).state == "running"
         assert play()["running"] == 1
     os.utime(path, (time.time() - 1e4,) * 2)
     assert play() == {"done": 2}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
+from torchreg.core.checkpoint import read_regular
 from torchreg.data.synthetic import REAL_NUM_ROWS
 from torchreg.machines.known_machines import MachineName
 from torchreg.machines.launch_commands import LauncherName, split_options
@@ -34,10 +35,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1),
 }
 _MAX_FILE_BYTES = 65_536  # a file with a hundred numbers a key has two thousand
-_MEASURED_FIELDS = (  # which the numbers of a launch depend on: the same for all launches of a campaign's folder
-    "global_batch_sizes", "local_batch_sizes", "num_features", "combinations", "window_s", "num_rows",
-    "base_learning_rate", "target_excess", "dtype", "device", "distributed", "machine", "without", "seed",
-)  # fmt: skip
+
+MAY_CHANGE = ("repeats", "nodes", "ranks_per_node", "launcher", "launcher_args", "timeout_s", "launch_timeout_s")
+"""Fields that may differ between runs into one folder: the numbers of a launch do not depend on them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,77 +47,47 @@ class Campaign:
     Raises `ValueError`, naming the field, its value and the remedy, for what cannot be measured.
     """
 
-    name: str = "scaling"
-    """Name of the campaign, in its records and its report."""
-
-    machine: MachineName = "generic"
-    """Whose launcher options, CPU binding and network settings to use."""
-
+    name: str = "scaling"  # Name of the campaign, in its records and its report.
+    machine: MachineName = "generic"  # Whose launcher options, CPU binding and network settings to use.
+    # Name of the machine in records and reports: numbers are compared only within one machine. Default: `machine`, or
+    # the name of the host on which the campaign starts, without its numbers.
     machine_name: str | None = None
-    """Name of the machine in records and reports: numbers are compared only within one machine. Default: `machine`, or
-    the name of the host on which the campaign starts, without its numbers."""
-
+    # Names of the machine's variables to exclude, for example where NCCL hangs with them.
     without: tuple[str, ...] = ()
-    """Names of the machine's variables to exclude, for example where NCCL hangs with them."""
 
-    nodes: tuple[int, ...] = (1,)
-    """Numbers of nodes."""
-
+    nodes: tuple[int, ...] = (1,)  # Numbers of nodes.
+    # Numbers of ranks on each node; world sizes are the products with `nodes`.
     ranks_per_node: tuple[int, ...] = (1, 2, 4)
-    """Numbers of ranks on each node; world sizes are the products with `nodes`."""
-
-    global_batch_sizes: tuple[int, ...] = (256,)
-    """Strong scaling: samples per step on all ranks together."""
-
-    local_batch_sizes: tuple[int, ...] = (64,)
-    """Weak scaling: samples per step on each rank."""
-
+    global_batch_sizes: tuple[int, ...] = (256,)  # Strong scaling: samples per step on all ranks together.
+    local_batch_sizes: tuple[int, ...] = (64,)  # Weak scaling: samples per step on each rank.
+    # Features of the model, which decide the message size: num_features + 1 numbers are averaged in a step.
     num_features: tuple[int, ...] = (1, 64, 512)
-    """Features of the model, which decide the message size: num_features + 1 numbers are averaged in a step."""
-
+    # Optimizer/sync pairs to measure, or `all` that run on the machine.
     combinations: tuple[Combination | Literal["all"], ...] = ("all",)
-    """Optimizer/sync pairs to measure, or `all` that run on the machine."""
 
+    # Launches of each world size. A launch is the unit of repetition: a 95 % interval needs at least six.
     repeats: int = 6
-    """Launches of each world size. A launch is the unit of repetition: a 95 % interval needs at least six."""
-
-    window_s: float = 1.0
-    """Minimum duration of one measurement, in seconds."""
-
+    window_s: float = 1.0  # Minimum duration of one measurement, in seconds.
+    # Rows of the synthetic table. Default: the largest of 551, the largest global batch, and four times the features
+    # (up to 1024 of them), with which gradient descent is close to the closed-form solution after few steps.
     num_rows: int | None = None
-    """Rows of the synthetic table. Default: the largest of 551, the largest global batch, and four times the features
-    (up to 1024 of them), with which gradient descent is close to the closed-form solution after few steps."""
-
+    # Learning rate of weight and bias in runs to the target, for a global batch of 64 and scaled linearly with it.
+    # Small, so that a run to the target is long enough to be timed.
     base_learning_rate: float = 0.0005
-    """Learning rate of weight and bias in runs to the target, for a global batch of 64 and scaled linearly with it.
-    Small, so that a run to the target is long enough to be timed."""
-
+    # Runs to the target end when the loss exceeds that of the closed-form solution by at most this fraction.
     target_excess: float = 0.01
-    """Runs to the target end when the loss exceeds that of the closed-form solution by at most this fraction."""
 
+    # Precision. `auto` is float64 on the CPU and float32 elsewhere.
     dtype: Literal["auto", "float32", "float64"] = "auto"
-    """Precision. `auto` is float64 on the CPU and float32 elsewhere."""
-
+    # Device type. A launch whose ranks have another device is recorded as failed.
     device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = "auto"
-    """Device type. A launch whose ranks have another device is recorded as failed."""
-
-    distributed: Literal["auto", "ezpz", "torch"] = "auto"
-    """What initializes the process group of several ranks."""
-
-    seed: int = 0
-    """Seed of the order of launches, and of points in a launch."""
-
+    distributed: Literal["auto", "ezpz", "torch"] = "auto"  # What initializes the process group of several ranks.
+    seed: int = 0  # Seed of the order of launches, and of points in a launch.
+    # What starts ranks. `auto`: srun in a Slurm job, else the mpiexec on the PATH; `none`: one process, directly.
     launcher: LauncherName | Literal["auto"] = "auto"
-    """What starts ranks. `auto`: srun in a Slurm job, else the mpiexec on the PATH; `none`: one process, directly."""
-
-    launcher_args: str = ""
-    """Further options of the launcher, in one argument: --launcher-args="--map-by core"."""
-
-    timeout_s: float = 120.0
-    """Seconds that a collective operation waits for other ranks."""
-
-    launch_timeout_s: float = 900.0
-    """Seconds after which a launch is killed and recorded as failed."""
+    launcher_args: str = ""  # Further options of the launcher, in one argument: --launcher-args="--map-by core".
+    timeout_s: float = 120.0  # Seconds that a collective operation waits for other ranks.
+    launch_timeout_s: float = 900.0  # Seconds after which a launch is killed and recorded as failed.
 
     def __post_init__(self) -> None:
         check_name("name", self.name)
@@ -136,21 +106,24 @@ class Campaign:
             if isinstance(values, tuple) and len(set(values)) < len(values):
                 raise ValueError(f"{field} is {', '.join(map(str, values))}: give each number once")
         split_options("launcher_args", self.launcher_args)
-        max_world_size = max(self.nodes) * max(self.ranks_per_node)
-        if min(self.global_batch_sizes, default=max_world_size) < max_world_size:
+        num_ranks, max_batch_size = self._max_world_size, self._max_batch_size
+        if min(self.global_batch_sizes, default=num_ranks) < num_ranks:
             raise ValueError(
-                f"global_batch_sizes has {min(self.global_batch_sizes)}, and the largest world size is "
-                f"{max_world_size}: some ranks would have no samples; give larger batches or fewer ranks"
+                f"global_batch_sizes has {min(self.global_batch_sizes)}, and the largest world size is {num_ranks}: "
+                "some ranks would have no samples; give larger batches or fewer ranks"
             )
-        if self.num_rows is not None and self.num_rows < self._max_batch_size:
+        if self.num_rows is not None and self.num_rows < max_batch_size:
             raise ValueError(
-                f"num_rows is {self.num_rows}, and the largest global batch is {self._max_batch_size}: give more rows"
+                f"num_rows is {self.num_rows}, and the largest global batch is {max_batch_size}: give more rows"
             )
 
     @property
+    def _max_world_size(self) -> int:
+        return max(self.nodes) * max(self.ranks_per_node)
+
+    @property
     def _max_batch_size(self) -> int:
-        max_world_size = max(self.nodes) * max(self.ranks_per_node)
-        return max((*self.global_batch_sizes, *(size * max_world_size for size in self.local_batch_sizes)))
+        return max((*self.global_batch_sizes, *(size * self._max_world_size for size in self.local_batch_sizes)))
 
     @property
     def effective_num_rows(self) -> int:
@@ -158,10 +131,18 @@ class Campaign:
         solved = [4 * count for count in self.num_features if count <= MOST_SOLVED_FEATURES]
         return self.num_rows or max(REAL_NUM_ROWS, self._max_batch_size, *solved)
 
+    def estimated_s(self, world_size: int) -> float:
+        """Estimated seconds of a launch."""
+        windows = 1.0 if world_size == 1 else 1.5  # with averaging, and half of one without
+        point_s = windows * self.window_s + 0.5  # warm-up, check, run to the target
+        start_up_s, all_reduce_s = 15.0, 3.0
+        return start_up_s + all_reduce_s + point_s * len(settings(self, world_size))
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of all that a launch's numbers depend on: only launches with the same one are comparable."""
-        measured = {name: getattr(self, name) for name in _MEASURED_FIELDS}
+        names = (*MAY_CHANGE, "name", "machine_name")
+        measured = {name: value for name, value in asdict(self).items() if name not in names}
         return "sha256:" + hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()
 
 
@@ -173,11 +154,6 @@ class Setting:
     sync: Literal["allreduce", "ddp", "mpi", "none"]
     num_features: int
     global_batch_size: int
-
-    @property
-    def name(self) -> str:
-        """A name for folders."""
-        return f"{self.optimizer}-{self.sync}-features-{self.num_features}-batch-{self.global_batch_size}"
 
 
 @dataclass(frozen=True)
@@ -202,7 +178,7 @@ class Launch:
 
 def launches(campaign: Campaign) -> list[Launch]:
     """Every launch, in randomized blocks: a slow drift of the machine affects all world sizes alike."""
-    shapes = [(nodes, ranks) for nodes in campaign.nodes for ranks in campaign.ranks_per_node]
+    shapes = list(itertools.product(campaign.nodes, campaign.ranks_per_node))
     found = []
     for block in range(campaign.repeats):
         for nodes, ranks in np.random.default_rng([campaign.seed, block]).permutation(shapes).tolist():
@@ -228,44 +204,21 @@ def settings(campaign: Campaign, world_size: int, *, by_mpi: bool = True) -> lis
     ]
 
 
-def estimated_s(campaign: Campaign, launch: Launch) -> float:
-    """Estimated seconds of a launch."""
-    windows = 1.0 if launch.world_size == 1 else 1.5  # with averaging, and half of one without
-    point_s = windows * campaign.window_s + 0.5  # warm-up, check, run to the target
-    start_up_s, all_reduce_s = 15.0, 3.0
-    return start_up_s + all_reduce_s + point_s * len(settings(campaign, launch.world_size))
-
-
-def node_hours(campaign: Campaign, chosen: Sequence[Launch]) -> float:
-    """Estimated cost of launches: whole nodes, as they are charged."""
-    return sum(estimated_s(campaign, launch) * launch.num_nodes for launch in chosen) / 3600
+def node_hours(campaign: Campaign) -> float:
+    """Estimated cost of all launches: whole nodes, as they are charged."""
+    return sum(campaign.estimated_s(one.world_size) * one.num_nodes for one in launches(campaign)) / 3600
 
 
 def read_campaign(path: Path) -> Campaign:
     """The campaign of a campaign file, such as jobs/campaigns/local.yaml. Raises `ValueError` for any other file."""
     import msgspec
+    import yaml
 
     if not path.is_file():
         error = "is not a regular file" if path.exists() else "does not exist"
         raise ValueError(f"campaign is {path}, which {error}: give a YAML file, such as jobs/campaigns/local.yaml")
-    content, defaults = _read_yaml(path), asdict(Campaign())
-    for key, value in content.items():
-        if key not in defaults:
-            raise ValueError(f"campaign is {path}, which has {key!r}: its keys are {', '.join(defaults)}")
-        if isinstance(defaults[key], tuple) and not isinstance(value, list):
-            content[key] = [value]
     try:
-        return msgspec.convert(content, Campaign, strict=False)  # YAML reads 1e-4 as a string
-    except msgspec.ValidationError as error:
-        raise ValueError(f"campaign is {path}: {error}; `torchreg scale plan --help` lists the values") from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        with path.open("rb") as file:
-            text = file.read(_MAX_FILE_BYTES + 1)
+        text = read_regular(path, _MAX_FILE_BYTES + 1)
         if len(text) > _MAX_FILE_BYTES:
             raise ValueError(f"more than {_MAX_FILE_BYTES:,} bytes")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -280,13 +233,21 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise ValueError(f"campaign is {path}, which is not the YAML of a campaign: {reason}") from error
-    return content
+    defaults = asdict(Campaign())
+    for key, value in content.items():
+        if key not in defaults:
+            raise ValueError(f"campaign is {path}, which has {key!r}: its keys are {', '.join(defaults)}")
+        if isinstance(defaults[key], tuple) and not isinstance(value, list):
+            content[key] = [value]
+    try:
+        return msgspec.convert(content, Campaign, strict=False)  # YAML reads 1e-4 as a string
+    except msgspec.ValidationError as error:
+        raise ValueError(f"campaign is {path}: {error}; `torchreg scale plan --help` lists the values") from None
 
 
 def to_yaml(campaign: Campaign) -> str:
     """The campaign file of a campaign."""
     import yaml
 
-    values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(campaign).items()}
-    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    return text
+    values = json.loads(json.dumps(asdict(campaign)))  # tuples become lists
+    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from torchreg.machines import launch_commands
 from torchreg.machines.launch_commands import LauncherName
 from torchreg.runs.files import create
 from torchreg.runs.stopping import StopRequest
-from torchreg.scaling.campaign import CAMPAIGN_FILE, Campaign, Launch, estimated_s, launches, read_campaign, to_yaml
+from torchreg.scaling.campaign import CAMPAIGN_FILE, MAY_CHANGE, Campaign, Launch, launches, read_campaign, to_yaml
 from torchreg.scaling.launch_process import run_launch
 from torchreg.scaling.locks import host_lock, lock_launch, locked_by
 from torchreg.scaling.schema import check
@@ -32,28 +32,39 @@ from torchreg.scaling.sources import LAUNCH_FILE, LAUNCHES_FOLDER
 
 State = Literal["done", "failed", "running", "open"]
 
-_MAY_CHANGE = ("repeats", "nodes", "ranks_per_node", "launcher", "launcher_args", "timeout_s", "launch_timeout_s")
+
+class Status(NamedTuple):
+    """Of a launch. The message is the time that it took, why it failed, or which process runs it."""
+
+    state: State
+    wall_s: float | None = None
+    message: str = ""
 
 
-def status_of(folder: Path) -> tuple[State, float | None, str]:
-    """State of the launch of a folder, its wall time in seconds, and a message.
-
-    The message is the time that it took, why it failed, or which process runs it. An invalid record is a failure.
-    """
+def status_of(folder: Path) -> Status:
+    """The status of the launch of a folder. An invalid record is a failure."""
     try:
         record = check((folder / LAUNCH_FILE).read_bytes())
     except FileNotFoundError:
         owner = locked_by(folder)
-        return ("running", None, owner) if owner else ("open", None, "")
+        return Status("running", message=owner) if owner else Status("open")
     except (OSError, ValueError) as error:
-        return "failed", None, f"{LAUNCH_FILE} is not a record: {error}"
-    is_ok = record["status"] == "ok"
-    return ("done", record["wall_s"], f"{record['wall_s']:.0f} s") if is_ok else ("failed", None, record["reason"])
+        return Status("failed", message=f"{LAUNCH_FILE} is not a record: {error}")
+    if record["status"] == "failed":
+        return Status("failed", message=record["reason"])
+    return Status("done", record["wall_s"], f"{record['wall_s']:.0f} s")
 
 
-def state_of(folder: Path) -> State:
-    """The state of the launch of a folder."""
-    return status_of(folder)[0]
+def status(folder: Path) -> list[dict[str, Any]]:
+    """Every launch of a campaign's folder: `id`, `world_size`, `num_nodes`, and the fields of its `Status`.
+
+    Raises `ValueError` if the folder has no campaign.
+    """
+    return [
+        {"id": launch.id, "world_size": launch.world_size, "num_nodes": launch.num_nodes}
+        | status_of(folder / LAUNCHES_FOLDER / launch.id)._asdict()
+        for launch in launches(campaign_of(folder))
+    ]
 
 
 def campaign_of(folder: Path) -> Campaign:
@@ -83,7 +94,7 @@ def open_campaign(campaign: Campaign, folder: Path) -> Campaign:
         before = replace(before, machine_name=before.machine_name or named.machine_name)
         named = replace(campaign, machine_name=campaign.machine_name or before.machine_name)
         for name, value in asdict(named).items():
-            if name not in _MAY_CHANGE and getattr(before, name) != value:
+            if name not in MAY_CHANGE and getattr(before, name) != value:
                 raise ValueError(
                     f"{name} is {value}, and {path} has {getattr(before, name)}: choose another --dir, and combine the "
                     "two with `torchreg scale merge`"
@@ -92,9 +103,8 @@ def open_campaign(campaign: Campaign, folder: Path) -> Campaign:
         write_atomically(temporary, to_yaml(named).encode())
         temporary.replace(path)
     except OSError as error:
-        raise ValueError(
-            f"dir is {folder}, which cannot be written ({error.strerror}): choose another --dir"
-        ) from error
+        reason = f"which cannot be written ({error.strerror})"
+        raise ValueError(f"dir is {folder}, {reason}: choose another --dir") from error
     return named
 
 
@@ -121,39 +131,36 @@ def run_campaign(
         )
     campaign = open_campaign(campaign, folder)
     folders = {launch.id: folder / LAUNCHES_FOLDER / launch.id for launch in todo}
-    durations_s: dict[int, float] = {}  # by world size, as measured in this run
+    durations_s = {one.world_size: campaign.estimated_s(one.world_size) for one in todo}  # later as measured
+    finished = ("done",) if retry_failed else ("done", "failed")
     stopped = None
     with host_lock(folder / LAUNCHES_FOLDER, stop.is_due) as fd:
         if fd is None:
             stopped = stop.reason or f"another `scale run` measures in {folder} on this host, or its ranks still end"
         for number, launch in enumerate(todo, start=1):
-            state = state_of(folders[launch.id])
-            if state == "done" or (state == "failed" and not retry_failed):
+            if status_of(folders[launch.id]).state in finished:
                 continue
-            expected_s, left_s = durations_s.get(launch.world_size, estimated_s(campaign, launch)), stop.left_s()
+            expected_s, left_s = durations_s[launch.world_size], stop.left_s()
             if stop.is_due():
                 stopped = stop.reason
             elif left_s is not None and expected_s > left_s:
                 stopped = f"{left_s:.0f} s are left, and the next launch takes about {expected_s:.0f} s"
             if stopped or fd is None:
                 break
-            lock = lock_launch(folders[launch.id])
-            if lock is None:
-                report(f"elsewhere    {launch.id}: {locked_by(folders[launch.id])}")
-                continue
-            try:
-                if state_of(folders[launch.id]) == "done":  # by another job, just before the lock was taken
+            with lock_launch(folders[launch.id]) as lock:
+                if lock is None:
+                    report(f"elsewhere    {launch.id}: {locked_by(folders[launch.id])}")
+                    continue
+                if status_of(folders[launch.id]).state == "done":  # by another job, just before the lock was taken
                     continue
                 record = run_launch(campaign, launch, commands[launch.id], folders[launch.id], stop, lock, fd)
-            finally:
-                lock.release()
             if record is None:
                 stopped = stop.reason
                 continue
             durations_s[launch.world_size] = record["wall_s"]
             message = f"failed: {record['reason']}" if record["status"] == "failed" else f"{record['wall_s']:.0f} s"
             report(f"{number:4}/{len(todo)}    {launch.id}: {message}")
-    return Counter(map(state_of, folders.values())), stopped
+    return Counter(status_of(each).state for each in folders.values()), stopped
 
 
 def command_of(

@@ -51,13 +51,16 @@ class Reference:
             moments = Moments.of(features, target[:, None])
             moments.closed_form()  # solved here once, and not on every rank
             curvature = np.linalg.eigvalsh(a.T @ a / num_rows)
-            learning_rate = 1 / float(curvature[0] + curvature[-1])  # the fastest constant one
-            contraction = float((curvature[-1] - curvature[0]) / (curvature[-1] + curvature[0]))
-            # The excess shrinks by contraction² a step.
-            needed = math.log(_CHECK_EXCESS) / (2 * math.log(max(contraction, 1e-9)))
-            num_steps = min(_CHECK_STEPS[1], max(_CHECK_STEPS[0], math.ceil(needed)))
-        else:
-            learning_rate = 0.5 / _largest_curvature(a)
+            low, high = float(curvature[0]), float(curvature[-1])
+            learning_rate = 1 / (low + high)  # the fastest constant one: the excess shrinks by contraction² a step
+            contraction = max((high - low) / (high + low), 1e-9)
+            needed = math.ceil(math.log(_CHECK_EXCESS) / (2 * math.log(contraction)))
+            num_steps = min(_CHECK_STEPS[1], max(_CHECK_STEPS[0], needed))
+        else:  # power iteration from below, with a margin above, bounds the largest eigenvalue of aᵀa/n
+            vector = np.ones(num_features + 1)
+            for _ in range(30):
+                vector = a.T @ (a @ (vector / np.linalg.norm(vector))) / num_rows
+            learning_rate = 0.5 / (1.2 * float(np.linalg.norm(vector)))
 
         def descend(theta: Matrix, count: int, learning_rate: float) -> Matrix:
             for _ in range(count):
@@ -73,14 +76,6 @@ class Reference:
         if self.moments is None:
             return None
         return self.moments.excess(theta[:-1], float(theta[-1])) / self.moments.closed_form().loss
-
-
-def _largest_curvature(a: Matrix) -> float:
-    """An upper bound of the largest eigenvalue of aᵀa/n: power iteration from below, with a margin above."""
-    vector = np.ones(a.shape[1])
-    for _ in range(30):
-        vector = a.T @ (a @ (vector / np.linalg.norm(vector))) / len(a)
-    return 1.2 * float(np.linalg.norm(vector))
 
 
 def make_samples(

@@ -93,13 +93,8 @@ def run_launch(
             "status": "failed" if reason else "ok",
             "reason": reason,
             "exit_code": process.returncode,
-            "campaign": {
-                "name": campaign.name,
-                "machine": campaign.machine_name,
-                "fingerprint": campaign.fingerprint,
-                "device": campaign.device,
-                "without": list(campaign.without),
-            },
+            "campaign": {name: getattr(campaign, name) for name in ("name", "fingerprint", "device", "without")}
+            | {"machine": campaign.machine_name},
             "launch": {"id": launch.id, "world_size": launch.world_size, **asdict(launch)},
             "command": command,
             "started_utc": started_utc,

@@ -26,6 +26,11 @@ Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 Duration = Annotated[float, Meta(ge=1e-12, le=1e9)]  # ratios of durations stay far from the ends of float64
 
 
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
 class Point(Struct, kw_only=True):
     """What a launch measured of one setting, and a row of `points_table`.
 
@@ -68,17 +73,14 @@ class Point(Struct, kw_only=True):
     noise_floor: NotNegative | None = None
 
     def __post_init__(self) -> None:
-        if not math.isclose(self.throughput * self.step_time_s, self.global_batch_size, rel_tol=0.01):
-            raise ValueError(f"throughput is {self.throughput:g}, not global_batch_size / step_time_s")
-        if not self.rank_min_s <= self.rank_median_s <= self.rank_max_s:
-            raise ValueError(
-                f"rank_median_s is {self.rank_median_s:g}, not between rank_min_s {self.rank_min_s:g} and rank_max_s "
-                f"{self.rank_max_s:g}"
-            )
-        if (self.measured_steps is None) != (self.measured_time_s is None):
-            raise ValueError(f"measured_steps is {self.measured_steps}, and measured_time_s {self.measured_time_s}")
-        if (self.target_excess is None) != (self.stability_limit is None):
-            raise ValueError(f"target_excess is {self.target_excess}, and stability_limit {self.stability_limit}")
+        is_product = math.isclose(self.throughput * self.step_time_s, self.global_batch_size, rel_tol=0.01)
+        _require(is_product, f"throughput is {self.throughput:g}, not global_batch_size / step_time_s")
+        low, median, high = self.rank_min_s, self.rank_median_s, self.rank_max_s
+        message = f"rank_median_s is {median:g}, not between rank_min_s {low:g} and rank_max_s {high:g}"
+        _require(low <= median <= high, message)
+        for one, other in (("measured_steps", "measured_time_s"), ("target_excess", "stability_limit")):
+            values = getattr(self, one), getattr(self, other)
+            _require(values.count(None) != 1, f"{one} is {values[0]}, and {other} {values[1]}")
 
 
 class AllReduce(Struct, kw_only=True):
@@ -161,11 +163,9 @@ class LaunchId(Struct, kw_only=True):
     seed: Integer
 
     def __post_init__(self) -> None:
-        if self.num_nodes * self.ranks_per_node != self.world_size:
-            raise ValueError(
-                f"world_size is {self.world_size}, not num_nodes {self.num_nodes} × ranks_per_node "
-                f"{self.ranks_per_node}"
-            )
+        product = f"num_nodes {self.num_nodes} × ranks_per_node {self.ranks_per_node}"
+        is_product = self.num_nodes * self.ranks_per_node == self.world_size
+        _require(is_product, f"world_size is {self.world_size}, not {product}")
 
 
 class LaunchRecord(Struct, kw_only=True, tag_field="status"):
@@ -204,32 +204,24 @@ class OkLaunch(LaunchRecord, kw_only=True, tag="ok"):
         launch, distributed, world_size = self.launch, self.distributed, self.launch.world_size
         for field in ("world_size", "num_nodes"):
             found, wanted = getattr(distributed, field), getattr(launch, field)
-            if found != wanted:
-                raise ValueError(f"distributed.{field} is {found}, expected {wanted} (launch.{field})")
-        if len(distributed.placements) != world_size:
-            raise ValueError(f"partial: distributed.placements has {len(distributed.placements)} of {world_size} ranks")
-        devices = sorted({placement.device.split(":")[0] for placement in distributed.placements})
-        if self.campaign.device != "auto" and devices != [self.campaign.device]:
-            raise ValueError(
-                f"distributed.placements has {', '.join(devices)}, expected {self.campaign.device} (campaign.device)"
-            )
-        if not self.points and not self.allreduce:
-            raise ValueError("partial: points and allreduce are empty")
+            _require(found == wanted, f"distributed.{field} is {found}, expected {wanted} (launch.{field})")
+        placements = f"distributed.placements has {len(distributed.placements)} of {world_size} ranks"
+        _require(len(distributed.placements) == world_size, f"partial: {placements}")
+        found, wanted = {one.device.split(":")[0] for one in distributed.placements}, self.campaign.device
+        message = f"distributed.placements has {', '.join(sorted(found))}, expected {wanted} (campaign.device)"
+        _require(wanted == "auto" or found == {wanted}, message)
+        _require(bool(self.points or self.allreduce), "partial: points and allreduce are empty")
         settings = set()
         for index, point in enumerate(self.points):
-            name = f"points[{index}]"
+            name, size = f"points[{index}]", point.local_batch_size
             setting = (point.optimizer, point.sync, point.num_features, point.global_batch_size)
-            if setting in settings:
-                raise ValueError(f"{name} is measured twice in one launch: {setting}")
+            _require(setting not in settings, f"{name} is measured twice in one launch: {setting}")
             settings.add(setting)
-            if (point.sync == "none") != (world_size == 1):
-                raise ValueError(f"{name}.sync is {point.sync!r} at world size {world_size}")
-            if world_size > 1 and point.message_bytes == 0:
-                raise ValueError(f"{name}.message_bytes is 0 at world size {world_size}")
-            if abs(point.global_batch_size / world_size - point.local_batch_size) >= 1:
-                raise ValueError(
-                    f"{name}.local_batch_size is {point.local_batch_size:g}, not global_batch_size / world_size"
-                )
+            is_reduced = world_size > 1
+            _require((point.sync != "none") == is_reduced, f"{name}.sync is {point.sync!r} at world size {world_size}")
+            has_message = point.message_bytes > 0 or not is_reduced
+            _require(has_message, f"{name}.message_bytes is 0 at world size {world_size}")
+            is_quotient = abs(point.global_batch_size / world_size - size) < 1
+            _require(is_quotient, f"{name}.local_batch_size is {size:g}, not global_batch_size / world_size")
         sizes = {(one.backend, one.sync, one.message_bytes) for one in self.allreduce}
-        if len(sizes) < len(self.allreduce):
-            raise ValueError("allreduce has a backend and message size twice")
+        _require(len(sizes) == len(self.allreduce), "allreduce has a backend and message size twice")

@@ -66,6 +66,27 @@ def _try_host_lock(path: Path) -> int | None:
     return None
 
 
+@contextlib.contextmanager
+def lock_launch(folder: Path) -> Iterator[LaunchLock | None]:
+    """Lock a launch's folder for this process; gives None if another one has it.
+
+    A lock is stale if its owner, on this host, has ended; if it is of this job on another host, where the job ran
+    before a restart; and if it was not renewed in time.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path, lock_id = folder / LOCK_FILE, uuid.uuid4().hex
+    content = json.dumps({**_identity(), "id": lock_id, "pid": os.getpid()}).encode()
+    if not create(path, content) and not (_remove_stale(path) and create(path, content)):
+        yield None
+        return
+    lock = LaunchLock(path, lock_id)
+    try:
+        yield lock
+    finally:
+        if lock.is_held():
+            path.unlink(missing_ok=True)
+
+
 class LaunchLock:
     """The lock file of a launch, owned by this process; see `lock_launch`."""
 
@@ -86,25 +107,6 @@ class LaunchLock:
                 os.utime(self._path, (now_s, now_s))
             self._renewed_s = now_s
         return True
-
-    def release(self) -> None:
-        """Remove the lock file."""
-        if self.is_held():
-            self._path.unlink(missing_ok=True)
-
-
-def lock_launch(folder: Path) -> LaunchLock | None:
-    """Lock a launch's folder for this process; None if another one has it.
-
-    A lock is stale if its owner, on this host, has ended; if it is of this job on another host, where the job ran
-    before a restart; and if it was not renewed in time.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path, lock_id = folder / LOCK_FILE, uuid.uuid4().hex
-    content = json.dumps({**_identity(), "id": lock_id, "pid": os.getpid()}).encode()
-    if create(path, content) or (_remove_stale(path) and create(path, content)):
-        return LaunchLock(path, lock_id)
-    return None
 
 
 def locked_by(folder: Path) -> str | None:

@@ -6,6 +6,7 @@ All ranks call `measure_launch`; what it returns is the same on all of them.
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -23,7 +24,7 @@ from torchreg.runs.environment import machine_facts
 from torchreg.runs.run import Seams, dtype_name, torch_dtype
 from torchreg.scaling.campaign import Campaign, Launch, Setting, settings
 from torchreg.scaling.known_samples import Reference, check, make_samples
-from torchreg.scaling.launch_record import AllReduce, Point
+from torchreg.scaling.launch_record import Point
 from torchreg.scaling.target import run_to_target
 from torchreg.scaling.timed_training import TimedTraining
 
@@ -53,20 +54,16 @@ def measure_launch(
         run = partial(run_to_target, campaign, launch, setting, communicator, folder, seams)
         given = samples[setting.num_features]
         points.append(measure_point(setting, order, given, communicator, campaign.window_s, run, seams))
+    allreduce = _all_reduce(communicator, dtype, launch.seed, by_mpi=by_mpi)
+    facts = communicator.gather(machine_facts())  # where they differ between hosts, all values are recorded
+    values = {name: sorted({str(one[name]) for one in facts if one[name]}) for name in facts[0]}
     return {
         "dtype": dtype_name(dtype),
         "points": msgspec.to_builtins(points),
-        "allreduce": msgspec.to_builtins(_all_reduce(communicator, dtype, launch.seed, by_mpi=by_mpi)),
+        "allreduce": allreduce,
         "distributed": communicator.describe_environment(campaign.distributed),
-        "machine_facts": _facts(communicator),
+        "machine_facts": {name: ", ".join(found) or None for name, found in values.items()},
     }
-
-
-def _facts(communicator: Communicator) -> dict[str, str | None]:
-    """The facts of the hosts of all ranks; where they differ, all values."""
-    of_ranks = communicator.gather(machine_facts())
-    found = {name: sorted({value for facts in of_ranks if (value := facts[name])}) for name in of_ranks[0]}
-    return {name: ", ".join(values) or None for name, values in found.items()}
 
 
 def _refuse(campaign: Campaign, launch: Launch, communicator: Communicator, *, by_mpi: bool) -> None:
@@ -146,12 +143,10 @@ def measure_point(
     )
 
 
-def _all_reduce(communicator: Communicator, dtype: torch.dtype, seed: int, *, by_mpi: bool) -> list[AllReduce]:
-    """The time of an all-reduce by message size, with each backend that there is, in an order drawn by `seed`."""
-    if communicator.world_size == 1:
-        return []
+def _all_reduce(communicator: Communicator, dtype: torch.dtype, seed: int, *, by_mpi: bool) -> list[dict[str, Any]]:
+    """The fields of an `AllReduce` by message size, with each backend that there is, in an order drawn by `seed`."""
     syncs: list[AnySync] = ["allreduce", "mpi"] if by_mpi else ["allreduce"]
-    cases = [(sync, num_bytes) for sync in syncs for num_bytes in ALL_REDUCE_BYTES]
+    cases = list(itertools.product(syncs, ALL_REDUCE_BYTES)) if communicator.world_size > 1 else []
     measured = []
     for index in np.random.default_rng(seed).permutation(len(cases)).tolist():
         sync, num_bytes = cases[index]
@@ -159,7 +154,6 @@ def _all_reduce(communicator: Communicator, dtype: torch.dtype, seed: int, *, by
         num_repeats = max(10, min(_MOST_REPEATS, int(_ALL_REDUCE_S / once_s)))
         time_s = time_all_reduce(communicator, sync, num_bytes, num_repeats, dtype)
         backend = "MPI" if sync == "mpi" else communicator.backend
-        measured.append(
-            AllReduce(backend=backend, sync=sync, message_bytes=num_bytes, time_s=time_s, num_repeats=num_repeats)
-        )
+        one = {"backend": backend, "sync": sync, "message_bytes": num_bytes, "num_repeats": num_repeats}
+        measured.append({**one, "time_s": time_s})
     return measured

@@ -8,8 +8,8 @@ read as one, or merged into one.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,7 @@ from msgspec import inspect
 
 from torchreg.scaling import schema
 from torchreg.scaling.launch_record import AllReduce, Point
-from torchreg.scaling.merging import merge as merge
-from torchreg.scaling.sources import LAUNCH_FILE, LOGS, SUFFIX, File, distinct, has_text, launch_id, name_folders
+from torchreg.scaling.sources import LAUNCH_FILE, distinct, name_folders
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,9 @@ class Excluded:
 class Records:
     """What the directories hold."""
 
-    sources: tuple[Path, ...]
-    launches: tuple[Launch, ...]
-    failed: tuple[Launch, ...]
-    excluded: tuple[Excluded, ...]
+    launches: list[Launch] = field(default_factory=list)
+    failed: list[Launch] = field(default_factory=list)
+    excluded: list[Excluded] = field(default_factory=list)
 
 
 def read_records(folders: Sequence[Path]) -> Records:
@@ -63,48 +61,33 @@ def read_records(folders: Sequence[Path]) -> Records:
 
     Raises `ValueError`, with the command to run, for a directory without any launch.
     """
-    sources = distinct(folders)
-    launches: list[Launch] = []
-    failed: list[Launch] = []
-    excluded: list[Excluded] = []
-    for name, folder in name_folders(sources).items():
-        log = next((folder.path / log for log in LOGS if has_text(folder.path / log)), None)
+    records = Records()
+    for name, folder in name_folders(distinct(folders)).items():
         for file in folder.files:
             try:
-                content = _checked(file, folder.path)
+                if file.error:
+                    raise ValueError(file.error)
+                content = schema.check(file.content)
+                if content["launch"]["id"] != folder.id:
+                    raise ValueError(f"launch.id is {content['launch']['id']!r}, not the folder's name")
+                if content["status"] == "ok" and file.path.name != LAUNCH_FILE:
+                    raise ValueError("status is ok, and the file's name is that of a failed attempt")
             except ValueError as error:
-                excluded.append(Excluded(file.path, "record", str(error)))
+                records.excluded.append(Excluded(file.path, "record", str(error)))
                 continue
-            launch = Launch(name, folder.source, file.path, log, content)
-            (failed if content["status"] == "failed" else launches).append(launch)
-            excluded += _failed_checks(launch)
-    return Records(tuple(sources), tuple(launches), tuple(failed), tuple(excluded))
-
-
-def _checked(file: File, folder: Path) -> dict[str, Any]:
-    """The record in a file. Raises `ValueError` with the reason why it cannot be used."""
-    if file.error is not None:
-        raise ValueError(file.error)
-    content = schema.check(file.content)
-    if content["launch"]["id"] != launch_id(folder):
-        raise ValueError(f"launch.id is {content['launch']['id']!r}, not the folder's name")
-    if content["status"] == "ok" and file.path.name != LAUNCH_FILE:
-        raise ValueError("status is ok, and the file's name is that of a failed attempt")
-    return content
-
-
-def _failed_checks(launch: Launch) -> Iterator[Excluded]:
-    for point in launch.content.get("points", ()):
-        if not point["check_passed"]:
-            numbers = (point["check_difference"], point["check_tolerance"])
-            difference, tolerance = ("not a number" if one is None else f"{one:.3g}" for one in numbers)
-            yield Excluded(
-                launch.path,
-                f"point {point['optimizer']}/{point['sync']}, num_features {point['num_features']}, global_batch_size "
-                f"{point['global_batch_size']} of {launch.name}",
-                f"wrong result: {point['check_message']} (difference {difference}, allowed {tolerance})",
-                is_wrong_result=True,
-            )
+            launch = Launch(name, folder.source, file.path, next(iter(folder.logs), None), content)
+            (records.failed if content["status"] == "failed" else records.launches).append(launch)
+            for point in content.get("points", ()):
+                if not point["check_passed"]:
+                    numbers = (point["check_difference"], point["check_tolerance"])
+                    difference, tolerance = ("not a number" if one is None else f"{one:.3g}" for one in numbers)
+                    what = (
+                        f"point {point['optimizer']}/{point['sync']}, num_features {point['num_features']}, "
+                        f"global_batch_size {point['global_batch_size']} of {name}"
+                    )
+                    reason = f"wrong result: {point['check_message']} (difference {difference}, allowed {tolerance})"
+                    records.excluded.append(Excluded(file.path, what, reason, is_wrong_result=True))
+    return records
 
 
 # Tables
@@ -117,7 +100,7 @@ _PLACEMENT = re.compile(
 )
 
 _LAUNCH_COLUMNS = [
-    "launch", "status", "campaign", "machine", "fingerprint", "suffix", "block", "recorded_block", "world_size",
+    "launch", "status", "campaign", "machine", "fingerprint", "block", "recorded_block", "world_size",
     "num_nodes", "ranks_per_node", "seed", "exit_code", "reason", "started_utc", "finished_utc", "wall_s", "start_up_s",
     "num_points", "num_failed_checks", "launcher", "requested", "effective", "ezpz_version", "backend", "mpi_library",
     "nccl_version", "device_name", "num_cpus", "dtype", "torch", "numpy", *FACTS, "placement", "without", "python",
@@ -131,44 +114,43 @@ def launches_table(records: Records) -> pd.DataFrame:
 
     `block` counts the blocks of all sources together, so that no number stands for two of them.
     """
-    rows = [_launch_row(launch) for launch in (*records.launches, *records.failed)]
+    rows = map(_launch_row, (*records.launches, *records.failed))
     table = pd.DataFrame(rows, columns=_LAUNCH_COLUMNS)
     table = table.sort_values(["status", "launch", "file"], ascending=[False, True, True], ignore_index=True)
-    keys = ["fingerprint", "suffix", "recorded_block"]
+    source = table["launch"].str.extract(r"((?:~\d+)*)$", expand=False)  # what distinguishes launches of the same id
+    keys = [table["fingerprint"], source, table["recorded_block"]]
     again = table.groupby([*keys, "status", "world_size", "num_nodes", "ranks_per_node"]).cumcount()
-    table["block"] = table.assign(again=again).groupby([*keys, "again"], sort=True).ngroup()
-    return table.drop(columns="suffix")
+    table["block"] = table.groupby([*keys, again], sort=True).ngroup()
+    return table
 
 
 def _launch_row(launch: Launch) -> dict[str, Any]:
-    """The columns that a record has as fields of the same name, and those that are computed."""
-    content, suffix = launch.content, SUFFIX.search(launch.name)
-    sections = [content["campaign"], content["launch"], content]
-    computed = {
+    """The fields of a record, of which the columns are taken, and those that are computed."""
+    content = launch.content
+    row = {
+        **(content["campaign"] | content["launch"] | content),
         "launch": launch.name,
         "campaign": content["campaign"]["name"],
-        "suffix": suffix.group() if suffix else "",
         "recorded_block": content["launch"]["block"],
         "source": schema.printable(str(launch.source)),
         "file": schema.printable(str(launch.path)),
         "without": None,
     }
-    if content["status"] == "ok":
-        origin, distributed = content["provenance"], content["distributed"]
-        sections = [content["machine_facts"], origin["libraries"], origin["source"], origin, distributed, *sections]
-        placements, environment = distributed["placements"], sorted(origin["environment"].items())
-        computed |= {
-            "device_name": ", ".join(sorted({one["device_name"] for one in placements})),
-            "placement": " ".join(f"{name}={value}" for name, value in environment if _PLACEMENT.fullmatch(name))
-            or None,
-            "without": " ".join(sorted(content["campaign"]["without"])) or None,
-            # Of a node whose ranks compute on them.
-            "num_cpus": distributed["num_cpus"] if placements[0]["device"] == "cpu" else None,
-            "num_points": len(content["points"]),
-            "num_failed_checks": sum(not point["check_passed"] for point in content["points"]),
-        }
-    row = {key: value for section in sections for key, value in section.items() if key in _LAUNCH_COLUMNS}
-    return row | computed
+    if content["status"] == "failed":
+        return row
+    origin, distributed, points = content["provenance"], content["distributed"], content["points"]
+    placements, environment = distributed["placements"], sorted(origin["environment"].items())
+    placement = " ".join(f"{name}={value}" for name, value in environment if _PLACEMENT.fullmatch(name))
+    return {
+        **(content["machine_facts"] | origin["libraries"] | origin["source"] | origin | distributed | row),
+        "device_name": ", ".join(sorted({one["device_name"] for one in placements})),
+        "placement": placement or None,
+        "without": " ".join(sorted(content["campaign"]["without"])) or None,
+        # Of a node whose ranks compute on them.
+        "num_cpus": distributed["num_cpus"] if placements[0]["device"] == "cpu" else None,
+        "num_points": len(points),
+        "num_failed_checks": sum(not point["check_passed"] for point in points),
+    }
 
 
 def points_table(records: Records) -> pd.DataFrame:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import reprlib
 from typing import Any
 
 import msgspec
@@ -15,8 +16,6 @@ from torchreg.scaling.launch_record import FailedLaunch, OkLaunch
 KIND = "scale-launch"
 SCHEMA_VERSION = 2
 CHECKSUM = "sha256"
-
-_SHOWN_CHARACTERS = 40  # of a wrong value in a message
 
 
 def checksummed(record: dict[str, Any]) -> dict[str, Any]:
@@ -52,9 +51,9 @@ def check(text: bytes) -> dict[str, Any]:
     checksum = content.pop(CHECKSUM, None)
     if not isinstance(checksum, str):
         raise ValueError(f"partial: {CHECKSUM}, the checksum of a finished record, is missing")
-    if _digest(content) != checksum:
-        raise ValueError(f"damaged: the content is not what was written ({CHECKSUM} differs)")
     try:
+        if _digest(content) != checksum:
+            raise ValueError(f"damaged: the content is not what was written ({CHECKSUM} differs)")
         content = _printable(content)
         msgspec.convert(content, OkLaunch | FailedLaunch)
     except RecursionError:
@@ -79,17 +78,11 @@ def _message(error: str, content: Any) -> str:
 
 def _shown(value: Any) -> str:
     """A wrong value, short enough for a message."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits; deeply nested lists
-        text = f"a {type(value).__name__} too large to show"
-    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
+    return f"{reprlib.repr(value):.60}"
 
 
 def printable(text: str) -> str:
     """The text without what could move a terminal's cursor or break a page: line ends become blanks, others U+FFFD."""
-    if text.isprintable():
-        return text
     return "".join(
         sign if sign.isprintable() else " " if sign.isspace() else "\N{REPLACEMENT CHARACTER}" for sign in text
     )
@@ -104,8 +97,4 @@ def _printable(content: Any) -> Any:
 
 
 def _digest(content: dict[str, Any]) -> str:
-    try:
-        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    except (RecursionError, ValueError):
-        return ""  # nested deeper, or with more digits, than any record
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,28 +1,27 @@
-"""The files in campaign directories: the launches' folders, each under one name.
+"""The files in campaign directories: the launches' folders, each under one name, and merging them into one directory.
 
 The files may come from anybody: links are not followed, pipes are not opened, and a file of absurd size is not read.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
+import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torchreg.core.checkpoint import PARTIAL
+from torchreg.scaling.campaign import CAMPAIGN_FILE
 from torchreg.scaling.locks import LOCK_FILE
 
 LAUNCHES_FOLDER = "launches"
 LAUNCH_FILE = "launch.json"
-LOGS = ("stderr.log", "stdout.log")
 
-FAILED_ATTEMPT = re.compile(r"launch\.failed-\d+\.json")
-SUFFIX = re.compile(r"(~\d+)+$")
-"""What follows the id in a launch's name where several sources have that id."""
-
+_ATTEMPT = re.compile(r"launch(\.failed-\d+)?\.json")
+_LOGS = ("stderr.log", "stdout.log")
 _MOST_BYTES = 64 * 2**20  # the placements of ten thousand ranks are one MiB
 
 
@@ -37,24 +36,29 @@ class File:
 
 @dataclass(frozen=True)
 class Folder:
-    """A launch's folder in one of the sources, and its attempts, the last one last."""
+    """A launch's folder in one of the sources, its attempts, the last one last, and its logs that are not empty."""
 
     source: Path
     path: Path
-    files: tuple[File, ...]
+    files: list[File]
+    logs: list[Path]
 
     @property
-    def digests(self) -> frozenset[str]:
+    def id(self) -> str:
+        """Its name before it was merged with others."""
+        return re.sub(r"(~\d+)+$", "", self.path.name)
+
+    @property
+    def contents(self) -> frozenset[bytes]:
         """Of the attempts: copies of a launch have the same, a launch that was repeated has one more."""
-        contents = [file.content for file in self.files if file.error is None]
-        return frozenset(hashlib.sha256(content).hexdigest() for content in contents) or frozenset([str(self.path)])
+        return frozenset(file.content for file in self.files if not file.error) or frozenset([os.fsencode(self.path)])
 
 
 def distinct(folders: Sequence[Path]) -> list[Path]:
     """The directories, each once. Raises `ValueError`, with the command to run, for one without launches."""
     sources = list({folder.resolve(): folder for folder in reversed(folders)}.values())[::-1]
     for source in sources:
-        if not any(_launch_folders(source)):
+        if not _launch_folders(source):
             error = "has no launches" if source.is_dir() else "is no directory"
             raise ValueError(
                 f"{source} {error}: give the directory of a campaign, or measure one with `torchreg scale run "
@@ -67,68 +71,56 @@ def name_folders(sources: Sequence[Path]) -> dict[str, Folder]:
     """The launches of all sources by name, which is the folder's name where only one source has it.
 
     A copy counts once, and of two states of a launch the later. Where a source has another launch of a name that is
-    taken, all that is new in the source gets one suffix: the launches of a block then stay together, and those of two
-    sources apart.
+    taken, all that is new in the source gets one suffix, such as `~2`: the launches of a block then stay together, and
+    those of two sources apart.
     """
     named: dict[str, Folder] = {}
     names_of: dict[str, list[str]] = defaultdict(list)  # by id
     for source in sources:
         new, suffix = [], ""
         for path in _launch_folders(source):
-            folder = Folder(source, path, tuple(_attempts(path)))
-            twins = (
-                name
-                for name in names_of[launch_id(path)]
-                if named[name].digests <= folder.digests or folder.digests <= named[name].digests
-            )
-            twin = next(twins, None)
-            if twin is None:
+            logs = [log for name in _LOGS if _kind_of(log := path / name) == "a file" and log.stat().st_size]
+            folder = Folder(source, path, _attempts(path), logs)
+            for twin in names_of[folder.id]:
+                known = named[twin].contents
+                if known <= folder.contents or folder.contents <= known:
+                    if known < folder.contents:
+                        named[twin] = folder
+                    if twin.startswith(path.name):
+                        suffix = twin.removeprefix(path.name)  # what an earlier merge gave to this source
+                    break
+            else:
                 new.append(folder)
-                continue
-            if named[twin].digests < folder.digests:
-                named[twin] = folder
-            if twin.startswith(path.name):
-                suffix = twin.removeprefix(path.name)  # what an earlier merge gave to this source
         number = 1
         while any(folder.path.name + suffix in named for folder in new):
             number += 1
             suffix = f"~{number}"
         for folder in new:
             named[folder.path.name + suffix] = folder
-            names_of[launch_id(folder.path)].append(folder.path.name + suffix)
+            names_of[folder.id].append(folder.path.name + suffix)
     return named
 
 
-def launch_id(path: Path) -> str:
-    """The name of a launch's folder before it was merged with others."""
-    return SUFFIX.sub("", path.name)
-
-
-def _launch_folders(source: Path) -> Iterator[Path]:
+def _launch_folders(source: Path) -> list[Path]:
     """The entries of `launches`, without hidden and unfinished copies."""
     try:
-        names = sorted(os.listdir(source / LAUNCHES_FOLDER))
+        return sorted(path for path in (source / LAUNCHES_FOLDER).iterdir() if not path.name.startswith("."))
     except OSError:
-        return
-    yield from (source / LAUNCHES_FOLDER / name for name in names if not name.startswith("."))
+        return []
 
 
-def _attempts(folder: Path) -> Iterator[File]:
-    if folder.is_symlink() or not folder.is_dir():
-        yield File(folder, error=f"{_kind_of(folder)}, not a directory")
-        return
+def _attempts(folder: Path) -> list[File]:
+    if (kind := _kind_of(folder)) != "a directory":
+        return [File(folder, error=f"{kind}, not a directory")]
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
-        yield File(folder, error=f"unreadable: {error.strerror}")
-        return
-    yield from (read_file(folder / name) for name in names if FAILED_ATTEMPT.fullmatch(name))
-    if LAUNCH_FILE in names:
-        yield read_file(folder / LAUNCH_FILE)
-    elif LOCK_FILE in names:
-        yield File(folder, error="partial: locked and not finished: it still runs, or was killed")
-    else:
-        yield File(folder, error=f"partial: no {LAUNCH_FILE}")
+        return [File(folder, error=f"unreadable: {error.strerror}")]
+    files = [read_file(folder / name) for name in names if _ATTEMPT.fullmatch(name)]
+    if LAUNCH_FILE not in names:
+        locked = "locked and not finished: it still runs, or was killed"
+        files.append(File(folder, error=f"partial: {locked if LOCK_FILE in names else f'no {LAUNCH_FILE}'}"))
+    return files
 
 
 def read_file(path: Path) -> File:
@@ -150,6 +142,58 @@ def _kind_of(path: Path) -> str:
     return "a directory" if path.is_dir() else "a file" if path.is_file() else "a special file"
 
 
-def has_text(path: Path) -> bool:
-    """Whether it is a file, no link, and not empty."""
-    return path.is_file() and not path.is_symlink() and path.stat().st_size > 0
+def merge(out: Path, folders: Sequence[Path]) -> list[str]:
+    """Copy the launches of campaign directories into one; returns lines that describe what was done.
+
+    A launch that `out` has already is copied once; of different launches with one name both are kept, the second with
+    `~2` appended. Unfinished launches and links are not copied. Merging again adds what is new. Raises `ValueError` if
+    `out` is not a campaign directory, or that of another campaign.
+    """
+    sources = [source for source in distinct(folders) if source.resolve() != out.resolve()]
+    campaigns = {None if file.error else file.content for file in (read_file(one / CAMPAIGN_FILE) for one in sources)}
+    campaign = campaigns.pop() if len(campaigns) == 1 else None  # of all sources, if they have the same
+    if out.exists():
+        if not out.is_dir():
+            raise ValueError(f"out is {out}, which is not a directory: give a new name")
+        names = {path.name for path in out.iterdir()}
+        if names and LAUNCHES_FOLDER not in names and CAMPAIGN_FILE not in names:
+            raise ValueError(f"out is {out}, which holds other files than a campaign's: give a new name")
+        if CAMPAIGN_FILE in names and read_file(out / CAMPAIGN_FILE).content != campaign:
+            raise ValueError(
+                f"out is {out}, where another campaign is measured ({CAMPAIGN_FILE} differs): give a new name, and "
+                "merge all directories into it"
+            )
+    (out / LAUNCHES_FOLDER).mkdir(parents=True, exist_ok=True)
+    lines, num_copied = [], dict.fromkeys(sources, 0)
+    for name, folder in name_folders([out, *sources]).items():
+        if folder.source == out:
+            continue
+        if all(file.error for file in folder.files):
+            lines.append(f"not copied   {folder.path}: {folder.files[-1].error}")
+            continue
+        _copy_launch(folder, out / LAUNCHES_FOLDER / name)
+        num_copied[folder.source] += 1
+        if name != folder.path.name:
+            lines.append(f"renamed      {folder.path} is {name}, because another launch has its name")
+    if campaign is not None and not (out / CAMPAIGN_FILE).exists():
+        (out / CAMPAIGN_FILE).write_bytes(campaign)
+    lines += [f"merged       {source}: {number} launches copied into {out}" for source, number in num_copied.items()]
+    return lines
+
+
+def _copy_launch(folder: Folder, target: Path) -> None:
+    """Copy a launch atomically, or, if it is a later state of one that is there, record by record."""
+    building = target.with_name(f".{target.name}{PARTIAL}")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir()
+    for file in folder.files:
+        if not file.error:
+            (building / file.path.name).write_bytes(file.content)
+    for log in folder.logs:
+        shutil.copyfile(log, building / log.name)
+    if target.exists():
+        for path in building.iterdir():
+            path.replace(target / path.name)
+        building.rmdir()
+    else:
+        building.replace(target)

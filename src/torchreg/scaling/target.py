@@ -50,7 +50,7 @@ def run_to_target(
         seed=launch.seed,
         dtype=campaign.dtype,
         device=campaign.device,
-        name=setting.name,
+        name=f"{setting.optimizer}-{setting.sync}-features-{setting.num_features}-batch-{setting.global_batch_size}",
         runs_dir=str(folder / "runs"),
         overwrite=True,
     )
@@ -59,8 +59,6 @@ def run_to_target(
     answer = {
         "target_excess": campaign.target_excess,
         "predicted_steps": predicted,
-        "measured_steps": None,
-        "measured_time_s": None,
         "stability_limit": forecast.stability_limit,
         "noise_floor": forecast.noise_floor,
     }

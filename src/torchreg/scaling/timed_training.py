@@ -11,7 +11,6 @@ from torch import Tensor
 
 from torchreg.core.batches import Batch, BatchLoader, BatchPlan
 from torchreg.core.model import make_model
-from torchreg.core.schedule import Schedule
 from torchreg.core.train import Step, fit, make_sgd, manual_samples
 from torchreg.distributed.communicator import Communicator
 from torchreg.runs.logger import MOST_WAITING, LossBuffer
@@ -37,13 +36,13 @@ class TimedTraining:
         all_reduce: bool = True,
         seams: Seams = Seams(),
     ) -> None:
-        self.schedule = Schedule((learning_rate, learning_rate), 1.0, num_steps=1)  # constant
+        self._learning_rates = (learning_rate, learning_rate)
         self.rank = communicator.rank
         self.plan = BatchPlan.derive(len(x), communicator.world_size, global_batch_size=setting.global_batch_size)
         self.model = seams.model(make_model([0.0] * x.shape[1], 0.0, device=x.device, dtype=x.dtype))
         communicator = communicator.using("mpi" if setting.sync == "mpi" else "ddp")
         communicator = communicator if all_reduce else communicator.alone()
-        optimizer = make_sgd(self.model, self.schedule(0)) if setting.optimizer == "sgd" else None
+        optimizer = make_sgd(self.model, self._learning_rates) if setting.optimizer == "sgd" else None
         self.step = seams.step(make_step(self.model, optimizer, self.plan, communicator))
         self.samples = (x, y) if optimizer else manual_samples(x, y)
         self.loader = seams.loader(self.plan, self.rank, *self.samples)
@@ -63,7 +62,7 @@ class TimedTraining:
     def _fit(self, count: int, step: Step, log: Callable[[Batch, Tensor], bool]) -> None:
         first, self.num_steps = self.num_steps, self.num_steps + count
         with self._context():
-            fit(self.loader.iterate(first, self.num_steps), step, self.schedule, log)
+            fit(self.loader.iterate(first, self.num_steps), step, lambda step: self._learning_rates, log)
 
     def _log(self, batch: Batch, squared_error: Tensor) -> bool:
         """As `torchreg.runs.logger.Logger` between two lines of metrics."""
