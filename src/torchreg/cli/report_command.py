@@ -8,7 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from torchreg.cli.options import EXIT_FAILED, parse
+from torchreg.cli import EXIT_FAILED
+from torchreg.cli.options import parse
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 import tyro
 
+from torchreg.cli import EXIT_FAILED, EXIT_STOPPED
 from torchreg.cli.launch_command import run_command
-from torchreg.cli.options import EXIT_FAILED, EXIT_STOPPED, parse
+from torchreg.cli.options import parse
 from torchreg.distributed.launcher import detect_launcher, sign_of_mpi
 from torchreg.runs.config import TrainConfig
 from torchreg.scaling.campaign import Campaign, launches, node_hours, read_campaign, settings
