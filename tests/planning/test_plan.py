@@ -83,7 +83,7 @@ def test_a_world_size_with_more_rows_than_the_data_is_named_and_the_others_are_p
     assert main(["plan", "--world-sizes", "8,9,16"]) == 0
     out = capsys.readouterr().out
     assert out.count("impossible") == 2
-    assert "note         9 ranks: global_batch_size is 576 (64 rows a rank × 9 ranks), more than the data's 551" in out
+    assert "note         9 ranks: global_batch_size is 576 (64 samples × 9 ranks), more than the data's 551" in out
     assert main(["plan", "--world-sizes", "9,16"]) == 2
     assert "global_batch_size is 576" in capsys.readouterr().err
 

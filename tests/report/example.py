@@ -258,7 +258,7 @@ def _allreduce(way: str, place: tuple[int, int, int], launches: int) -> dict[str
         "held_out_error": 0.06,
     }  # fmt: skip
     return {
-        "way": way, "world_size": world_size, "num_nodes": nodes, "ranks_per_node": ranks, "sizes": sizes, "fit": fit,
+        "backend": way, "world_size": world_size, "num_nodes": nodes, "ranks_per_node": ranks, "sizes": sizes, "fit": fit,
     }  # fmt: skip
 
 

@@ -7,10 +7,11 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from types import FrameType, TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:  # the command line imports this module, and starts without NumPy
+    import numpy as np
+    from numpy.typing import NDArray
 
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
