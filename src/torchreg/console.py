@@ -10,7 +10,7 @@ import textwrap
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
@@ -123,8 +123,8 @@ def _wrapped(line: str, room: int, indent: int = _INDENT) -> str:
     return textwrap.fill(line, room, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
-class Reporter(Protocol):
-    """Receives the messages and the progress of a run. Called on the main rank only."""
+class Reporter:
+    """Receives the messages and the progress of a run, on the main rank. This one ignores them."""
 
     def info(self, text: str) -> None:
         """Report a line."""
@@ -139,16 +139,8 @@ class Reporter(Protocol):
         """Called when the run is over."""
 
 
-class Silent:
-    """Ignores all messages: on the other ranks, and for callers who want the result only."""
-
-    def _ignore(self, *args: Any, **kwargs: Any) -> None: ...
-
-    info = warn = progress = close = _ignore
-
-
-class Terminal:
-    """A `Reporter` on stdout, or on stderr where stdout belongs to a JSON object.
+class Terminal(Reporter):
+    """Prints on stdout, or on stderr where stdout belongs to a JSON object.
 
     `counts` names what `progress` counts. On a terminal a bar that updates in place; elsewhere lines at least ten
     seconds apart, and the last step, so that the log of a thousand-node job stays readable.
@@ -172,7 +164,13 @@ class Terminal:
         """Move the bar, or print a line when one is due."""
         console = self._console
         if console.is_terminal and not console.is_dumb_terminal and not console.no_color:
-            self._move_bar(step, num_steps, loss)
+            if self._bar is None:
+                counts = TextColumn(f"{self._counts}s · loss {{task.fields[loss]}}")
+                columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), counts, TimeRemainingColumn())
+                self._bar = Progress(*columns, console=console, transient=True)
+                self._bar.add_task("training", total=num_steps, loss="")
+                self._bar.start()
+            self._bar.update(self._bar.task_ids[0], completed=step, loss=f"{loss:.6g}")
         elif step == num_steps or time.monotonic() >= self._next_line_s:
             self._next_line_s = time.monotonic() + _SECONDS_BETWEEN_LINES
             self.info(f"{self._counts} {step}/{num_steps}  loss {loss:.6g}")
@@ -182,12 +180,3 @@ class Terminal:
         if self._bar:
             self._bar.stop()
             self._bar = None
-
-    def _move_bar(self, step: int, num_steps: int, loss: float) -> None:
-        if self._bar is None:
-            counts = TextColumn(f"{self._counts}s · loss {{task.fields[loss]}}")
-            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), counts, TimeRemainingColumn())
-            self._bar = Progress(*columns, console=self._console, transient=True)
-            self._bar.add_task("training", total=num_steps, loss="")
-            self._bar.start()
-        self._bar.update(self._bar.task_ids[0], completed=step, loss=f"{loss:.6g}")

@@ -46,7 +46,7 @@ def test_the_human_readable_result(capsys):
     assert "1 rank on 1 node · launcher none · distributed single" in out
     assert "fit          SalePrice = 88.890079 GrLivArea + 32912.241402" in out
     assert "closed form  SalePrice = 87.688145 GrLivArea + 34754.077892" in out
-    assert "0.0284 % above the best possible" in out
+    assert "0.0284 % above the optimum" in out
     assert "runs/lesson" in out
 
 

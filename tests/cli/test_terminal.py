@@ -240,7 +240,7 @@ def test_results_keep_their_digits_at_any_magnitude(factor, capsys):
     out = capsys.readouterr().out
     assert main([*options, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    found = re.search(r"fit +SalePrice = (\S+) GrLivArea ([+-] \S+)\n.*\nloss +(\S+) .*\nbest loss +(\S+)\n", out)
+    found = re.search(r"fit +SalePrice = (\S+) GrLivArea ([+-] \S+)\n.*\nloss +(\S+) .*\noptimum +(\S+)\n", out)
     expected = [*result["weight"], result["bias"], result["loss"], result["closed_form_loss"]]
     assert [float(text.replace(" ", "")) for text in found.groups()] == pytest.approx(expected, rel=1e-6)
     shown = re.search(r"closed form  SalePrice = (\S+) GrL", out)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from torchreg.console import Silent
+from torchreg.console import Reporter
 from torchreg.core import checkpoint
 from torchreg.distributed.rendezvous import AgreedError
 from torchreg.runs.config import TrainConfig
@@ -93,7 +93,7 @@ class Stop:
         return self.left is not None and self.left <= 0
 
 
-class Listening(Silent):
+class Listening(Reporter):
     def __init__(self):
         self.said = []
 

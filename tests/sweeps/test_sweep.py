@@ -14,7 +14,7 @@ import pytest
 
 from torchreg.cli import main
 from torchreg.runs.config import SWEEP_DEFAULTS, from_json
-from torchreg.runs.logger import Metrics
+from torchreg.runs.logger import Logger
 from torchreg.runs.run import train
 from torchreg.runs.setup import LeastSquares, prepare, scale_at
 from torchreg.sweeps.sweep_tables import curves_table, summary, trials_table
@@ -148,17 +148,17 @@ def test_a_sweep_that_is_stopped_keeps_what_is_finished_and_runs_the_rest_the_ne
 ):
     # T3 for sweeps: a signal in the last step of the third run.
     before = {each: signal.getsignal(each) for each in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    note, num_runs = Metrics.note, itertools.count(1)
+    log, num_runs = Logger.__call__, itertools.count(1)
 
-    def note_and_signal(self, step, *rest):
-        if step == 3 and next(num_runs) == 3:
+    def log_and_signal(self, batch, squared_error):
+        if batch.step == 3 and next(num_runs) == 3:
             signal.raise_signal(number)
             signal.raise_signal(signal.SIGTERM)
-        return note(self, step, *rest)
+        return log(self, batch, squared_error)
 
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(Metrics, "note", note_and_signal)
+            patch.setattr(Logger, "__call__", log_and_signal)
             assert main(BATCH) == 75
     finally:
         for each, handler in before.items():

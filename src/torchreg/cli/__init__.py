@@ -1,6 +1,6 @@
 """The `torchreg` command: one table of subcommands. Each is a module that is imported when it runs.
 
-`options` and `config_options` have what commands share, `ranks` starts and ends the ranks, `streams` never raise.
+`options` has what commands share, `ranks` starts and ends the ranks, `streams` never raise.
 """
 
 from __future__ import annotations
@@ -15,10 +15,15 @@ from collections.abc import Sequence
 from importlib import import_module
 from types import FrameType
 
-from torchreg.cli.options import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED
 from torchreg.cli.streams import protect_streams
 from torchreg.distributed.launcher import detect_launcher
 from torchreg.runs.stopping import ignore_signals
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2  # reported in one line on stderr
+EXIT_DIVERGED = 3  # the record is written
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal or the time limit, and saved; start it again
+EXIT_INTERRUPTED = 130  # Ctrl-C before there was anything to save; 128 + SIGINT, as in a shell
 
 COMMANDS = {
     "train": "train the model, on one process or many ranks",
@@ -31,7 +36,7 @@ COMMANDS = {
 }
 _ON_ALL_RANKS = {"train", "sweep", "verify", "scale measure", "scale run"}  # the last refuses to run on ranks
 # The modules of the extras, and their packages.
-_PACKAGES = {"yaml": "pyyaml"} | {name: name for name in ("jinja2", "matplotlib", "msgspec", "pyarrow", "scipy")}
+_PACKAGES = {name: name for name in ("jinja2", "matplotlib", "msgspec", "pyarrow", "scipy")} | {"yaml": "pyyaml"}
 _FORWARDED_WITHIN_S = 0.3  # a launcher drops output that it has not forwarded when the first rank ends the others
 _USAGE = """\
 usage: torchreg [-h] [--version] {commands} ...
@@ -63,7 +68,7 @@ def command() -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The `torchreg` command; returns its exit code, which `torchreg.cli.options` lists."""
+    """The `torchreg` command; returns its exit code, one of those above."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(arguments)
@@ -96,10 +101,9 @@ def _dispatch(arguments: list[str]) -> int:
     name, *options = arguments
     if name not in COMMANDS:
         raise ValueError(f"{name!r} is no command: the commands are {', '.join(COMMANDS)}")
-    if not _is_main_rank() and not _ON_ALL_RANKS & {name, " ".join(arguments[:2])}:
+    if own_rank() > 0 and not _ON_ALL_RANKS & {name, " ".join(arguments[:2])}:
         return 0  # each file is written once
-    code: int = import_module(f"torchreg.cli.{name}_command").run(options)
-    return code
+    return int(import_module(f"torchreg.cli.{name}_command").run(options))
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -109,24 +113,20 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     if frame is None:
         raise KeyboardInterrupt
     _report("interrupted")
-    sys.stderr.flush()
     time.sleep(_FORWARDED_WITHIN_S)
     os._exit(EXIT_INTERRUPTED)
 
 
 def _report(message: str) -> None:
     """Print an error in one line on stderr, on the main rank only."""
-    if _is_main_rank():
+    if own_rank() == 0:
         from torchreg.console import printable
 
-        print(f"torchreg: error: {printable(' '.join(message.split()))}", file=sys.stderr)
+        print(f"torchreg: error: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
 
 
-def _is_main_rank() -> bool:
+def own_rank() -> int:
+    """The rank of this process according to its launcher; 0 where that cannot be known."""
     with contextlib.suppress(ValueError):
-        return detect_launcher(os.environ).rank == 0
-    return True
-
-
-if __name__ == "__main__":
-    sys.exit(command())
+        return detect_launcher(os.environ).rank
+    return 0

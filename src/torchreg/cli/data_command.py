@@ -74,8 +74,6 @@ def _show(table: Table) -> None:
         ["column", "min", "mean", "max", "standard deviation"],
         [[name, f"{v.min():,.6g}", f"{v.mean():,.8g}", f"{v.max():,.6g}", f"{v.std():,.6g}"] for name, v in columns],
     )
-    best = Moments.of(table.features, table.target).closed_form()
-    line = equation(table.target_name, table.feature_names, best.weight.tolist(), best.bias)
     if table.num_features > _MAX_FEATURES:
         show_lines([f"columns      and {table.num_features - _MAX_FEATURES:,} features more"])
     if table.num_features == 1:
@@ -83,4 +81,6 @@ def _show(table: Table) -> None:
         sums = {"Σx": x.sum(), "Σy": y.sum(), "Σxy": (x * y).sum(), "Σx²": (x * x).sum(), "Σy²": (y * y).sum()}
         numbers = [f"n {table.num_rows}", *(f"{name} {value:.15g}" for name, value in sums.items())]
         show_lines([f"sums         {'  '.join(numbers)}"])
+    best = Moments.of(table.features, table.target).closed_form()
+    line = equation(table.target_name, table.feature_names, best.weight.tolist(), best.bias)
     show_lines([f"closed form  {line}, mean squared error {digits(best.loss)}"])

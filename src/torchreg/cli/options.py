@@ -1,33 +1,41 @@
-"""What all commands share: exit codes, and options with errors of one line. tyro is imported when it is used."""
+"""The options that commands share, and their errors in one line."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import re
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, TypeVar
 
-EXIT_FAILED = 1
-EXIT_BAD_INPUT = 2  # reported in one line on stderr
-EXIT_DIVERGED = 3  # the record is written
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal or the time limit, and saved; start it again
-EXIT_INTERRUPTED = 130  # Ctrl-C before there was anything to save; 128 + SIGINT, as in a shell
+import tyro
 
-T = TypeVar("T")
+from torchreg.runs.config import TrainConfig, with_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class JSONOption:
-    """The option of all commands that print a result."""
+class ConfigOptions:
+    """The options of a training run, and of a command that prints a result."""
 
     json: bool = False  # Print the result as one JSON object on stdout, and nothing else there.
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions(ConfigOptions):
+    """The options of a training run, and where their defaults come from."""
+
+    # Where the defaults of the other options come from: `default` is safe at any world size that the data allows,
+    # `lesson` is the original lesson to the digit, `homework` its exercise with batches of 64 samples.
+    recipe: Literal["default", "lesson", "homework"] = "default"
+
+
+T = TypeVar("T")
+C = TypeVar("C", bound=ConfigOptions)
 
 
 def parse(kind: type[T], program: str, argv: list[str], default: T | None = None) -> T:
     """Parse a command's options. Raises `ValueError` with tyro's error message, which is a box, in one line."""
-    import tyro
-
     box = io.StringIO()
     options: dict[str, Any] = {} if default is None else {"default": default}
     try:
@@ -36,10 +44,31 @@ def parse(kind: type[T], program: str, argv: list[str], default: T | None = None
     except SystemExit as error:
         if error.code in (0, None):
             raise
-    lines = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", box.getvalue()).splitlines() if line[:1] not in ("╭", "╰")]
-    lines = [line.strip("│─ \t") for line in lines]
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", box.getvalue()).splitlines()
+    lines = [line.strip("│─ \t") for line in lines if line[:1] not in ("╭", "╰")]
     text = " ".join(line for line in lines if line and not line.startswith("For full helptext"))
     raise ValueError(re.sub(r" (Got errors|Argument helptext): .*", "", text).removeprefix("Error parsing "))
+
+
+def parse_config(kind: type[C], program: str, argv: list[str], default: TrainConfig | None = None) -> C:
+    """Parse a command's options with these defaults, else with those of the recipe that the options name.
+
+    A recipe's batch size is dropped where the options choose the batch in another way. Raises `ValueError` where --plot
+    lacks matplotlib.
+    """
+    if default is None:
+        words = " ".join(argv).replace("=", " ").split()
+        recipe = "".join(words[words.index("--recipe") + 1 :][:1]) if "--recipe" in words else "default"
+        default = with_recipe(recipe)
+        flags = [word.replace("_", "-") for word in words]
+        if "--local-batch-size" in flags or "--sampling full" in " ".join(flags):
+            default = replace(default, global_batch_size=None)
+    options = parse(kind, program, argv, kind(config=default))
+    if options.config.plot:
+        from torchreg.plots.style import require_matplotlib
+
+        require_matplotlib()
+    return options
 
 
 def whole_numbers(field: str, text: str) -> list[int]:

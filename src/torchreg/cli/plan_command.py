@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-from torchreg.cli.config_options import RecipeOptions, parse_recipe
-from torchreg.cli.options import whole_numbers
+from torchreg.cli.options import RecipeOptions, parse_config, whole_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +20,7 @@ class PlanOptions(RecipeOptions):
 
 def run(argv: list[str]) -> int:
     """Print the plan, and draw it if asked."""
-    options = parse_recipe(PlanOptions, "torchreg plan", argv)
+    options = parse_config(PlanOptions, "torchreg plan", argv)
     config = options.config
     world_sizes = whole_numbers("world_sizes", options.world_sizes)
 
@@ -30,8 +28,7 @@ def run(argv: list[str]) -> int:
     from torchreg.planning.plan import plan
     from torchreg.runs.record import PLAN_FILE, create_run_folder, to_json, write_json
 
-    planned = plan(config, world_sizes)
-    pictures: list[Path] = []
+    planned, pictures = plan(config, world_sizes), []
     if config.plot:
         from torchreg.plots.plan_figure import draw_plan
 
@@ -40,8 +37,8 @@ def run(argv: list[str]) -> int:
         pictures = draw_plan(folder)
     if options.json:
         print(to_json(asdict(planned)))
-        return 0
-    show_lines(planned.heading())
-    show_table(*planned.table())
-    show_lines([*planned.conclusion(), *(f"picture      {picture}" for picture in pictures)])
+    else:
+        show_lines(planned.heading())
+        show_table(*planned.table())
+        show_lines([*planned.conclusion(), *(f"picture      {picture}" for picture in pictures)])
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -12,12 +11,11 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import NoReturn, TypeVar
 
-from torchreg.cli.options import EXIT_BAD_INPUT, EXIT_FAILED
+from torchreg.cli import EXIT_BAD_INPUT, EXIT_FAILED, own_rank
 from torchreg.distributed.communicator import Communicator
 from torchreg.distributed.devices import why_not_a_gpu
 from torchreg.distributed.failure import FORWARDED_WITHIN_S, one_line
 from torchreg.distributed.init import init_distributed
-from torchreg.distributed.launcher import detect_launcher
 from torchreg.distributed.rendezvous import AgreedError
 from torchreg.runs.config import TrainConfig
 from torchreg.runs.stopping import ignore_signals
@@ -50,17 +48,14 @@ def open_ranks(config: TrainConfig) -> Communicator:
 
 def _leave(error: Exception) -> NoReturn:
     """Report the error and end this rank without MPI_Finalize, which would wait for ranks that are not there."""
-    rank = 0
-    with contextlib.suppress(ValueError):
-        rank = detect_launcher(os.environ).rank
-    code, message = EXIT_BAD_INPUT, f"torchreg: error: {' '.join(str(error).split())}"
+    code, where, what = EXIT_BAD_INPUT, "", ""
     if not isinstance(error, ValueError):
-        code, host = EXIT_FAILED, socket.gethostname()
-        message = f"torchreg: error on rank {rank} ({host}): the ranks did not come together: {one_line(error)}"
+        code, where = EXIT_FAILED, f" on rank {own_rank()} ({socket.gethostname()})"
+        what = "the ranks did not come together: "
     signal.signal(signal.SIGTERM, lambda *_: os._exit(code))  # srun sends it when another rank has left
-    if rank > 0:
+    if own_rank() > 0:
         time.sleep(_MAIN_RANK_FIRST_S)  # which most likely reports the same, and the launcher then ends this rank
-    print(message, file=sys.stderr, flush=True)
+    print(f"torchreg: error{where}: {what}{one_line(error)}", file=sys.stderr, flush=True)
     time.sleep(FORWARDED_WITHIN_S)
     os._exit(code)
 

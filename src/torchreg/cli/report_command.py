@@ -8,11 +8,12 @@ from typing import Annotated
 
 import tyro
 
-from torchreg.cli.options import EXIT_FAILED, JSONOption, parse
+from torchreg.cli import EXIT_FAILED
+from torchreg.cli.options import parse
 
 
 @dataclass(frozen=True)
-class ReportArguments(JSONOption):
+class ReportArguments:
     """Turn the launch records of a campaign into a report: report.html, report.md, report.json, tables, figures.
 
     Several directories give one report, in which launches that are not comparable are kept apart.
@@ -22,10 +23,11 @@ class ReportArguments(JSONOption):
     # Campaign directories, as `torchreg scale run` made them.
     dirs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR [DIR ...]")]
     out: Path | None = None  # Where the report is written. Default: `report` in the campaign's directory.
+    json: bool = False  # Print the result as one JSON object on stdout, and nothing else there.
 
 
 @dataclass(frozen=True)
-class CompareArguments(JSONOption):
+class CompareArguments:
     """Compare a new campaign with an old one: exit code 1 where a step became slower, or a result wrong.
 
     Slower means that even the low end of the 95 % interval of new over old is beyond the threshold; faster, the high
@@ -35,6 +37,7 @@ class CompareArguments(JSONOption):
     old: tyro.conf.Positional[Path]  # The old campaign's directory, or its report.json.
     new: tyro.conf.Positional[Path]  # The new campaign's directory, or its report.json.
     threshold: float = 0.05  # The fraction by which a step may take longer.
+    json: bool = False  # Print the result as one JSON object on stdout, and nothing else there.
 
 
 def run(argv: list[str]) -> int:

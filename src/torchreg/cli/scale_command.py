@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from torchreg.cli.options import EXIT_FAILED, EXIT_STOPPED, parse
+from torchreg.cli import EXIT_FAILED, EXIT_STOPPED
+from torchreg.cli.options import parse
 from torchreg.console import show_lines, show_table
 from torchreg.distributed.launcher import detect_launcher, sign_of_mpi
 from torchreg.machines import launch_commands

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from functools import partial
 
-from torchreg.cli.config_options import ConfigOptions, parse_config
-from torchreg.cli.options import EXIT_STOPPED, whole_numbers
+from torchreg.cli import EXIT_STOPPED
+from torchreg.cli.options import ConfigOptions, parse_config, whole_numbers
 from torchreg.runs.config import SWEEP_DEFAULTS
 
 
@@ -42,42 +43,37 @@ class LRScalingOptions(_SweepOptions):
 
 def run(argv: list[str]) -> int:
     """Run the trials that are not finished, print the summary, draw it."""
-    if argv[:1] in (["-h"], ["--help"]):
+    kind, *argv = argv or ["missing"]
+    options: BatchOptions | LRScalingOptions
+    if kind in ("-h", "--help"):
         print("usage: torchreg sweep {batch,lr-scaling} ...\n\n`torchreg sweep batch --help` shows the options.")
         return 0
-    kind = next((name for name in SWEEP_DEFAULTS if argv[:1] == [name]), None)
-    if kind is None:
-        raise ValueError(
-            f"sweep is {argv[0] if argv else 'missing'}: give batch or lr-scaling, as in `torchreg sweep batch`"
-        )
-    kinds: dict[str, type[_SweepOptions]] = {"batch": BatchOptions, "lr-scaling": LRScalingOptions}
-    options = parse_config(kinds[kind], f"torchreg sweep {kind}", argv[1:], SWEEP_DEFAULTS[kind])
+    if kind == "batch":
+        options = parse_config(BatchOptions, "torchreg sweep batch", argv, SWEEP_DEFAULTS["batch"])
+        values = whole_numbers("batch_sizes", options.batch_sizes)
+    elif kind == "lr-scaling":
+        options = parse_config(LRScalingOptions, "torchreg sweep lr-scaling", argv, SWEEP_DEFAULTS["lr-scaling"])
+        values = whole_numbers("multipliers", options.multipliers) if options.multipliers else []
+    else:
+        raise ValueError(f"sweep is {kind}: give batch or lr-scaling, as in `torchreg sweep batch`")
     config, num_seeds = options.config, options.num_seeds
-    field = "batch_sizes" if kind == "batch" else "multipliers"
-    given = getattr(options, field)
-    values = whole_numbers(field, given) if given or kind == "batch" else []
     if num_seeds < 1:
         raise ValueError(f"num_seeds is {num_seeds}: give a whole number of at least 1")
 
     from torchreg.cli.ranks import on_all_ranks, open_ranks
-    from torchreg.console import Reporter, Silent, Terminal, show_files, show_table
+    from torchreg.console import Reporter, Terminal, show_files, show_table
     from torchreg.runs.record import to_json
     from torchreg.runs.stopping import StopRequest
     from torchreg.sweeps.sweep import run_sweep
     from torchreg.sweeps.sweep_tables import batch_rows, lr_scaling_rows, summary, trials_table
-    from torchreg.sweeps.trials import Trial, batch_trials, lr_scaling_trials
+    from torchreg.sweeps.trials import batch_trials, lr_scaling_trials
 
     make_trials, make_rows = (batch_trials, batch_rows) if kind == "batch" else (lr_scaling_trials, lr_scaling_rows)
     communicator = open_ranks(config)
-    reporter: Reporter = Terminal(stderr=options.json, counts="run") if communicator.is_main else Silent()
-
-    def trials() -> list[Trial]:
-        return make_trials(config, values, num_seeds)
-
+    reporter = Terminal(stderr=options.json, counts="run") if communicator.is_main else Reporter()
     with StopRequest(config.time_limit_s, nothing_to_save=True) as stop:
-        folder = on_all_ranks(
-            communicator, lambda: run_sweep(kind, config, trials, communicator, reporter, stop, farm=options.farm)
-        )
+        sweep = partial(run_sweep, kind, config, partial(make_trials, config, values, num_seeds))
+        folder = on_all_ranks(communicator, lambda: sweep(communicator, reporter, stop, farm=options.farm))
     if folder is None:
         reporter.info(f"stopped by {stop.reason or 'another rank'}; finished runs are kept: run the same sweep again")
         return EXIT_STOPPED
@@ -91,7 +87,7 @@ def run(argv: list[str]) -> int:
     table = summary(trials_table(folder))
     if options.json:
         print(to_json(table.to_dict("records")))
-        return 0
-    show_table(*make_rows(table))
-    show_files(folder, pictures)
+    else:
+        show_table(*make_rows(table))
+        show_files(folder, pictures)
     return 0

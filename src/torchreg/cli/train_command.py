@@ -6,8 +6,8 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from torchreg.cli.config_options import RecipeOptions, parse_recipe
-from torchreg.cli.options import EXIT_DIVERGED, EXIT_STOPPED
+from torchreg.cli import EXIT_DIVERGED, EXIT_STOPPED
+from torchreg.cli.options import RecipeOptions, parse_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class TrainOptions(RecipeOptions):
 
 def run(argv: list[str]) -> int:
     """Train, and print the result."""
-    options = parse_recipe(TrainOptions, "torchreg train", argv)
+    options = parse_config(TrainOptions, "torchreg train", argv)
     config = options.config
 
     from torchreg.cli.ranks import on_all_ranks, open_ranks
@@ -33,9 +33,10 @@ def run(argv: list[str]) -> int:
     terminal = Terminal(stderr=options.json) if communicator.is_main else None
     with StopRequest(config.time_limit_s, nothing_to_save=True) as stop:
         result = on_all_ranks(communicator, lambda: train(config, communicator, terminal, stop))
+    is_stopped = result.stopped_by == "request"
     if communicator.is_main:
-        pictures: list[Path] = []
-        if config.plot and result.stopped_by in ("steps", "target"):
+        pictures = []
+        if config.plot and not (is_stopped or result.diverged):
             from torchreg.plots.training_figure import draw_training
 
             pictures = draw_training(Path(result.run_dir))
@@ -44,8 +45,6 @@ def run(argv: list[str]) -> int:
         else:
             show_lines(result.lines())
             show_files(result.run_dir, pictures)
-        if result.stopped_by == "request":
+        if is_stopped:
             print(f"reason       {stop.reason}", file=sys.stderr if options.json else sys.stdout)
-    if result.stopped_by == "request":
-        return EXIT_STOPPED
-    return EXIT_DIVERGED if result.diverged else 0
+    return EXIT_STOPPED if is_stopped else EXIT_DIVERGED if result.diverged else 0

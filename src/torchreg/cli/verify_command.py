@@ -5,17 +5,19 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from torchreg.cli.options import EXIT_FAILED, JSONOption, parse
+from torchreg.cli import EXIT_FAILED
+from torchreg.cli.options import parse
 from torchreg.runs.config import TrainConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class VerifyOptions(JSONOption):
+@dataclass(frozen=True)
+class VerifyOptions:
     """Check, with known answers, whether this launcher, MPI, backend and torch train correctly across all ranks.
 
     Start it as the training would be: `mpiexec -n 8 torchreg verify`. Exit code 0 if nothing fails.
     """
 
+    json: bool = False  # Print the result as one JSON object on stdout, and nothing else there.
     quick: bool = False  # Skip long messages and some combinations.
     # Break the stack on purpose, to see the checks fail.
     inject: Literal["wrong-average", "duplicate-shard", "skewed-start", "stale-rank"] | None = None
@@ -33,21 +35,19 @@ def run(argv: list[str]) -> int:
     from torchreg.cli.ranks import on_all_ranks, open_ranks
     from torchreg.console import show_lines, show_table
     from torchreg.runs.record import to_json
-    from torchreg.verification.checks import lines, table
+    from torchreg.verification.checks import table, verdict
     from torchreg.verification.verify import verify
 
     communicator = open_ranks(config)
     if options.inject and communicator.world_size == 1:
         raise ValueError(f"inject is {options.inject}, which needs other ranks: start several, as by mpiexec -n 2")
-    checks = on_all_ranks(
-        communicator,
-        lambda: list(verify(communicator, options.runs_dir, quick=options.quick, defect=options.inject)),
-    )
+    rows = verify(communicator, options.runs_dir, quick=options.quick, defect=options.inject)
+    checks = on_all_ranks(communicator, lambda: list(rows))
     failed = any(check.status == "FAIL" for check in checks)
     if communicator.is_main and options.json:
         print(to_json({"passed": not failed, "checks": [asdict(check) for check in checks]}))
     elif communicator.is_main:
         show_lines([communicator.describe()])
         show_table(*table(checks))
-        show_lines(lines(checks))
+        show_lines([verdict(checks)])
     return EXIT_FAILED if failed else 0

@@ -21,12 +21,10 @@ def fetch_ames(url: str = AMES_URL, sha256: str = AMES_SHA256) -> Path:
     import requests  # pooch's own transport
 
     pooch.get_logger().setLevel("WARNING")
-    name = url.rpartition("/")[2]
-    cache = pooch.create(
-        pooch.os_cache("torchreg"), base_url="", registry={name: sha256}, urls={name: url}, env="TORCHREG_CACHE"
-    )
+    folder, file = pooch.os_cache("torchreg"), url.rpartition("/")[2]
+    cache = pooch.create(folder, base_url="", registry={file: sha256}, urls={file: url}, env="TORCHREG_CACHE")
     try:
-        return Path(cache.fetch(name))
+        return Path(cache.fetch(file))
     except (requests.RequestException, OSError) as error:
         raise ValueError(
             f"data is ames: its table cannot be fetched from {url} ({type(error).__name__}); run `torchreg data fetch` "

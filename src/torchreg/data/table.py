@@ -17,11 +17,10 @@ from torchreg.core.checkpoint import write_atomically
 from torchreg.data.fetching import fetch_ames
 from torchreg.data.standardizer import Matrix
 from torchreg.data.synthetic import REAL_NUM_ROWS, make_houses
-from torchreg.data.table_files import PARQUET_EXTENSIONS, file_errors, read_csv, read_parquet
+from torchreg.data.table_files import PARQUET_EXTENSIONS, file_errors, read_columns
 
 DEFAULT_FEATURE = "GrLivArea"
 DEFAULT_TARGET = "SalePrice"
-_CHUNK_ROWS = 1_024
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,8 @@ class Table:
 
         It is the same for a CSV and its Parquet copy, and for the synthetic table on every machine.
         """
-        digest = hashlib.sha256(self.definition.encode())
-        for i in range(0, 0 if self.definition else self.num_rows, _CHUNK_ROWS):
-            rows = np.hstack([self.features[i : i + _CHUNK_ROWS], self.target[i : i + _CHUNK_ROWS]])
-            digest.update(rows.astype("<f8", order="C").data)
-        return "sha256:" + digest.hexdigest()
+        content = self.definition.encode() or np.hstack([self.features, self.target]).astype("<f8", order="C").data
+        return "sha256:" + hashlib.sha256(content).hexdigest()
 
 
 def load_table(
@@ -86,8 +82,15 @@ def load_table(
     path = fetch_ames() if source == "ames" else Path(source)
     target = (target or DEFAULT_TARGET).strip()
     features = tuple(name.strip() for name in features) or (DEFAULT_FEATURE,)
+    if target in features:
+        raise ValueError(f"target is {target!r}, which is also a feature: remove it from --features")
+    if len(set(features)) < len(features):
+        raise ValueError(f"features are {', '.join(map(repr, features))}: name each column once")
     names = (*features, target)
-    columns = _read_columns(path, names)
+    columns = read_columns(path, names)
+    if len(infinite := np.argwhere(np.isinf(columns))):
+        row, column = infinite[0]
+        raise ValueError(f"{path}: column {names[column]!r} is infinite in row {row + 1}: correct the file")
     missing = np.flatnonzero(np.isnan(columns).any(axis=1))
     if len(missing) and not drop_missing:
         first = names[int(np.argmax(np.isnan(columns[missing[0]])))]
@@ -105,24 +108,6 @@ def load_table(
                 "choose other --features"
             )
     return Table(columns[:, :-1], columns[:, -1:], features, target, source, num_dropped=len(missing))
-
-
-def _read_columns(path: Path, names: Sequence[str]) -> Matrix:
-    """The features and the target, in this order, (num_rows, num_columns); a missing value is NaN."""
-    *features, target = names
-    if target in features:
-        raise ValueError(f"target is {target!r}, which is also a feature: remove it from --features")
-    if len(set(features)) < len(features):
-        raise ValueError(f"features are {', '.join(map(repr, features))}: name each column once")
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
-        raise ValueError(f"data is {path}, which {what}: give synthetic, ames, or a CSV or Parquet file")
-    columns = (read_parquet if path.suffix.lower() in PARQUET_EXTENSIONS else read_csv)(path, names)
-    infinite = np.argwhere(np.isinf(columns))
-    if len(infinite):
-        row, column = infinite[0]
-        raise ValueError(f"{path}: column {names[column]!r} is infinite in row {row + 1}: correct the file")
-    return columns
 
 
 def write_table(table: Table, path: Path) -> None:

@@ -6,10 +6,10 @@ import csv
 import difflib
 import itertools
 import re
-from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from torchreg.data.standardizer import Matrix
 
 PARQUET_EXTENSIONS = (".parquet", ".pq")
 _SEPARATORS = ",;\t|"
-_MISSING = {"", "na", "#na", "n/a", "#n/a", "<na>", "nan", "-nan", "null", "none", "1.#ind", "-1.#ind", "1.#qnan"}
+_ENCODING = "utf-8-sig"  # with or without a byte order mark
 _END = "\x1aend of file\x1a"  # a row of its own, unless a quotation is not closed
 _MAX_NAMES = 12  # of columns, in an error
 
@@ -32,14 +32,22 @@ def file_errors(path: Path, kind: str) -> Iterator[None]:
     except ImportError as error:
         library = error.name or "pyarrow"
         raise ValueError(f"{path} is {kind}, and {library} is not installed: pip install {library}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8 ({_first_line(error)}): save it as such") from error
     except Exception as error:  # each kind of compression has errors of its own
-        raise ValueError(f"{path} cannot be read or written as {kind}: {_first_line(error)}") from error
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, UnicodeDecodeError):
+            raise ValueError(f"{path} is not text in UTF-8 ({first_line}): save it as such") from error
+        raise ValueError(f"{path} cannot be read or written as {kind}: {first_line}") from error
 
 
-def read_parquet(path: Path, wanted: Sequence[str]) -> Matrix:
-    """The wanted columns, (num_rows, num_columns), with NaN for missing values; no other column is read."""
+def read_columns(path: Path, wanted: Sequence[str]) -> Matrix:
+    """The wanted columns, (num_rows, num_columns), with NaN for missing values. The last is the target."""
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
+        raise ValueError(f"data is {path}, which {what}: give synthetic, ames, or a CSV or Parquet file")
+    return (_read_parquet if path.suffix.lower() in PARQUET_EXTENSIONS else _read_csv)(path, wanted)
+
+
+def _read_parquet(path: Path, wanted: Sequence[str]) -> Matrix:
     with file_errors(path, "Parquet"):
         import pyarrow as pa
         from pyarrow.parquet import ParquetFile
@@ -55,25 +63,23 @@ def read_parquet(path: Path, wanted: Sequence[str]) -> Matrix:
                 "columns with --features and --target, or convert it"
             )
     with file_errors(path, "Parquet"):
-        read = file.read(columns=[field.name for field in fields])
+        read = file.read(columns=[field.name for field in fields])  # and no other column
         return np.column_stack([read[field.name].cast(pa.float64(), safe=False).to_numpy() for field in fields])
 
 
-def read_csv(path: Path, wanted: Sequence[str]) -> Matrix:
-    """The wanted columns, (num_rows, num_columns), with NaN for missing values; each row as wide as the header.
+def _read_csv(path: Path, wanted: Sequence[str]) -> Matrix:
+    """Refuses rows that are not as wide as the header, which pandas shifts or fills; but R's begin with a name."""
+    import pandas as pd
 
-    The separator is the one that splits the header into the most names. Rows may begin with a name, as R writes them.
-    """
     if path.suffix.lower() == ".zst":
         with file_errors(path, "CSV"):
             _refuse_part_of_zstd(path)
-    separator = max(_SEPARATORS, key=lambda letter: len(next(_csv_rows(path, letter), (0, []))[1]))
-    rows = _csv_rows(path, separator)
-    header = [name.strip() for name in next(rows, (0, []))[1]]
-    if not header:
+    headers = {letter: next(_csv_rows(path, letter), (0, []))[1] for letter in _SEPARATORS}
+    separator = max(headers, key=lambda letter: len(headers[letter]))
+    if not (header := [name.strip() for name in headers[separator]]):
         raise ValueError(f"data is {path}, which is empty: give a table with a header and rows")
     first_line: dict[int, int] = {}  # of each number of fields
-    for line, row in rows:
+    for line, row in itertools.islice(_csv_rows(path, separator), 1, None):
         first_line.setdefault(len(row), line)
     offset = int(
         first_line.keys() == {len(header) + 1} and _have_names([row for _, row in _csv_rows(path, separator)][1:])
@@ -86,42 +92,44 @@ def read_csv(path: Path, wanted: Sequence[str]) -> Matrix:
                 "name for each column)"
             )
     indices = [offset + index for index in _indices(header, wanted, path, separator)]
-    numbers = array("d")
-    for number, (_, row) in enumerate(itertools.islice(_csv_rows(path, separator), 1, None), start=1):
-        for index, name in zip(indices, wanted, strict=True):
-            try:
-                numbers.append(_number(row[index]))
-            except ValueError:
+    options: dict[str, Any] = {"header": 0, "index_col": False, "encoding": _ENCODING, "low_memory": False}
+    if tuple(map(int, pd.__version__.split(".")[:2])) < (3, 1):  # later ones always read numbers to the last bit
+        options["float_precision"] = "round_trip"
+    with file_errors(path, "CSV"):
+        names = list(range(offset + len(header)))
+        frame = pd.read_csv(path, names=names, usecols=indices, **_dialect(separator), **options)
+    columns = []
+    for index, name in zip(indices, wanted, strict=True):
+        column = frame[index]
+        if column.dtype.kind not in "iuf":
+            numbers = pd.to_numeric(column.astype(str), errors="coerce")  # as text: True is no number
+            if len(bad := np.flatnonzero(numbers.isna() & column.notna())):
                 raise ValueError(
-                    f"{path}: column {name!r} is {row[index]!r} in row {number}, which is not a number: correct the "
-                    "file (a decimal point, no thousands separators), or choose other columns with --features and "
-                    "--target"
-                ) from None
-    return np.array(numbers).reshape(-1, len(wanted))
-
-
-def _number(text: str) -> float:
-    text = text.strip()
-    if text.lower() in _MISSING:  # as for pandas
-        return np.nan
-    if "_" in text or not text.isascii():  # which Python accepts in numbers
-        raise ValueError
-    return float(text)
+                    f"{path}: column {name!r} is {str(column[bad[0]])!r} in row {bad[0] + 1}, which is not a number: "
+                    "correct the file (a decimal point, no thousands separators), or choose other columns with "
+                    "--features and --target"
+                )
+            column = numbers
+        columns.append(column.to_numpy(dtype=np.float64, na_value=np.nan))
+    return np.column_stack(columns)
 
 
 def _csv_rows(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
-    """Line number and fields of the header and of each row, without blank lines."""
+    """Line number and fields of the header and of each row, without blank lines, which pandas skips too."""
     from pandas.io.common import get_handle
 
-    with file_errors(path, "CSV"), get_handle(path, "r", encoding="utf-8-sig", compression="infer") as file:
-        lines = itertools.chain(file.handle, [_END])
-        reader = csv.reader(lines, delimiter=separator, skipinitialspace=separator != "\t")
+    with file_errors(path, "CSV"), get_handle(path, "r", encoding=_ENCODING, compression="infer") as file:
+        reader = csv.reader(itertools.chain(file.handle, [_END]), **_dialect(separator))
         for row in reader:
             if row == [_END]:
                 return
             if len(row) > 1 or any(field.strip() for field in row):
                 yield reader.line_num, row
         raise EOFError("a quotation is not closed")
+
+
+def _dialect(separator: str) -> dict[str, Any]:
+    return {"delimiter": separator, "skipinitialspace": separator != "\t"}
 
 
 def _refuse_part_of_zstd(path: Path) -> None:
@@ -151,7 +159,7 @@ def _have_names(rows: Sequence[Sequence[str]]) -> bool:
 
 
 def _indices(names: Sequence[str], wanted: Sequence[str], path: Path, separator: str = "") -> list[int]:
-    """The index of each wanted column, of which the last is the target, among the names of a file."""
+    """The index of each wanted column among the names of a file."""
     for field, name in zip([*["features"] * (len(wanted) - 1), "target"], wanted, strict=True):
         if (count := names.count(name)) > 1:
             raise ValueError(f"{field} is {name!r}: {path} has {count} columns of this name: rename them")
@@ -164,7 +172,3 @@ def _indices(names: Sequence[str], wanted: Sequence[str], path: Path, separator:
                 f"are {listed}" + (f", separated by {separator!r}" if separator else "")
             )
     return [names.index(name) for name in wanted]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

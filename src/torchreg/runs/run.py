@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torchreg.console import Reporter, Silent
+from torchreg.console import Reporter
 from torchreg.core.batches import BatchLoader, BatchPlan
 from torchreg.core.model import FlatParameters, make_model
 from torchreg.core.reduction import Reduction
@@ -76,7 +76,7 @@ def train(
             run=asdict(config),
         ) as communicator:
             return train(config, communicator, reporter, stop, seams=seams)
-    reporter = reporter if reporter and communicator.is_main else Silent()
+    reporter = reporter if reporter and communicator.is_main else Reporter()
     reporter.info(communicator.describe())
     session = {"started_utc": utc_now(), **describe_session(communicator)}
     state, table, directory = set_up(config, communicator)

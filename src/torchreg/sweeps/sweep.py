@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
 
 from torchreg.console import Reporter
 from torchreg.core.checkpoint import read_regular
@@ -29,7 +28,7 @@ _UNREADABLE = (OSError, ValueError, KeyError, TypeError)
 
 
 def run_sweep(
-    kind: Literal["batch", "lr-scaling"],
+    kind: str,
     config: TrainConfig,
     make_trials: Callable[[], list[Trial]],
     communicator: Communicator,
@@ -78,9 +77,9 @@ def run_sweep(
     reporter.info(f"sweep        {num_trials} runs, {num_trials - len(pending)} of them finished before")
     is_stopped = False
     for done, trial in enumerate(communicator.deal(pending) if farm else pending, start=1):
-        trial_config = replace(trial.config, name=trial.name, runs_dir=str(folder / sweep_tables.TRIALS_FOLDER))
+        own = replace(trial.config, name=trial.name, runs_dir=str(folder / sweep_tables.TRIALS_FOLDER))
         try:
-            result = train(trial_config, workers, stop=stop)
+            result = train(own, workers, stop=stop)
         except AgreedError as error:
             if farm and communicator.world_size > 1:  # the other ranks did not take part, so this one ends them
                 raise ValueError(str(error)) from error
@@ -109,8 +108,8 @@ def _is_finished(folder: Path, trial: Trial, fingerprint: str) -> bool:
     except _UNREADABLE:
         return False
     now = json.loads(json.dumps(asdict(trial.config)))
-    differing = [key for key in now if key not in _NOT_COMPARED and before[key] != now[key]]
-    differs = [f"{key} was {before[key]} and is {now[key]}" for key in differing]
+    compared = [key for key in now if key not in _NOT_COMPARED]
+    differs = [f"{key} was {before[key]} and is {now[key]}" for key in compared if before[key] != now[key]]
     differs += ["the data's fingerprint is another"] * (data != fingerprint)
     if differs:
         raise ValueError(

@@ -14,6 +14,7 @@ from torchreg.core.checkpoint import read_regular
 from torchreg.runs.record import RECORD_FILE, read_metrics
 
 SWEEP_FILE, TRIALS_FILE, CURVES_FILE, TRIALS_FOLDER = "sweep.json", "trials.csv", "curves.csv", "trials"
+_DIVERGES = "diverges"
 
 GROUP = ["standardize", "update_order", "global_batch_size", "multiplier", "warmup_steps"]
 """The columns that trials of one configuration have in common; they differ in `seed`."""
@@ -68,20 +69,12 @@ def curves_table(folder: Path) -> pd.DataFrame:
 def summary(trials: pd.DataFrame) -> pd.DataFrame:
     """One row per configuration: means over its seeds, the standard error of the mean excess, and the prediction."""
     weights = [column for column in trials.columns if column.startswith("weight_")]
-    same = [
-        "num_steps",
-        "fraction_of_stability_limit",
-        "noise_floor",
-        "predicted_excess",
-        "predicted_low",
-        "predicted_high",
-    ]
+    same = ["num_steps", "fraction_of_stability_limit", "noise_floor"]
+    same += ["predicted_excess", "predicted_low", "predicted_high"]
     groups = trials.groupby(GROUP, sort=True)
-    table = groups[[*weights, "bias", "loss", "excess"]].mean()
-    table = table.join(groups["excess"].sem().rename("excess_error")).join(groups[same].first())
-    table["num_runs"] = groups.size()
-    table["num_diverged"] = groups["diverged"].sum()
-    return table.reset_index()
+    table = groups[[*weights, "bias", "loss", "excess"]].mean().join(groups[same].first())
+    error, sizes, diverged = groups["excess"].sem(), groups.size(), groups["diverged"].sum()
+    return table.assign(excess_error=error, num_runs=sizes, num_diverged=diverged).reset_index()
 
 
 def batch_rows(summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
@@ -89,19 +82,19 @@ def batch_rows(summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     weights = [column for column in summary.columns if column.startswith("weight_")]
     rows = []
     for row in summary.to_dict("records"):
-        stable, converged = row["fraction_of_stability_limit"] < 1, row["num_diverged"] == 0
+        diverged, predicted = bool(row["num_diverged"]), _predicted(row)
         fitted = {"weight": row[weights[0]], "bias": row["bias"]} if len(weights) == 1 else {}
         low, high = _percent(row["predicted_low"]), _percent(row["predicted_high"])
         rows.append(
             {
-                "batch": ("" if converged else "!") + str(row["global_batch_size"]),
+                "batch": "!" * diverged + str(row["global_batch_size"]),
                 "lr": f"× {row['multiplier']:.4g}",
                 "steps": f"{row['num_steps']}",
                 "lr / limit": f"{row['fraction_of_stability_limit']:.3g}",
-                **{name: f"{x:.5g}" if converged else "" for name, x in (fitted | {"loss": row["loss"]}).items()},
-                "above best, %": _outcome(row),
-                "predicted": _percent(row["predicted_excess"]) if stable else "diverges",
-                "95 % of runs": f"{low} to {high}" if stable and low else "",
+                **{name: "" if diverged else f"{x:.5g}" for name, x in (fitted | {"loss": row["loss"]}).items()},
+                "above best, %": _measured(row),
+                "predicted": predicted,
+                "95 % of runs": f"{low} to {high}" if predicted != _DIVERGES and low else "",
             }
         )
     return list(rows[0]), [list(row.values()) for row in rows]
@@ -112,28 +105,31 @@ def lr_scaling_rows(summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     rows = []
     for (standardize, order, batch, multiplier), trials in summary.groupby(GROUP[:-1], sort=False):
         cold, warm = trials.sort_values("warmup_steps").to_dict("records")
-        stable, diverged = cold["fraction_of_stability_limit"] < 1, bool(cold["num_diverged"] + warm["num_diverged"])
         rows.append(
             {
-                "features": "!" * diverged + ("standardised" if standardize else "raw"),
+                "features": "!" * any(trials["num_diverged"]) + ("standardised" if standardize else "raw"),
                 "order": str(order),
                 "lr": f"× {multiplier:.4g}",
                 "batch": f"{batch}",
                 "lr / limit": f"{cold['fraction_of_stability_limit']:.3g}",
-                "predicted, % above best": _percent(cold["predicted_excess"]) if stable else "diverges",
-                "measured": _outcome(cold),
-                "with warm-up": _outcome(warm),
+                "predicted, % above best": _predicted(cold),
+                "measured": _measured(cold),
+                "with warm-up": _measured(warm),
             }
         )
     return list(rows[0]), [list(row.values()) for row in rows]
 
 
-def _outcome(row: Mapping[Any, Any]) -> str:
+def _predicted(row: Mapping[Any, Any]) -> str:
+    return _percent(row["predicted_excess"]) if row["fraction_of_stability_limit"] < 1 else _DIVERGES
+
+
+def _measured(row: Mapping[Any, Any]) -> str:
     """Where the runs of a configuration ended, in percent, or how many of them diverged."""
     if row["num_diverged"]:
         return f"{row['num_diverged']} of {row['num_runs']} diverged"
-    error = "" if math.isnan(row["excess_error"]) else f" ± {_percent(row['excess_error'])}"
-    return _percent(row["excess"]) + error
+    error = _percent(row["excess_error"])
+    return _percent(row["excess"]) + (f" ± {error}" if error else "")
 
 
 def _percent(fraction: float) -> str:

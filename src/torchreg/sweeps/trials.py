@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torchreg.runs.config import TrainConfig
 from torchreg.runs.setup import LeastSquares, base_learning_rates, scale_at
@@ -28,10 +29,9 @@ def batch_trials(config: TrainConfig, batch_sizes: Iterable[int], num_seeds: int
 
     Raises `ValueError` for a configuration with a batch size of its own.
     """
-    _refuse_batch_size(config, "--batch-sizes")
-    trials = []
+    config, trials = _common(config, "--batch-sizes"), []
     for size, i in itertools.product(sorted(set(batch_sizes)), range(num_seeds)):
-        trial = _trial_config(config, global_batch_size=size, seed=config.seed + i)
+        trial = replace(config, global_batch_size=size, seed=config.seed + i)
         trials.append(Trial(f"batch-{size}-seed-{i}", trial, scale_at(config, size)))
     return trials
 
@@ -45,8 +45,8 @@ def lr_scaling_trials(config: TrainConfig, multipliers: Sequence[float], num_see
     to diverge, and 3 % below and above the predicted limit. Standardised features have the default learning rates: the
     raw ones would hardly move them. Raises `ValueError` for a configuration with a batch size of its own.
     """
-    _refuse_batch_size(config, "--reference-batch-size")
-    trials, warmups = [], (0, config.warmup_steps or _LR_SCALING_WARMUP_STEPS)
+    config, trials = _common(config, "--reference-batch-size"), []
+    warmups = (0, config.warmup_steps or _LR_SCALING_WARMUP_STEPS)
     for standardize in (False, True):
         variant = replace(config, standardize=standardize, lr_scaling="linear", on_unstable="warn")
         data = LeastSquares.of(variant)
@@ -57,7 +57,7 @@ def lr_scaling_trials(config: TrainConfig, multipliers: Sequence[float], num_see
                 scaled, multiplier = _scaled(variant, wanted, data)
                 name = f"{'standardised' if standardize else 'raw'}-{order}-{multiplier:.5g}"
                 for warmup_steps, i in itertools.product(warmups, range(num_seeds)):
-                    trial = _trial_config(scaled, warmup_steps=warmup_steps, seed=config.seed + i)
+                    trial = replace(scaled, warmup_steps=warmup_steps, seed=config.seed + i)
                     trials.append(Trial(f"{name}-warmup-{warmup_steps}-seed-{i}", trial, multiplier))
     return trials
 
@@ -76,9 +76,7 @@ def lr_scaling_limit(config: TrainConfig, data: LeastSquares) -> float:
 
 
 def _default_multipliers(limit: float) -> list[float]:
-    doubling = [1.0]
-    while doubling[-1] < limit:
-        doubling.append(2 * doubling[-1])
+    doubling = [2.0**i for i in range(max(0, math.ceil(math.log2(limit))) + 1)]
     return sorted([*doubling, *(limit * side for side in _AROUND_LIMIT)])
 
 
@@ -96,7 +94,8 @@ def _scaled(config: TrainConfig, multiplier: float, data: LeastSquares) -> tuple
     return scaled, multiplier
 
 
-def _refuse_batch_size(config: TrainConfig, remedy: str) -> None:
+def _common(config: TrainConfig, remedy: str) -> TrainConfig:
+    """What all trials have in common; their batch sizes are chosen by the option `remedy`."""
     for field in ("global_batch_size", "local_batch_size"):
         if value := getattr(config, field):
             raise ValueError(f"{field} is {value}, and the sweep chooses the batch of each trial: give {remedy}")
@@ -105,7 +104,4 @@ def _refuse_batch_size(config: TrainConfig, remedy: str) -> None:
             "sampling is full, which takes all rows in every step, and the sweep varies the batch: choose --sampling "
             "random or shuffle"
         )
-
-
-def _trial_config(config: TrainConfig, **changes: Any) -> TrainConfig:
-    return replace(config, name=None, log_full_loss=True, plot=False, overwrite=True, resume="never", **changes)
+    return replace(config, name=None, log_full_loss=True, plot=False, overwrite=True, resume="never")

@@ -13,13 +13,16 @@ _MOST_NAMED = 3  # ranks in a row; there may be thousands
 
 @dataclass(frozen=True)
 class Check:
-    """One row. `area` is the part of the stack, `name` what is checked there."""
+    """One row. `area` is the part of the stack, `name` what is checked there.
+
+    `measured` of a check that is skipped, because it does not apply here, is the reason.
+    """
 
     area: str
     name: str
     status: Literal["PASS", "FAIL", "SKIP"]
     measured: str
-    expected: str
+    expected: str = ""
 
 
 def agree(communicator: Communicator, area: str, name: str, error: str | None, measured: str, expected: str) -> Check:
@@ -28,11 +31,8 @@ def agree(communicator: Communicator, area: str, name: str, error: str | None, m
     `measured` is the main rank's; where the check fails, it is the errors with their ranks.
     """
     errors = communicator.gather(error)
-    found = [
-        f"rank {placement.rank} ({placement.host}): {text}"
-        for placement, text in zip(communicator.placements, errors, strict=True)
-        if text is not None
-    ]
+    pairs = zip(communicator.placements, errors, strict=True)
+    found = [f"rank {placement.rank} ({placement.host}): {text}" for placement, text in pairs if text is not None]
     if not found:
         return Check(area, name, "PASS", measured, expected)
     if len(found) == communicator.world_size > 1 and len(set(errors)) == 1:
@@ -41,25 +41,16 @@ def agree(communicator: Communicator, area: str, name: str, error: str | None, m
     return Check(area, name, "FAIL", "; ".join(found[:_MOST_NAMED]) + more, expected)
 
 
-def skipped(area: str, name: str, reason: str) -> Check:
-    """The row of a check that does not apply here."""
-    return Check(area, name, "SKIP", reason, "")
-
-
 def table(checks: Sequence[Check]) -> tuple[list[str], list[list[str]]]:
     """Columns and human-readable rows; rows that fail begin with `!`."""
-    rows = [
-        ["!" * (check.status == "FAIL") + check.status, check.area, check.name, check.measured, check.expected]
-        for check in checks
-    ]
+    rows = [["!" * (c.status == "FAIL") + c.status, c.area, c.name, c.measured, c.expected] for c in checks]
     return ["", "part", "check", "measured", "expected"], rows
 
 
-def lines(checks: Sequence[Check]) -> list[str]:
-    """The verdict."""
+def verdict(checks: Sequence[Check]) -> str:
+    """Whether the stack trains correctly, and what fails."""
     counts = [sum(check.status == status for check in checks) for status in ("PASS", "FAIL", "SKIP")]
     counted = "{} passed, {} failed, {} skipped".format(*counts)
     failed = ", ".join(f"{check.area}: {check.name}" for check in checks if check.status == "FAIL")
-    if failed:
-        return [f"verdict      this stack does NOT train correctly ({counted}): {failed}"]
-    return [f"verdict      this stack trains correctly ({counted})"]
+    outcome = f"does NOT train correctly ({counted}): {failed}" if failed else f"trains correctly ({counted})"
+    return f"verdict      this stack {outcome}"
