@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 from dataclasses import fields
 
-from torchreg.runs.config import RECIPES, field_docs
+from torchreg.runs.config import RECIPES, TrainConfig
 
 
 def table() -> str:
@@ -18,6 +20,22 @@ def table() -> str:
             values[1] = ""
         lines.append(f"| `{option}` | {values[0]} | {values[1]} | {docs[field.name]} |")
     return "\n".join(lines)
+
+
+def field_docs() -> dict[str, str]:
+    """The sentence under each field of `TrainConfig`."""
+    (definition,) = ast.parse(inspect.getsource(TrainConfig)).body
+    assert isinstance(definition, ast.ClassDef)
+    docs = {}
+    for field, text in zip(definition.body, definition.body[1:], strict=False):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(text, ast.Expr)
+            and isinstance(text.value, ast.Constant)
+        ):
+            docs[field.target.id] = " ".join(str(text.value.value).split())
+    return docs
 
 
 def _shown(value: object) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from torchreg.runs.config import RECIPES, TrainConfig, field_docs, with_recipe
+from torchreg.runs.config import RECIPES, TrainConfig, with_recipe
 
 
 @pytest.mark.parametrize(
@@ -67,9 +67,3 @@ def test_any_value_overrides_a_recipes():
     assert with_recipe("lesson", epochs=3) == RECIPES["lesson"].__class__(**{**vars(RECIPES["lesson"]), "epochs": 3})
     with pytest.raises(ValueError, match="recipes are default, lesson"):
         with_recipe("lessons")
-
-
-def test_every_option_has_a_sentence():
-    docs = field_docs()
-    assert docs.keys() == TrainConfig.__dataclass_fields__.keys()
-    assert all(sentence.endswith(".") for sentence in docs.values())

@@ -19,9 +19,6 @@ class Communicator(Protocol):
     @property
     def rank(self) -> int: ...  # noqa: D102
 
-    @property
-    def world_size(self) -> int: ...  # noqa: D102
-
     def all_reduce(self, tensor: Tensor) -> object:
         """Replace the tensor on every rank by its sum over ranks."""
 

@@ -6,8 +6,6 @@ imports no torch, so that `torchreg train --help` answers at once.
 
 from __future__ import annotations
 
-import ast
-import inspect
 import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -15,11 +13,9 @@ from typing import Any, Literal
 from torchreg.runs.files import check_name
 
 Optimizer = Literal["sgd", "manual"]
-Sync = Literal["auto", "ddp", "allreduce", "mpi"]
 Sampling = Literal["shuffle", "random", "full"]
 UpdateOrder = Literal["simultaneous", "sequential"]
 LRScaling = Literal["linear", "sqrt", "none"]
-Decay = Literal["constant", "linear", "cosine", "step"]
 
 DEFAULT_EPOCHS = 30
 
@@ -67,7 +63,7 @@ class TrainConfig:
     optimizer: Optimizer = "sgd"
     """`sgd`: autograd and torch.optim.SGD. `manual`: gradient and update written out."""
 
-    sync: Sync = "auto"
+    sync: Literal["auto", "ddp", "allreduce", "mpi"] = "auto"
     """What averages gradients over ranks: `ddp` (with sgd), `allreduce` (with manual), `mpi` (with both, on the CPU).
     `auto` is `ddp` for sgd and `allreduce` for manual."""
 
@@ -111,7 +107,7 @@ class TrainConfig:
     warmup_steps: int = 0
     """Steps over which the learning rates go linearly from base to scaled."""
 
-    decay: Decay = "constant"
+    decay: Literal["constant", "linear", "cosine", "step"] = "constant"
     """How the learning rates decrease after the warm-up."""
 
     decay_to: float = 0.0
@@ -297,22 +293,6 @@ def with_recipe(recipe: str, **overrides: object) -> TrainConfig:
     if recipe not in RECIPES:
         raise ValueError(f"recipe is {recipe}: the recipes are {', '.join(RECIPES)}")
     return replace(RECIPES[recipe], **overrides)  # type: ignore[arg-type]
-
-
-def field_docs() -> dict[str, str]:
-    """The sentence under each field of `TrainConfig`, for the README's table."""
-    (definition,) = ast.parse(inspect.getsource(TrainConfig)).body
-    assert isinstance(definition, ast.ClassDef)
-    docs = {}
-    for field, text in zip(definition.body, definition.body[1:], strict=False):
-        if (
-            isinstance(field, ast.AnnAssign)
-            and isinstance(field.target, ast.Name)
-            and isinstance(text, ast.Expr)
-            and isinstance(text.value, ast.Constant)
-        ):
-            docs[field.target.id] = " ".join(str(text.value.value).split())
-    return docs
 
 
 def from_json(values: dict[str, object]) -> TrainConfig:
