@@ -3,6 +3,7 @@
 # No `from __future__ import annotations`: DistributedDataParallel reads the hook's annotations as types.
 import atexit
 import os
+from functools import cache
 from typing import Any
 
 import torch
@@ -51,13 +52,18 @@ def _finalize(timeout_s: float) -> None:
 
 def all_reduce(comm: Any, tensor: Tensor, watchdog: Watchdog) -> None:
     """Replace a CPU tensor by its sum over ranks, in its own memory."""
-    from mpi4py import MPI
-
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         raise ValueError(f"sync is mpi and the tensor is on {tensor.device}: mpi4py reduces CPU tensors")
     watchdog.call = object()
-    comm.Allreduce(MPI.IN_PLACE, tensor.numpy())
+    comm.Allreduce(_in_place(), tensor.numpy())
     watchdog.call = None
+
+
+@cache
+def _in_place() -> Any:
+    from mpi4py import MPI
+
+    return MPI.IN_PLACE
 
 
 def average_gradients(state: tuple[Any, Watchdog], bucket: GradBucket) -> torch.futures.Future[Tensor]:
