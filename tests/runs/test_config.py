@@ -1,8 +1,12 @@
 """If a bad choice is accepted, the run fails late or, worse, does something else than was asked."""
 
+import importlib.util
+
 import pytest
 
 from torchreg.runs.config import RECIPES, TrainConfig, with_recipe
+
+from ..conftest import ROOT
 
 
 @pytest.mark.parametrize(
@@ -67,3 +71,12 @@ def test_any_value_overrides_a_recipes():
     assert with_recipe("lesson", epochs=3) == RECIPES["lesson"].__class__(**{**vars(RECIPES["lesson"]), "epochs": 3})
     with pytest.raises(ValueError, match="recipes are default, lesson"):
         with_recipe("lessons")
+
+
+def test_every_option_has_a_sentence():
+    spec = importlib.util.spec_from_file_location("options_table", ROOT / "scripts/options_table.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    docs = script.field_docs()
+    assert docs.keys() == TrainConfig.__dataclass_fields__.keys()
+    assert all(sentence.endswith(".") for sentence in docs.values())
