@@ -10,6 +10,7 @@ import platform
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,7 @@ def _tf32(torch: Any) -> str:
     return "tf32" if matmul.allow_tf32 else "ieee"
 
 
+@cache  # every checkpoint and record asks
 def _version(library: str) -> str | None:
     try:
         return importlib.metadata.version(library)
