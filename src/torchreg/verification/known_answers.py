@@ -97,11 +97,17 @@ def _closed_form(communicator: Communicator, seams: Seams, base: TrainConfig) ->
     full = replace(base, sampling="full", base_learning_rate=(0.3, 0.3), max_steps=60)
     mini = replace(base, sampling="random", global_batch_size=64, base_learning_rate=(0.1, 0.1), max_steps=200)
     for name, config in (("full batch", full), ("mini-batches", mini)):
-        curve = communicator.from_main(partial(prepare, config, 1))[0].forecast.curve
-        assert curve
-        low, high = curve.low[-1] - rounding, curve.high[-1] + rounding  # one number for a full batch
+        low, high = communicator.from_main(partial(_expected_end, config))
+        low, high = low - rounding, high + rounding
         excess = train(config, communicator, seams=seams).excess
         measured = "diverged" if excess is None else f"{percent(excess)} above the optimum"
         error = None if excess is not None and low <= excess <= high else measured
         expected = f"at most {percent(high)}" if low <= 0 else f"{percent(low)} to {percent(high)}"
         yield agree(communicator, "closed form", name, error, measured, expected)
+
+
+def _expected_end(config: TrainConfig) -> tuple[float, float]:
+    """The excess losses between which 95 % of runs are predicted to end; one number for a full batch."""
+    curve = prepare(config, 1)[0].forecast.curve
+    assert curve
+    return curve.low[-1], curve.high[-1]
