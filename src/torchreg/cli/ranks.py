@@ -8,16 +8,15 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import NoReturn, TypeVar
 
 from torchreg.cli import EXIT_BAD_INPUT, EXIT_FAILED, own_rank
 from torchreg.distributed.communicator import Communicator
 from torchreg.distributed.devices import why_not_a_gpu
 from torchreg.distributed.failure import FORWARDED_WITHIN_S, one_line
-from torchreg.distributed.init import init_distributed
 from torchreg.distributed.rendezvous import AgreedError
 from torchreg.runs.config import TrainConfig
+from torchreg.runs.run import init_ranks
 from torchreg.runs.stopping import ignore_signals
 
 T = TypeVar("T")
@@ -28,14 +27,7 @@ _MAIN_RANK_FIRST_S = 2.0
 def open_ranks(config: TrainConfig) -> Communicator:
     """Initialise this rank among the others. An error here, of all ranks or of one, is reported once and ends all."""
     try:
-        communicator = init_distributed(
-            distributed=config.distributed,
-            device=config.device,
-            sync=config.effective_sync,
-            dtype=config.dtype,
-            timeout_s=config.timeout_s,
-            run=asdict(config),
-        )
+        communicator = init_ranks(config)
     except AgreedError:
         raise
     except (ValueError, RuntimeError, OSError, MemoryError) as error:

@@ -67,14 +67,7 @@ def train(
     without a record: `--resume auto` continues. Raises `ValueError`, on every rank, for what cannot work.
     """
     if communicator is None:
-        with init_distributed(
-            distributed=config.distributed,
-            device=config.device,
-            sync=config.effective_sync,
-            dtype=config.dtype,
-            timeout_s=config.timeout_s,
-            run=asdict(config),
-        ) as communicator:
+        with init_ranks(config) as communicator:
             return train(config, communicator, reporter, stop, seams=seams)
     reporter = reporter if reporter and communicator.is_main else Reporter()
     reporter.info(communicator.describe())
@@ -114,6 +107,18 @@ def train(
             directory.finish(make_record(config, state, communicator, result, sessions))
         communicator.barrier()
     return result
+
+
+def init_ranks(config: TrainConfig) -> Communicator:
+    """Initialise this rank among the others, which must have the same configuration."""
+    return init_distributed(
+        distributed=config.distributed,
+        device=config.device,
+        sync=config.effective_sync,
+        dtype=config.dtype,
+        timeout_s=config.timeout_s,
+        run=asdict(config),
+    )
 
 
 def set_up(config: TrainConfig, communicator: Communicator) -> tuple[RunState, Table | None, RunDirectory | None]:
