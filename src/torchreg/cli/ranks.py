@@ -8,7 +8,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import NoReturn, TypeVar
 
 from torchreg.cli import EXIT_BAD_INPUT, EXIT_FAILED, own_rank
@@ -29,18 +28,18 @@ def open_ranks(config: TrainConfig) -> Communicator:
     """Initialise this rank among the others. An error here, of all ranks or of one, is reported once and ends all."""
     try:
         communicator = init_distributed(
-            distributed=config.distributed,
-            device=config.device,
-            sync=config.effective_sync,
-            dtype=config.dtype,
-            timeout_s=config.timeout_s,
-            run=asdict(config),
+            distributed=config.run.distributed,
+            device=config.run.device,
+            sync=config.optimizer.effective_sync,
+            dtype=config.run.dtype,
+            timeout_s=config.run.timeout_s,
+            run=config.options(),
         )
     except AgreedError:
         raise
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         _leave(error)
-    warning = why_not_a_gpu(config.device, os.environ)
+    warning = why_not_a_gpu(config.run.device, os.environ)
     if warning and communicator.is_main and communicator.device.type == "cpu":
         print(f"torchreg: warning: {warning}", file=sys.stderr)
     return communicator
