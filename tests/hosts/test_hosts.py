@@ -36,7 +36,7 @@ num_features: [1]
 combinations: [manual/mpi]
 repeats: 1
 window_s: 0.05
-runtime: torch
+distributed: torch
 base_learning_rate: 0.01
 """
 

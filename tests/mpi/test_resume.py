@@ -88,7 +88,7 @@ def test_a_signal_stops_all_ranks_at_one_step_and_any_number_goes_on(
     )
     # T3, T7. The signal comes in the 71st step; ranks hear of each other when the next line is due, after the 90th.
     assert done.returncode == 75, done.stderr
-    assert done.stdout.count("stopped after 90 steps, and saved; go on with --resume auto") == 1
+    assert done.stdout.count("stopped after 90 steps, and saved: resume with --resume auto") == 1
     assert f"reason       {signal}\n" in done.stdout
     assert done.stderr == ""
     assert checkpoints(tmp_path / "runs/run") == ["step-0000000090.pt"]

@@ -115,7 +115,7 @@ def test_a_stack_is_verified(slurm, checkout):
 def test_a_campaign_measures_with_srun_and_reports(slurm, checkout):
     (checkout / "tiny.yaml").write_text(
         "name: tiny\nmachine: generic\nnodes: [1]\nranks_per_node: [1, 2]\nglobal_batch_sizes: [64]\n"
-        "num_features: [1]\ncombinations: [manual/mpi]\nrepeats: 1\nwindow_s: 0.05\nruntime: torch\n"
+        "num_features: [1]\ncombinations: [manual/mpi]\nrepeats: 1\nwindow_s: 0.05\ndistributed: torch\n"
     )
     job = slurm.submit("jobs/perlmutter_scaling.sbatch", "--nodes=1", cwd=checkout, CAMPAIGN="tiny.yaml", DIR="tiny")
     ended = slurm.wait(job)

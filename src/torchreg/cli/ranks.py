@@ -50,7 +50,7 @@ def _leave(error: Exception) -> NoReturn:
     code, where, what = EXIT_BAD_INPUT, "", ""
     if not isinstance(error, ValueError):
         code, where = EXIT_FAILED, f" on rank {own_rank()} ({socket.gethostname()})"
-        what = "the ranks did not come together: "
+        what = "the ranks did not connect: "
     signal.signal(signal.SIGTERM, lambda *_: os._exit(code))  # srun sends it when another rank has left
     if own_rank() > 0:
         time.sleep(_MAIN_RANK_FIRST_S)  # which most likely reports the same, and the launcher then ends this rank
