@@ -12,7 +12,7 @@ really_train = sweep.train
 def train(config, communicator, *others, **options):
     if communicator.is_main:  # of the ranks that run the trial together
         log = os.open(os.environ["RUN_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        os.write(log, f"{config.name}\n".encode())
+        os.write(log, f"{config.run.name}\n".encode())
         os.close(log)
     return really_train(config, communicator, *others, **options)
 

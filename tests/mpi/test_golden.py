@@ -31,6 +31,6 @@ def test_every_way_of_training_gives_the_frozen_numbers(world_size, run, tmp_pat
 
 def test_reproducible_runs_are_frozen_once_for_all_world_sizes():
     for name, config in configurations().items():
-        if config.reduction == "reproducible":
+        if config.batch.reduction == "reproducible":
             bits = {tuple(runs[name]["floats"]) for runs in FROZEN["runs"].values()}
             assert len(bits) == 1, name

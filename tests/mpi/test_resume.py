@@ -6,7 +6,6 @@ What happens to a rank happens at a known step (`accident.py`), so that the step
 import json
 import subprocess
 import sys
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from torchreg.runs.run import train
 from .test_ranks import launch
 
 ACCIDENT = str(Path(__file__).parent / "accident.py")
-BASE = TrainConfig(
+BASE = TrainConfig.of(
     name="run",
     global_batch_size=100,
     reduction="reproducible",
@@ -37,13 +36,13 @@ COMBINATIONS = {
 
 
 def of(combination, **changes):
-    return replace(BASE, **COMBINATIONS[combination] | changes)
+    return BASE.replace(**COMBINATIONS[combination] | changes)
 
 
 def options(config):
     """The command line that makes a configuration."""
     given = []
-    for name, value in asdict(config).items():
+    for name, value in config.options().items():
         if value != getattr(TrainConfig(), name):
             flag = "--" + name.replace("_", "-")
             values = value if isinstance(value, tuple) else [value]
@@ -53,7 +52,7 @@ def options(config):
 
 def one_process(config):
     """The same run in this process, which has no MPI: `sync` changes no bit of an ordered run."""
-    return train(replace(config, sync="auto"))
+    return train(config.replace(sync="auto"))
 
 
 def ends(run):
@@ -95,7 +94,7 @@ def test_a_signal_stops_all_ranks_at_one_step_and_any_number_goes_on(
     assert checkpoints(tmp_path / "runs/run") == ["step-0000000090.pt"]
     assert not (tmp_path / "runs/run/record.json").exists()
 
-    again = replace(config, resume="auto")
+    again = config.replace(resume="auto")
     if num_ranks_then == 1:
         one_process(again)
     else:
@@ -117,7 +116,7 @@ def test_a_signal_under_torchrun_saves_too(uninterrupted, run, tmp_path):
     assert "stopped after 90 steps" in done.stdout
     assert "exitcode  : 75" in done.stderr
     assert checkpoints(tmp_path / "runs/run") == ["step-0000000090.pt"]
-    one_process(replace(config, resume="auto"))
+    one_process(config.replace(resume="auto"))
     assert ends(tmp_path / "runs/run") == uninterrupted["manual-allreduce"]
 
 
@@ -152,7 +151,7 @@ def test_a_terminal_that_is_closed_saves_a_run_of_torchrun(uninterrupted, run, t
     done = run(*command, cwd=tmp_path, timeout_s=60)
     assert "reason       SIGHUP" in done.stdout
     assert len(checkpoints(tmp_path / "runs/run")) == 1
-    one_process(replace(config, resume="auto"))
+    one_process(config.replace(resume="auto"))
     assert ends(tmp_path / "runs/run") == uninterrupted["manual-allreduce"]
 
 
@@ -161,7 +160,7 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(uninterrupted, 
     command = [*launch("mpiexec", 2), ACCIDENT, "SIGKILL", "1", "130", "train", *options(config)]
     assert run(*command, cwd=tmp_path, timeout_s=60).returncode not in (0, 75)
     assert checkpoints(tmp_path / "runs/run")[-1] == "step-0000000125.pt"
-    one_process(replace(config, resume="auto"))
+    one_process(config.replace(resume="auto"))
     assert ends(tmp_path / "runs/run") == uninterrupted["sgd-mpi"]
 
 
@@ -210,7 +209,7 @@ def test_a_full_disk_ends_all_ranks_and_leaves_only_whole_files(small_disk, unin
     assert steps == list(range(2, steps[-1] + 1, 2))
 
     subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
-    one_process(replace(config, resume="auto"))
+    one_process(config.replace(resume="auto"))
     assert ends(small_disk / "run") == uninterrupted["manual-allreduce"]
 
 
