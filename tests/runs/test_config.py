@@ -64,8 +64,8 @@ def test_combinations_that_cannot_work_say_what_to_do(values, part):
 
 
 def test_sync_follows_the_optimizer():
-    assert TrainConfig.of(optimizer="sgd").effective_sync == "ddp"
-    assert TrainConfig.of(optimizer="manual").effective_sync == "allreduce"
+    assert TrainConfig.of(optimizer="sgd").optimizer.effective_sync == "ddp"
+    assert TrainConfig.of(optimizer="manual").optimizer.effective_sync == "allreduce"
 
 
 def test_any_value_overrides_a_recipes():
