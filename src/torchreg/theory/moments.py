@@ -82,13 +82,9 @@ class Moments:
         """The moments of the union of both."""
         num_rows = self.num_rows + other.num_rows
         difference = (self.origin - other.origin) + (self.offset - other.offset)
+        offset = self.offset - difference * (other.num_rows / num_rows)
         between = np.sqrt(self.num_rows * other.num_rows / num_rows) * difference
-        return Moments(
-            num_rows,
-            self.origin,
-            self.offset - difference * (other.num_rows / num_rows),
-            _triangle(np.vstack([self.factor, other.factor, between])),
-        )
+        return Moments(num_rows, self.origin, offset, _triangle(np.vstack([self.factor, other.factor, between])))
 
     @property
     def mean(self) -> Matrix:
