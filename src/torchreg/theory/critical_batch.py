@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from torchreg.theory.dynamics import MOST_STEPS, Dynamics, Sampling
-from torchreg.theory.moments import Matrix
-from torchreg.theory.row_gradients import RowGradients
+from torchreg.theory.moments import Matrix, RowGradients
 from torchreg.theory.steps import Order
 
 _TRIED_MULTIPLIERS = np.geomspace(0.95, 1 / 64, 25)  # of the stability limit

@@ -25,8 +25,7 @@ from numpy.typing import NDArray
 
 from torchreg.theory.curve import LearningCurve, Steps, band
 from torchreg.theory.maps import first_reached, is_contraction, polynomial, spectral_radius, symmetric_basis
-from torchreg.theory.moments import Matrix
-from torchreg.theory.row_gradients import RowGradients
+from torchreg.theory.moments import Matrix, RowGradients
 from torchreg.theory.shuffle import ShuffledEpochs
 from torchreg.theory.steps import MAX_SEQUENTIAL, IndependentSteps, Order, square_maps, units
 
@@ -128,9 +127,8 @@ class Dynamics:
         if isinstance(self.steps, ShuffledEpochs) or self.order == "simultaneous":
             return float(np.abs(1 - 2 * x * np.linalg.eigvalsh(self.gram)).max())
         change = polynomial(self.steps.maps, x)
-        if self.criterion == "mean square":
-            row, column = np.triu_indices(p + 1)
-            of_mean = np.flatnonzero((row < p) & (column == p))  # E[δ] in Z
+        if self.criterion == "mean square":  # its part that moves E[δ], the last column of Z
+            of_mean = np.flatnonzero(np.triu_indices(p + 1)[1] == p)[:-1]
             change = change[np.ix_(of_mean, of_mean)]
         return spectral_radius(np.eye(p) + change)
 

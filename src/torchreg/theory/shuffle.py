@@ -82,16 +82,12 @@ class ShuffledEpochs:
 
     def change(self, x: float) -> Matrix:
         """What an epoch adds to E[z zᵀ]."""
-        return self._epoch(x)[-1]
+        return self.cycle(x, np.zeros(self._start.shape[1]))[0]
 
     def cycle(self, x: float, weights: Matrix) -> tuple[Matrix, Matrix]:
         """What an epoch adds to E[z zᵀ], and `weights` before each step as weights at its start, (num_steps, size)."""
-        *before_last, epoch = self._epoch(x)
-        return epoch, np.array([weights, *(weights + weights @ change for change in before_last)])
-
-    def _epoch(self, x: float) -> list[Matrix]:
-        """What the steps of an epoch, up to each one, add to E[z zᵀ]; composed, so that tiny changes do not vanish."""
-        totals = [np.zeros_like(self._start)]
+        total, before = np.zeros_like(self._start), []
         for constant, linear, quadratic in self._changes:
-            totals.append(totals[-1] + (constant + x * (linear + x * quadratic)) @ (self._start + totals[-1]))
-        return [self._start.T @ total for total in totals[1:]]
+            before.append(weights + weights @ self._start.T @ total)
+            total = total + (constant + x * (linear + x * quadratic)) @ (self._start + total)
+        return self._start.T @ total, np.array(before)

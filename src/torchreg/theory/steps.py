@@ -10,8 +10,7 @@ from typing import Literal
 import numpy as np
 
 from torchreg.theory.maps import kron, on_symmetric, polynomial, symmetric_kron
-from torchreg.theory.moments import Matrix
-from torchreg.theory.row_gradients import RowGradients
+from torchreg.theory.moments import Matrix, RowGradients
 
 Order = Literal["simultaneous", "sequential"]
 
