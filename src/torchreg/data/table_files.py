@@ -16,7 +16,6 @@ import numpy as np
 from torchreg.data.standardizer import Matrix
 
 PARQUET_EXTENSIONS = (".parquet", ".pq")
-_SEPARATORS = ",;\t|"
 _ENCODING = "utf-8-sig"  # with or without a byte order mark
 _END = "\x1aend of file\x1a"  # a row of its own, unless a quotation is not closed
 _MAX_NAMES = 12  # of columns, in an error
@@ -74,16 +73,15 @@ def _read_csv(path: Path, wanted: Sequence[str]) -> Matrix:
     if path.suffix.lower() == ".zst":
         with file_errors(path, "CSV"):
             _refuse_part_of_zstd(path)
-    headers = {letter: next(_csv_rows(path, letter), (0, []))[1] for letter in _SEPARATORS}
+    headers = {letter: next(_csv_rows(path, letter), (0, []))[1] for letter in ",;\t|"}
     separator = max(headers, key=lambda letter: len(headers[letter]))
     if not (header := [name.strip() for name in headers[separator]]):
         raise ValueError(f"data is {path}, which is empty: give a table with a header and rows")
     first_line: dict[int, int] = {}  # of each number of fields
     for line, row in itertools.islice(_csv_rows(path, separator), 1, None):
         first_line.setdefault(len(row), line)
-    offset = int(
-        first_line.keys() == {len(header) + 1} and _have_names([row for _, row in _csv_rows(path, separator)][1:])
-    )
+    is_wider = first_line.keys() == {len(header) + 1}
+    offset = int(is_wider and _have_names([row for _, row in _csv_rows(path, separator)][1:]))
     for width, line in first_line.items():
         if width != len(header) + offset:
             raise ValueError(
@@ -96,8 +94,7 @@ def _read_csv(path: Path, wanted: Sequence[str]) -> Matrix:
     if tuple(map(int, pd.__version__.split(".")[:2])) < (3, 1):  # later ones always read numbers to the last bit
         options["float_precision"] = "round_trip"
     with file_errors(path, "CSV"):
-        names = list(range(offset + len(header)))
-        frame = pd.read_csv(path, names=names, usecols=indices, **_dialect(separator), **options)
+        frame = pd.read_csv(path, names=range(offset + len(header)), usecols=indices, **_dialect(separator), **options)
     columns = []
     for index, name in zip(indices, wanted, strict=True):
         column = frame[index]
