@@ -2,8 +2,7 @@
 
 - `moments`: the closed-form solution, from sums that chunks and ranks can merge; the moments of row gradients;
 - `dynamics`: the mean and the mean square of the error under SGD: stability limit, noise floor, learning curve and
-  steps to a target. Its parts: `steps` (one step), `shuffle` (epochs), `maps` (linear maps of second moments) and
-  `curve` (the band around the curve);
+  steps to a target. Its parts: `steps` (a step, an epoch), `maps` (linear maps of second moments), `curve` (the band);
 - `critical_batch`: the largest stable world size and the critical batch size.
 
 Notation: n rows, a_i = (x_i, 1) ∈ R^p, G = (1/n) Σ a_i a_iᵀ, θ = (weight, bias), θ* the optimum, δ = θ − θ*,

@@ -26,8 +26,7 @@ from numpy.typing import NDArray
 from torchreg.theory.curve import LearningCurve, Steps, band
 from torchreg.theory.maps import first_reached, is_contraction, polynomial, spectral_radius, symmetric_basis
 from torchreg.theory.moments import Matrix, RowGradients
-from torchreg.theory.shuffle import ShuffledEpochs
-from torchreg.theory.steps import MAX_SEQUENTIAL, IndependentSteps, Order, square_maps, units
+from torchreg.theory.steps import MAX_SEQUENTIAL, IndependentSteps, Order, ShuffledEpochs, square_maps, units
 
 Sampling = Literal["random", "shuffle", "full"]
 
