@@ -143,6 +143,18 @@ def test_sixteen_features_in_the_sequential_order_are_predicted_soon():
     assert 0 < forecast.stability_limit_error < 0.01 * forecast.stability_limit
 
 
+def test_the_sequential_order_of_too_many_features_is_warned_of(capsys):
+    options = ["--recipe", "homework", "--num-features", "130", "--num-rows", "200", "--max-steps", "2"]
+    assert main(["train", *options]) == 0
+    warning = "warning: update_order is sequential, which is predicted up to 128 features"
+    assert warning in "".join(capsys.readouterr())
+
+
+def test_full_batches_override_the_batch_size_of_the_recipe(capsys):
+    assert main(["train", "--recipe=homework", "--sampling=full", "--max-steps", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["global_batch_size"] == 551
+
+
 @pytest.mark.timeout(60)  # W1: 100 features took 47 s and 3 GB, 300 could not be trained at all
 def test_many_features_are_trained(capsys):
     options = ["--num-features", "300", "--num-rows", "400", "--global-batch-size", "400"]

@@ -38,12 +38,14 @@ def simulate(
     theta = np.tile(np.asarray(start, dtype=float), (num_runs, 1))
     learning_rate = np.array([learning_rates[0]] * (len(start) - 1) + [learning_rates[1]])
     steps_per_epoch = -(-num_rows // batch_size)
+    assert num_rows <= 1024, "a key is 22 random bits and the 10 bits of its row"
     for step, factor in enumerate(factors):
         position = step % steps_per_epoch if shuffle else 0
         if position == 0:
-            keys = generator.random((num_runs, num_rows), dtype=np.float32)
-            drawn = keys.argsort(1) if shuffle else keys.argpartition(batch_size - 1, axis=1)
-        rows = drawn[:, position * batch_size : (position + 1) * batch_size]
+            random = generator.integers(1 << 22, size=(num_runs, num_rows), dtype=np.uint32)
+            keys = random << 10 | np.arange(num_rows, dtype=np.uint32)
+            drawn = np.sort(keys) if shuffle else np.partition(keys, batch_size - 1)
+        rows = drawn[:, position * batch_size : (position + 1) * batch_size] & 1023
         a, y = houses.a[rows], houses.y[rows, 0]
         if order == "sequential":
             theta[:, :-1] -= factor * (learning_rate * _gradient(theta, a, y))[:, :-1]
@@ -54,5 +56,5 @@ def simulate(
 
 
 def _gradient(theta, a, y):
-    residual = np.einsum("rbp,rp->rb", a, theta) - y
-    return 2 * np.einsum("rbp,rb->rp", a, residual) / y.shape[1]
+    residual = (a @ theta[:, :, None])[:, :, 0] - y
+    return 2 * (residual[:, None] @ a)[:, 0] / y.shape[1]

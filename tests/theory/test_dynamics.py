@@ -142,11 +142,11 @@ def test_simulated_runs_diverge_beyond_the_limit_and_not_below(source, order, ba
         assert (excess > 100 * houses.excess(np.array(LESSON_START))) == (side > 1)
 
 
-@pytest.mark.parametrize(("batch_size", "k"), [(16, 2.0), (64, 3.0)])
-def test_the_noise_floor_is_that_of_simulated_runs(batch_size, k):
+@pytest.mark.parametrize(("batch_size", "k", "num_steps"), [(16, 2.0, 300), (64, 3.0, 500)])
+def test_the_noise_floor_is_that_of_simulated_runs(batch_size, k, num_steps):
     houses = Houses()
     floor = Dynamics.of(houses.rows, LESSON_RATES, batch_size).noise_floor(k)
-    ends = simulate(houses, houses.optimum, LESSON_RATES, batch_size, [k] * 500, 200, seed=3)
+    ends = simulate(houses, houses.optimum, LESSON_RATES, batch_size, [k] * num_steps, 200, seed=3)
     runs = np.mean([houses.excess(theta) for theta in itertools.islice(ends, 100, None)], axis=0)
     error = runs.std(ddof=1) / math.sqrt(len(runs))
     assert error < 0.02 * floor
@@ -235,8 +235,8 @@ def test_large_batches_of_the_sequential_order_end_where_simulated_ones_do():
     # Beyond 512 rows the moments of a batch are those of a normal distribution; here k³ and k⁴ matter most.
     houses = Houses(num_rows=1_000)
     dynamics = Dynamics.of(houses.rows, LESSON_RATES, 600, "sequential")
-    ends = simulate(houses, houses.optimum, LESSON_RATES, 600, [5.0] * 300, 100, order="sequential")
-    runs = np.mean([houses.excess(theta) for theta in itertools.islice(ends, 100, None)], axis=0)
+    ends = simulate(houses, houses.optimum, LESSON_RATES, 600, [5.0] * 200, 100, order="sequential")
+    runs = np.mean([houses.excess(theta) for theta in itertools.islice(ends, 60, None)], axis=0)
     error = runs.std(ddof=1) / math.sqrt(len(runs))
     assert dynamics.sampling_error(lambda d: d.noise_floor(5.0)) < error < 0.03 * runs.mean()
     assert dynamics.noise_floor(5.0) == pytest.approx(runs.mean(), abs=3 * error)
@@ -265,17 +265,8 @@ def test_shuffled_epochs_end_where_simulated_ones_do(batch_size, learning_rate):
     steps_per_epoch = math.ceil(551 / batch_size)
     start = np.zeros(2)
     curve = dynamics.learning_curve(start - houses.optimum, [1.0] * num_epochs * steps_per_epoch)
-    thetas = list(
-        simulate(
-            houses,
-            start,
-            (learning_rate, learning_rate),
-            batch_size,
-            [1.0] * (len(curve.steps) - 1),
-            num_runs,
-            shuffle=True,
-        )
-    )
+    factors = [1.0] * (len(curve.steps) - 1)
+    thetas = list(simulate(houses, start, (learning_rate,) * 2, batch_size, factors, num_runs, shuffle=True))
     for steps in (2, steps_per_epoch + 1, num_epochs * steps_per_epoch - 1, num_epochs * steps_per_epoch):
         runs = houses.excess(thetas[steps - 1])
         error = runs.std(ddof=1) / math.sqrt(num_runs)
@@ -349,14 +340,14 @@ def test_beyond_sixteen_features_the_mean_is_predicted_and_named():
 
 def test_hundreds_of_features_are_predicted_as_well():
     # W1: the sequential order as the simultaneous one.
-    houses = Houses(standardize=True, num_rows=900, num_features=600)
+    houses = Houses(standardize=True, num_rows=450, num_features=300)
     dynamics = Dynamics.of(houses.rows, (0.002, 0.01), 32, "sequential")
     assert dynamics.order == "simultaneous"
     curve = dynamics.learning_curve(-houses.optimum, [1.0] * 300)
-    full = simulate(houses, 0 * houses.optimum, (0.002, 0.01), 900, [1.0] * 300, 1)
+    full = simulate(houses, 0 * houses.optimum, (0.002, 0.01), 450, [1.0] * 300, 1)
     np.testing.assert_allclose(curve.excess[1:], [houses.excess(t)[0] for t in full], rtol=1e-6)
-    sqrt_learning_rates = np.sqrt([0.002] * 600 + [0.01])
-    largest = np.linalg.eigvalsh(houses.a.T @ houses.a / 900 * np.outer(sqrt_learning_rates, sqrt_learning_rates))[-1]
+    sqrt_learning_rates = np.sqrt([0.002] * 300 + [0.01])
+    largest = np.linalg.eigvalsh(houses.a.T @ houses.a / 450 * np.outer(sqrt_learning_rates, sqrt_learning_rates))[-1]
     assert dynamics.largest_multiplier() == pytest.approx(1 / largest, rel=1e-6)
     steps = dynamics.steps_to(curve.excess[250] * (1 + 1e-9), -houses.optimum, [1.0])
     assert steps == 250

@@ -40,8 +40,7 @@ def run(argv: list[str]) -> int:
     values = asdict(parse(DataOptions, "torchreg data", argv))
     action, output, overwrite = (values.pop(name) for name in ("action", "output", "overwrite"))
     from torchreg.console import show_lines
-    from torchreg.data.fetching import fetch_ames
-    from torchreg.data.table import write_table
+    from torchreg.data.table import fetch_ames, write_table
     from torchreg.runs.setup import read
 
     if action == "fetch":

@@ -16,7 +16,6 @@ import numpy as np
 from torchreg.data.standardizer import Matrix
 
 PARQUET_EXTENSIONS = (".parquet", ".pq")
-_SEPARATORS = ",;\t|"
 _ENCODING = "utf-8-sig"  # with or without a byte order mark
 _END = "\x1aend of file\x1a"  # a row of its own, unless a quotation is not closed
 _MAX_NAMES = 12  # of columns, in an error
@@ -72,18 +71,16 @@ def _read_csv(path: Path, wanted: Sequence[str]) -> Matrix:
     import pandas as pd
 
     if path.suffix.lower() == ".zst":
-        with file_errors(path, "CSV"):
-            _refuse_part_of_zstd(path)
-    headers = {letter: next(_csv_rows(path, letter), (0, []))[1] for letter in _SEPARATORS}
+        _refuse_part_of_zstd(path)
+    headers = {letter: next(_csv_rows(path, letter), (0, []))[1] for letter in ",;\t|"}
     separator = max(headers, key=lambda letter: len(headers[letter]))
     if not (header := [name.strip() for name in headers[separator]]):
         raise ValueError(f"data is {path}, which is empty: give a table with a header and rows")
     first_line: dict[int, int] = {}  # of each number of fields
     for line, row in itertools.islice(_csv_rows(path, separator), 1, None):
         first_line.setdefault(len(row), line)
-    offset = int(
-        first_line.keys() == {len(header) + 1} and _have_names([row for _, row in _csv_rows(path, separator)][1:])
-    )
+    is_wider = first_line.keys() == {len(header) + 1}
+    offset = int(is_wider and _have_names([row for _, row in _csv_rows(path, separator)][1:]))
     for width, line in first_line.items():
         if width != len(header) + offset:
             raise ValueError(
@@ -93,11 +90,11 @@ def _read_csv(path: Path, wanted: Sequence[str]) -> Matrix:
             )
     indices = [offset + index for index in _indices(header, wanted, path, separator)]
     options: dict[str, Any] = {"header": 0, "index_col": False, "encoding": _ENCODING, "low_memory": False}
+    options |= {"delimiter": separator, "skipinitialspace": separator != "\t"}
     if tuple(map(int, pd.__version__.split(".")[:2])) < (3, 1):  # later ones always read numbers to the last bit
         options["float_precision"] = "round_trip"
     with file_errors(path, "CSV"):
-        names = list(range(offset + len(header)))
-        frame = pd.read_csv(path, names=names, usecols=indices, **_dialect(separator), **options)
+        frame = pd.read_csv(path, names=range(offset + len(header)), usecols=indices, **options)
     columns = []
     for index, name in zip(indices, wanted, strict=True):
         column = frame[index]
@@ -119,7 +116,8 @@ def _csv_rows(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
     from pandas.io.common import get_handle
 
     with file_errors(path, "CSV"), get_handle(path, "r", encoding=_ENCODING, compression="infer") as file:
-        reader = csv.reader(itertools.chain(file.handle, [_END]), **_dialect(separator))
+        lines = itertools.chain(file.handle, [_END])
+        reader = csv.reader(lines, delimiter=separator, skipinitialspace=separator != "\t")
         for row in reader:
             if row == [_END]:
                 return
@@ -128,16 +126,12 @@ def _csv_rows(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
         raise EOFError("a quotation is not closed")
 
 
-def _dialect(separator: str) -> dict[str, Any]:
-    return {"delimiter": separator, "skipinitialspace": separator != "\t"}
-
-
 def _refuse_part_of_zstd(path: Path) -> None:
-    """Raise `EOFError` for a truncated file, and for one of several frames: zstandard ends silently after the first."""
-    import zstandard
+    """Refuse a truncated file, and one of several frames: zstandard ends silently after the first."""
+    with file_errors(path, "CSV"), path.open("rb") as file:
+        import zstandard
 
-    frame = zstandard.ZstdDecompressor().decompressobj()
-    with path.open("rb") as file:
+        frame = zstandard.ZstdDecompressor().decompressobj()
         while not frame.eof and (block := file.read(1 << 20)):
             frame.decompress(block)
         if not frame.eof or frame.unused_data or file.read(1):

@@ -1,10 +1,8 @@
 """Predictions of linear least squares and of SGD on it, before training. NumPy only, in float64.
 
-- `moments`: the closed-form solution, from sums that chunks and ranks can merge;
-- `row_gradients`: mean and covariance of the gradients of single rows, and the curvature;
+- `moments`: the closed-form solution, from sums that chunks and ranks can merge; the moments of row gradients;
 - `dynamics`: the mean and the mean square of the error under SGD: stability limit, noise floor, learning curve and
-  steps to a target. Its parts: `steps` (one step), `sequential` (that update order), `shuffle` (epochs), `maps` (linear
-  maps of second moments) and `curve` (the band around the curve);
+  steps to a target. Its parts: `steps` (a step, an epoch), `maps` (linear maps of second moments), `curve` (the band);
 - `critical_batch`: the largest stable world size and the critical batch size.
 
 Notation: n rows, a_i = (x_i, 1) ∈ R^p, G = (1/n) Σ a_i a_iᵀ, θ = (weight, bias), θ* the optimum, δ = θ − θ*,
@@ -15,8 +13,7 @@ of the learning rates.
 from torchreg.theory.critical_batch import CriticalBatch, critical_batch_size, largest_stable_world_size
 from torchreg.theory.curve import LearningCurve
 from torchreg.theory.dynamics import MOST_STEPS, Dynamics
-from torchreg.theory.moments import ClosedForm, Matrix, Moments
-from torchreg.theory.row_gradients import MAX_FEATURES, RowGradients
+from torchreg.theory.moments import MAX_FEATURES, ClosedForm, Matrix, Moments, RowGradients
 from torchreg.theory.steps import MAX_SEQUENTIAL, Order
 
 __all__ = [

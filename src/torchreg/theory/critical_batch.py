@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from torchreg.theory.dynamics import MOST_STEPS, Dynamics, Sampling
-from torchreg.theory.moments import Matrix
-from torchreg.theory.row_gradients import RowGradients
+from torchreg.theory.moments import Matrix, RowGradients
 from torchreg.theory.steps import Order
 
 _TRIED_MULTIPLIERS = np.geomspace(0.95, 1 / 64, 25)  # of the stability limit
@@ -30,18 +30,13 @@ def largest_stable_world_size(
     the scaling rules of `schedule`, so bisection finds the answer, up to the number of rows of the table.
     """
 
-    def is_stable(world_size: int) -> bool:
+    def is_unstable(world_size: int) -> bool:
         batch_size = world_size * local_batch_size
         dynamics = Dynamics.of(rows, base_learning_rates, batch_size, order, sampling)
-        return scale(batch_size) < dynamics.largest_multiplier()
+        return not scale(batch_size) < dynamics.largest_multiplier()
 
-    low, high = 0, max(1, rows.num_rows // local_batch_size)
-    if is_stable(high):
-        return high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if is_stable(middle) else (low, middle)
-    return low
+    most = max(1, rows.num_rows // local_batch_size)
+    return bisect_left(range(1, most), True, key=is_unstable) if is_unstable(most) else most
 
 
 @dataclass(frozen=True)

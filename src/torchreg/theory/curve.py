@@ -30,8 +30,8 @@ class LearningCurve:
     high: Matrix
 
 
-def band(second_moments: Matrix, gram: Matrix) -> tuple[Matrix, Matrix]:
-    """Bounds of 95 % of δᵀGδ for normal δ, from E[z zᵀ] (steps, p + 1, p + 1) with z = (δ, 1), and G (p, p).
+def band(second_moments: Matrix, gram: Matrix) -> Matrix:
+    """Bounds of 95 % of δᵀGδ for normal δ, (2, steps), from E[z zᵀ] (steps, p + 1, p + 1), z = (δ, 1), and G (p, p).
 
     Quantiles of |y|² for y = G^½ δ, from the same draws at every step; infinite where a moment is.
     """
@@ -40,7 +40,7 @@ def band(second_moments: Matrix, gram: Matrix) -> tuple[Matrix, Matrix]:
     except np.linalg.LinAlgError:  # a direction lost in float64 rounding
         curvature, directions = np.linalg.eigh(gram)
         root = np.sqrt(np.maximum(curvature, 0))[:, None] * directions.T
-    quantiles = np.full((2, len(second_moments)), np.inf)
+    bounds = np.full((2, len(second_moments)), np.inf)
     finite = np.isfinite(second_moments).all(axis=(1, 2))
     means = second_moments[finite, :-1, -1]
     covariances = second_moments[finite, :-1, :-1] - means[:, :, None] * means[:, None, :]
@@ -49,5 +49,6 @@ def band(second_moments: Matrix, gram: Matrix) -> tuple[Matrix, Matrix]:
     draws = np.random.default_rng(0).standard_normal((_BAND_DRAWS // 2, len(gram)))
     draws = np.vstack([draws, -draws])
     for index, mean, spread in zip(np.flatnonzero(finite), means @ root.T, spreads, strict=True):
-        quantiles[:, index] = np.quantile(np.sum((mean + draws @ spread.T) ** 2, axis=1), _BAND)
-    return quantiles[0], quantiles[1]
+        y = mean + draws @ spread.T
+        bounds[:, index] = np.quantile(np.einsum("np,np->n", y, y), _BAND)
+    return bounds

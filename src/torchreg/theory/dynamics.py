@@ -18,7 +18,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import compress
 from typing import Literal
 
 import numpy as np
@@ -26,10 +25,8 @@ from numpy.typing import NDArray
 
 from torchreg.theory.curve import LearningCurve, Steps, band
 from torchreg.theory.maps import first_reached, is_contraction, polynomial, spectral_radius, symmetric_basis
-from torchreg.theory.moments import Matrix
-from torchreg.theory.row_gradients import RowGradients
-from torchreg.theory.shuffle import ShuffledEpochs
-from torchreg.theory.steps import MAX_SEQUENTIAL, IndependentSteps, Order, mean_maps, square_maps, units
+from torchreg.theory.moments import Matrix, RowGradients
+from torchreg.theory.steps import MAX_SEQUENTIAL, IndependentSteps, Order, ShuffledEpochs, square_maps, units
 
 Sampling = Literal["random", "shuffle", "full"]
 
@@ -56,8 +53,8 @@ class Dynamics:
 
     The error is held as δ̃ = scale·δ, in which every learning rate is 1, with x = lr_unit·k, and losses as multiples of
     error_unit², so that neither raw units nor extreme learning rates overflow. `steps` move a state: E[z zᵀ] on the
-    coordinates of symmetric matrices; or, for the mean, E[z], or in the simultaneous order E[δ̃] along the `modes`, the
-    eigenvectors of 2G̃ times √(curvature/2). `groups` are the maps of a step of each group of sampled batches.
+    coordinates of symmetric matrices; or, for the mean, E[δ̃], in the simultaneous order along the `modes`, the
+    eigenvectors of 2G̃ times √(curvature/2). `groups` are the dynamics of each group of sampled batches alone.
     """
 
     criterion: Literal["mean square", "mean"]
@@ -68,7 +65,7 @@ class Dynamics:
     gram: Matrix
     steps: IndependentSteps | ShuffledEpochs
     modes: Matrix | None = None
-    groups: tuple[Matrix, ...] = ()
+    groups: tuple[Dynamics, ...] = ()
 
     @classmethod
     def of(
@@ -91,10 +88,12 @@ class Dynamics:
         lr_unit, scale, factors = units(rows, learning_rates)
         scaling = 2 * np.outer(factors[:-1], factors)
         mean_q = np.vstack([scaling * rows.mean, np.zeros(len(factors))])
-        common = (lr_unit, scale, rows.error_unit, mean_q[:-1, :-1] / 2)
+        curvature = mean_q[:-1, :-1]
+        common = (lr_unit, scale, rows.error_unit, curvature / 2)
         if rows.rows is not None and rows.covariance is not None:
             b, covariance = rows.rows * factors, rows.covariance * scaling.ravel() * scaling.reshape(-1, 1)
-            maps, groups = square_maps(b, mean_q, covariance, global_batch_size, order, seed)
+            maps, of_groups = square_maps(b, mean_q, covariance, global_batch_size, order, seed)
+            groups = tuple(cls("mean square", order, *common, IndependentSteps(group)) for group in of_groups)
             steps: IndependentSteps | ShuffledEpochs = IndependentSteps(maps)
             num_steps, remainder = math.ceil(num_rows / global_batch_size), num_rows % global_batch_size
             is_small = num_features <= _MOST_SHUFFLED_FEATURES and 1 < num_steps <= _MOST_SHUFFLED_STEPS
@@ -105,26 +104,32 @@ class Dynamics:
                 steps = IndependentSteps(maps, short, num_steps)
             dynamics = cls("mean square", order, *common, steps, groups=groups)
         elif order == "sequential" and num_features <= MAX_SEQUENTIAL:
-            dynamics = cls("mean", order, *common, IndependentSteps(mean_maps(mean_q)))
+            # With B and W keeping the bias and the weight, E[A] = (I − kBC)(I − kWC) = I − kC + k² BCWC, C = 2G̃.
+            twice = np.zeros_like(curvature)
+            twice[-1] = curvature[-1, :-1] @ curvature[:-1]
+            dynamics = cls("mean", order, *common, IndependentSteps(np.array([-curvature, twice])))
         else:
-            curvature, directions = np.linalg.eigh(mean_q[:-1, :-1])
-            modes = directions * np.sqrt(np.maximum(curvature, 0) / 2)
-            dynamics = cls("mean", "simultaneous", *common, IndependentSteps(-curvature[None]), modes)
+            values, directions = np.linalg.eigh(curvature)
+            modes = directions * np.sqrt(np.maximum(values, 0) / 2)
+            dynamics = cls("mean", "simultaneous", *common, IndependentSteps(-values[None]), modes)
         rows.known[key] = dynamics
         return dynamics
 
     def times(self, multiple: float) -> Dynamics:
         """The dynamics of the learning rates times `multiple`."""
-        return replace(self, lr_unit=self.lr_unit * multiple)
+        groups = tuple(group.times(multiple) for group in self.groups)
+        return replace(self, lr_unit=self.lr_unit * multiple, groups=groups)
 
     def contraction(self, k: float = 1.0) -> float:
         """The asymptotic factor by which a step shrinks the mean of the error: the spectral radius of E[A]."""
         x, p = k * self.lr_unit, len(self.gram)
         if isinstance(self.steps, ShuffledEpochs) or self.order == "simultaneous":
             return float(np.abs(1 - 2 * x * np.linalg.eigvalsh(self.gram)).max())
-        row, column = np.triu_indices(p + 1)
-        of_mean = (row < p) & (column == p) if self.criterion == "mean square" else np.arange(p + 1) < p  # E[δ] in Z
-        return spectral_radius(np.eye(p) + polynomial(self.steps.maps, x)[np.ix_(of_mean, of_mean)])
+        change = polynomial(self.steps.maps, x)
+        if self.criterion == "mean square":  # its part that moves E[δ], the last column of Z
+            of_mean = np.flatnonzero(np.triu_indices(p + 1)[1] == p)[:-1]
+            change = change[np.ix_(of_mean, of_mean)]
+        return spectral_radius(np.eye(p) + change)
 
     def radius(self, k: float = 1.0) -> float:
         """The spectral radius of what `criterion` names; training converges if and only if it is below 1.
@@ -134,8 +139,7 @@ class Dynamics:
         if self.criterion == "mean":
             return self.contraction(k)
         change = self._inner_change(k)
-        radius = spectral_radius(np.eye(len(change)) + change)
-        return radius ** (1 / self.steps.num_steps)
+        return spectral_radius(np.eye(len(change)) + change) ** (1 / self.steps.num_steps)
 
     def is_stable(self, k: float = 1.0) -> bool:
         """Whether training converges with the learning rates times k: whether `radius` is below 1, at lower cost."""
@@ -193,15 +197,15 @@ class Dynamics:
         `at` are increasing numbers of steps, from 0 to len(factors); by default all.
         """
         wanted = np.arange(len(factors) + 1) if at is None else np.asarray(at, dtype=np.int64)
-        is_wanted = np.isin(np.arange(len(factors) + 1), wanted).tolist()
+        chosen = set(wanted.tolist())
         with np.errstate(over="ignore", invalid="ignore"):
-            states = np.array(list(compress(self._states(start, factors), is_wanted)))
+            states = np.array([state for step, state in enumerate(self._states(start, factors)) if step in chosen])
             excess = np.nan_to_num(self._excess(states), nan=np.inf)
-        if self.criterion == "mean":
-            return LearningCurve(wanted, excess, *np.full((2, len(wanted)), np.nan))
-        q = len(self.gram) + 1
-        low, high = band((states @ symmetric_basis(q)).reshape(-1, q, q), self.gram)
-        return LearningCurve(wanted, excess, self.error_unit**2 * low, self.error_unit**2 * high)
+        bounds = np.full((2, len(wanted)), np.nan)
+        if self.criterion == "mean square":
+            q = len(self.gram) + 1
+            bounds = self.error_unit**2 * band((states @ symmetric_basis(q)).reshape(-1, q, q), self.gram)
+        return LearningCurve(wanted, excess, *bounds)
 
     def steps_to(
         self, excess: float, start: Matrix, factors: Sequence[float], *, hold: bool = True, most_steps: int = MOST_STEPS
@@ -228,8 +232,7 @@ class Dynamics:
             else:
                 change, weights = self.steps.cycle(x, self._weights)
 
-            def reached(states: Matrix) -> NDArray[np.bool_]:
-                """At which steps of a cycle that begins in these states, (len(states), period)."""
+            def reached(states: Matrix) -> NDArray[np.bool_]:  # (len(states), period): in which steps of a cycle
                 return np.asarray((self._excess(states)[:, None] if weights is None else states @ weights.T) <= excess)
 
             found = first_reached(change, state, reached, most_steps // period)
@@ -240,18 +243,17 @@ class Dynamics:
 
     def sampling_error(self, prediction: Callable[[Dynamics], float]) -> float:
         """The standard error of a prediction that comes from sampling batches; 0 where nothing is sampled."""
-        if not self.groups:
-            return 0.0
-        values = [prediction(replace(self, steps=IndependentSteps(maps), groups=())) for maps in self.groups]
-        return float(np.std(values, ddof=1) / math.sqrt(len(values)))
+        values = [prediction(group) for group in self.groups]
+        return float(np.std(values, ddof=1) / math.sqrt(len(values))) if values else 0.0
 
     def _states(self, start: Matrix, factors: Sequence[float]) -> Iterator[Matrix]:
         """The states before each step and after the last, from a known error δ."""
-        z = np.append(self.scale * start, 1.0)
-        if self.modes is not None:
-            state = z[:-1] @ self.modes
-        else:
-            state = z if self.criterion == "mean" else symmetric_basis(len(z)) @ np.outer(z, z).ravel()
+        state = self.scale * start
+        if self.criterion == "mean square":
+            z = np.append(state, 1.0)
+            state = symmetric_basis(len(z)) @ np.outer(z, z).ravel()
+        elif self.modes is not None:
+            state = state @ self.modes
         return self.steps.states(state, [k * self.lr_unit for k in factors])
 
     def _inner_change(self, k: float) -> Matrix:
@@ -259,7 +261,7 @@ class Dynamics:
         with np.errstate(over="ignore", invalid="ignore"):
             return self.steps.change(k * self.lr_unit)[np.ix_(self._inner, self._inner)]
 
-    @property
+    @cached_property
     def _inner(self) -> NDArray[np.intp]:
         """Which coordinates of Z are the second moment of δ."""
         return np.flatnonzero(np.triu_indices(len(self.gram) + 1)[1] < len(self.gram))
@@ -273,5 +275,5 @@ class Dynamics:
         """The excess loss δ̃ᵀG̃δ̃ of states (..., size), in the loss's own units."""
         if self.criterion == "mean square":
             return np.asarray(states @ self._weights)
-        squares = states**2 if self.modes is not None else states[..., :-1] @ self.gram * states[..., :-1]
+        squares = states**2 if self.modes is not None else states @ self.gram * states
         return np.asarray(self.error_unit**2 * squares.sum(axis=-1))

@@ -34,12 +34,10 @@ def on_symmetric(array: Matrix) -> Matrix:
 @lru_cache(maxsize=4)
 def symmetric_basis(q: int) -> Matrix:
     """An orthonormal basis of the symmetric (q, q) matrices, (q(q + 1)/2, q²), upper triangle row by row."""
-    basis = []
-    for i, j in zip(*np.triu_indices(q), strict=True):
-        element = np.zeros((q, q))
-        element[i, j] = element[j, i] = 1.0 if i == j else math.sqrt(0.5)
-        basis.append(element.ravel())
-    return np.array(basis)
+    row, column = np.triu_indices(q)
+    basis, index = np.zeros((len(row), q, q)), np.arange(len(row))
+    basis[index, row, column] = basis[index, column, row] = np.where(row == column, 1.0, math.sqrt(0.5))
+    return basis.reshape(len(row), -1)
 
 
 def polynomial(maps: Matrix, x: float) -> Matrix:
@@ -92,24 +90,21 @@ def first_reached(
             doubled.append(2 * last + (last * last if last.ndim == 1 else last @ last))
         return states + (states * doubled[j] if change.ndim == 1 else states @ doubled[j].T)
 
+    if reached(state[None]).any():
+        return 0, state
     done = 0
     while done <= most and np.isfinite(state).all():
         j = (done // (2 * _CHECKS)).bit_length()
         states = state[None]
         while len(states) < _CHECKS:
             states = np.concatenate([states, after(states, j + len(states).bit_length() - 1)])
-        found = np.flatnonzero(reached(states).any(axis=1))
+        found = np.flatnonzero(reached(after(states, j)).any(axis=1))
         if len(found):
-            if done + found[0] == 0:
-                return 0, state
-            if found[0]:
-                last, gap = states[found[0] - 1], j
-            begin = done + (int(found[0]) << j) - (1 << gap)
-            for bit in reversed(range(gap)):
-                middle = after(last, bit)
+            state, done = states[found[0]], done + (int(found[0]) << j)
+            for bit in reversed(range(j)):
+                middle = after(state, bit)
                 if not reached(middle[None]).any():
-                    last, begin = middle, begin + (1 << bit)
-            return begin + 1, after(last, 0)
-        last, gap = states[-1], j
-        state, done = after(last, j), done + (_CHECKS << j)
+                    state, done = middle, done + (1 << bit)
+            return done + 1, after(state, 0)
+        state, done = after(states[-1], j), done + (_CHECKS << j)
     return None

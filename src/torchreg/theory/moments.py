@@ -1,18 +1,24 @@
-"""The closed-form solution and its accuracy, from moments that chunks and ranks can merge."""
+"""The closed-form solution and its accuracy, from moments that chunks and ranks can merge; moments of row gradients."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property, lru_cache, reduce
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Matrix = NDArray[np.float64]
 
+MAX_FEATURES = 16
+"""The second moment costs num_features⁴: beyond this many features only the mean is predicted."""
+
 _EPSILON = float(np.finfo(np.float64).eps)
 _CHUNK_ROWS = 65_536
+_GRADIENT_CHUNK_ROWS = 4_096
 _WANTED_DIGITS = 12
 _HARMLESS_CONDITION = 100.0  # below it, missing digits come from a weight near 0, not from dependent features
 _MOST_DECOMPOSED = 256  # features up to which singular values are computed exactly
@@ -82,13 +88,9 @@ class Moments:
         """The moments of the union of both."""
         num_rows = self.num_rows + other.num_rows
         difference = (self.origin - other.origin) + (self.offset - other.offset)
+        offset = self.offset - difference * (other.num_rows / num_rows)
         between = np.sqrt(self.num_rows * other.num_rows / num_rows) * difference
-        return Moments(
-            num_rows,
-            self.origin,
-            self.offset - difference * (other.num_rows / num_rows),
-            _triangle(np.vstack([self.factor, other.factor, between])),
-        )
+        return Moments(num_rows, self.origin, offset, _triangle(np.vstack([self.factor, other.factor, between])))
 
     @property
     def mean(self) -> Matrix:
@@ -133,7 +135,7 @@ class Moments:
         deviation = residual / math.sqrt(freedom) if freedom > 0 else math.nan
         inverse /= lengths[:, None]  # R⁻¹: the squared norms of its rows give the variances
         return ClosedForm(
-            weight=np.asarray(weight, dtype=np.float64),
+            weight=np.asarray(weight),
             bias=float(bias),
             loss=residual**2 / self.num_rows,
             r_squared=1 - (residual / total) ** 2 if total else math.nan,
@@ -155,6 +157,53 @@ class Moments:
         return self.closed_form().loss + self.excess(weight, bias)
 
 
+@dataclass(frozen=True, eq=False)
+class RowGradients:
+    """Mean and covariance over rows of a_i b_iᵀ with b_i = (a_i, −e_i): the gradient of a batch is a mean of these.
+
+    Features, in the model's units, are divided by `feature_unit` (num_features,) and residuals by `error_unit`.
+    `rows` (num_rows, p + 1) are the b_i so divided, p being num_features + 1; `mean` is (p, p + 1), and `covariance`
+    (p(p + 1), p(p + 1)). Beyond `MAX_FEATURES` `rows` and `covariance` are None. `known` caches the `Dynamics` of the
+    same rows by their other arguments.
+    """
+
+    num_rows: int
+    rows: Matrix | None
+    feature_unit: Matrix
+    error_unit: float
+    mean: Matrix
+    covariance: Matrix | None
+    known: dict[Any, Any]
+
+    @classmethod
+    def of(cls, features: Matrix, residual: Matrix) -> RowGradients:
+        """From features (rows, num_features) as the model sees them and the optimum's residuals y − aᵀθ* (rows, 1)."""
+        num_rows, num_features = features.shape
+        known = _known(features.shape, hashlib.sha256(np.hstack([features, residual]).tobytes()).digest())
+        largest = np.maximum(features.max(axis=0), -features.min(axis=0))
+        feature_unit = largest * np.sqrt(np.mean(np.square(features / largest), axis=0))
+        error_unit = float(np.sqrt(np.mean(residual**2))) or 1.0
+        rows = np.hstack([features / feature_unit, np.ones((num_rows, 1)), -residual / error_unit])
+        if num_features > MAX_FEATURES:
+            return cls(num_rows, None, feature_unit, error_unit, (rows.T @ rows)[:-1] / num_rows, None, known)
+        mean = rows[:, :-1].T @ rows / num_rows
+        covariance = np.zeros((mean.size, mean.size))
+        for i in range(0, num_rows, _GRADIENT_CHUNK_ROWS):
+            b = rows[i : i + _GRADIENT_CHUNK_ROWS]
+            flat = (b[:, :-1, None] * b[:, None, :] - mean).reshape(len(b), -1)
+            covariance += flat.T @ flat / num_rows
+        return cls(num_rows, rows, feature_unit, error_unit, mean, covariance, known)
+
+    def curvature(self) -> Matrix:
+        """The eigenvalues of 2G, the loss's second derivatives in the model's units, smallest first, (p,).
+
+        Full-batch training with one learning rate for all parameters converges below 2 over the largest (Wilkinson
+        1965).
+        """
+        unit = np.append(self.feature_unit, 1.0)
+        return np.asarray(np.linalg.eigvalsh(2 * self.mean[:, :-1] * np.outer(unit, unit)))
+
+
 def _triangle(rows: Matrix) -> Matrix:
     missing = max(0, rows.shape[1] - len(rows))
     return np.asarray(np.linalg.qr(np.pad(rows, ((0, missing), (0, 0))), mode="r"))
@@ -167,3 +216,9 @@ def _spectral_norm(matrix: Matrix) -> float:
     for _ in range(_POWER_STEPS):
         vector = matrix.T @ (matrix @ (vector / np.linalg.norm(vector)))
     return math.sqrt(np.linalg.norm(vector))
+
+
+@lru_cache(maxsize=2)
+def _known(shape: tuple[int, ...], digest: bytes) -> dict[Any, Any]:
+    """One dictionary for equal rows: each trial of a sweep reads the same table."""
+    return {}
