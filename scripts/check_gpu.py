@@ -30,7 +30,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from torchreg.core.model import add_gradient, make_model, squared_error
+from torchreg.core.model import add_half_gradient, make_model, squared_error
 from torchreg.distributed.init import init_distributed
 from torchreg.runs.config import TrainConfig
 from torchreg.runs.environment import versions
@@ -162,11 +162,11 @@ def reproducible(device: str) -> Iterator[Row]:
         for shift in range(0, 27, 3):
             moved = torch.empty(shift + a.numel(), device=device)[shift:].view_as(a).copy_(a)
             gradient = torch.zeros_like(theta)
-            error = add_gradient(theta, moved, y, gradient)
+            error = add_half_gradient(theta, moved, y, gradient)
             results.add((error.item(), *gradient.tolist()))
         yield Row(f"9 alignments, {num_features} features", f"{len(results)} result(s)")
     gradient = torch.zeros(2, device=device)
-    error = add_gradient(gradient + 1, torch.empty(0, 2, device=device), torch.empty(0, device=device), gradient)
+    error = add_half_gradient(gradient + 1, torch.empty(0, 2, device=device), torch.empty(0, device=device), gradient)
     yield Row("an empty shard", f"{error.item():g}, {gradient.tolist()}", "0", not (error.item() or gradient.any()))
 
 

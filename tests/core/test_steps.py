@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchreg.core.batches import BatchLoader, BatchPlan
-from torchreg.core.model import FlatParameters, add_gradient, make_model, squared_error, with_constant
+from torchreg.core.model import FlatParameters, add_half_gradient, make_model, squared_error, with_constant
 from torchreg.core.reduction import Reduction
 from torchreg.core.schedule import Schedule, lr_scale
 from torchreg.core.train import (
@@ -50,7 +50,7 @@ def test_manual_gradient_is_autograds(table):
     model, x, y = table
     theta = torch.cat([model.weight.detach()[0], model.bias.detach()])
     gradient = FlatParameters(torch.zeros_like(theta))
-    error = add_gradient(theta, with_constant(x), y[:, 0], gradient.flat)
+    error = add_half_gradient(theta, with_constant(x), y[:, 0], gradient.flat)
     loss = squared_error(model(x), y)
     loss.backward()
     scale = loss.item() + 1000 * len(x)
@@ -88,12 +88,12 @@ class Threads:
 def trained(plan, x, y, kind, communicator, *, sequential=False):
     """The parameters and the squared errors after three epochs, and the loss on all rows."""
     model = make_model([0.0] * x.shape[1], 1.0, dtype=x.dtype)
-    num_micro_batches = plan.num_micro_batches if plan.reproducible else None
-    reduction = Reduction(communicator, x.new_zeros(x.shape[1] + 1), num_micro_batches)
+    like = x.new_zeros(x.shape[1] + 1)
+    reduction = Reduction(communicator, like, plan.num_micro_batches, reproducible=plan.reproducible)
     if kind == "manual":
         gradient = FlatParameters(reduction.gradient)
         parameters = FlatParameters.of(model)
-        step = partial(manual_step, parameters, gradient, reduction, sequential=sequential)
+        step = partial(manual_step, parameters, gradient, reduction, sequential)
     elif plan.reproducible:
         step = partial(sgd_step, make_sgd(model, (0.0, 0.0)), partial(reproducible_gradient, model, reduction))
     else:
@@ -169,7 +169,7 @@ def test_gradient_of_two_samples():
     theta = torch.tensor([2.0, 1.0], dtype=torch.float64)
     a = torch.tensor([[1.0, 1.0], [3.0, 1.0]], dtype=torch.float64)
     gradient = torch.zeros(2, dtype=torch.float64)
-    assert add_gradient(theta, a, torch.tensor([5.0, 4.0], dtype=torch.float64), gradient).item() == 13
+    assert add_half_gradient(theta, a, torch.tensor([5.0, 4.0], dtype=torch.float64), gradient).item() == 13
     assert gradient.tolist() == [7, 1]
 
 

@@ -55,7 +55,7 @@ def with_constant(x: Tensor) -> Tensor:
     return torch.hstack([x, x.new_ones(len(x), 1)])
 
 
-def add_gradient(theta: Tensor, a: Tensor, y: Tensor, gradient: Tensor) -> Tensor:
+def add_half_gradient(theta: Tensor, a: Tensor, y: Tensor, gradient: Tensor) -> Tensor:
     """Add half the gradient of the samples' squared error to `gradient`, and return that squared error.
 
     With the residual r = aθ − y the squared error is rᵀr, and its gradient 2 aᵀr; the caller, who scales anyway,

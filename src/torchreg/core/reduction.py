@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from functools import reduce
-from itertools import repeat
 from typing import Protocol
 
 import torch
@@ -31,39 +30,38 @@ class Reduction:
     the step, which is 0 on all ranks but one: the all-reduce is exact, because x + 0 = x, and the rows are summed in
     the same order at every world size. The price is a longer message.
 
-    `like` (num_parameters,) gives the gradient's size, dtype and device; `num_micro_batches` those of a step on all
-    ranks, or None for `fast`.
+    `like` (num_parameters,) gives the gradient's size, dtype and device; `num_micro_batches` is that of a step on all
+    ranks.
     """
 
-    def __init__(self, communicator: Communicator, like: Tensor, num_micro_batches: int | None) -> None:
-        self.reproducible = num_micro_batches is not None
+    def __init__(
+        self, communicator: Communicator, like: Tensor, num_micro_batches: int, *, reproducible: bool = False
+    ) -> None:
+        self.reproducible = reproducible
         self._communicator = communicator
-        self._rows = like.new_zeros(num_micro_batches or 1, len(like) + self.reproducible)
-        self._parts = [row[: len(like)] for row in self._rows]
-        self._total = like.new_zeros(len(like) + 1) if self.reproducible else self._rows[0]
+        self._rows = like.new_zeros(num_micro_batches if reproducible else 1, len(like) + reproducible)
+        self._total = like.new_zeros(len(like) + 1) if reproducible else self._rows[0]
         self.gradient = self._total[: len(like)]
-        """After `all_reduce` the sum over the step's samples, (num_parameters,)."""
+        """After `sum` the gradient over the step's samples, (num_parameters,)."""
+        parts = [row[: len(like)] for row in self._rows]
+        self._parts = parts if reproducible else parts * num_micro_batches
 
-    def parts(self, batch: Batch) -> Iterable[Tensor]:
-        """Zeroed buffers (num_parameters,), one for the gradient of each of this rank's micro-batches.
+    def sum(self, batch: Batch, add_gradient: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """Complete `gradient`; return this rank's part of the squared error.
 
-        With `fast` they are all the same one: add to it. An empty micro-batch may have none.
+        `add_gradient(x, y, part)` adds the gradient of a micro-batch to `part` (num_parameters,) and returns its
+        squared error. In `reproducible` the main rank's part of the squared error is the whole.
         """
         self._rows.zero_()
-        if not self.reproducible:
-            return repeat(self._parts[0])
-        return self._parts[batch.first_micro_batch : batch.first_micro_batch + len(batch.micro_batches)]
-
-    def all_reduce(self, batch: Batch, squared_errors: list[Tensor]) -> Tensor:
-        """Complete `gradient`; return this rank's part of the squared error, given that of its micro-batches.
-
-        In `reproducible` the main rank's part is the whole.
-        """
+        first = batch.first_micro_batch
+        squared_errors = []
+        parts = self._parts[first : first + len(batch.micro_batches)] if self.reproducible else self._parts
+        for (x, y), part in zip(batch.micro_batches, parts):  # noqa: B905 - strict= takes time
+            squared_errors.append(add_gradient(x, y, part))
         if not self.reproducible:
             self._communicator.all_reduce(self._rows)
             return reduce(torch.add, squared_errors)
         if squared_errors:
-            first = batch.first_micro_batch
             self._rows[first : first + len(squared_errors), -1] = torch.stack(squared_errors)
         self._communicator.all_reduce(self._rows)
         torch.sum(self._rows, dim=0, out=self._total)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from functools import reduce
+from functools import partial, reduce
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from torchreg.core.batches import Batch, BatchPlan
-from torchreg.core.model import FlatParameters, add_gradient, squared_error, with_constant
+from torchreg.core.model import FlatParameters, add_half_gradient, squared_error, with_constant
 from torchreg.core.reduction import Communicator, Reduction
 
 LearningRates = tuple[float, float]
@@ -82,13 +82,14 @@ def reproducible_gradient(model: nn.Module, reduction: Reduction, batch: Batch) 
     The `model` is not wrapped by DistributedDataParallel.
     """
     parameters = list(model.parameters())
-    squared_errors = []
-    for (x, y), part in zip(batch.micro_batches, reduction.parts(batch), strict=False):
+
+    def add_gradient(x: Tensor, y: Tensor, part: Tensor) -> Tensor:
         error = squared_error(model(x), y)
         gradients = torch.autograd.grad(error / batch.num_samples, parameters)
         torch.cat([gradient.view(-1) for gradient in gradients], out=part)
-        squared_errors.append(error.detach())
-    own_error = reduction.all_reduce(batch, squared_errors)
+        return error.detach()
+
+    own_error = reduction.sum(batch, add_gradient)
     sizes = [parameter.numel() for parameter in parameters]
     for parameter, gradient in zip(parameters, reduction.gradient.split(sizes), strict=True):
         parameter.grad = gradient.view_as(parameter)
@@ -99,31 +100,23 @@ def manual_step(
     parameters: FlatParameters,
     gradient: FlatParameters,
     reduction: Reduction,
+    sequential: bool,
     batch: Batch,
     learning_rates: LearningRates,
-    *,
-    sequential: bool = False,
 ) -> Tensor:
     """The same update without autograd: the gradient as derived on paper, summed over ranks, applied.
 
-    `gradient` names the parts of `reduction.gradient`. `sequential` is the lesson's order: the weight first, then the
-    bias with the gradient at the new weight. The micro-batches are those of `manual_samples`.
+    `gradient` names the parts of `reduction.gradient`, which is half the gradient of the squared error. `sequential` is
+    the lesson's order: the weight first, then the bias with the gradient at the new weight. The micro-batches are those
+    of `manual_samples`.
     """
-    own_error = manual_gradient(parameters, reduction, batch)
+    add_gradient = partial(add_half_gradient, parameters.flat)
+    own_error = reduction.sum(batch, add_gradient)
     parameters.weight.sub_(gradient.weight, alpha=2 * learning_rates[0] / batch.num_samples)
     if sequential:
-        manual_gradient(parameters, reduction, batch)
+        reduction.sum(batch, add_gradient)
     parameters.bias.sub_(gradient.bias, alpha=2 * learning_rates[1] / batch.num_samples)
     return own_error
-
-
-def manual_gradient(parameters: FlatParameters, reduction: Reduction, batch: Batch) -> Tensor:
-    """Half the gradient of the batch's squared error, in `reduction.gradient`."""
-    squared_errors = [
-        add_gradient(parameters.flat, a, y, part)
-        for (a, y), part in zip(batch.micro_batches, reduction.parts(batch), strict=False)
-    ]
-    return reduction.all_reduce(batch, squared_errors)
 
 
 def manual_samples(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -200,13 +200,12 @@ def make_step(
 
     Without an optimizer it is the manual step, which takes the samples as `manual_samples` arranges them.
     """
-    num_micro_batches = plan.num_micro_batches if plan.reproducible else None
     parameters = FlatParameters.of(model) if optimizer is None else None
     like = torch.cat([parameter.detach().view(-1) for parameter in model.parameters()])
-    reduction = Reduction(communicator, like, num_micro_batches)
+    reduction = Reduction(communicator, like, plan.num_micro_batches, reproducible=plan.reproducible)
     if parameters:
         gradient = FlatParameters(reduction.gradient)
-        return partial(manual_step, parameters, gradient, reduction, sequential=sequential)
+        return partial(manual_step, parameters, gradient, reduction, sequential)
     assert optimizer
     if plan.reproducible:
         return partial(sgd_step, optimizer, partial(reproducible_gradient, model, reduction))
