@@ -65,9 +65,9 @@ def parse_config(kind: type[C], program: str, argv: list[str], default: TrainCon
             default = replace(default, global_batch_size=None)
     options = parse(kind, program, argv, kind(config=default))
     if options.config.plot:
-        from torchreg.plots.style import require_matplotlib
+        from torchreg.plots.style import require_libraries
 
-        require_matplotlib()
+        require_libraries("plot", "matplotlib")
     return options
 
 

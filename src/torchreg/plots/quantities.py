@@ -51,9 +51,9 @@ def bytes_text(num_bytes: float) -> str:
     return in_unit([num_bytes], "B")
 
 
-def _counted(thing: str, number: int) -> str:
-    return f"{number} {thing}{'s' * (number != 1)}"
+def counted(number: int, thing: str) -> str:
+    """1 launch, 4 launches."""
+    return f"{number} {thing}" + ("" if number == 1 else "es" if thing.endswith("ch") else "s")
 
 
-# 1 rank, 4 ranks
-features, ranks, nodes = (partial(_counted, thing) for thing in ("feature", "rank", "node"))
+features, ranks, nodes = (partial(counted, thing=thing) for thing in ("feature", "rank", "node"))

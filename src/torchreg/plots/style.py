@@ -6,6 +6,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,11 @@ SKY, ORANGE, BLACK, BLUE, GREEN = "#56B4E9", "#D55E00", "#000000", "#0072B2", "#
 GREY = "#8A8A8A"
 
 
-def require_matplotlib() -> None:
-    """Raise `ValueError`, before a run rather than after it, where matplotlib is missing."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ValueError("plot needs matplotlib, which is not installed: pip install matplotlib") from error
+def require_libraries(purpose: str, *libraries: str) -> None:
+    """Raise `ValueError`, before any work rather than after it, where a library that the purpose needs is missing."""
+    for library in libraries:
+        if find_spec(library) is None:
+            raise ValueError(f"{purpose} needs {library}, which is not installed: pip install {library}")
 
 
 @contextmanager

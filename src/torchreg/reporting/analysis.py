@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from torchreg import __version__
+from torchreg.core.checkpoint import write_atomically
 from torchreg.reporting.bottlenecks import bottleneck, scaling_limit
 from torchreg.reporting.fits import allreduce_of, models_of
-from torchreg.reporting.groups import VERSIONS, Group, comparable_groups
+from torchreg.reporting.groups import comparable_groups
 from torchreg.reporting.points import Json, launches_by_point, point_of
 from torchreg.reporting.provenance import cost, excluded, failures, provenance, sources
 from torchreg.reporting.series import series_of
 from torchreg.reporting.targets import best_of, prediction_error, targets_of
+from torchreg.runs.record import write_json
 from torchreg.scaling.records import Records, allreduce_table, launches_table, points_table
 
 KIND = "scaling-report"
@@ -35,8 +39,7 @@ def analyse(records: Records) -> Json:
     - `cost`, `provenance` (`same`, `differs`), `excluded`, `failed`, `method`
     """
     launches, points, allreduce = launches_table(records), points_table(records), allreduce_table(records)
-    groups = [_group(group, launches, points, allreduce) for group in comparable_groups(launches)]
-    num_unreadable = sum(not one.is_wrong_result for one in records.excluded)
+    groups = [_group(heading, own, points, allreduce) for heading, own in comparable_groups(launches)]
     times = pd.concat([launches["finished_utc"], launches["started_utc"]]).dropna()
     return {
         "schema_version": SCHEMA_VERSION,
@@ -47,7 +50,7 @@ def analyse(records: Records) -> Json:
         "data_from_utc": min(launches["started_utc"].dropna(), default=None),
         "data_to_utc": max(times, default=None),
         "sources": sources(launches),
-        "verdict": {"correct": _correct(launches, points, num_unreadable), **_verdict(groups)},
+        "verdict": {"correct": _correct(launches, points, records), **_verdict(groups)},
         "groups": groups,
         "cost": cost(launches),
         "provenance": provenance(records),
@@ -57,30 +60,20 @@ def analyse(records: Records) -> Json:
     }
 
 
-def _group(group: Group, launches: pd.DataFrame, points: pd.DataFrame, allreduce: pd.DataFrame) -> Json:
-    own = launches[launches["launch"].isin(group.launches)]
-    num_cpus = pd.to_numeric(own["num_cpus"])
-    by_point = launches_by_point(group, points)
-    found = {name: point_of(name, rows) for name, rows in by_point.items()}
-    series = series_of(group.id, list(found.values()), by_point)
-    too_many = own.loc[own["ranks_per_node"] > num_cpus, "ranks_per_node"]
+def _group(heading: Json, launches: pd.DataFrame, points: pd.DataFrame, allreduce: pd.DataFrame) -> Json:
+    by_point = launches_by_point(heading["id"], launches["launch"], points)
+    found = [point_of(name, rows) for name, rows in by_point.items()]
+    series = series_of(heading["id"], found, by_point)
     return {
-        "id": group.id,
-        "title": group.title,
-        **{field: group.key[field] for field in ("machine", "device_name", "backend", "dtype")},
-        "distributed": group.key["effective"],
-        "versions": {name: group.key[name] for name in VERSIONS},
-        "num_launches": len(group.launches),
-        "num_cpus": int(num_cpus.min()) if num_cpus.notna().any() else None,
-        "oversubscribed_ranks_per_node": sorted(too_many.unique().tolist()),
-        "points": list(found.values()),
-        "series": [{**one, "models": models_of(one, found, by_point, series)} for one in series],
-        "allreduce": allreduce_of(allreduce[allreduce["launch"].isin(group.launches)]),
+        **heading,
+        "points": found,
+        "series": [{**one, "models": models_of(one, by_point, series)} for one in series],
+        "allreduce": allreduce_of(allreduce[allreduce["launch"].isin(launches["launch"])]),
         "targets": targets_of(series, by_point),
     }
 
 
-def _correct(launches: pd.DataFrame, points: pd.DataFrame, num_unreadable: int) -> Json:
+def _correct(launches: pd.DataFrame, points: pd.DataFrame, records: Records) -> Json:
     """Whether all runs end at the closed-form solution, those whose check failed included."""
     wrong = points[~points["check_passed"]]
     first = wrong[["launch", "optimizer", "sync", "num_features", "world_size"]].to_dict("records")[:1]
@@ -91,23 +84,44 @@ def _correct(launches: pd.DataFrame, points: pd.DataFrame, num_unreadable: int) 
         "first_wrong": first[0] if first else None,
         "num_launches": int((launches["status"] == "ok").sum()),
         "num_failed": int((launches["status"] == "failed").sum()),
-        "num_excluded": num_unreadable,
+        "num_excluded": sum(not one.is_wrong_result for one in records.excluded),
     }
 
 
-def _verdict(groups: Sequence[Json]) -> Json:
-    scaling, bottlenecks = [], []
-    for group in groups:
-        points = {point["id"]: point for point in group["points"]}
-        scaling += [{"group": group["id"], **scaling_limit(one)} for one in group["series"]]
-        found = [bottleneck(one, points) for one in group["series"]]
-        bottlenecks += [{"group": group["id"], **one} for one in found if one]
+def _verdict(groups: list[Json]) -> Json:
+    points = {point["id"]: point for group in groups for point in group["points"]}
+    series = [(group["id"], one) for group in groups for one in group["series"]]
+    bottlenecks = [(group, bottleneck(one, points)) for group, one in series]
     best = [one for group in groups for one in best_of(group)]
     return {
-        "scaling": scaling,
-        "bottlenecks": bottlenecks,
+        "scaling": [{"group": group, **scaling_limit(one)} for group, one in series],
+        "bottlenecks": [{"group": group, **one} for group, one in bottlenecks if one],
         "targets": best,
-        "fastest": best[0]["fastest"] if best else None,
-        "lowest_node_hours": best[0]["lowest_node_hours"] if best else None,
+        **{name: best[0][name] if best else None for name in ("fastest", "lowest_node_hours")},
         "prediction_errors": [error for group in groups if (error := prediction_error(group))],
     }
+
+
+def write_data(report: Mapping[str, Any], records: Records, folder: Path) -> list[Path]:
+    """Write report.json, points and allreduce as CSV and Parquet, and launches.csv; the paths.
+
+    The same records give the same bytes. Raises `ValueError` where the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out is {folder}, which cannot be made ({error.strerror}): give another --out") from error
+    write_json(folder / "report.json", report)
+    files = {}
+    tables = {
+        "points": points_table(records),
+        "allreduce": allreduce_table(records),
+        "launches": launches_table(records),
+    }
+    for name, table in tables.items():
+        files[f"{name}.csv"] = table.to_csv(index=False, lineterminator="\n").encode()
+        if name != "launches":
+            files[f"{name}.parquet"] = table.to_parquet(index=False)
+    for file, content in files.items():
+        write_atomically(folder / file, content)
+    return [folder / name for name in ("report.json", *files)]

@@ -50,9 +50,8 @@ def bottleneck(series: Json, points: Mapping[str, Json]) -> Json | None:
     waiting for the slowest rank) or `compute`.
     """
     first, last = (points[series["points"][index]["point"]] for index in (0, -1))
-    if last["exposed_time_s"] is None or last["compute_time_s"] is None:
-        return None
-    if first["world_size"] > 1 and first["exposed_time_s"] is None:
+    is_divided = first["world_size"] == 1 or first["exposed_time_s"]
+    if not (is_divided and last["exposed_time_s"] and last["compute_time_s"]):
         return None
     k = first["world_size"] / last["world_size"] if series["kind"] == "strong" else 1.0
     lost = last["step_time_s"]["value"] - k * first["step_time_s"]["value"]
@@ -65,14 +64,6 @@ def bottleneck(series: Json, points: Mapping[str, Json]) -> Json | None:
         cause = "compute"
     else:
         cause = "imbalance" if imbalance > exposed / 2 else "communication"
-    return {
-        "series": series["id"],
-        "kind": series["kind"],
-        "bottleneck": cause,
-        "world_size": last["world_size"],
-        "efficiency": efficiency,
-        "lost_s": lost,
-        "exposed_s": exposed,
-        "compute_s": lost - exposed,
-        "imbalance_s": imbalance,
-    }
+    parts = {"lost_s": lost, "exposed_s": exposed, "compute_s": lost - exposed, "imbalance_s": imbalance}
+    at = {"world_size": last["world_size"], "efficiency": efficiency}
+    return {"series": series["id"], "kind": series["kind"], "bottleneck": cause, **at, **parts}

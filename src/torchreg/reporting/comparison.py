@@ -66,8 +66,8 @@ def compare(old: Path, new: Path, threshold: float = 0.05) -> Json:
     if not rows and not after.wrong:
         raise ValueError(
             f"nothing in {old} and {new} can be compared: no setting was measured in both on the same machine, device, "
-            "backend and number format, at the same nodes and ranks (machine_name "
-            "in a campaign's file names a machine whose hosts have several names)"
+            "backend and number format, at the same nodes and ranks (machine_name in a campaign's file names a machine "
+            "whose hosts have several names)"
         )
     return {
         "schema_version": SCHEMA_VERSION,
@@ -84,10 +84,8 @@ def _ratio(new: Measured, old: Measured) -> Estimate:
     (one, new_times), (other, old_times) = new, old
     if new_times is not None and old_times is not None:
         # The same block number in two campaigns is not the same block.
-        return ratio_interval(
-            {("new", block): time_s for block, time_s in new_times.items()},
-            {("old", block): time_s for block, time_s in old_times.items()},
-        )
+        sides = [{(side, block): t for block, t in times.items()} for side, times in enumerate((new_times, old_times))]
+        return ratio_interval(*sides)
     value, fewer = one.value / other.value, min(one.num_launches, other.num_launches)
     if one.low is None or one.high is None or other.low is None or other.high is None:
         return Estimate(value, None, None, fewer)
@@ -125,17 +123,14 @@ def table(comparison: Json) -> tuple[list[str], list[list[str]]]:
     columns = ["nodes", "ranks", "trained by", "features", "global batch", "old", "new", "new / old", "outcome"]
     rows = []
     for row in comparison["rows"]:
-        new, ratio = "", ""
+        new, ratio, mark = "", "", "!" * (row["outcome"] in _REGRESSIONS)
         if row["ratio"]:
             value, low, high = (row["ratio"][end] for end in ("value", "low", "high"))
             new = f"{row['new_step_time_s'] * 1e3:.3g} ms"
             ratio = f"{value:.3f}" + ("" if low is None else f" ({low:.3f}–{high:.3f})")
-        rows.append([
-            f"{'!' * (row['outcome'] in _REGRESSIONS)}{row['num_nodes']}",
-            f"{row['num_nodes'] * row['ranks_per_node']}", f"{row['optimizer']}/{row['sync']}",
-            f"{row['num_features']}", f"{row['global_batch_size']:,}",
-            f"{row['old_step_time_s'] * 1e3:.3g} ms", new, ratio, row["outcome"],
-        ])  # fmt: skip
+        size = [f"{mark}{row['num_nodes']}", str(row["num_nodes"] * row["ranks_per_node"])]
+        setting = [f"{row['optimizer']}/{row['sync']}", str(row["num_features"]), f"{row['global_batch_size']:,}"]
+        rows.append([*size, *setting, f"{row['old_step_time_s'] * 1e3:.3g} ms", new, ratio, row["outcome"]])
     return columns, rows
 
 
@@ -148,26 +143,18 @@ def conclusion(comparison: Json) -> list[str]:
         verdict = f"regression: of the new results {len(wrong)} {'is' if len(wrong) == 1 else 'are'} wrong"
     if counts:
         verdict += f" ({', '.join(f'{number} {outcome}' for outcome, number in counts.most_common())})"
-    notes = [*comparison["notes"], *([_HOURS] if counts["regression"] else [])]
-    return [
-        f"verdict      {verdict}",
-        *(f"wrong        {line}" for line in wrong),
-        *(f"note         {note}" for note in notes),
-    ]
+    lines = [f"verdict      {verdict}", *(f"wrong        {line}" for line in wrong)]
+    return lines + [f"note         {note}" for note in comparison["notes"] + [_HOURS] * (counts["regression"] > 0)]
 
 
 def _read(path: Path) -> _Side:
     if not path.is_file():
         records = read_records([path])
-        points = points_table(records)
-        groups = []
-        for group in comparable_groups(launches_table(records)):
-            by_point = launches_by_point(group, points)
-            measured = [
-                {**point_of(name, own), "times": own["step_time_s"].to_dict()} for name, own in by_point.items()
-            ]
-            key = {**group.key, "distributed": group.key["effective"]}
-            groups.append({**key, "versions": group.key, "points": measured})
+        points, groups = points_table(records), []
+        for heading, launches in comparable_groups(launches_table(records)):
+            by_point = launches_by_point(heading["id"], launches["launch"], points).items()
+            measured = [{**point_of(name, own), "times": own["step_time_s"].to_dict()} for name, own in by_point]
+            groups.append({**heading, "points": measured})
         return _side({"groups": groups, "excluded": excluded(records), "failed": failures(records)})
     try:
         report = json.loads(path.read_bytes())
@@ -183,13 +170,9 @@ def _read(path: Path) -> _Side:
 
 
 def _side(report: Json) -> _Side:
+    groups, mixed = report["groups"], set()
     points: dict[Key, Measured] = {}
-    mixed = set()
-    versions: dict[str, set[str]] = {name: set() for name in VERSIONS}
-    for group in report["groups"]:
-        for name in VERSIONS:
-            if value := group["versions"].get(name):
-                versions[name].add(str(value))
+    for group in groups:
         for point in group["points"]:
             measured = (_estimate(point["step_time_s"]), point.get("times"))
             # One rank uses neither backend nor communicator: it is the same point in each group.
@@ -198,13 +181,10 @@ def _side(report: Json) -> _Side:
             key = (*where, *(point[field] for field in _POINT))
             if points.setdefault(key, measured) != measured:
                 mixed.add(key)
-    return _Side(
-        points,
-        mixed,
-        [f"{one['what']}: {one['reason']}" for one in report["excluded"] if one["is_wrong_result"]],
-        {tuple(one[field] for field in _LAUNCH) for one in report["failed"] if not one["is_retried"]},
-        {name: sorted(values) for name, values in versions.items()},
-    )
+    wrong = [f"{one['what']}: {one['reason']}" for one in report["excluded"] if one["is_wrong_result"]]
+    failed = {tuple(one[field] for field in _LAUNCH) for one in report["failed"] if not one["is_retried"]}
+    found = {name: {str(value) for group in groups if (value := group["versions"].get(name))} for name in VERSIONS}
+    return _Side(points, mixed, wrong, failed, {name: sorted(values) for name, values in found.items()})
 
 
 def _estimate(content: Json) -> Estimate:

@@ -18,28 +18,19 @@ from torchreg.scaling.schema import printable
 _OF_ONE_LAUNCH = re.compile(
     r"(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|SLURM_(JOB_NUM_NODES|NTASKS)|TORCHELASTIC_.*"
 )
-_NOT_OF_ONE_RANK = frozenset(
-    f"distributed.{field}" for field in ("backend", "effective", "mpi_library", "nccl_version", "ezpz_version")
-)
-_DISTRIBUTED = (
-    "launcher", "requested", "effective", "ezpz_version", "backend", "mpi_library", "nccl_version", "device_name",
-    "cpus_per_rank",
-)  # fmt: skip
+_OF_SEVERAL_RANKS = ("backend", "effective", "mpi_library", "nccl_version", "ezpz_version")
+_NOT_OF_ONE_RANK = frozenset(f"distributed.{field}" for field in _OF_SEVERAL_RANKS)
+_DISTRIBUTED = (*_OF_SEVERAL_RANKS, "launcher", "requested", "device_name", "cpus_per_rank")
 
 
 def sources(launches: pd.DataFrame) -> list[Json]:
     """One entry for each directory, campaign and machine."""
-    return [
-        {
-            "folder": folder,
-            "campaign": campaign,
-            "machine": machine,
-            "num_launches": int((rows["status"] == "ok").sum()),
-            "num_failed": int((rows["status"] != "ok").sum()),
-            "job_ids": sorted(set(rows["job_id"].dropna())),
-        }
-        for (folder, campaign, machine), rows in launches.groupby(["source", "campaign", "machine"], sort=True)
-    ]
+    found = []
+    for (folder, campaign, machine), rows in launches.groupby(["source", "campaign", "machine"], sort=True):
+        num_good, job_ids = int((rows["status"] == "ok").sum()), sorted(set(rows["job_id"].dropna()))
+        origin = {"folder": folder, "campaign": campaign, "machine": machine, "job_ids": job_ids}
+        found.append({**origin, "num_launches": num_good, "num_failed": len(rows) - num_good})
+    return found
 
 
 def cost(launches: pd.DataFrame) -> Json:
@@ -86,10 +77,7 @@ def _fields(content: Mapping[str, Any]) -> dict[str, str | None]:
     fields = {prefix + key: value for prefix, section in sections.items() for key, value in section.items()}
     fields["campaign.without"] = " ".join(campaign["without"]) or None
     fields["devices"] = ", ".join(sorted({place["device"].split(":")[0] for place in communicator["placements"]}))
-    return {
-        field: value if value is None or isinstance(value, str) else json.dumps(value)
-        for field, value in fields.items()
-    }
+    return {key: one if one is None or isinstance(one, str) else json.dumps(one) for key, one in fields.items()}
 
 
 def excluded(records: Records) -> list[Json]:
@@ -99,17 +87,10 @@ def excluded(records: Records) -> list[Json]:
 
 def failures(records: Records) -> list[Json]:
     """The launches that failed, with their reasons; `is_retried` where a later try succeeded."""
-    good = {launch.name for launch in records.launches}
-    return [
-        {
-            "launch": one.name,
-            **{key: one.content["launch"][key] for key in ("world_size", "num_nodes", "ranks_per_node")},
-            "machine": one.content["campaign"]["machine"],
-            "exit_code": one.content["exit_code"],
-            "file": printable(str(one.path)),
-            "reason": one.content["reason"],
-            "log": None if one.log is None else printable(str(one.log)),
-            "is_retried": one.name in good,
-        }
-        for one in sorted(records.failed, key=lambda one: (one.name, str(one.path)))
-    ]
+    good, found = {launch.name for launch in records.launches}, []
+    for one in sorted(records.failed, key=lambda one: (one.name, str(one.path))):
+        launch = {key: one.content["launch"][key] for key in ("world_size", "num_nodes", "ranks_per_node")}
+        launch |= {"launch": one.name, "machine": one.content["campaign"]["machine"], "is_retried": one.name in good}
+        files = {"file": printable(str(one.path)), "log": one.log and printable(str(one.log))}
+        found.append({**launch, **files, **{key: one.content[key] for key in ("exit_code", "reason")}})
+    return found

@@ -35,12 +35,10 @@ def series_of(group: str, points: Sequence[Json], launches: Mapping[str, pd.Data
             ]
             longest = max(len(chosen) for _, chosen in candidates)
             covered = {point["id"] for _, chosen in candidates if len(chosen) == longest for point in chosen}
-            found += [
-                _series(group, kind, scope, chosen, launches)
-                for kind, chosen in candidates
-                if len(chosen) > 1
-                and (len(chosen) == longest or not covered.issuperset(point["id"] for point in chosen))
-            ]
+            for kind, chosen in candidates:
+                is_new = len(chosen) == longest or not covered.issuperset(point["id"] for point in chosen)
+                if len(chosen) > 1 and is_new:
+                    found.append(_series(group, kind, scope, chosen, launches))
     return found
 
 
@@ -63,15 +61,10 @@ def _series(group: str, kind: str, scope: str, points: Sequence[Json], launches:
             if kind == "strong":  # T(p0)·p0 / (T(p)·p); weak: T(p0) / T(p)
                 efficiency = scaled(efficiency, 1 / k)
         speedup = scaled(efficiency, k)
-        rows.append(
-            {
-                "point": point["id"],
-                **{field: point[field] for field in ("world_size", "num_nodes", "throughput", "step_time_s")},
-                "speedup": asdict(speedup),
-                "efficiency": asdict(efficiency),
-                "karp_flatt": asdict(karp_flatt(speedup, k)) if kind == "strong" and k > 1 else None,
-            }
-        )
+        serial = asdict(karp_flatt(speedup, k)) if kind == "strong" and k > 1 else None
+        row = {field: point[field] for field in ("world_size", "num_nodes", "throughput", "step_time_s")}
+        row |= {"speedup": asdict(speedup), "efficiency": asdict(efficiency), "karp_flatt": serial}
+        rows.append({"point": point["id"], **row})
     batch = last[_CONSTANT[kind]]
     setting = f"{last['optimizer']}-{last['sync']}-features-{last['num_features']}-batch-{batch:g}"
     return {

@@ -35,14 +35,13 @@ def _row(point: Json, launches: pd.DataFrame) -> Json:
     `time_s` is the measured time where there is one, else the predicted time (`time_from`); `node_hours` are those of
     `time_s`. The stability limit is a multiple of the learning rates.
     """
-    predicted_steps = None if launches["predicted_steps"].isna().any() else float(launches["predicted_steps"].median())
-    step_time = median_interval(launches["step_time_s"])
-    predicted = None if predicted_steps is None else asdict(scaled(step_time, predicted_steps))
-    measured_time = launches["measured_time_s"]
+    steps, measured_time, step_time = (launches[f] for f in ("predicted_steps", "measured_time_s", "step_time_s"))
+    predicted_steps = None if steps.isna().any() else float(steps.median())
+    step = median_interval(step_time)
+    predicted = None if predicted_steps is None else asdict(scaled(step, predicted_steps))
     measured = _reached(measured_time)
-    both = (launches["predicted_steps"] * launches["step_time_s"] / measured_time.where(measured_time > 0)).dropna()
-    chosen = measured or predicted
-    limit = float(launches["stability_limit"].median())
+    both = (steps * step_time / measured_time.where(measured_time > 0)).dropna()
+    chosen, limit = measured or predicted, float(launches["stability_limit"].median())
     return {
         "world_size": point["world_size"],
         "num_nodes": point["num_nodes"],
@@ -51,7 +50,7 @@ def _row(point: Json, launches: pd.DataFrame) -> Json:
         "measured_steps": _reached(launches["measured_steps"]),
         "num_reached": int(launches["measured_steps"].notna().sum()),
         "num_launches": len(launches),
-        "step_time_s": asdict(step_time),
+        "step_time_s": asdict(step),
         "predicted_time_s": predicted,
         "measured_time_s": measured,
         "predicted_over_measured": over_launches(both) if len(both) else None,
@@ -85,17 +84,12 @@ def best_of(group: Json) -> list[Json]:
         setting |= {"group": group["id"], "series": one["id"], "target_excess": target}
         reached = [setting | row for row in table["rows"] if row["time_s"] is not None]
         rows.setdefault((one["num_features"], target), []).extend(reached)
-    return [
-        {
-            "group": group["id"],
-            "num_features": num_features,
-            "target_excess": target,
-            "fastest": _best(own, "time_s"),
-            "lowest_node_hours": _best(own, "node_hours"),
-        }
-        for (num_features, target), own in sorted(rows.items())
-        if own
-    ]
+    found = []
+    for (num_features, target), own in sorted(rows.items()):
+        if own:
+            best = {"fastest": _best(own, "time_s"), "lowest_node_hours": _best(own, "node_hours")}
+            found.append({"group": group["id"], "num_features": num_features, "target_excess": target, **best})
+    return found
 
 
 def _best(rows: Sequence[Json], criterion: str) -> Json:
