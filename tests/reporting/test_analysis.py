@@ -10,8 +10,8 @@ import pytest
 
 from torchreg.cli import main
 from torchreg.reporting.analysis import analyse, write_data
-from torchreg.reporting.bottlenecks import bottleneck, scaling_limit
 from torchreg.reporting.pages import summary_lines
+from torchreg.reporting.verdict import bottleneck, scaling_limit
 from torchreg.scaling.records import read_records
 from torchreg.scaling.sources import merge
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,8 +44,11 @@ def file_content(figure: Figure, kind: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write name.png and name.svg, each of them atomically."""
+@default_style()
+def save(draw: Callable[[Path], Figure | None], folder: Path, name: str) -> list[Path]:
+    """Write the figure that `draw` makes of a folder there, as name.png and name.svg, each of them atomically."""
+    if (figure := draw(folder)) is None:
+        return []
     paths = [folder / f"{name}.{kind}" for kind in ("png", "svg")]
     for path in paths:
         write_atomically(path, file_content(figure, path.suffix[1:]))

@@ -10,13 +10,10 @@ import pandas as pd
 
 from torchreg import __version__
 from torchreg.core.checkpoint import write_atomically
-from torchreg.reporting.bottlenecks import bottleneck, scaling_limit
-from torchreg.reporting.fits import allreduce_of, models_of
-from torchreg.reporting.groups import comparable_groups
-from torchreg.reporting.points import Json, launches_by_point, point_of
+from torchreg.reporting.groups import Json, comparable_groups, launches_by_point, point_of
 from torchreg.reporting.provenance import cost, excluded, failures, provenance, sources
-from torchreg.reporting.series import series_of
-from torchreg.reporting.targets import best_of, prediction_error, targets_of
+from torchreg.reporting.series import allreduce_of, models_of, series_of
+from torchreg.reporting.verdict import best_of, bottleneck, prediction_error, scaling_limit, targets_of
 from torchreg.runs.record import write_json
 from torchreg.scaling.records import Records, allreduce_table, launches_table, points_table
 

@@ -8,11 +8,10 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from torchreg.reporting.analysis import KIND, SCHEMA_VERSION
-from torchreg.reporting.groups import VERSIONS, comparable_groups
-from torchreg.reporting.points import Json, launches_by_point, point_of
+from torchreg.reporting.groups import VERSIONS, Json, comparable_groups, launches_by_point, point_of
 from torchreg.reporting.provenance import excluded, failures
 from torchreg.scaling.records import launches_table, points_table, read_records
 from torchreg.scaling.statistics import Estimate, ratio_interval
@@ -32,16 +31,6 @@ Measured: TypeAlias = tuple[Estimate, Mapping[int, float] | None]
 """The step time of a point, and its times by block where they are known."""
 
 
-class _Side(NamedTuple):
-    """A campaign directory or a report.json; `mixed` are points that were measured with several sets of versions."""
-
-    points: Mapping[Key, Measured]
-    mixed: set[Key]
-    wrong: list[str]
-    failed: set[tuple[Hashable, ...]]
-    versions: Mapping[str, list[str]]
-
-
 def compare(old: Path, new: Path, threshold: float = 0.05) -> Json:
     """Compare two campaign directories, or report.json files of campaigns; the result is plain data.
 
@@ -53,17 +42,17 @@ def compare(old: Path, new: Path, threshold: float = 0.05) -> Json:
     if not (math.isfinite(threshold) and threshold >= 0):
         raise ValueError(f"threshold is {threshold}: give a fraction of at least 0, such as 0.05 for 5 %")
     before, after = _read(old), _read(new)
-    mixed = before.mixed | after.mixed
+    mixed = before["mixed"] | after["mixed"]
     rows = []
-    for key in sorted(before.points.keys() - mixed, key=lambda key: [(one is not None, one) for one in key]):
-        row: Json = dict(zip((*_WHERE, *_POINT), key, strict=True), old_step_time_s=before.points[key][0].value)
-        if key in after.points:
-            ratio = _ratio(after.points[key], before.points[key])
-            row |= {"new_step_time_s": after.points[key][0].value, "ratio": asdict(ratio)}
+    for key in sorted(before["points"].keys() - mixed, key=lambda key: [(one is not None, one) for one in key]):
+        row: Json = dict(zip((*_WHERE, *_POINT), key, strict=True), old_step_time_s=before["points"][key][0].value)
+        if key in after["points"]:
+            ratio = _ratio(after["points"][key], before["points"][key])
+            row |= {"new_step_time_s": after["points"][key][0].value, "ratio": asdict(ratio)}
             rows.append({**row, "outcome": _outcome(ratio, threshold)})
-        elif tuple(row[field] for field in _LAUNCH) in after.failed:
+        elif tuple(row[field] for field in _LAUNCH) in after["failed"]:
             rows.append({**row, "new_step_time_s": None, "ratio": None, "outcome": "no result any more"})
-    if not rows and not after.wrong:
+    if not rows and not after["wrong"]:
         raise ValueError(
             f"nothing in {old} and {new} can be compared: no setting was measured in both on the same machine, device, "
             "backend and number format, at the same nodes and ranks (machine_name in a campaign's file names a machine "
@@ -72,10 +61,10 @@ def compare(old: Path, new: Path, threshold: float = 0.05) -> Json:
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "scaling-comparison",
-        "is_regression": bool(after.wrong) or any(row["outcome"] in _REGRESSIONS for row in rows),
+        "is_regression": bool(after["wrong"]) or any(row["outcome"] in _REGRESSIONS for row in rows),
         "threshold": threshold,
         "rows": rows,
-        "wrong": after.wrong,
+        "wrong": after["wrong"],
         "notes": list(_notes(before, after, mixed)),
     }
 
@@ -104,18 +93,18 @@ def _outcome(ratio: Estimate, threshold: float) -> str:
     return "same" if ratio.low >= 1 / (1 + threshold) else "not slower"
 
 
-def _notes(old: _Side, new: _Side, mixed: set[Key]) -> Iterator[str]:
+def _notes(old: Json, new: Json, mixed: set[Key]) -> Iterator[str]:
     for name in VERSIONS:
-        if old.versions[name] != new.versions[name]:
-            before, after = (", ".join(side.versions[name]) or "none" for side in (old, new))
+        if old["versions"][name] != new["versions"][name]:
+            before, after = (", ".join(side["versions"][name]) or "none" for side in (old, new))
             yield f"{name} was {before} and is {after}"
     for what, one, other in (("old", old, new), ("new", new, old)):
-        if alone := len(one.points.keys() - other.points.keys() - mixed):
+        if alone := len(one["points"].keys() - other["points"].keys() - mixed):
             yield f"{alone} points are in the {what} campaign only"
     if mixed:
         yield f"{len(mixed)} points were measured with several sets of versions in one campaign, and are excluded"
-    if old.wrong:
-        yield f"of the old results {len(old.wrong)} were wrong, and are excluded"
+    if old["wrong"]:
+        yield f"of the old results {len(old['wrong'])} were wrong, and are excluded"
 
 
 def table(comparison: Json) -> tuple[list[str], list[list[str]]]:
@@ -147,7 +136,7 @@ def conclusion(comparison: Json) -> list[str]:
     return lines + [f"note         {note}" for note in comparison["notes"] + [_HOURS] * (counts["regression"] > 0)]
 
 
-def _read(path: Path) -> _Side:
+def _read(path: Path) -> Json:
     if not path.is_file():
         records = read_records([path])
         points, groups = points_table(records), []
@@ -169,7 +158,8 @@ def _read(path: Path) -> _Side:
         ) from None
 
 
-def _side(report: Json) -> _Side:
+def _side(report: Json) -> Json:
+    """The points of a report, those that were measured with several sets of versions (`mixed`), and what failed."""
     groups, mixed = report["groups"], set()
     points: dict[Key, Measured] = {}
     for group in groups:
@@ -184,7 +174,8 @@ def _side(report: Json) -> _Side:
     wrong = [f"{one['what']}: {one['reason']}" for one in report["excluded"] if one["is_wrong_result"]]
     failed = {tuple(one[field] for field in _LAUNCH) for one in report["failed"] if not one["is_retried"]}
     found = {name: {str(value) for group in groups if (value := group["versions"].get(name))} for name in VERSIONS}
-    return _Side(points, mixed, wrong, failed, {name: sorted(values) for name, values in found.items()})
+    versions = {name: sorted(values) for name, values in found.items()}
+    return {"points": points, "mixed": mixed, "wrong": wrong, "failed": failed, "versions": versions}
 
 
 def _estimate(content: Json) -> Estimate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,13 +18,9 @@ from torchreg.plots.rendering import inline_legend, inline_panels, picture_files
 from torchreg.plots.scaling_figures import draw_allreduce, draw_breakdown, draw_models, draw_scaling
 from torchreg.plots.target_figures import draw_steps, draw_targets
 from torchreg.reporting import tables
-from torchreg.reporting.points import Json
+from torchreg.reporting.groups import Json
 
 _KINDS = ("strong", "weak")
-_TITLES = {
-    "points": "Points", "strong": "Strong scaling", "weak": "Weak scaling", "breakdown": "Breakdown of the step time",
-    "allreduce": "All-reduce", "models": "Models", "targets": "Time to the target",
-}  # fmt: skip
 
 
 def write_pages(report: Json, folder: Path) -> list[Path]:
@@ -32,10 +29,10 @@ def write_pages(report: Json, folder: Path) -> list[Path]:
     Every string of the report may come from records of others: it is escaped. The same report gives the same bytes.
     """
     groups = [(group, _parts(group, number)) for number, group in enumerate(report["groups"], 1)]
-    sections = [section for _, parts in groups for part in parts.values() for section in part]
     files: dict[str, bytes] = {}
-    for picture in (picture for section in sections for picture in section["pictures"]):
-        files |= picture_files(picture)
+    for section in (section for _, parts in groups for part in parts.values() for section in part):
+        for picture in section["pictures"]:
+            files |= picture_files(picture)
     markdown = _render("report.md.j2", _environment("markdown"), report, groups)
     files["report.md"] = re.sub(r"\n{3,}", "\n\n", markdown).encode()
     files["report.html"] = _render("report.html.j2", _environment("html"), report, groups).encode()
@@ -58,9 +55,9 @@ def _environment(language: Literal["html", "markdown", "text"]) -> Environment:
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, extensions=["jinja2.ext.do"],
     )  # fmt: skip
     environment.globals |= {
-        "count": count, "features": features, "in_unit": in_unit, "ranks": ranks, "counted": counted,
-        "percent": _percent, "duration": _duration, "by_sentence": _by_sentence, "slug": slug,
-        "panels": inline_panels, "legend": inline_legend,
+        "count": count, "features": features, "in_unit": in_unit, "ranks": ranks, "counted": counted, "slug": slug,
+        "percent": _percent, "duration": _duration, "by_sentence": _by_sentence, "panels": inline_panels,
+        "legend": inline_legend,
     }  # fmt: skip
     return environment
 
@@ -71,7 +68,6 @@ def _render(template: str, environment: Environment, report: Json, groups: list[
         report=report,
         title=title if groups else "Scaling: no usable launch",
         groups=groups,
-        titles=_TITLES,
         sections=[],
         series={one["id"]: one for group in report["groups"] for one in group["series"]},
         tables=tables.report_tables(report),
@@ -117,13 +113,13 @@ def _by_sentence(items: Iterable[Json], sentence: Callable[[Json], str]) -> list
 
 
 def _parts(group: Json, number: int) -> dict[str, list[Json]]:
-    """The parts of a group that have anything to show, in their order on the page, by scope ("" is all)."""
-    parts: dict[str, list[Json]] = {name: [] for name in _TITLES}
+    """The parts of a group that have anything to show, by scope ("" is all)."""
+    parts: dict[str, list[Json]] = {}
 
     def add(name: str, scope: str, pictures: Iterable[Picture | None], found: Iterable[tables.Table]) -> None:
         drawn, filled = [one for one in pictures if one], [one for one in found if one.rows]
         if drawn or filled:
-            parts[name].append({"scope": scope, "pictures": drawn, "tables": filled})
+            parts.setdefault(name, []).append({"scope": scope, "pictures": drawn, "tables": filled})
 
     add("points", "", [], tables.points_tables(group))
     add("allreduce", "", [draw_allreduce(group, number)], tables.allreduce_tables(group))
@@ -136,7 +132,7 @@ def _parts(group: Json, number: int) -> dict[str, list[Json]]:
         add("breakdown", scope, breakdowns, [tables.breakdown_table(group, scope)])
         add("models", scope, (draw_models(group, number, kind, scope) for kind in _KINDS), models)
         add("targets", scope, [draw_targets(group, number, scope)], targets)
-    return {name: sections for name, sections in parts.items() if sections}
+    return parts
 
 
 def _percent(estimate: Json) -> str:
@@ -153,8 +149,7 @@ def escape_markdown(value: object) -> object:
     """Text that shows as it is in GitHub's Markdown, in a line or in a table: no markup, no link, no break."""
     if hasattr(value, "__html__"):
         return value
-    line = " ".join(str(value).split())
-    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    line = html.escape(" ".join(str(value).split()), quote=False)
     line = re.sub(r"([\\`*_\[\]|~#$!])", r"\\\1", line)
     line = re.sub(r"(?i)(:)(?=//)|(?<=\bwww)(\.)|(@)", r"\\\g<0>", line)
     return Markup(re.sub(r"^(\d+)(?=[.)](?:\s|$))|^(?=[-+=])", r"\1" "\\\\", line))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from torchreg.reporting.points import Json
+from torchreg.reporting.groups import Json
 from torchreg.scaling.records import Records
 from torchreg.scaling.schema import printable
 

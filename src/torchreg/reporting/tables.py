@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torchreg.plots.pictures import best_model, combination_of, placement_text
 from torchreg.plots.quantities import count, in_unit, number
-from torchreg.reporting.points import Json
+from torchreg.reporting.groups import Json
 
 _LONG = 14  # rows; a longer table is folded
 _FEW, _NONE, _NEVER, _NOT_REACHED, _NOT_RECORDED = "abcde"
