@@ -21,11 +21,9 @@ Panel: TypeAlias = tuple[str, Callable[[Axes], None]]  # a title, and a function
 Thing = TypeVar("Thing")
 
 _STYLES: dict[str, tuple[str, str, str]] = {
-    "manual/allreduce": (BLUE, "o", "-"),
-    "manual/mpi": (GREEN, "s", "--"),
-    "sgd/ddp": (ORANGE, "^", "-."),
-    "sgd/mpi": (BLACK, "D", ":"),
-}
+    "manual/allreduce": (BLUE, "o", "-"), "manual/mpi": (GREEN, "s", "--"),
+    "sgd/ddp": (ORANGE, "^", "-."), "sgd/mpi": (BLACK, "D", ":"),
+}  # fmt: skip
 _ALIKE = {"gloo": "sgd/ddp", "nccl": "manual/allreduce", "xccl": "manual/allreduce", "MPI": "manual/mpi"}
 _MORE_STYLES = ((SKY, "v", "-"), (GREY, "P", "--"), (SKY, "X", ":"), (GREY, "*", "-."))
 

@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 
 from torchreg.console import printable
 from torchreg.plots.pictures import Panel, Picture, Style
-from torchreg.plots.style import BLUE, GREEN, GREY, ORANGE, SKY, default_style, file_content
+from torchreg.plots.style import BLACK, BLUE, GREEN, GREY, ORANGE, SKY, default_style, file_content
 
 _PANEL_WIDTH = 3.1  # inches
 _TOP, _BOTTOM, _RIGHT = 0.3, 0.5, 0.12  # inches around the axes of a panel; its left margin is its own
@@ -30,7 +30,8 @@ _SETTINGS: Any = {
     "svg.hashsalt": "torchreg",  # the same report gives the same bytes
     "text.parse_math": False,  # a dollar in a name is a dollar
 }  # fmt: skip
-_VARIABLES = {BLUE: "--blue", GREEN: "--green", ORANGE: "--orange", SKY: "--sky", GREY: "--grey"}
+_NAMES = {BLUE: "blue", GREEN: "green", ORANGE: "orange", SKY: "sky", GREY: "grey"}
+_PAGE_COLOURS = {BLACK: "currentColor"} | {colour: f"var(--{name})" for colour, name in _NAMES.items()}
 _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 
@@ -87,10 +88,8 @@ def _description(axes: Axes) -> str:
 
 def inline_legend(picture: Picture) -> list[tuple[str, str]]:
     """The sample of each style in the legend, as an `<svg>` element hidden from screen readers, and its label."""
-    return [
-        (_with_unique_ids(_swatch(style), f"{picture.name}-swatch-{index}"), style.label)
-        for index, style in enumerate(picture.legend, 1)
-    ]
+    styles = [(f"{picture.name}-swatch-{index}", style) for index, style in enumerate(picture.legend, 1)]
+    return [(_with_unique_ids(_swatch(style), name), style.label) for name, style in styles]
 
 
 @lru_cache(maxsize=64)
@@ -152,9 +151,8 @@ def _page_value(key: str, value: str) -> str:
     if key in ("d", "transform", "x", "y", "width", "height"):
         return re.sub(r"(\.\d\d)\d+", r"\1", value)
     if key in ("style", "fill", "stroke"):
-        value = value.replace("#000000", "currentColor")
-        for colour, variable in _VARIABLES.items():
-            value = value.replace(colour.lower(), f"var({variable})")
+        for colour, name in _PAGE_COLOURS.items():
+            value = value.replace(colour.lower(), name)
     return value
 
 

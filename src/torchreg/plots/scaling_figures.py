@@ -1,8 +1,7 @@
 """The pictures of a scaling report: one panel for each batch and message size, one line for each combination.
 
-A report may have dozens of series. Those with the same scope and kind (strong, weak) share a picture; each combination
-of optimizer and sync has the same style in all of them. A page shows the panels one by one, readable on a phone; a file
-shows them all.
+Series with the same scope and kind (strong, weak) share a picture; each combination of optimizer and sync has the same
+style in all of them. A page shows the panels one by one, readable on a phone; a file shows them all.
 """
 
 from __future__ import annotations

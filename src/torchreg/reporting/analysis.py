@@ -1,8 +1,15 @@
-"""Turn launch records into one dictionary of numbers, from which all pages and figures of a report are made."""
+"""Turn launch records into one dictionary of numbers, from which all pages and figures of a report are made.
+
+Beside the numbers of the groups it has where they come from: sources, cost, what launches have in common, failures.
+"""
 
 from __future__ import annotations
 
+import json
+import re
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +18,21 @@ import pandas as pd
 from torchreg import __version__
 from torchreg.core.checkpoint import write_atomically
 from torchreg.reporting.groups import Json, comparable_groups, launches_by_point, point_of
-from torchreg.reporting.provenance import cost, excluded, failures, provenance, sources
 from torchreg.reporting.series import allreduce_of, models_of, series_of
 from torchreg.reporting.verdict import best_of, bottleneck, prediction_error, scaling_limit, targets_of
 from torchreg.runs.record import write_json
 from torchreg.scaling.records import Records, allreduce_table, launches_table, points_table
+from torchreg.scaling.schema import printable
 
 KIND = "scaling-report"
 SCHEMA_VERSION = 2
+
+_OF_ONE_LAUNCH = re.compile(
+    r"(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|SLURM_(JOB_NUM_NODES|NTASKS)|TORCHELASTIC_.*"
+)
+_OF_SEVERAL_RANKS = ("backend", "effective", "mpi_library", "nccl_version", "ezpz_version")
+_NOT_OF_ONE_RANK = frozenset(f"distributed.{field}" for field in _OF_SEVERAL_RANKS)
+_DISTRIBUTED = (*_OF_SEVERAL_RANKS, "launcher", "requested", "device_name", "cpus_per_rank")
 
 
 def analyse(records: Records) -> Json:
@@ -27,13 +41,10 @@ def analyse(records: Records) -> Json:
     An interval is `{"value", "low", "high", "num_launches"}`; its ends are None where there are too few launches.
     Groups are never compared with each other. Every string may come from a record: pages must escape it.
 
-    - `sources`: one for each directory, campaign and machine
-    - `verdict`: `correct` (`status` yes, no or unknown), `scaling` and `bottlenecks` (one for each series), `targets`
-      (one for each group, number of features and target), `fastest` and `lowest_node_hours` of the first of these,
-      `prediction_errors` (one for each group)
-    - `groups`: `points` (times with intervals, and the breakdown of a step), `series` (strong and weak, with `models`),
-      `allreduce`, `targets`
-    - `cost`, `provenance` (`same`, `differs`), `excluded`, `failed`, `method`
+    - `verdict`: `correct` (`status` yes, no or unknown), `scaling` and `bottlenecks` of each series, `targets` (one for
+      each group, number of features and target; `fastest` and `lowest_node_hours` are the first's), `prediction_errors`
+    - `groups`: `points` (times and the breakdown of a step), `series` (with `models`), `allreduce`, `targets`
+    - `sources` (directory, campaign and machine), `cost`, `provenance`, `excluded`, `failed`, `method`
     """
     launches, points, allreduce = launches_table(records), points_table(records), allreduce_table(records)
     groups = [_group(heading, own, points, allreduce) for heading, own in comparable_groups(launches)]
@@ -97,6 +108,79 @@ def _verdict(groups: list[Json]) -> Json:
         **{name: best[0][name] if best else None for name in ("fastest", "lowest_node_hours")},
         "prediction_errors": [error for group in groups if (error := prediction_error(group))],
     }
+
+
+def sources(launches: pd.DataFrame) -> list[Json]:
+    """One entry for each directory, campaign and machine."""
+    found = []
+    for (folder, campaign, machine), rows in launches.groupby(["source", "campaign", "machine"], sort=True):
+        num_good, job_ids = int((rows["status"] == "ok").sum()), sorted(set(rows["job_id"].dropna()))
+        origin = {"folder": folder, "campaign": campaign, "machine": machine, "job_ids": job_ids}
+        found.append({**origin, "num_launches": num_good, "num_failed": len(rows) - num_good})
+    return found
+
+
+def cost(launches: pd.DataFrame) -> Json:
+    """What all launches took, failed ones included; a partly used node counts whole."""
+    node_s = launches["wall_s"] * launches["num_nodes"]
+    failed = launches["status"] == "failed"
+    return {
+        "num_launches": len(launches),
+        "num_failed": int(failed.sum()),
+        "wall_s": float(launches["wall_s"].sum()),
+        "node_hours": float(node_s.sum() / 3600),
+        "failed_node_hours": float(node_s[failed].sum() / 3600),
+    }
+
+
+def provenance(records: Records) -> Json:
+    """Fields that all launches have in common, and for the others each value with the number of its launches."""
+    launches = [(launch.content["launch"]["world_size"] > 1, _fields(launch.content)) for launch in records.launches]
+    same, differs = {}, []
+    for field in sorted({field for _, fields in launches for field in fields}):
+        counts = Counter(
+            fields.get(field) for is_several, fields in launches if is_several or field not in _NOT_OF_ONE_RANK
+        )
+        found = sorted(counts.items(), key=lambda pair: (pair[0] is None, pair[0] or ""))
+        if len(found) > 1:
+            differs.append({"field": field, "values": [{"value": value, "launches": n} for value, n in found]})
+        elif found and found[0][0] is not None:
+            same[field] = found[0][0]
+    return {"same": same, "differs": differs}
+
+
+def _fields(content: Mapping[str, Any]) -> dict[str, str | None]:
+    """What a record has of its origin, as texts; None where it was not recorded."""
+    campaign, communicator, origin = content["campaign"], content["distributed"], content["provenance"]
+    sections = {
+        "campaign.": {key: campaign[key] for key in ("name", "machine", "fingerprint")},
+        "distributed.": {key: communicator[key] for key in _DISTRIBUTED},
+        "source.": origin["source"],
+        "libraries.": origin["libraries"],
+        "environment.": {k: v for k, v in origin["environment"].items() if not _OF_ONE_LAUNCH.fullmatch(k)},
+        "machine_facts.": content["machine_facts"],
+        "": {key: origin[key] for key in ("python", "platform", "job_id")} | {"dtype": content["dtype"]},
+    }
+    fields = {prefix + key: value for prefix, section in sections.items() for key, value in section.items()}
+    fields["campaign.without"] = " ".join(campaign["without"]) or None
+    fields["devices"] = ", ".join(sorted({place["device"].split(":")[0] for place in communicator["placements"]}))
+    return {key: one if one is None or isinstance(one, str) else json.dumps(one) for key, one in fields.items()}
+
+
+def excluded(records: Records) -> list[Json]:
+    """What is in no statistics, with reasons."""
+    return [{**asdict(one), "file": printable(str(one.file))} for one in records.excluded]
+
+
+def failures(records: Records) -> list[Json]:
+    """The launches that failed, with their reasons; `is_retried` where a later try succeeded."""
+    good, found = {launch.name for launch in records.launches}, []
+    for one in sorted(records.failed, key=lambda one: (one.name, str(one.path))):
+        launch = {key: one.content["launch"][key] for key in ("world_size", "num_nodes", "ranks_per_node")}
+        launch |= {"launch": one.name, "machine": one.content["campaign"]["machine"], "is_retried": one.name in good}
+        files = {"file": printable(str(one.path)), "log": one.log and printable(str(one.log))}
+        found.append({**launch, **files, **{key: one.content[key] for key in ("exit_code", "reason")}})
+    return found
 
 
 def write_data(report: Mapping[str, Any], records: Records, folder: Path) -> list[Path]:

@@ -10,9 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TypeAlias
 
-from torchreg.reporting.analysis import KIND, SCHEMA_VERSION
+from torchreg.reporting.analysis import KIND, SCHEMA_VERSION, excluded, failures
 from torchreg.reporting.groups import VERSIONS, Json, comparable_groups, launches_by_point, point_of
-from torchreg.reporting.provenance import excluded, failures
 from torchreg.scaling.records import launches_table, points_table, read_records
 from torchreg.scaling.statistics import Estimate, ratio_interval
 

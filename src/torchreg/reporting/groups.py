@@ -1,7 +1,7 @@
 """Groups of launches that may be compared, and the points that they measured.
 
-Comparable are launches on the same machine, devices and backend, with the same number format and versions. A point is
-one setting at one world size; its numbers are medians over launches with 95 % intervals.
+Those on the same machine, devices and backend, with the same number format and versions. A point is one setting at one
+world size; its numbers are medians over launches with 95 % intervals.
 """
 
 from __future__ import annotations

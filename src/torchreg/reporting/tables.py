@@ -122,10 +122,9 @@ _FIT = ["model", "parameters", "held-out error"]
 def points_tables(group: Json) -> list[Table]:
     """Step times within a node and across nodes."""
     columns = [*_POINT, "launches", "step time", "spread", "slowest / median rank", "samples/s"]
-    within = [point for point in _points(group) if point["num_nodes"] == 1]
-    across = [point for point in _points(group) if point["num_nodes"] > 1]
-    pairs = (("Within a node", within), ("Across nodes", across))
-    return [make_table(title, columns, points, ("nodes", "launches")) for title, points in pairs]
+    within, across = ([p for p in _points(group) if (p["num_nodes"] > 1) == is_across] for is_across in (False, True))
+    parts = {"Within a node": within, "Across nodes": across}
+    return [make_table(title, columns, points, ("nodes", "launches")) for title, points in parts.items()]
 
 
 def _points(group: Json) -> list[Json]:

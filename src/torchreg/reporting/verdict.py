@@ -100,9 +100,8 @@ def _row(point: Json, launches: pd.DataFrame) -> Json:
     """
     steps, measured_time, step_time = (launches[f] for f in ("predicted_steps", "measured_time_s", "step_time_s"))
     predicted_steps = None if steps.isna().any() else float(steps.median())
-    step = median_interval(step_time)
+    step, measured = median_interval(step_time), _reached(measured_time)
     predicted = None if predicted_steps is None else asdict(scaled(step, predicted_steps))
-    measured = _reached(measured_time)
     both = (steps * step_time / measured_time.where(measured_time > 0)).dropna()
     chosen, limit = measured or predicted, float(launches["stability_limit"].median())
     return {
@@ -168,7 +167,7 @@ def _best(rows: Sequence[Json], criterion: str) -> Json:
     measured = [row for row in rows if row["time_from"] == "measured"]
     best, *others = sorted(measured or rows, key=lambda row: (cost(row), row["world_size"], row["series"]))
     runner_up = next((row for row in others if row["world_size"] != best["world_size"]), None)
-    if runner_up is not None:
+    if runner_up:
         high, low = cost(best, "high"), cost(runner_up, "low")
         runner_up = {**runner_up, "is_distinct": None if high is None or low is None else high < low}
     return {**best, "runner_up": runner_up}
