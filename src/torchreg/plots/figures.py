@@ -132,7 +132,8 @@ def _draw_limit(axes: Axes, plan: dict[str, Any]) -> None:
 def _draw_steps(axes: Axes, plan: dict[str, Any]) -> None:
     if critical := plan["critical"]:
         best = pd.DataFrame(critical, columns=["batch_sizes", "steps"], dtype=float)
-        sizes, steps = (best.loc[best["steps"] > 0, name] for name in best)
+        best = best[best["steps"] > 0]
+        sizes, steps = best["batch_sizes"], best["steps"]
         axes.plot(sizes, steps, "s--", color=BLUE, label="best learning rate")
         if len(sizes):
             halving = steps.iloc[0] * sizes.iloc[0] / sizes
