@@ -9,6 +9,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from operator import itemgetter
+from statistics import median
 from typing import TypeVar
 
 import numpy as np
@@ -149,7 +150,7 @@ def allreduce_of(table: pd.DataFrame) -> list[Json]:
     for _, rows in table.groupby(_ALLREDUCE_KEY, sort=True):
         times = rows.set_index("block")["time_s"]
         sizes = [
-            {"message_bytes": size, "time_s": over_launches(own), "bandwidth": size / float(own.median())}
+            {"message_bytes": size, "time_s": over_launches(own), "bandwidth": size / median(own)}
             for size, own in rows.groupby("message_bytes")["time_s"]
         ]
         key = {name: rows[name].tolist()[0] for name in _ALLREDUCE_KEY}
