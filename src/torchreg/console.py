@@ -20,9 +20,6 @@ from rich.table import Table
 
 from torchreg.distributed.launcher import detect_launcher
 
-_SECONDS_BETWEEN_LINES = 10.0
-_INDENT = 13  # columns of a line's label
-_UNLIMITED = 100_000  # columns of what is not a terminal
 _NOT_WRAPPED = (14, 9)  # the longest entry of a table that is kept on one line; the second where room is short
 _MAX_TERMS = 8  # of an equation
 
@@ -34,19 +31,16 @@ def printable(text: str) -> str:
 
 def digits(value: float) -> str:
     """A number of any magnitude: with 6 decimals where these are 7 to 16 significant digits, else with 8 or 16."""
-    if 1 <= abs(value) < 1e10:
-        return f"{value:.6f}"
-    return f"{value:.16g}" if abs(value) >= 1e10 else f"{value:.8g}"
+    return format(value, ".16g" if abs(value) >= 1e10 else ".6f" if abs(value) >= 1 else ".8g")
 
 
 def equation(target: str, names: Sequence[str], weight: Sequence[float], bias: float) -> str:
     """The line target = weight · features + bias; of many features the first terms only."""
     values = [*weight[:_MAX_TERMS], bias]
-    signed = [f"{'-' if value < 0 else '+'} {digits(abs(value))}" for value in values]
-    terms = [f"{value} {name}" for value, name in zip(signed[:-1], names, strict=False)]
-    if len(names) > _MAX_TERMS:
-        terms.append(f"+ … ({len(names) - _MAX_TERMS:,} more)")
-    return f"{target} = {' '.join([*terms, signed[-1]]).removeprefix('+ ')}"
+    *terms, constant = [f"{'-' if value < 0 else '+'} {digits(abs(value))}" for value in values]
+    terms = [f"{value} {name}" for value, name in zip(terms, names, strict=False)]
+    more = [f"+ … ({len(names) - _MAX_TERMS:,} more)"] if len(names) > _MAX_TERMS else []
+    return f"{target} = {' '.join([*terms, *more, constant]).removeprefix('+ ')}"
 
 
 def show_lines(lines: Iterable[str]) -> None:
@@ -66,24 +60,21 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     On a terminal its entries are wrapped between words to the terminal's width, and where that is too narrow each row
     becomes a list. Elsewhere it is as wide as it needs to be.
     """
-    console = _console(sys.stdout)
-    styles = ["red" if row[0].startswith("!") else None for row in rows]
+    console, indent = _console(sys.stdout), max(map(len, columns)) + 2
     entries = [[printable(entry.removeprefix("!")) for entry in row] for row in rows]
     gap, widths = _layout(columns, entries, console.width)
-    if widths:
-        table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, int(gap > 1), 0, int(gap > 2)))
-        for column, width in zip(columns, widths, strict=True):
-            table.add_column(column, justify="right", width=width)
-        for row, style in zip(entries, styles, strict=True):
-            table.add_row(*row, style=style)
-        console.print(table, crop=False)
-        return
-    indent = max(map(len, columns)) + 2
-    for row, style in zip(entries, styles, strict=True):
-        console.print()
-        for column, entry in zip(columns, row, strict=True):
-            console.print(_wrapped(f"{column:{indent}}{entry}", console.width, indent), style=style, soft_wrap=True)
-    console.print()
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, int(gap > 1), 0, int(gap > 2)))
+    for column, width in zip(columns, widths, strict=False):
+        table.add_column(column, justify="right", width=width)
+    for row, texts in zip(rows, entries, strict=True):
+        style = "red" if row[0].startswith("!") else None
+        if widths:
+            table.add_row(*texts, style=style)
+        else:
+            lines = [f"{column:{indent}}{text}" for column, text in zip(columns, texts, strict=True)]
+            lines = ["", *(_wrapped(line, console.width, indent) for line in lines)]
+            console.print("\n".join(lines), style=style, soft_wrap=True)
+    console.print(table if widths else "", crop=False)
 
 
 def _layout(columns: Sequence[str], rows: Sequence[Sequence[str]], room: int) -> tuple[int, list[int]]:
@@ -105,18 +96,15 @@ def _layout(columns: Sequence[str], rows: Sequence[Sequence[str]], room: int) ->
 
 
 def _console(stream: TextIO) -> Console:
-    """A terminal as wide as it is, or plain text of any width.
-
-    The terminals that a launcher gives its ranks (Open MPI 5) are pipes to a log.
-    """
+    """A terminal as wide as it is, or plain text of any width, as for ranks: Open MPI 5 gives them pipes to a log."""
     is_terminal = False
     with contextlib.suppress(ValueError):
         is_terminal = stream.isatty() and detect_launcher(os.environ).is_none
-    width = None if is_terminal else _UNLIMITED
+    width = None if is_terminal else 100_000  # columns: unlimited
     return Console(file=stream, width=width, force_terminal=is_terminal, highlight=False, markup=False, emoji=False)
 
 
-def _wrapped(line: str, room: int, indent: int = _INDENT) -> str:
+def _wrapped(line: str, room: int, indent: int = 13) -> str:  # a line's label has 13 columns
     line = printable(line)
     if len(line) <= room or " " not in line[indent:] or line.startswith("command "):
         return line
@@ -142,15 +130,14 @@ class Reporter:
 class Terminal(Reporter):
     """Prints on stdout, or on stderr where stdout belongs to a JSON object.
 
-    `counts` names what `progress` counts. On a terminal a bar that updates in place; elsewhere lines at least ten
-    seconds apart, and the last step, so that the log of a thousand-node job stays readable.
+    `counts` names what `progress` counts: in a bar on a terminal; elsewhere in lines at least ten seconds apart, and
+    for the last step, so that the log of a thousand-node job stays readable.
     """
 
     def __init__(self, *, stderr: bool = False, counts: str = "step") -> None:
-        self._counts = counts
+        self._counts, self._next_line_s = counts, 0.0
         self._console = _console(sys.stderr if stderr else sys.stdout)
         self._bar: Progress | None = None
-        self._next_line_s = 0.0
 
     def info(self, text: str, style: str | None = None) -> None:
         """Print a line."""
@@ -172,7 +159,7 @@ class Terminal(Reporter):
                 self._bar.start()
             self._bar.update(self._bar.task_ids[0], completed=step, loss=f"{loss:.6g}")
         elif step == num_steps or time.monotonic() >= self._next_line_s:
-            self._next_line_s = time.monotonic() + _SECONDS_BETWEEN_LINES
+            self._next_line_s = time.monotonic() + 10
             self.info(f"{self._counts} {step}/{num_steps}  loss {loss:.6g}")
 
     def close(self) -> None:

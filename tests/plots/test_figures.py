@@ -1,7 +1,6 @@
 """If these fail, a figure does not show its numbers, or shows them where nobody can read them."""
 
 import itertools
-import json
 import re
 import sys
 import xml.etree.ElementTree as ET
@@ -17,9 +16,7 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from torchreg.cli import main
-from torchreg.plots.plan_figure import draw_plan, plan_figure
-from torchreg.plots.sweep_figures import sweep_figure
-from torchreg.plots.training_figure import training_figure
+from torchreg.plots.figures import draw_plan, plan_figure, sweep_figure, training_figure
 from torchreg.sweeps.sweep_tables import read_sweep, trials_table
 
 COMMANDS = {
@@ -41,7 +38,7 @@ def drawn(tmp_path_factory):
         if command[0] == "train":
             figures[key] = training_figure(folder), folder, "training"
         elif command[0] == "plan":
-            figures[key] = plan_figure(json.loads((folder / "plan.json").read_text())), folder, "plan"
+            figures[key] = plan_figure(folder), folder, "plan"
         else:
             figures[key] = sweep_figure(folder), folder, key
     return figures
@@ -329,7 +326,7 @@ def test_a_sweep_over_many_powers_of_ten_shows_where_it_ends(monkeypatch):
     data = ["--data", "close.csv", "--features", "x", "--target", "y", "--num-seeds", "1"]
     batch = ["--batch-sizes", "32", "--epochs", "20", "--standardize", "--base-learning-rate", "0.3", "0.3"]
     figures = []
-    monkeypatch.setattr("torchreg.plots.sweep_figures.save", lambda figure, *_: figures.append(figure) or [])
+    monkeypatch.setattr("torchreg.plots.figures.save", lambda draw, folder, _: figures.append(draw(folder)) or [])
     assert main(["sweep", "batch", *data, *batch, "--name", "batch"]) == 0
     assert (
         main(["sweep", "lr-scaling", *data, "--multipliers", "1,8", "--max-steps", "60", "--name", "lr-scaling"]) == 0

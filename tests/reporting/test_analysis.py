@@ -9,10 +9,9 @@ import pandas as pd
 import pytest
 
 from torchreg.cli import main
-from torchreg.reporting.analysis import analyse
-from torchreg.reporting.bottlenecks import bottleneck, scaling_limit
+from torchreg.reporting.analysis import analyse, write_data
 from torchreg.reporting.pages import summary_lines
-from torchreg.reporting.write import write_data
+from torchreg.reporting.verdict import bottleneck, scaling_limit
 from torchreg.scaling.records import read_records
 from torchreg.scaling.sources import merge
 

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from torchreg.cli import main
-from torchreg.reporting.analysis import analyse
+from torchreg.reporting.analysis import analyse, write_data
 from torchreg.reporting.comparison import compare
-from torchreg.reporting.write import write_data
 from torchreg.scaling.records import read_records
 
 from .synthetic import Campaign, Machine, set_check, write_launch

@@ -297,6 +297,7 @@ def test_numbers_have_units_and_intervals_and_what_is_missing_has_a_reason(repor
         assert "never: training diverges, or its noise floor lies above the target" in text_
         assert "not measured, or not defined at this point" in text_
         assert "s/byte" in text_
+    assert "(constant global batch: ideal is p/p0 times the throughput), baseline p0 = 1. " in shown
     assert "not identifiable: " in shown
     assert "stable up to 4 ranks" in shown
 

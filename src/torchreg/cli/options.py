@@ -67,9 +67,9 @@ def parse_config(kind: type[C], program: str, argv: list[str], default: TrainCon
             default = default.replace(global_batch_size=None)
     options = parse(kind, program, argv, kind(config=default))
     if options.config.run.plot:
-        from torchreg.plots.style import require_matplotlib
+        from torchreg.plots.style import require_libraries
 
-        require_matplotlib()
+        require_libraries("plot", "matplotlib")
     return options
 
 

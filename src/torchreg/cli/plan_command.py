@@ -30,7 +30,7 @@ def run(argv: list[str]) -> int:
 
     planned, pictures = plan(config, world_sizes), []
     if config.run.plot:
-        from torchreg.plots.plan_figure import draw_plan
+        from torchreg.plots.figures import draw_plan
 
         folder = create_run_folder(config.run.runs_dir, config.run.name, "plan", overwrite=config.run.overwrite)
         write_json(folder / PLAN_FILE, asdict(planned))

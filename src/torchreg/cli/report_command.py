@@ -50,12 +50,10 @@ def run(argv: list[str]) -> int:
     if arguments.out is None and len(arguments.dirs) > 1:
         raise ValueError(f"report got {len(arguments.dirs)} directories: give the directory of their report with --out")
 
-    from torchreg.reporting.write import require_report_libraries, write_data
-
-    require_report_libraries()
+    _require_libraries()
 
     from torchreg.console import show_lines
-    from torchreg.reporting.analysis import analyse
+    from torchreg.reporting.analysis import analyse, write_data
     from torchreg.runs.record import to_json
     from torchreg.scaling.records import read_records
 
@@ -77,12 +75,16 @@ def run(argv: list[str]) -> int:
     return 0
 
 
+def _require_libraries() -> None:
+    from torchreg.plots.style import require_libraries
+
+    require_libraries("report", "jinja2", "matplotlib", "msgspec", "pyarrow", "scipy")
+
+
 def _compare(argv: list[str]) -> int:
     arguments = parse(CompareArguments, "torchreg report compare", argv)
 
-    from torchreg.reporting.write import require_report_libraries
-
-    require_report_libraries()
+    _require_libraries()
 
     from torchreg.console import show_lines, show_table
     from torchreg.reporting.comparison import compare, conclusion, table

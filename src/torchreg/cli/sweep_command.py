@@ -81,7 +81,7 @@ def run(argv: list[str]) -> int:
         return 0
     pictures = []
     if importlib.util.find_spec("matplotlib") is not None:
-        from torchreg.plots.sweep_figures import draw_sweep
+        from torchreg.plots.figures import draw_sweep
 
         pictures = draw_sweep(folder)
     table = summary(trials_table(folder))

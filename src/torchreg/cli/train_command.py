@@ -37,7 +37,7 @@ def run(argv: list[str]) -> int:
     if communicator.is_main:
         pictures = []
         if config.run.plot and not (is_stopped or result.diverged):
-            from torchreg.plots.training_figure import draw_training
+            from torchreg.plots.figures import draw_training
 
             pictures = draw_training(Path(result.run_dir))
         if options.json:

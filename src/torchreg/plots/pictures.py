@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,13 +18,12 @@ from torchreg.plots.style import BLACK, BLUE, GREEN, GREY, ORANGE, SKY
 
 Json: TypeAlias = dict[str, Any]
 Panel: TypeAlias = tuple[str, Callable[[Axes], None]]  # a title, and a function that draws on axes
+Thing = TypeVar("Thing")
 
 _STYLES: dict[str, tuple[str, str, str]] = {
-    "manual/allreduce": (BLUE, "o", "-"),
-    "manual/mpi": (GREEN, "s", "--"),
-    "sgd/ddp": (ORANGE, "^", "-."),
-    "sgd/mpi": (BLACK, "D", ":"),
-}
+    "manual/allreduce": (BLUE, "o", "-"), "manual/mpi": (GREEN, "s", "--"),
+    "sgd/ddp": (ORANGE, "^", "-."), "sgd/mpi": (BLACK, "D", ":"),
+}  # fmt: skip
 _ALIKE = {"gloo": "sgd/ddp", "nccl": "manual/allreduce", "xccl": "manual/allreduce", "MPI": "manual/mpi"}
 _MORE_STYLES = ((SKY, "v", "-"), (GREY, "P", "--"), (SKY, "X", ":"), (GREY, "*", "-."))
 
@@ -43,19 +42,22 @@ class Style:
 
 @dataclass(frozen=True)
 class Picture:
-    """Panels with one legend and one caption; `name` is that of its files.
+    """Panels with one legend, of a group's number; `height` of the axes and `margin` at their left are in inches."""
 
-    `height` of the axes and the `margin` at their left are in inches.
-    """
-
-    name: str
+    number: int
+    kind: str
+    scope: str
     title: str
-    caption: str
     legend: tuple[Style, ...]
     panels: tuple[Panel, ...]
     columns: int
     height: float = 2.4
     margin: float = 0.68
+
+    @property
+    def name(self) -> str:
+        """The name of its files, without their ending."""
+        return slug(f"figure {self.number} {self.kind} {self.scope}")
 
 
 def styles_of(names: Iterable[str]) -> dict[str, Style]:
@@ -70,14 +72,21 @@ def combination_of(thing: Mapping[str, Any]) -> str:
     return f"{thing['optimizer']}/{thing['sync']}"
 
 
-def legend_of(series: Iterable[Json], styles: Mapping[str, Style], *others: Style) -> tuple[Style, ...]:
-    """The styles of the combinations of some series, then others."""
-    return (*(styles[name] for name in dict.fromkeys(map(combination_of, series))), *others)
+def styled(things: Iterable[Json], name_of: Callable[[Json], str] = combination_of) -> list[Json]:
+    """Series, or fits of a backend, each with the `style` of its name."""
+    named = [(name_of(thing), thing) for thing in things]
+    styles = styles_of(name for name, _ in named)
+    return [{**thing, "style": styles[name]} for name, thing in named]
 
 
-def by_title(titled: Iterable[tuple[str, Any]]) -> dict[str, list[Any]]:
+def legend_of(things: Iterable[Json], *others: Style) -> tuple[Style, ...]:
+    """The styles of some things, then others."""
+    return (*dict.fromkeys(thing["style"] for thing in things), *others)
+
+
+def by_title(titled: Iterable[tuple[str, Thing]]) -> dict[str, list[Thing]]:
     """Things by title, in the order of their first one."""
-    found: dict[str, list[Any]] = {}
+    found: dict[str, list[Thing]] = {}
     for title, thing in titled:
         found.setdefault(title, []).append(thing)
     return found
@@ -111,37 +120,37 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def draw_estimates(
-    axes: Axes, points: Sequence[tuple[float, Json]], style: Style, offset: float, *, line: bool = True
-) -> None:
-    """Markers with intervals, where these have ends, at sizes times `offset` so that equal values stay visible."""
+def draw_estimates(axes: Axes, rows: Sequence[Json], x: str, y: str, style: Style, offset: float,
+                   *, line: bool = False) -> None:  # fmt: skip
+    """Markers at x times `offset`, so that equal values stay visible, with intervals where these have ends."""
+    points = [(row[x] * offset, row[y]) for row in rows if row[y]]
+    if not points:
+        return
     ends = np.array([[one[end] for end in ("low", "value", "high")] for _, one in points], dtype=float)
     errors = np.nan_to_num(np.diff(ends, axis=1).T).clip(min=0)  # lengths down and up
     axes.errorbar(
-        [size * offset for size, _ in points], ends[:, 1], yerr=errors if errors.any() else None, color=style.colour,
+        [size for size, _ in points], ends[:, 1], yerr=errors if errors.any() else None, color=style.colour,
         marker=style.marker, linestyle=style.dashes if line else "none", linewidth=style.width, markersize=4.5,
         elinewidth=1, capsize=2, label=style.label,
     )  # fmt: skip
 
 
-def offsets(number: int, octaves: float = 0.07) -> list[float]:
-    """Factors around 1, with so many octaves from one to the next."""
-    return [2 ** (octaves * (index - (number - 1) / 2)) for index in range(number)]
+def with_offsets(things: Sequence[Thing], octaves: float = 0.07) -> Iterator[tuple[Thing, float]]:
+    """Each thing with a factor around 1, with so many octaves from one to the next."""
+    return ((thing, 2 ** (octaves * (index - (len(things) - 1) / 2))) for index, thing in enumerate(things))
 
 
 def size_axis(axes: Axes, sizes: Iterable[float], label: str, num_ticks: int = 10, margin: float = 1.25) -> None:
     """A logarithmic x axis with ticks at the sizes, as far as their labels have room."""
-    ordered = sorted(set(sizes))
-    step = 0.999 * (ordered[-1] / ordered[0]) ** (1 / (num_ticks - 1))
-    ticks: list[float] = []
-    for size in ordered:
-        if not ticks or size / ticks[-1] >= step:
-            ticks.append(size)
-    axes.set_xscale("log")
-    axes.set_xticks(ticks)
+    first, *others = sorted(set(sizes))
+    last = max(others, default=first)
+    kept = [first]
+    for size in others:
+        if size / kept[-1] >= 0.999 * (last / first) ** (1 / (num_ticks - 1)):
+            kept.append(size)
+    axes.set(xscale="log", xticks=kept, xlim=(first / margin, last * margin), xlabel=label)
     axes.set_xticks([], minor=True)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(xlim=(ordered[0] / margin, ordered[-1] * margin), xlabel=label)
 
 
 def log_axis(axes: Axes, unit: str) -> None:
@@ -152,7 +161,12 @@ def log_axis(axes: Axes, unit: str) -> None:
     digits = range(1, 9) if decades < 0.5 else (1, 2, 5) if decades < 1.8 else (1, 3) if decades < 2.6 else (1,)
     axes.yaxis.set_major_locator(LogLocator(subs=digits, numticks=12))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(lambda value, _position: in_unit([value], unit))
+    axes.yaxis.set_major_formatter(ticks(unit))
+
+
+def ticks(unit: str) -> Callable[[float, object], str]:
+    """A formatter of ticks; `unit` as for `in_unit`."""
+    return lambda value, _position: in_unit([value], unit)
 
 
 def power_of_two(value: float, _position: float | None = None) -> str:

@@ -21,15 +21,12 @@ def in_unit(values: Sequence[float], unit: str) -> str:
     `unit` is s, s/anything, B, B/s, samples/s, % (of fractions), k (thousands, millions or billions of a unit that is
     named elsewhere), any other word as it is, or "" for a bare number.
     """
-    largest = max(abs(value) for value in values)
-    time, per, thing = unit.partition("/")
-    if time == "s" and per:
-        multiples = tuple((scale, f"{name}/{thing}") for scale, name in _UNITS["s"])
-    else:
-        multiples = _UNITS.get(unit, ((1.0, unit),))
+    largest = max(map(abs, values))
+    base, thing = ("s", unit[1:]) if unit.startswith("s/") else (unit, "")
+    multiples = _UNITS.get(base, ((1.0, base),))
     # half a unit of the third digit: 0.9999 ms is written 1 ms, not 1000 µs
     scale, name = next((pair for pair in multiples if largest >= 0.9995 * pair[0]), multiples[-1])
-    return f"{' – '.join(number(value / scale) for value in values)} {name}".rstrip()
+    return f"{' – '.join(number(value / scale) for value in values)} {name}{thing}".rstrip()
 
 
 def number(value: float) -> str:
@@ -46,14 +43,9 @@ def count(value: float) -> str:
     return f"{value:,.0f}" if float(value).is_integer() else number(value)
 
 
-def bytes_text(num_bytes: float) -> str:
-    """A message size."""
-    return in_unit([num_bytes], "B")
+def counted(number: int, thing: str) -> str:
+    """1 launch, 4 launches."""
+    return f"{number} {thing}" + ("" if number == 1 else "es" if thing.endswith("ch") else "s")
 
 
-def _counted(thing: str, number: int) -> str:
-    return f"{number} {thing}{'s' * (number != 1)}"
-
-
-# 1 rank, 4 ranks
-features, ranks, nodes = (partial(_counted, thing) for thing in ("feature", "rank", "node"))
+features, ranks, nodes = (partial(counted, thing=thing) for thing in ("feature", "rank", "node"))

@@ -18,36 +18,28 @@ from matplotlib.patches import Rectangle
 
 from torchreg.console import printable
 from torchreg.plots.pictures import Panel, Picture, Style
-from torchreg.plots.style import BLUE, GREEN, GREY, ORANGE, SKY, default_style, file_content
+from torchreg.plots.style import BLACK, BLUE, GREEN, GREY, ORANGE, SKY, default_style, file_content
 
 _PANEL_WIDTH = 3.1  # inches
 _TOP, _BOTTOM, _RIGHT = 0.3, 0.5, 0.12  # inches around the axes of a panel; its left margin is its own
 _SETTINGS: Any = {
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.labelsize": 8.5,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 9,
-    "font.size": 8,
-    "grid.alpha": 0.3,
-    "grid.color": GREY,
-    "grid.linewidth": 0.6,
-    "hatch.linewidth": 0.6,
-    "legend.fontsize": 8.5,
+    "axes.axisbelow": True, "axes.grid": True, "axes.labelsize": 8.5, "axes.spines.right": False,
+    "axes.spines.top": False, "axes.titlesize": 9, "font.size": 8, "grid.alpha": 0.3, "grid.color": GREY,
+    "grid.linewidth": 0.6, "hatch.linewidth": 0.6, "legend.fontsize": 8.5,
     "svg.fonttype": "none",  # text stays text: small, searchable, and accessible
     "svg.hashsalt": "torchreg",  # the same report gives the same bytes
     "text.parse_math": False,  # a dollar in a name is a dollar
-}
-_VARIABLES = {BLUE: "--blue", GREEN: "--green", ORANGE: "--orange", SKY: "--sky", GREY: "--grey"}
+}  # fmt: skip
+_NAMES = {BLUE: "blue", GREEN: "green", ORANGE: "orange", SKY: "sky", GREY: "grey"}
+_PAGE_COLOURS = {BLACK: "currentColor"} | {colour: f"var(--{name})" for colour, name in _NAMES.items()}
 _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 
 @default_style(**_SETTINGS)
 def picture_files(picture: Picture) -> dict[str, bytes]:
     """PNG and SVG of all panels with the legend above them, by the file's name."""
-    num_rows = math.ceil(len(picture.panels) / picture.columns)
-    width, row_height = picture.columns * _PANEL_WIDTH, picture.height + _TOP + _BOTTOM
+    num_rows, row_height = math.ceil(len(picture.panels) / picture.columns), picture.height + _TOP + _BOTTOM
+    width = picture.columns * _PANEL_WIDTH
     legend_columns = min(len(picture.legend), max(1, round(width / 1.9)))
     height = num_rows * row_height + 0.35 + 0.2 * math.ceil(len(picture.legend) / legend_columns)
     figure = Figure(figsize=(width, height))
@@ -59,10 +51,8 @@ def picture_files(picture: Picture) -> dict[str, bytes]:
     for index, panel in enumerate(picture.panels):
         row, column = divmod(index, picture.columns)
         _add_panel(figure, picture, panel, column * _PANEL_WIDTH, (num_rows - 1 - row) * row_height)
-    return {
-        f"{picture.name}.png": file_content(figure, "png"),
-        f"{picture.name}.svg": file_content(figure, "svg", metadata={"Date": None}),
-    }
+    svg = file_content(figure, "svg", metadata={"Date": None})
+    return {f"{picture.name}.png": file_content(figure, "png"), f"{picture.name}.svg": svg}
 
 
 @default_style(**_SETTINGS)
@@ -72,12 +62,10 @@ def inline_panels(picture: Picture) -> list[str]:
     for index, panel in enumerate(picture.panels, 1):
         figure = Figure(figsize=(_PANEL_WIDTH, picture.height + _TOP + _BOTTOM))
         axes = _add_panel(figure, picture, panel, 0.0, 0.0)
-        root = _svg(figure)
-        root.attrib |= {"role": "img", "aria-labelledby": "title"}
         title = ET.Element("title", {"id": "title"})
         title.text = printable(f"{panel[0]}: {_description(axes)}")
-        root.insert(0, title)
-        elements.append(_with_unique_ids(ET.tostring(root, encoding="unicode"), f"{picture.name}-{index}"))
+        element = _svg(figure, title, role="img", **{"aria-labelledby": "title"})
+        elements.append(_with_unique_ids(element, f"{picture.name}-{index}"))
     return elements
 
 
@@ -100,10 +88,8 @@ def _description(axes: Axes) -> str:
 
 def inline_legend(picture: Picture) -> list[tuple[str, str]]:
     """The sample of each style in the legend, as an `<svg>` element hidden from screen readers, and its label."""
-    return [
-        (_with_unique_ids(_swatch(style), f"{picture.name}-swatch-{index}"), style.label)
-        for index, style in enumerate(picture.legend, 1)
-    ]
+    styles = [(f"{picture.name}-swatch-{index}", style) for index, style in enumerate(picture.legend, 1)]
+    return [(_with_unique_ids(_swatch(style), name), style.label) for name, style in styles]
 
 
 @lru_cache(maxsize=64)
@@ -111,21 +97,19 @@ def inline_legend(picture: Picture) -> list[tuple[str, str]]:
 def _swatch(style: Style) -> str:
     figure = Figure(figsize=(0.42, 0.15))
     figure.add_artist(_handle(style))
-    root = _svg(figure)
-    width, height = root.attrib["viewBox"].split()[2:]
-    root.attrib |= {"aria-hidden": "true", "width": f"{width}pt", "height": f"{height}pt"}
-    return ET.tostring(root, encoding="unicode")
+    width, height = (f"{72 * inches:g}pt" for inches in figure.get_size_inches())
+    return _svg(figure, **{"aria-hidden": "true", "width": width, "height": height})
 
 
 def _add_panel(figure: Figure, picture: Picture, panel: Panel, left: float, bottom: float) -> Axes:
     """Axes whose box with its margins begins at `left` and `bottom` (inches)."""
     title, draw = panel
     width, height = figure.get_size_inches()
-    right = _RIGHT + 0.5 * (picture.margin > 1)  # bars have a number at their right
-    axes_width = _PANEL_WIDTH - picture.margin - right
-    axes = figure.add_axes(
-        ((left + picture.margin) / width, (bottom + _BOTTOM) / height, axes_width / width, picture.height / height)
-    )
+    axes_width = (
+        _PANEL_WIDTH - picture.margin - _RIGHT - 0.5 * (picture.margin > 1)
+    )  # bars have a number at their right
+    corner = ((left + picture.margin) / width, (bottom + _BOTTOM) / height)
+    axes = figure.add_axes((*corner, axes_width / width, picture.height / height))
     middle = (_PANEL_WIDTH / 2 - picture.margin) / axes_width  # of the panel, so that a long title has room
     axes.set_title(title, x=middle, y=1.02)  # an automatic y takes a quarter of the time
     draw(axes)
@@ -145,22 +129,21 @@ def _handle(style: Style) -> Artist:
     )  # fmt: skip
 
 
-def _svg(figure: Figure) -> ET.Element:
+def _svg(figure: Figure, *children: ET.Element, **attributes: str) -> str:
     """A figure as an SVG element without namespaces, metadata, style sheets, and ids to which nothing refers."""
     root = ET.fromstring(file_content(figure, "svg", transparent=True, metadata=_NO_METADATA))
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag.endswith(("}metadata", "}style")):  # a style sheet would apply to the whole page
-                parent.remove(child)
+    for definitions in root.findall("{*}defs"):  # a style sheet would apply to the whole page
+        definitions[:] = [child for child in definitions if not child.tag.endswith("}style")]
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
-        attributes = {key.rpartition("}")[2]: _page_value(key, value) for key, value in element.attrib.items()}
         # matplotlib names its groups, as axes_1, to which nothing refers, unlike clips, markers and hatches
-        element.attrib = {key: value for key, value in attributes.items() if key != "id" or "_" not in value}
+        kept = [(key.rpartition("}")[2], value) for key, value in element.items() if key != "id" or "_" not in value]
+        element.attrib = {key: _page_value(key, value) for key, value in kept}
         element.text, element.tail = ((text or "").strip() and text for text in (element.text, element.tail))
     namespace, box = "http://www.w3.org/2000/svg", root.attrib["viewBox"]
-    root.attrib = {"xmlns": namespace, "viewBox": box, "fill": "currentColor"}
-    return root
+    root.attrib = {"xmlns": namespace, "viewBox": box, "fill": "currentColor", **attributes}
+    root[:0] = children
+    return ET.tostring(root, encoding="unicode")
 
 
 def _page_value(key: str, value: str) -> str:
@@ -168,9 +151,8 @@ def _page_value(key: str, value: str) -> str:
     if key in ("d", "transform", "x", "y", "width", "height"):
         return re.sub(r"(\.\d\d)\d+", r"\1", value)
     if key in ("style", "fill", "stroke"):
-        value = value.replace("#000000", "currentColor")
-        for colour, variable in _VARIABLES.items():
-            value = value.replace(colour.lower(), f"var({variable})")
+        for colour, name in _PAGE_COLOURS.items():
+            value = value.replace(colour.lower(), name)
     return value
 
 

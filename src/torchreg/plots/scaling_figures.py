@@ -1,15 +1,14 @@
 """The pictures of a scaling report: one panel for each batch and message size, one line for each combination.
 
-A report may have dozens of series. Those with the same scope and kind (strong, weak) share a picture; each combination
-of optimizer and sync has the same style in all of them. A page shows the panels one by one, readable on a phone; a file
-shows them all.
+Series with the same scope and kind (strong, weak) share a picture; each combination of optimizer and sync has the same
+style in all of them. A page shows the panels one by one, readable on a phone; a file shows them all.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -17,8 +16,8 @@ from matplotlib.axes import Axes
 
 from torchreg.console import printable
 from torchreg.plots import pictures
-from torchreg.plots.pictures import Json, Picture, Style, combination_of, draw_estimates, offsets
-from torchreg.plots.quantities import bytes_text, features, in_unit
+from torchreg.plots.pictures import Json, Picture, Style, combination_of, draw_estimates, with_offsets
+from torchreg.plots.quantities import features, in_unit
 from torchreg.plots.style import BLACK, BLUE, GREEN, GREY, ORANGE, SKY
 
 _IDEAL = Style("ideal, from the baseline", GREY, dashes="--", width=1)
@@ -32,15 +31,13 @@ _PARTS = {  # of a step; a hatched one is contained in the others
     "undivided": Style("compute and communication", GREEN),
     "imbalance_time_s": Style("slowest minus median rank", BLACK, hatch="///"),
 }
-_MEASURES = {  # what is drawn, and the label of its axis
-    "throughput": "throughput (samples/s)",
-    "speedup": "speedup over p0",
-    "efficiency": "efficiency",
-    "karp_flatt": "Karp–Flatt serial fraction",
-}
-_CONSTANT = {
-    "strong": "constant global batch: ideal is p/p0 times the throughput",
-    "weak": "constant batch per rank: ideal is the same step time for p/p0 times the samples",
+_MEASURES: dict[
+    str, tuple[str, dict[float, Style]]
+] = {  # what is drawn: the label of its axis, and the lines to compare with
+    "throughput": ("throughput (samples/s)", {}),
+    "speedup": ("speedup over p0", {}),
+    "efficiency": ("efficiency", {1: _IDEAL, 0.8: _EFFICIENT}),
+    "karp_flatt": ("Karp–Flatt serial fraction", {0: _IDEAL}),
 }
 
 
@@ -49,52 +46,35 @@ def draw_scaling(group: Json, number: int, kind: str, scope: str) -> Picture | N
     panels = _panels(group, kind, scope)
     if not panels:
         return None
-    series, styles = [*itertools.chain(*panels.values())], pictures.styles_of(map(combination_of, group["series"]))
-    has_karp_flatt = any(point["karp_flatt"] for one in series for point in one["points"])
-    used = {"throughput": True, "speedup": kind == "strong", "efficiency": True, "karp_flatt": has_karp_flatt}
-    karp_flatt = " Karp–Flatt is the serial fraction that corresponds to the speedup: ideally small and constant."
-    baselines = " or ".join(f"p0 = {size}" for size in sorted({one["baseline_world_size"] for one in series}))
-    title = f"{kind.capitalize()} scaling, {scope}"
-    return Picture(
-        f"figure-{number}-{kind}-{pictures.slug(scope)}",
-        title,
-        f"{title} ({_CONSTANT[kind]}), baseline {baselines}. Medians over launches with 95 % intervals; markers are "
-        f"slightly offset where they would overlap.{karp_flatt * has_karp_flatt} "
-        f"Source: points and series of group {number} in report.json; points.csv.",
-        pictures.legend_of(series, styles, _IDEAL, _EFFICIENT),
-        tuple(
-            (title, partial(_draw_measure, part, measure, styles, _shared_limits(series, measure)))
-            for measure in _MEASURES
-            if used[measure]
-            for title, part in panels.items()
-        ),
-        _columns(panels),
+    series = [*itertools.chain(*panels.values())]
+    drawn = tuple(
+        (title, partial(_draw_measure, part, measure, _shared_limits(series, measure)))
+        for measure in (_MEASURES if kind == "strong" else ("throughput", "efficiency"))
+        for title, part in panels.items()
     )
+    title, legend = f"{kind.capitalize()} scaling, {scope}", pictures.legend_of(series, _IDEAL, _EFFICIENT)
+    return Picture(number, kind, scope, title, legend, drawn, _columns(panels))
 
 
-def _draw_measure(
-    series: Sequence[Json], measure: str, styles: Mapping[str, Style], limits: tuple[float, float], axes: Axes
-) -> None:
+def _draw_measure(series: Sequence[Json], measure: str, limits: tuple[float, float], axes: Axes) -> None:
     sizes = sorted({point["world_size"] for one in series for point in one["points"]})
-    for one, offset in zip(series, offsets(len(series)), strict=True):
-        if points := [(point["world_size"], point[measure]) for point in one["points"] if point[measure]]:
-            draw_estimates(axes, points, styles[combination_of(one)], offset)
-            if measure in ("throughput", "speedup"):
-                first = points[0][1]["value"] / points[0][0]
-                axes.plot(sizes, first * np.array(sizes), color=GREY, linestyle="--", linewidth=1, zorder=1)
+    for one, offset in with_offsets(series):
+        draw_estimates(axes, one["points"], "world_size", measure, one["style"], offset, line=True)
+        if measure in ("throughput", "speedup"):
+            first = one["points"][0][measure]["value"] / one["points"][0]["world_size"]
+            axes.plot(sizes, first * np.array(sizes), color=GREY, linestyle="--", linewidth=1, zorder=1)
     pictures.size_axis(axes, sizes, "ranks")
-    axes.set(ylim=limits, ylabel=_MEASURES[measure])
+    label, lines = _MEASURES[measure]
+    axes.set(ylim=limits, ylabel=label)
+    for height, style in lines.items():
+        axes.axhline(height, color=GREY, linestyle=style.dashes, linewidth=style.width, zorder=1)
     if measure == "throughput":
         pictures.log_axis(axes, "k")
     elif measure == "speedup":
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter(pictures.power_of_two)
-    elif measure == "karp_flatt":
-        axes.axhline(0, color=GREY, linestyle="--", linewidth=1, zorder=1)
-    else:
-        axes.axhline(1, color=GREY, linestyle="--", linewidth=1, zorder=1)
-        axes.axhline(0.8, color=GREY, linestyle=":", linewidth=1.5, zorder=1)
-        axes.yaxis.set_major_formatter(lambda value, _position: in_unit([value], "%"))
+    elif measure == "efficiency":
+        axes.yaxis.set_major_formatter(pictures.ticks("%"))
 
 
 def _shared_limits(series: Sequence[Json], measure: str) -> tuple[float, float]:
@@ -102,7 +82,7 @@ def _shared_limits(series: Sequence[Json], measure: str) -> tuple[float, float]:
     points = [point[measure] for one in series for point in one["points"] if point[measure]]
     ends = [point[end] for point in points for end in ("low", "value", "high") if point[end] is not None]
     if measure in ("throughput", "speedup"):
-        outer = [(one["points"][0], one["points"][-1]["world_size"]) for one in series if one["points"][0][measure]]
+        outer = [(one["points"][0], one["points"][-1]["world_size"]) for one in series]
         ideal = [first[measure]["value"] * last / first["world_size"] for first, last in outer]
         return _padded([*ends, *ideal])
     low, high = min([0.0, *ends]), max([1.0 if measure == "efficiency" else 0.1, *ends])
@@ -127,20 +107,10 @@ def draw_breakdown(group: Json, number: int, kind: str, scope: str) -> Picture |
     if not panels:
         return None
     bars = [point for part in panels.values() for point in part.values()]
-    title = f"Parts of a step's time, {kind} scaling, {scope}"
-    return Picture(
-        f"figure-{number}-breakdown-{kind}-{pictures.slug(scope)}",
-        title,
-        f"{title}: a bar for each combination and number of ranks, as percent of the median step time (at the right). "
-        "Exposed communication is the time of the step minus that of the same step without averaging. The medians are "
-        "taken separately, so they need not sum to 100 %. Hatched: slowest minus median rank, contained in the other "
-        f"parts. Source: points of group {number} in report.json; points.csv.",
-        tuple(style for name, style in _PARTS.items() if any(_part(point, name) for point in bars)),
-        tuple((title, partial(_draw_bars, part)) for title, part in panels.items()),
-        _columns(panels),
-        height=0.3 + 0.2 * max(map(len, panels.values())),
-        margin=1.22,
-    )
+    legend = tuple(style for name, style in _PARTS.items() if any(_part(point, name) for point in bars))
+    drawn = tuple((title, partial(_draw_bars, part)) for title, part in panels.items())
+    title, height = f"Parts of a step's time, {kind} scaling, {scope}", 0.3 + 0.2 * max(map(len, panels.values()))
+    return Picture(number, f"breakdown {kind}", scope, title, legend, drawn, _columns(panels), height, margin=1.22)
 
 
 def _part(point: Json, name: str) -> float:
@@ -164,45 +134,36 @@ def _draw_bars(points: Mapping[str, Json], axes: Axes) -> None:
         axes.text(1.015, row, time, transform=axes.get_yaxis_transform(), va="center", fontsize=7.5)
     axes.set_yticks(rows, [printable(name) for name in points], fontsize=7.5)
     axes.set(ylim=(len(points) - 0.4, -0.6), xlim=(0, max(1.0, *left)), xlabel="part of the step time (at the right)")
-    axes.xaxis.set_major_formatter(lambda value, _position: in_unit([value], "%"))
+    axes.xaxis.set_major_formatter(pictures.ticks("%"))
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
 
 
 def draw_models(group: Json, number: int, kind: str, scope: str) -> Picture | None:
     """Measured step times, and the model with the smallest held-out error, dashed where it is extrapolated."""
-    panels = _panels(group, kind, scope, pictures.best_model)
+    panels = _panels(group, kind, scope, is_fitted=True)
     if not panels:
         return None
-    styles = pictures.styles_of(map(combination_of, group["series"]))
+    legend = pictures.legend_of(itertools.chain(*panels.values()), _FIT, _EXTRAPOLATED)
+    drawn = tuple((title, partial(_draw_fits, part)) for title, part in panels.items())
     title = f"Models of the step time, {kind} scaling, {scope}"
-    return Picture(
-        f"figure-{number}-models-{kind}-{pictures.slug(scope)}",
-        title,
-        f"{title}: measured medians with 95 % intervals, and for each series the identifiable model with the smallest "
-        "held-out error (named in the table). Nothing was measured in the shaded part, where dashed lines are "
-        f"extrapolated. Source: models of group {number} in report.json.",
-        pictures.legend_of(itertools.chain(*panels.values()), styles, _FIT, _EXTRAPOLATED),
-        tuple((title, partial(_draw_fits, part, styles)) for title, part in panels.items()),
-        _columns(panels),
-    )
+    return Picture(number, f"models {kind}", scope, title, legend, drawn, _columns(panels))
 
 
-def _draw_fits(series: Sequence[Json], styles: Mapping[str, Style], axes: Axes) -> None:
+def _draw_fits(series: Sequence[Json], axes: Axes) -> None:
     measured = {point["world_size"] for one in series for point in one["points"]}
     sizes = set(measured)
-    for one, offset in zip(series, offsets(len(series)), strict=True):
-        style, fit = styles[combination_of(one)], pictures.best_model(one) or {"curve": []}
-        points = [(point["world_size"], point["step_time_s"]) for point in one["points"]]
-        draw_estimates(axes, points, style, offset, line=False)
-        curve = [(at["world_size"] * offset, at["step_time_s"]) for at in fit["curve"]]
-        num_inside = sum(not at["extrapolated"] for at in fit["curve"])
+    for one, offset in with_offsets(series):
+        draw_estimates(axes, one["points"], "world_size", "step_time_s", one["style"], offset)
+        fitted = (pictures.best_model(one) or {"curve": []})["curve"]
+        curve = [(at["world_size"] * offset, at["step_time_s"]) for at in fitted]
+        num_inside = sum(not at["extrapolated"] for at in fitted)
         for part, dashes in ((curve[:num_inside], "-"), (curve[max(0, num_inside - 1) :], "--")):
             if len(part) > 1:
-                axes.plot(*zip(*part, strict=True), color=style.colour, linestyle=dashes, linewidth=1.2)
-        sizes |= {at["world_size"] for at in fit["curve"]}
-    ticks = [size for size in sizes if math.log2(size).is_integer() or size in (min(sizes), max(sizes))]
-    pictures.size_axis(axes, ticks, "ranks")  # the curve may be finer
+                axes.plot(*zip(*part, strict=True), color=one["style"].colour, linestyle=dashes, linewidth=1.2)
+        sizes |= {at["world_size"] for at in fitted}
+    labelled = [size for size in sizes if math.log2(size).is_integer() or size in (min(sizes), max(sizes))]
+    pictures.size_axis(axes, labelled, "ranks")  # the curve may be finer
     if max(sizes) > max(measured):
         axes.axvspan(max(measured) * 1.12, axes.get_xlim()[1], color=GREY, alpha=0.18, linewidth=0)
     axes.autoscale(axis="y")
@@ -212,48 +173,38 @@ def _draw_fits(series: Sequence[Json], styles: Mapping[str, Style], axes: Axes) 
 
 def draw_allreduce(group: Json, number: int) -> Picture | None:
     """Time of one all-reduce over the message size, with α + β m."""
-    measured = [one for one in group["allreduce"] if one["sizes"]]
+    measured = pictures.styled((one for one in group["allreduce"] if one["sizes"]), lambda one: one["backend"])
     if not measured:
         return None
-    styles = pictures.styles_of(one["backend"] for one in measured)
-    ordered = sorted(measured, key=lambda one: (one["num_nodes"] > 1, one["num_nodes"], one["world_size"]))
+    ordered = sorted(measured, key=lambda one: (one["num_nodes"], one["world_size"]))
     panels = pictures.by_title((pictures.placement_text(one), one) for one in ordered)
     limits = _padded([size["time_s"]["value"] for one in measured for size in one["sizes"]])
-    return Picture(
-        f"figure-{number}-allreduce",
-        "All-reduce",
-        "Time of one all-reduce: medians over launches with 95 % intervals, both axes logarithmic. Lines are the fits "
-        "T(m) = α + β m; a backend without a line has no identifiable fit. "
-        f"Source: allreduce of group {number} in report.json; allreduce.csv.",
-        tuple(styles.values()),
-        tuple((title, partial(_draw_times, part, styles, limits)) for title, part in panels.items()),
-        min(3, len(panels)),
-    )
+    drawn = tuple((title, partial(_draw_times, part, limits)) for title, part in panels.items())
+    return Picture(number, "allreduce", "", "All-reduce", pictures.legend_of(measured), drawn, min(3, len(panels)))
 
 
-def _draw_times(part: Sequence[Json], styles: Mapping[str, Style], limits: tuple[float, float], axes: Axes) -> None:
-    for one, offset in zip(part, offsets(len(part)), strict=True):
-        style, times = styles[one["backend"]], [(size["message_bytes"], size["time_s"]) for size in one["sizes"]]
-        draw_estimates(axes, times, style, offset, line=False)
+def _draw_times(part: Sequence[Json], limits: tuple[float, float], axes: Axes) -> None:
+    for one, offset in with_offsets(part):
+        style, sizes = one["style"], [size["message_bytes"] for size in one["sizes"]]
+        draw_estimates(axes, one["sizes"], "message_bytes", "time_s", style, offset)
         if one["fit"] and one["fit"]["identifiable"]:
             found = {parameter["symbol"]: parameter["value"] for parameter in one["fit"]["parameters"]}
-            at = np.geomspace(times[0][0], times[-1][0], 40)
+            at = np.geomspace(sizes[0], sizes[-1], 40)
             axes.plot(at, found["α"] + found["β"] * at, color=style.colour, linestyle=style.dashes, linewidth=1.2)
     pictures.size_axis(axes, {size["message_bytes"] for one in part for size in one["sizes"]}, "message size", 4, 1.6)
-    axes.xaxis.set_major_formatter(lambda value, _position: bytes_text(value))
+    axes.xaxis.set_major_formatter(pictures.ticks("B"))
     axes.set(ylim=limits, ylabel="time of an all-reduce")
     pictures.log_axis(axes, "s")
 
 
-def _panels(
-    group: Json, kind: str, scope: str, wanted: Callable[[Json], object] = lambda one: one["points"]
-) -> dict[str, list[Json]]:
-    """Series by sizes of message and batch, the smallest first."""
-    series = [one for one in group["series"] if (one["kind"], one["scope"]) == (kind, scope) and wanted(one)]
+def _panels(group: Json, kind: str, scope: str, *, is_fitted: bool = False) -> dict[str, list[Json]]:
+    """Series (only those with a model to draw) by sizes of message and batch, the smallest first."""
+    series = [one for one in pictures.styled(group["series"]) if (one["kind"], one["scope"]) == (kind, scope)]
     series.sort(key=lambda one: (one["message_bytes"], one["global_batch_size"] or one["local_batch_size"]))
     return pictures.by_title(
-        (f"{features(one['num_features'])} ({bytes_text(one['message_bytes'])}), {pictures.batch_text(one)}", one)
+        (f"{features(one['num_features'])} ({in_unit([one['message_bytes']], 'B')}), {pictures.batch_text(one)}", one)
         for one in series
+        if not is_fitted or pictures.best_model(one)
     )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,11 @@ SKY, ORANGE, BLACK, BLUE, GREEN = "#56B4E9", "#D55E00", "#000000", "#0072B2", "#
 GREY = "#8A8A8A"
 
 
-def require_matplotlib() -> None:
-    """Raise `ValueError`, before a run rather than after it, where matplotlib is missing."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ValueError("plot needs matplotlib, which is not installed: pip install matplotlib") from error
+def require_libraries(purpose: str, *libraries: str) -> None:
+    """Raise `ValueError`, before any work rather than after it, where a library that the purpose needs is missing."""
+    for library in libraries:
+        if find_spec(library) is None:
+            raise ValueError(f"{purpose} needs {library}, which is not installed: pip install {library}")
 
 
 @contextmanager
@@ -44,8 +44,11 @@ def file_content(figure: Figure, kind: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write name.png and name.svg, each of them atomically."""
+@default_style()
+def save(draw: Callable[[Path], Figure | None], folder: Path, name: str) -> list[Path]:
+    """Write the figure that `draw` makes of a folder there, as name.png and name.svg, each of them atomically."""
+    if (figure := draw(folder)) is None:
+        return []
     paths = [folder / f"{name}.{kind}" for kind in ("png", "svg")]
     for path in paths:
         write_atomically(path, file_content(figure, path.suffix[1:]))

@@ -1,23 +1,38 @@
-"""Turn launch records into one dictionary of numbers, from which all pages and figures of a report are made."""
+"""Turn launch records into one dictionary of numbers, from which all pages and figures of a report are made.
+
+Beside the numbers of the groups it has where they come from: sources, cost, what launches have in common, failures.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from torchreg import __version__
-from torchreg.reporting.bottlenecks import bottleneck, scaling_limit
-from torchreg.reporting.fits import allreduce_of, models_of
-from torchreg.reporting.groups import VERSIONS, Group, comparable_groups
-from torchreg.reporting.points import Json, launches_by_point, point_of
-from torchreg.reporting.provenance import cost, excluded, failures, provenance, sources
-from torchreg.reporting.series import series_of
-from torchreg.reporting.targets import best_of, prediction_error, targets_of
+from torchreg.core.checkpoint import write_atomically
+from torchreg.reporting.groups import Json, comparable_groups, launches_by_point, point_of
+from torchreg.reporting.series import allreduce_of, models_of, series_of
+from torchreg.reporting.verdict import best_of, bottleneck, prediction_error, scaling_limit, targets_of
+from torchreg.runs.record import write_json
 from torchreg.scaling.records import Records, allreduce_table, launches_table, points_table
+from torchreg.scaling.schema import printable
 
 KIND = "scaling-report"
 SCHEMA_VERSION = 2
+
+_OF_ONE_LAUNCH = re.compile(
+    r"(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|SLURM_(JOB_NUM_NODES|NTASKS)|TORCHELASTIC_.*"
+)
+_OF_SEVERAL_RANKS = ("backend", "effective", "mpi_library", "nccl_version", "ezpz_version")
+_NOT_OF_ONE_RANK = frozenset(f"distributed.{field}" for field in _OF_SEVERAL_RANKS)
+_DISTRIBUTED = (*_OF_SEVERAL_RANKS, "launcher", "requested", "device_name", "cpus_per_rank")
 
 
 def analyse(records: Records) -> Json:
@@ -26,17 +41,13 @@ def analyse(records: Records) -> Json:
     An interval is `{"value", "low", "high", "num_launches"}`; its ends are None where there are too few launches.
     Groups are never compared with each other. Every string may come from a record: pages must escape it.
 
-    - `sources`: one for each directory, campaign and machine
-    - `verdict`: `correct` (`status` yes, no or unknown), `scaling` and `bottlenecks` (one for each series), `targets`
-      (one for each group, number of features and target), `fastest` and `lowest_node_hours` of the first of these,
-      `prediction_errors` (one for each group)
-    - `groups`: `points` (times with intervals, and the breakdown of a step), `series` (strong and weak, with `models`),
-      `allreduce`, `targets`
-    - `cost`, `provenance` (`same`, `differs`), `excluded`, `failed`, `method`
+    - `verdict`: `correct` (`status` yes, no or unknown), `scaling` and `bottlenecks` of each series, `targets` (one for
+      each group, number of features and target; `fastest` and `lowest_node_hours` are the first's), `prediction_errors`
+    - `groups`: `points` (times and the breakdown of a step), `series` (with `models`), `allreduce`, `targets`
+    - `sources` (directory, campaign and machine), `cost`, `provenance`, `excluded`, `failed`, `method`
     """
     launches, points, allreduce = launches_table(records), points_table(records), allreduce_table(records)
-    groups = [_group(group, launches, points, allreduce) for group in comparable_groups(launches)]
-    num_unreadable = sum(not one.is_wrong_result for one in records.excluded)
+    groups = [_group(heading, own, points, allreduce) for heading, own in comparable_groups(launches)]
     times = pd.concat([launches["finished_utc"], launches["started_utc"]]).dropna()
     return {
         "schema_version": SCHEMA_VERSION,
@@ -47,7 +58,7 @@ def analyse(records: Records) -> Json:
         "data_from_utc": min(launches["started_utc"].dropna(), default=None),
         "data_to_utc": max(times, default=None),
         "sources": sources(launches),
-        "verdict": {"correct": _correct(launches, points, num_unreadable), **_verdict(groups)},
+        "verdict": {"correct": _correct(launches, points, records), **_verdict(groups)},
         "groups": groups,
         "cost": cost(launches),
         "provenance": provenance(records),
@@ -57,30 +68,20 @@ def analyse(records: Records) -> Json:
     }
 
 
-def _group(group: Group, launches: pd.DataFrame, points: pd.DataFrame, allreduce: pd.DataFrame) -> Json:
-    own = launches[launches["launch"].isin(group.launches)]
-    num_cpus = pd.to_numeric(own["num_cpus"])
-    by_point = launches_by_point(group, points)
-    found = {name: point_of(name, rows) for name, rows in by_point.items()}
-    series = series_of(group.id, list(found.values()), by_point)
-    too_many = own.loc[own["ranks_per_node"] > num_cpus, "ranks_per_node"]
+def _group(heading: Json, launches: pd.DataFrame, points: pd.DataFrame, allreduce: pd.DataFrame) -> Json:
+    by_point = launches_by_point(heading["id"], launches["launch"], points)
+    found = [point_of(name, rows) for name, rows in by_point.items()]
+    series = series_of(heading["id"], found, by_point)
     return {
-        "id": group.id,
-        "title": group.title,
-        **{field: group.key[field] for field in ("machine", "device_name", "backend", "dtype")},
-        "distributed": group.key["effective"],
-        "versions": {name: group.key[name] for name in VERSIONS},
-        "num_launches": len(group.launches),
-        "num_cpus": int(num_cpus.min()) if num_cpus.notna().any() else None,
-        "oversubscribed_ranks_per_node": sorted(too_many.unique().tolist()),
-        "points": list(found.values()),
-        "series": [{**one, "models": models_of(one, found, by_point, series)} for one in series],
-        "allreduce": allreduce_of(allreduce[allreduce["launch"].isin(group.launches)]),
+        **heading,
+        "points": found,
+        "series": [{**one, "models": models_of(one, by_point, series)} for one in series],
+        "allreduce": allreduce_of(allreduce[allreduce["launch"].isin(launches["launch"])]),
         "targets": targets_of(series, by_point),
     }
 
 
-def _correct(launches: pd.DataFrame, points: pd.DataFrame, num_unreadable: int) -> Json:
+def _correct(launches: pd.DataFrame, points: pd.DataFrame, records: Records) -> Json:
     """Whether all runs end at the closed-form solution, those whose check failed included."""
     wrong = points[~points["check_passed"]]
     first = wrong[["launch", "optimizer", "sync", "num_features", "world_size"]].to_dict("records")[:1]
@@ -91,23 +92,117 @@ def _correct(launches: pd.DataFrame, points: pd.DataFrame, num_unreadable: int) 
         "first_wrong": first[0] if first else None,
         "num_launches": int((launches["status"] == "ok").sum()),
         "num_failed": int((launches["status"] == "failed").sum()),
-        "num_excluded": num_unreadable,
+        "num_excluded": sum(not one.is_wrong_result for one in records.excluded),
     }
 
 
-def _verdict(groups: Sequence[Json]) -> Json:
-    scaling, bottlenecks = [], []
-    for group in groups:
-        points = {point["id"]: point for point in group["points"]}
-        scaling += [{"group": group["id"], **scaling_limit(one)} for one in group["series"]]
-        found = [bottleneck(one, points) for one in group["series"]]
-        bottlenecks += [{"group": group["id"], **one} for one in found if one]
+def _verdict(groups: list[Json]) -> Json:
+    points = {point["id"]: point for group in groups for point in group["points"]}
+    series = [(group["id"], one) for group in groups for one in group["series"]]
+    bottlenecks = [(group, bottleneck(one, points)) for group, one in series]
     best = [one for group in groups for one in best_of(group)]
     return {
-        "scaling": scaling,
-        "bottlenecks": bottlenecks,
+        "scaling": [{"group": group, **scaling_limit(one)} for group, one in series],
+        "bottlenecks": [{"group": group, **one} for group, one in bottlenecks if one],
         "targets": best,
-        "fastest": best[0]["fastest"] if best else None,
-        "lowest_node_hours": best[0]["lowest_node_hours"] if best else None,
+        **{name: best[0][name] if best else None for name in ("fastest", "lowest_node_hours")},
         "prediction_errors": [error for group in groups if (error := prediction_error(group))],
     }
+
+
+def sources(launches: pd.DataFrame) -> list[Json]:
+    """One entry for each directory, campaign and machine."""
+    found = []
+    for (folder, campaign, machine), rows in launches.groupby(["source", "campaign", "machine"], sort=True):
+        num_good, job_ids = int((rows["status"] == "ok").sum()), sorted(set(rows["job_id"].dropna()))
+        origin = {"folder": folder, "campaign": campaign, "machine": machine, "job_ids": job_ids}
+        found.append({**origin, "num_launches": num_good, "num_failed": len(rows) - num_good})
+    return found
+
+
+def cost(launches: pd.DataFrame) -> Json:
+    """What all launches took, failed ones included; a partly used node counts whole."""
+    node_s = launches["wall_s"] * launches["num_nodes"]
+    failed = launches["status"] == "failed"
+    return {
+        "num_launches": len(launches),
+        "num_failed": int(failed.sum()),
+        "wall_s": float(launches["wall_s"].sum()),
+        "node_hours": float(node_s.sum() / 3600),
+        "failed_node_hours": float(node_s[failed].sum() / 3600),
+    }
+
+
+def provenance(records: Records) -> Json:
+    """Fields that all launches have in common, and for the others each value with the number of its launches."""
+    launches = [(launch.content["launch"]["world_size"] > 1, _fields(launch.content)) for launch in records.launches]
+    same, differs = {}, []
+    for field in sorted({field for _, fields in launches for field in fields}):
+        counts = Counter(
+            fields.get(field) for is_several, fields in launches if is_several or field not in _NOT_OF_ONE_RANK
+        )
+        found = sorted(counts.items(), key=lambda pair: (pair[0] is None, pair[0] or ""))
+        if len(found) > 1:
+            differs.append({"field": field, "values": [{"value": value, "launches": n} for value, n in found]})
+        elif found and found[0][0] is not None:
+            same[field] = found[0][0]
+    return {"same": same, "differs": differs}
+
+
+def _fields(content: Mapping[str, Any]) -> dict[str, str | None]:
+    """What a record has of its origin, as texts; None where it was not recorded."""
+    campaign, communicator, origin = content["campaign"], content["distributed"], content["provenance"]
+    sections = {
+        "campaign.": {key: campaign[key] for key in ("name", "machine", "fingerprint")},
+        "distributed.": {key: communicator[key] for key in _DISTRIBUTED},
+        "source.": origin["source"],
+        "libraries.": origin["libraries"],
+        "environment.": {k: v for k, v in origin["environment"].items() if not _OF_ONE_LAUNCH.fullmatch(k)},
+        "machine_facts.": content["machine_facts"],
+        "": {key: origin[key] for key in ("python", "platform", "job_id")} | {"dtype": content["dtype"]},
+    }
+    fields = {prefix + key: value for prefix, section in sections.items() for key, value in section.items()}
+    fields["campaign.without"] = " ".join(campaign["without"]) or None
+    fields["devices"] = ", ".join(sorted({place["device"].split(":")[0] for place in communicator["placements"]}))
+    return {key: one if one is None or isinstance(one, str) else json.dumps(one) for key, one in fields.items()}
+
+
+def excluded(records: Records) -> list[Json]:
+    """What is in no statistics, with reasons."""
+    return [{**asdict(one), "file": printable(str(one.file))} for one in records.excluded]
+
+
+def failures(records: Records) -> list[Json]:
+    """The launches that failed, with their reasons; `is_retried` where a later try succeeded."""
+    good, found = {launch.name for launch in records.launches}, []
+    for one in sorted(records.failed, key=lambda one: (one.name, str(one.path))):
+        launch = {key: one.content["launch"][key] for key in ("world_size", "num_nodes", "ranks_per_node")}
+        launch |= {"launch": one.name, "machine": one.content["campaign"]["machine"], "is_retried": one.name in good}
+        files = {"file": printable(str(one.path)), "log": one.log and printable(str(one.log))}
+        found.append({**launch, **files, **{key: one.content[key] for key in ("exit_code", "reason")}})
+    return found
+
+
+def write_data(report: Mapping[str, Any], records: Records, folder: Path) -> list[Path]:
+    """Write report.json, points and allreduce as CSV and Parquet, and launches.csv; the paths.
+
+    The same records give the same bytes. Raises `ValueError` where the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out is {folder}, which cannot be made ({error.strerror}): give another --out") from error
+    write_json(folder / "report.json", report)
+    files = {}
+    tables = {
+        "points": points_table(records),
+        "allreduce": allreduce_table(records),
+        "launches": launches_table(records),
+    }
+    for name, table in tables.items():
+        files[f"{name}.csv"] = table.to_csv(index=False, lineterminator="\n").encode()
+        if name != "launches":
+            files[f"{name}.parquet"] = table.to_parquet(index=False)
+    for file, content in files.items():
+        write_atomically(folder / file, content)
+    return [folder / name for name in ("report.json", *files)]

@@ -8,12 +8,10 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
-from torchreg.reporting.analysis import KIND, SCHEMA_VERSION
-from torchreg.reporting.groups import VERSIONS, comparable_groups
-from torchreg.reporting.points import Json, launches_by_point, point_of
-from torchreg.reporting.provenance import excluded, failures
+from torchreg.reporting.analysis import KIND, SCHEMA_VERSION, excluded, failures
+from torchreg.reporting.groups import VERSIONS, Json, comparable_groups, launches_by_point, point_of
 from torchreg.scaling.records import launches_table, points_table, read_records
 from torchreg.scaling.statistics import Estimate, ratio_interval
 
@@ -32,16 +30,6 @@ Measured: TypeAlias = tuple[Estimate, Mapping[int, float] | None]
 """The step time of a point, and its times by block where they are known."""
 
 
-class _Side(NamedTuple):
-    """A campaign directory or a report.json; `mixed` are points that were measured with several sets of versions."""
-
-    points: Mapping[Key, Measured]
-    mixed: set[Key]
-    wrong: list[str]
-    failed: set[tuple[Hashable, ...]]
-    versions: Mapping[str, list[str]]
-
-
 def compare(old: Path, new: Path, threshold: float = 0.05) -> Json:
     """Compare two campaign directories, or report.json files of campaigns; the result is plain data.
 
@@ -53,29 +41,29 @@ def compare(old: Path, new: Path, threshold: float = 0.05) -> Json:
     if not (math.isfinite(threshold) and threshold >= 0):
         raise ValueError(f"threshold is {threshold}: give a fraction of at least 0, such as 0.05 for 5 %")
     before, after = _read(old), _read(new)
-    mixed = before.mixed | after.mixed
+    mixed = before["mixed"] | after["mixed"]
     rows = []
-    for key in sorted(before.points.keys() - mixed, key=lambda key: [(one is not None, one) for one in key]):
-        row: Json = dict(zip((*_WHERE, *_POINT), key, strict=True), old_step_time_s=before.points[key][0].value)
-        if key in after.points:
-            ratio = _ratio(after.points[key], before.points[key])
-            row |= {"new_step_time_s": after.points[key][0].value, "ratio": asdict(ratio)}
+    for key in sorted(before["points"].keys() - mixed, key=lambda key: [(one is not None, one) for one in key]):
+        row: Json = dict(zip((*_WHERE, *_POINT), key, strict=True), old_step_time_s=before["points"][key][0].value)
+        if key in after["points"]:
+            ratio = _ratio(after["points"][key], before["points"][key])
+            row |= {"new_step_time_s": after["points"][key][0].value, "ratio": asdict(ratio)}
             rows.append({**row, "outcome": _outcome(ratio, threshold)})
-        elif tuple(row[field] for field in _LAUNCH) in after.failed:
+        elif tuple(row[field] for field in _LAUNCH) in after["failed"]:
             rows.append({**row, "new_step_time_s": None, "ratio": None, "outcome": "no result any more"})
-    if not rows and not after.wrong:
+    if not rows and not after["wrong"]:
         raise ValueError(
             f"nothing in {old} and {new} can be compared: no setting was measured in both on the same machine, device, "
-            "backend and number format, at the same nodes and ranks (machine_name "
-            "in a campaign's file names a machine whose hosts have several names)"
+            "backend and number format, at the same nodes and ranks (machine_name in a campaign's file names a machine "
+            "whose hosts have several names)"
         )
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "scaling-comparison",
-        "is_regression": bool(after.wrong) or any(row["outcome"] in _REGRESSIONS for row in rows),
+        "is_regression": bool(after["wrong"]) or any(row["outcome"] in _REGRESSIONS for row in rows),
         "threshold": threshold,
         "rows": rows,
-        "wrong": after.wrong,
+        "wrong": after["wrong"],
         "notes": list(_notes(before, after, mixed)),
     }
 
@@ -84,10 +72,8 @@ def _ratio(new: Measured, old: Measured) -> Estimate:
     (one, new_times), (other, old_times) = new, old
     if new_times is not None and old_times is not None:
         # The same block number in two campaigns is not the same block.
-        return ratio_interval(
-            {("new", block): time_s for block, time_s in new_times.items()},
-            {("old", block): time_s for block, time_s in old_times.items()},
-        )
+        sides = [{(side, block): t for block, t in times.items()} for side, times in enumerate((new_times, old_times))]
+        return ratio_interval(*sides)
     value, fewer = one.value / other.value, min(one.num_launches, other.num_launches)
     if one.low is None or one.high is None or other.low is None or other.high is None:
         return Estimate(value, None, None, fewer)
@@ -106,18 +92,18 @@ def _outcome(ratio: Estimate, threshold: float) -> str:
     return "same" if ratio.low >= 1 / (1 + threshold) else "not slower"
 
 
-def _notes(old: _Side, new: _Side, mixed: set[Key]) -> Iterator[str]:
+def _notes(old: Json, new: Json, mixed: set[Key]) -> Iterator[str]:
     for name in VERSIONS:
-        if old.versions[name] != new.versions[name]:
-            before, after = (", ".join(side.versions[name]) or "none" for side in (old, new))
+        if old["versions"][name] != new["versions"][name]:
+            before, after = (", ".join(side["versions"][name]) or "none" for side in (old, new))
             yield f"{name} was {before} and is {after}"
     for what, one, other in (("old", old, new), ("new", new, old)):
-        if alone := len(one.points.keys() - other.points.keys() - mixed):
+        if alone := len(one["points"].keys() - other["points"].keys() - mixed):
             yield f"{alone} points are in the {what} campaign only"
     if mixed:
         yield f"{len(mixed)} points were measured with several sets of versions in one campaign, and are excluded"
-    if old.wrong:
-        yield f"of the old results {len(old.wrong)} were wrong, and are excluded"
+    if old["wrong"]:
+        yield f"of the old results {len(old['wrong'])} were wrong, and are excluded"
 
 
 def table(comparison: Json) -> tuple[list[str], list[list[str]]]:
@@ -125,17 +111,14 @@ def table(comparison: Json) -> tuple[list[str], list[list[str]]]:
     columns = ["nodes", "ranks", "trained by", "features", "global batch", "old", "new", "new / old", "outcome"]
     rows = []
     for row in comparison["rows"]:
-        new, ratio = "", ""
+        new, ratio, mark = "", "", "!" * (row["outcome"] in _REGRESSIONS)
         if row["ratio"]:
             value, low, high = (row["ratio"][end] for end in ("value", "low", "high"))
             new = f"{row['new_step_time_s'] * 1e3:.3g} ms"
             ratio = f"{value:.3f}" + ("" if low is None else f" ({low:.3f}–{high:.3f})")
-        rows.append([
-            f"{'!' * (row['outcome'] in _REGRESSIONS)}{row['num_nodes']}",
-            f"{row['num_nodes'] * row['ranks_per_node']}", f"{row['optimizer']}/{row['sync']}",
-            f"{row['num_features']}", f"{row['global_batch_size']:,}",
-            f"{row['old_step_time_s'] * 1e3:.3g} ms", new, ratio, row["outcome"],
-        ])  # fmt: skip
+        size = [f"{mark}{row['num_nodes']}", str(row["num_nodes"] * row["ranks_per_node"])]
+        setting = [f"{row['optimizer']}/{row['sync']}", str(row["num_features"]), f"{row['global_batch_size']:,}"]
+        rows.append([*size, *setting, f"{row['old_step_time_s'] * 1e3:.3g} ms", new, ratio, row["outcome"]])
     return columns, rows
 
 
@@ -148,26 +131,18 @@ def conclusion(comparison: Json) -> list[str]:
         verdict = f"regression: of the new results {len(wrong)} {'is' if len(wrong) == 1 else 'are'} wrong"
     if counts:
         verdict += f" ({', '.join(f'{number} {outcome}' for outcome, number in counts.most_common())})"
-    notes = [*comparison["notes"], *([_HOURS] if counts["regression"] else [])]
-    return [
-        f"verdict      {verdict}",
-        *(f"wrong        {line}" for line in wrong),
-        *(f"note         {note}" for note in notes),
-    ]
+    lines = [f"verdict      {verdict}", *(f"wrong        {line}" for line in wrong)]
+    return lines + [f"note         {note}" for note in comparison["notes"] + [_HOURS] * (counts["regression"] > 0)]
 
 
-def _read(path: Path) -> _Side:
+def _read(path: Path) -> Json:
     if not path.is_file():
         records = read_records([path])
-        points = points_table(records)
-        groups = []
-        for group in comparable_groups(launches_table(records)):
-            by_point = launches_by_point(group, points)
-            measured = [
-                {**point_of(name, own), "times": own["step_time_s"].to_dict()} for name, own in by_point.items()
-            ]
-            key = {**group.key, "distributed": group.key["effective"]}
-            groups.append({**key, "versions": group.key, "points": measured})
+        points, groups = points_table(records), []
+        for heading, launches in comparable_groups(launches_table(records)):
+            by_point = launches_by_point(heading["id"], launches["launch"], points).items()
+            measured = [{**point_of(name, own), "times": own["step_time_s"].to_dict()} for name, own in by_point]
+            groups.append({**heading, "points": measured})
         return _side({"groups": groups, "excluded": excluded(records), "failed": failures(records)})
     try:
         report = json.loads(path.read_bytes())
@@ -182,14 +157,11 @@ def _read(path: Path) -> _Side:
         ) from None
 
 
-def _side(report: Json) -> _Side:
+def _side(report: Json) -> Json:
+    """The points of a report, those that were measured with several sets of versions (`mixed`), and what failed."""
+    groups, mixed = report["groups"], set()
     points: dict[Key, Measured] = {}
-    mixed = set()
-    versions: dict[str, set[str]] = {name: set() for name in VERSIONS}
-    for group in report["groups"]:
-        for name in VERSIONS:
-            if value := group["versions"].get(name):
-                versions[name].add(str(value))
+    for group in groups:
         for point in group["points"]:
             measured = (_estimate(point["step_time_s"]), point.get("times"))
             # One rank uses neither backend nor communicator: it is the same point in each group.
@@ -198,13 +170,11 @@ def _side(report: Json) -> _Side:
             key = (*where, *(point[field] for field in _POINT))
             if points.setdefault(key, measured) != measured:
                 mixed.add(key)
-    return _Side(
-        points,
-        mixed,
-        [f"{one['what']}: {one['reason']}" for one in report["excluded"] if one["is_wrong_result"]],
-        {tuple(one[field] for field in _LAUNCH) for one in report["failed"] if not one["is_retried"]},
-        {name: sorted(values) for name, values in versions.items()},
-    )
+    wrong = [f"{one['what']}: {one['reason']}" for one in report["excluded"] if one["is_wrong_result"]]
+    failed = {tuple(one[field] for field in _LAUNCH) for one in report["failed"] if not one["is_retried"]}
+    found = {name: {str(value) for group in groups if (value := group["versions"].get(name))} for name in VERSIONS}
+    versions = {name: sorted(values) for name, values in found.items()}
+    return {"points": points, "mixed": mixed, "wrong": wrong, "failed": failed, "versions": versions}
 
 
 def _estimate(content: Json) -> Estimate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,18 +13,14 @@ from markupsafe import Markup
 
 from torchreg.core.checkpoint import write_atomically
 from torchreg.plots.pictures import Picture, by_title, scopes_of, slug
-from torchreg.plots.quantities import count, features, in_unit, ranks
+from torchreg.plots.quantities import count, counted, features, in_unit, ranks
 from torchreg.plots.rendering import inline_legend, inline_panels, picture_files
 from torchreg.plots.scaling_figures import draw_allreduce, draw_breakdown, draw_models, draw_scaling
 from torchreg.plots.target_figures import draw_steps, draw_targets
 from torchreg.reporting import tables
-from torchreg.reporting.points import Json
+from torchreg.reporting.groups import Json
 
 _KINDS = ("strong", "weak")
-_TITLES = {
-    "points": "Points", "strong": "Strong scaling", "weak": "Weak scaling", "breakdown": "Breakdown of the step time",
-    "allreduce": "All-reduce", "models": "Models", "targets": "Time to the target",
-}  # fmt: skip
 
 
 def write_pages(report: Json, folder: Path) -> list[Path]:
@@ -32,10 +29,10 @@ def write_pages(report: Json, folder: Path) -> list[Path]:
     Every string of the report may come from records of others: it is escaped. The same report gives the same bytes.
     """
     groups = [(group, _parts(group, number)) for number, group in enumerate(report["groups"], 1)]
-    sections = [section for _, parts in groups for part in parts.values() for section in part]
     files: dict[str, bytes] = {}
-    for picture in (picture for section in sections for picture in section["pictures"]):
-        files |= picture_files(picture)
+    for section in (section for _, parts in groups for part in parts.values() for section in part):
+        for picture in section["pictures"]:
+            files |= picture_files(picture)
     markdown = _render("report.md.j2", _environment("markdown"), report, groups)
     files["report.md"] = re.sub(r"\n{3,}", "\n\n", markdown).encode()
     files["report.html"] = _render("report.html.j2", _environment("html"), report, groups).encode()
@@ -53,45 +50,26 @@ def summary_lines(report: Json) -> list[str]:
 
 def _environment(language: Literal["html", "markdown", "text"]) -> Environment:
     environment = Environment(
-        loader=PackageLoader("torchreg.reporting"),
-        autoescape=language != "text",
-        finalize=escape_markdown if language == "markdown" else None,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        extensions=["jinja2.ext.do"],
-    )
+        loader=PackageLoader("torchreg.reporting"), autoescape=language != "text",
+        finalize=escape_markdown if language == "markdown" else None, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, extensions=["jinja2.ext.do"],
+    )  # fmt: skip
     environment.globals |= {
-        "count": count, "features": features, "in_unit": in_unit, "ranks": ranks, "counted": _counted,
-        "percent": _percent, "duration": _duration, "by_sentence": _by_sentence, "slug": slug,
-        "panels": inline_panels, "legend": inline_legend,
+        "count": count, "features": features, "in_unit": in_unit, "ranks": ranks, "counted": counted, "slug": slug,
+        "percent": _percent, "duration": _duration, "by_sentence": _by_sentence, "panels": inline_panels,
+        "legend": inline_legend,
     }  # fmt: skip
     return environment
 
 
 def _render(template: str, environment: Environment, report: Json, groups: list[tuple[Json, Any]]) -> str:
-    series = {one["id"]: one for group in report["groups"] for one in group["series"]}
-    sentences: Any = environment.get_template("sentences.j2").module
-    bottlenecks = {one["series"]: _line(sentences.bottleneck_details(one)) for one in report["verdict"]["bottlenecks"]}
-    rows = (
-        {
-            **one,
-            "series": _line(sentences.series_title(series[one["series"]])),
-            "details": _line(sentences.limit_details(one)),
-            "bottleneck": bottlenecks.get(one["series"]),
-        }
-        for one in report["verdict"]["scaling"]
-    )
     title = f"Scaling of {', '.join(report['campaigns'])} on {', '.join(report['machines'])}"
     return environment.get_template(template).render(
         report=report,
         title=title if groups else "Scaling: no usable launch",
         groups=groups,
-        titles=_TITLES,
         sections=[],
-        series=series,
-        series_table=tables.make_table("Series", ["series", "scaling limit (ranks)", "details", "bottleneck"], rows),
+        series={one["id"]: one for group in report["groups"] for one in group["series"]},
         tables=tables.report_tables(report),
         **_verdict(report, environment),
     )
@@ -103,17 +81,13 @@ def _line(text: str) -> str:
 
 
 def _verdict(report: Json, environment: Environment) -> Json:
-    """Status, correctness, and sentences `by_group`: pairs of its name, which is "" where there is one, and lines."""
+    """The sentences of the verdict, `by_group` in pairs of its name ("" where there is one) and lines; a table."""
     sentences: Any = environment.get_template("sentences.j2").module
-    verdict, groups, found = report["verdict"], report["groups"], []
+    verdict, groups, by_group, rows = report["verdict"], report["groups"], [], []
+    limits, causes = ({one["series"]: one for one in verdict[name]} for name in ("scaling", "bottlenecks"))
     for group in groups:
-        lines = []
-        for own in by_title((sentences.baseline(one), one) for one in group["series"]).values():
-            series = {one["id"]: one for one in own}
-            limits, causes = (
-                [one for one in verdict[name] if one["series"] in series] for name in ("scaling", "bottlenecks")
-            )
-            lines.append(sentences.scaling(series, limits, causes))
+        own = [{**one, **limits[one["id"]], "bottleneck": None, **causes.get(one["id"], {})} for one in group["series"]]
+        lines = [sentences.scaling(some) for some in by_title((sentences.baseline(one), one) for one in own).values()]
         if group["oversubscribed_ranks_per_node"]:
             lines.append(sentences.oversubscribed(group))
         for target in verdict["targets"]:
@@ -123,9 +97,14 @@ def _verdict(report: Json, environment: Environment) -> Json:
         lines += [sentences.prediction(one) for one in verdict["prediction_errors"] if one["group"] == group["id"]]
         is_alone = sum(other["machine"] == group["machine"] for other in groups) == 1
         name = "" if len(groups) == 1 else group["machine"] if is_alone else group["title"]
-        found.append((name, [_line(line) for line in lines]))
+        by_group.append((name, [_line(line) for line in lines]))
+        for one in own:
+            series, details = _line(sentences.series_title(one)), _line(sentences.limit_details(one))
+            cause = _line(sentences.bottleneck_details(one)) if one["bottleneck"] else None
+            rows.append({**one, "series": series, "details": details, "bottleneck": cause})
     correct = {name: _line(getattr(sentences, name)(verdict["correct"])) for name in ("status", "correctness")}
-    return {**correct, "by_group": found}
+    columns = ["series", "scaling limit (ranks)", "details", "bottleneck"]
+    return {**correct, "by_group": by_group, "series_table": tables.make_table("Series", columns, rows)}
 
 
 def _by_sentence(items: Iterable[Json], sentence: Callable[[Json], str]) -> list[tuple[str, list[Json]]]:
@@ -134,31 +113,26 @@ def _by_sentence(items: Iterable[Json], sentence: Callable[[Json], str]) -> list
 
 
 def _parts(group: Json, number: int) -> dict[str, list[Json]]:
-    """The parts of a group that have anything to show, in their order on the page, by scope ("" is all)."""
-    parts: dict[str, list[Json]] = {name: [] for name in _TITLES}
+    """The parts of a group that have anything to show, by scope ("" is all)."""
+    parts: dict[str, list[Json]] = {}
 
-    def add(name: str, scope: str, pictures: list[Picture | None], found: list[tables.Table]) -> None:
+    def add(name: str, scope: str, pictures: Iterable[Picture | None], found: Iterable[tables.Table]) -> None:
         drawn, filled = [one for one in pictures if one], [one for one in found if one.rows]
         if drawn or filled:
-            parts[name].append({"scope": scope, "pictures": drawn, "tables": filled})
+            parts.setdefault(name, []).append({"scope": scope, "pictures": drawn, "tables": filled})
 
     add("points", "", [], tables.points_tables(group))
     add("allreduce", "", [draw_allreduce(group, number)], tables.allreduce_tables(group))
     add("targets", "", [draw_steps(group, number)], [])
     for scope in scopes_of(group["series"]):
-        for kind in _KINDS:
-            add(kind, scope, [draw_scaling(group, number, kind, scope)], [tables.scaling_table(group, kind, scope)])
-        breakdowns = [draw_breakdown(group, number, kind, scope) for kind in _KINDS]
+        scaling, models, targets = zip(*(tables.series_tables(group, kind, scope) for kind in _KINDS), strict=True)
+        for kind, table in zip(_KINDS, scaling, strict=True):
+            add(kind, scope, [draw_scaling(group, number, kind, scope)], [table])
+        breakdowns = (draw_breakdown(group, number, kind, scope) for kind in _KINDS)
         add("breakdown", scope, breakdowns, [tables.breakdown_table(group, scope)])
-        models = [draw_models(group, number, kind, scope) for kind in _KINDS]
-        add("models", scope, models, [tables.models_table(group, kind, scope) for kind in _KINDS])
-        targets = [tables.targets_table(group, kind, scope) for kind in _KINDS]
+        add("models", scope, (draw_models(group, number, kind, scope) for kind in _KINDS), models)
         add("targets", scope, [draw_targets(group, number, scope)], targets)
-    return {name: sections for name, sections in parts.items() if sections}
-
-
-def _counted(number: int, word: str) -> str:
-    return f"{number} {word}" + ("" if number == 1 else "es" if word.endswith("ch") else "s")
+    return parts
 
 
 def _percent(estimate: Json) -> str:
@@ -175,8 +149,7 @@ def escape_markdown(value: object) -> object:
     """Text that shows as it is in GitHub's Markdown, in a line or in a table: no markup, no link, no break."""
     if hasattr(value, "__html__"):
         return value
-    line = " ".join(str(value).split())
-    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    line = html.escape(" ".join(str(value).split()), quote=False)
     line = re.sub(r"([\\`*_\[\]|~#$!])", r"\\\1", line)
     line = re.sub(r"(?i)(:)(?=//)|(?<=\bwww)(\.)|(@)", r"\\\g<0>", line)
     return Markup(re.sub(r"^(\d+)(?=[.)](?:\s|$))|^(?=[-+=])", r"\1" "\\\\", line))

@@ -1,19 +1,31 @@
-"""Series: points of growing world size, with the same global batch (strong scaling) or local batch (weak scaling)."""
+"""Series of points of growing world size, and the models that are fitted to them and to all-reduces.
+
+A series has the same global batch (strong scaling) or the same local batch (weak scaling).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from operator import itemgetter
+from statistics import median
+from typing import TypeVar
 
+import numpy as np
 import pandas as pd
 
-from torchreg.reporting.points import Json, scaled
+from torchreg.reporting.groups import Json, over_launches, scaled
+from torchreg.scaling import models
+from torchreg.scaling.identify import Fit
 from torchreg.scaling.statistics import Estimate, karp_flatt, ratio_interval
 
 _SETTING = ("optimizer", "sync", "num_features")
 _CONSTANT = {"strong": "global_batch_size", "weak": "local_batch_size"}
+_FURTHER = 8  # curves end at this multiple of the largest measured world size
+_CURVE_POINTS = 24
+_ALLREDUCE_KEY = ["backend", "sync", "num_nodes", "ranks_per_node", "world_size"]
+Size = TypeVar("Size")
 
 
 def series_of(group: str, points: Sequence[Json], launches: Mapping[str, pd.DataFrame]) -> list[Json]:
@@ -35,12 +47,10 @@ def series_of(group: str, points: Sequence[Json], launches: Mapping[str, pd.Data
             ]
             longest = max(len(chosen) for _, chosen in candidates)
             covered = {point["id"] for _, chosen in candidates if len(chosen) == longest for point in chosen}
-            found += [
-                _series(group, kind, scope, chosen, launches)
-                for kind, chosen in candidates
-                if len(chosen) > 1
-                and (len(chosen) == longest or not covered.issuperset(point["id"] for point in chosen))
-            ]
+            for kind, chosen in candidates:
+                is_new = len(chosen) == longest or not covered.issuperset(point["id"] for point in chosen)
+                if len(chosen) > 1 and is_new:
+                    found.append(_series(group, kind, scope, chosen, launches))
     return found
 
 
@@ -63,15 +73,10 @@ def _series(group: str, kind: str, scope: str, points: Sequence[Json], launches:
             if kind == "strong":  # T(p0)·p0 / (T(p)·p); weak: T(p0) / T(p)
                 efficiency = scaled(efficiency, 1 / k)
         speedup = scaled(efficiency, k)
-        rows.append(
-            {
-                "point": point["id"],
-                **{field: point[field] for field in ("world_size", "num_nodes", "throughput", "step_time_s")},
-                "speedup": asdict(speedup),
-                "efficiency": asdict(efficiency),
-                "karp_flatt": asdict(karp_flatt(speedup, k)) if kind == "strong" and k > 1 else None,
-            }
-        )
+        serial = asdict(karp_flatt(speedup, k)) if kind == "strong" and k > 1 else None
+        row = {field: point[field] for field in ("world_size", "num_nodes", "throughput", "step_time_s")}
+        row |= {"speedup": asdict(speedup), "efficiency": asdict(efficiency), "karp_flatt": serial}
+        rows.append({"point": point["id"], **row})
     batch = last[_CONSTANT[kind]]
     setting = f"{last['optimizer']}-{last['sync']}-features-{last['num_features']}-batch-{batch:g}"
     return {
@@ -84,3 +89,71 @@ def _series(group: str, kind: str, scope: str, points: Sequence[Json], launches:
         "baseline_world_size": baseline["world_size"],
         "points": rows,
     }
+
+
+def models_of(series: Json, launches: Mapping[str, pd.DataFrame], others: Sequence[Json]) -> list[Json]:
+    """Amdahl (strong scaling only), the universal scalability law, and compute + α–β; `launches` are those by point.
+
+    The last is fitted to the points of all `others` with the same scope, optimizer, sync and number of features, strong
+    and weak together, because only then local batch and world size vary independently.
+    """
+    own = pd.concat([launches[row["point"]] for row in series["points"]])
+    times = _times(own["world_size"], own["step_time_s"])
+    measured = [row["world_size"] for row in series["points"]]
+    global_batch, local_batch, last = series["global_batch_size"], series["local_batch_size"], measured[-1] * _FURTHER
+    if series["kind"] == "strong":
+        fits = [models.fit_amdahl(times), models.fit_usl(times, global_batch_size=global_batch)]
+        last = max(min(last, global_batch), measured[-1])  # each rank has a sample
+    else:
+        fits = [models.fit_usl(times, local_batch_size=round(local_batch))]
+    ranks = np.unique([*np.rint(np.geomspace(measured[0], last, _CURVE_POINTS)), *measured])
+
+    alike = [other for other in others if all(other[field] == series[field] for field in ("scope", *_SETTING))]
+    rows = pd.concat([launches[name] for name in {row["point"]: None for other in alike for row in other["points"]}])
+    message = int(rows["message_bytes"].max())  # of one rank too, which sends none
+    sizes = zip(rows["world_size"], rows["global_batch_size"], strict=True)
+    works = [models.Work(p, batch / p, message) for p, batch in sizes]
+    local_batches = global_batch / ranks if series["kind"] == "strong" else np.full_like(ranks, local_batch)
+    predicted = [(fit, ranks) for fit in fits]
+    predicted.append((
+        models.fit_mechanistic(_times(works, rows["step_time_s"])),
+        np.stack([ranks, local_batches, np.full_like(ranks, series["message_bytes"])], 1),
+    ))  # fmt: skip
+    return [
+        {
+            **_fit(fit),
+            "curve": [
+                {"world_size": int(p), "step_time_s": float(seconds), "extrapolated": bool(p > measured[-1])}
+                for p, seconds in zip(ranks, fit.predict(at), strict=True)
+                if fit.identifiable
+            ],
+        }
+        for fit, at in predicted
+    ]
+
+
+def _times(sizes: Iterable[Size], seconds: pd.Series[float]) -> dict[Hashable, dict[Size, float]]:
+    """{block: {size: seconds}}, as fits need them; the index of `seconds` is the block."""
+    times: dict[Hashable, dict[Size, float]] = {}
+    for size, (block, value) in zip(sizes, seconds.items(), strict=True):
+        times.setdefault(block, {})[size] = value
+    return times
+
+
+def _fit(fit: Fit) -> Json:
+    return {field: value for field, value in asdict(fit).items() if field != "predict"}
+
+
+def allreduce_of(table: pd.DataFrame) -> list[Json]:
+    """Time and bandwidth (B/s) by message size for each backend and world size, with a fit."""
+    found = []
+    for _, rows in table.groupby(_ALLREDUCE_KEY, sort=True):
+        times = rows.set_index("block")["time_s"]
+        sizes = [
+            {"message_bytes": size, "time_s": over_launches(own), "bandwidth": size / median(own)}
+            for size, own in rows.groupby("message_bytes")["time_s"]
+        ]
+        key = {name: rows[name].tolist()[0] for name in _ALLREDUCE_KEY}
+        fit = models.fit_allreduce(_times(rows["message_bytes"], times))
+        found.append({**key, "sizes": sizes, "fit": _fit(fit)})
+    return found

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import compress
 from typing import Any, NamedTuple
 
 from torchreg.plots.pictures import best_model, combination_of, placement_text
 from torchreg.plots.quantities import count, in_unit, number
-from torchreg.reporting.points import Json
+from torchreg.reporting.groups import Json
 
 _LONG = 14  # rows; a longer table is folded
 _FEW, _NONE, _NEVER, _NOT_REACHED, _NOT_RECORDED = "abcde"
@@ -69,25 +70,24 @@ def make_table(title: str, columns: Sequence[str], rows: Iterable[Json], constan
     Of the columns named in `constant`, those with the same value in all rows move into the title, because a table that
     is too wide hides its last columns. A row's `missing` is the footnote of its missing numbers.
     """
-    keys = {heading: _COLUMNS.get(heading, (heading, None)) for heading in columns}
-    entries = [
-        {heading: make_entry(row[key], unit, row.get("missing", _NONE)) for heading, (key, unit) in keys.items()}
-        for row in rows
-    ]
-    shared = {}
-    for heading in constant:
-        found = {row[heading] for row in entries if heading in row}
-        if len(found) == 1 < len(entries) and not entries[0][heading].note:
-            shared[heading] = f"{heading} {entries[0][heading].text}"
-    kept = [heading for heading in columns if heading not in shared]
-    used = {row[heading].note for row in entries for heading in kept}
-    return Table(
-        f"{title}: {', '.join(shared.values())}" if shared else title,
-        kept,
-        [[row[heading] for heading in kept] for row in entries],
-        [(letter, note) for letter, note in _NOTES.items() if letter in used],
-        len(entries) > _LONG,
-    )
+
+    def entry(row: Json, heading: str) -> Entry:
+        key, unit = _COLUMNS.get(heading, (heading, None))
+        value = combination_of(row) if heading == "combination" else row[key]
+        return make_entry(value, unit, row.get("missing", _NONE))
+
+    entries = [[entry(row, heading) for heading in columns] for row in rows]
+    shared = {
+        heading: found[0].text
+        for heading, *found in zip(columns, *entries, strict=True)
+        if heading in constant and len(set(found)) == 1 < len(found) and not found[0].note
+    }
+    kept = [heading not in shared for heading in columns]
+    entries = [list(compress(row, kept)) for row in entries]
+    used = {entry.note for row in entries for entry in row}
+    notes = [(letter, note) for letter, note in _NOTES.items() if letter in used]
+    title = ": ".join(filter(None, [title, ", ".join(map(" ".join, shared.items()))]))
+    return Table(title, list(compress(columns, kept)), entries, notes, len(entries) > _LONG)
 
 
 def make_entry(value: Any, unit: str | None, missing: str = _NONE) -> Entry:
@@ -122,17 +122,14 @@ _FIT = ["model", "parameters", "held-out error"]
 def points_tables(group: Json) -> list[Table]:
     """Step times within a node and across nodes."""
     columns = [*_POINT, "launches", "step time", "spread", "slowest / median rank", "samples/s"]
-    return [
-        make_table(title, columns, [one for one in _points(group) if (one["num_nodes"] > 1) == across],
-                   ("nodes", "launches"))
-        for title, across in (("Within a node", False), ("Across nodes", True))
-    ]  # fmt: skip
+    within, across = ([p for p in _points(group) if (p["num_nodes"] > 1) == is_across] for is_across in (False, True))
+    parts = {"Within a node": within, "Across nodes": across}
+    return [make_table(title, columns, points, ("nodes", "launches")) for title, points in parts.items()]
 
 
 def _points(group: Json) -> list[Json]:
     keys = ("message_bytes", "optimizer", "global_batch_size", "world_size", "sync")
-    points = sorted(group["points"], key=lambda point: [point[key] for key in keys])
-    return [{**point, "combination": combination_of(point)} for point in points]
+    return sorted(group["points"], key=lambda point: [point[key] for key in keys])
 
 
 def breakdown_table(group: Json, scope: str) -> Table:
@@ -143,31 +140,37 @@ def breakdown_table(group: Json, scope: str) -> Table:
     return make_table(f"Parts of a step, {scope}", columns, rows, ("nodes",))
 
 
-def _series(group: Json, kind: str, scope: str) -> Iterator[tuple[Json, Json]]:
-    """Each series with the entries that name its setting, the smallest message first."""
+def series_tables(group: Json, kind: str, scope: str) -> tuple[Table, Table, Table]:
+    """Of all series of a kind and scope, the smallest message first: scaling over the baseline p0, models, targets.
+
+    The model that is drawn is marked. Steps and time to the target are predicted and measured.
+    """
+    scaling, models, targets = [], [], []
     for one in sorted(group["series"], key=lambda one: one["message_bytes"]):
-        if (one["kind"], one["scope"]) == (kind, scope):
-            batch = count(one["global_batch_size"] or one["local_batch_size"]) + " a rank" * (kind == "weak")
-            fields = ("message_bytes", "baseline_world_size")
-            yield one, {"combination": combination_of(one), "batch": Entry(batch), **{key: one[key] for key in fields}}
-
-
-def scaling_table(group: Json, kind: str, scope: str) -> Table:
-    """Speedup and efficiency over the baseline p0."""
-    rows = ({**setting, **point} for one, setting in _series(group, kind, scope) for point in one["points"])
-    columns = [*_SETTING, "ranks", "nodes", "p0", "speedup", "efficiency", "samples/s"]
-    columns += ["Karp–Flatt"] * (kind == "strong")
-    return make_table(f"{kind.capitalize()} scaling, {scope}", columns, rows, ("nodes", "p0"))
-
-
-def models_table(group: Json, kind: str, scope: str) -> Table:
-    """The fitted models of the step time; the one that is drawn is marked."""
-    rows = (
-        {**setting, **_fit_row(fit), "drawn": "yes" if fit is best_model(one) else ""}
-        for one, setting in _series(group, kind, scope)
-        for fit in one["models"]
+        if (one["kind"], one["scope"]) != (kind, scope):
+            continue
+        batch = count(one["global_batch_size"] or one["local_batch_size"]) + " a rank" * (kind == "weak")
+        setting = {**one, "batch": Entry(batch)}
+        scaling += [{**setting, **point} for point in one["points"]]
+        drawn = best_model(one)
+        models += [{**setting, **_fit_row(fit), "drawn": "yes" if fit is drawn else ""} for fit in one["models"]]
+        for row in (row for target in group["targets"] if target["series"] == one["id"] for row in target["rows"]):
+            fraction = number(1 / row["stability_limit"]) + ("" if row["is_stable"] else ", diverges")
+            missing = _NEVER if row["predicted_steps"] is None else _NOT_REACHED
+            targets.append({**setting, **row, "limit_fraction": Entry(fraction), "missing": missing})
+    scaling_columns = [*_SETTING, "ranks", "nodes", "p0", "speedup", "efficiency", "samples/s"]
+    target_columns = [
+        "combination", "message", *["batch"] * (kind == "weak"), "ranks", "nodes", "global batch",
+        "learning rate / limit", "predicted steps", "measured steps", "step time", "predicted time", "measured time",
+        "predicted / measured", "node-hours",
+    ]  # fmt: skip
+    constant = ("message", "batch", "nodes", "global batch", "learning rate / limit")
+    title = f"{kind} scaling, {scope}"
+    return (
+        make_table(title.capitalize(), scaling_columns + ["Karp–Flatt"] * (kind == "strong"), scaling, ("nodes", "p0")),
+        make_table(f"Models, {title}", [*_SETTING, *_FIT, "drawn"], models),
+        make_table(f"Time to the target, {title}", target_columns, targets, constant),
     )
-    return make_table(f"Models, {kind} scaling, {scope}", [*_SETTING, *_FIT, "drawn"], rows)
 
 
 def _fit_row(fit: Json) -> Json:
@@ -188,24 +191,6 @@ def allreduce_tables(group: Json) -> list[Table]:
     sizes = ({**one, **of_size} for one in measured for of_size in one["sizes"])
     times = ["backend", "where", "message", "time", "bandwidth"]
     return [make_table("Fits", ["backend", "where", *_FIT], fits), make_table("Times", times, sizes)]
-
-
-def targets_table(group: Json, kind: str, scope: str) -> Table:
-    """Steps and time to the target, predicted and measured."""
-    series = {one["id"]: setting for one, setting in _series(group, kind, scope)}
-    rows = []
-    for target in group["targets"]:
-        for row in target["rows"] if target["series"] in series else ():
-            fraction = number(1 / row["stability_limit"]) + ("" if row["is_stable"] else ", diverges")
-            missing = _NEVER if row["predicted_steps"] is None else _NOT_REACHED
-            rows.append({**series[target["series"]], **row, "limit_fraction": Entry(fraction), "missing": missing})
-    columns = [
-        "combination", "message", *["batch"] * (kind == "weak"), "ranks", "nodes", "global batch",
-        "learning rate / limit", "predicted steps", "measured steps", "step time", "predicted time", "measured time",
-        "predicted / measured", "node-hours",
-    ]  # fmt: skip
-    constant = ("message", "batch", "nodes", "global batch", "learning rate / limit")
-    return make_table(f"Time to the target, {kind} scaling, {scope}", columns, rows, constant)
 
 
 def report_tables(report: Json) -> dict[str, list[Table]]:

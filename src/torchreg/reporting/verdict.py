@@ -1,4 +1,7 @@
-"""Time to a target: statistical efficiency (steps, predicted by theory) times hardware efficiency (step time)."""
+"""What a report concludes: scaling limit and bottleneck of a series, and the time to a target.
+
+The time to a target is statistical efficiency (steps, predicted by theory) times hardware efficiency (step time).
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,70 @@ from statistics import median
 
 import pandas as pd
 
-from torchreg.reporting.points import Json, over_launches, scaled
+from torchreg.reporting.groups import Json, over_launches, scaled
 from torchreg.scaling.statistics import median_interval
 
+GOOD = 0.8  # the efficiency that counts as scaling well
 _NEVER = 1e300  # stands for "not reached" in a median, and sorts above every time
+
+
+def scaling_limit(series: Json) -> Json:
+    """Up to which world size every efficiency is at least 80 %, and how certain that is.
+
+    `largest_efficient_world_size` goes by the estimates, `shown_up_to` by the low ends of their intervals,
+    `about_up_to` by the high ends: where they differ, an interval includes 80 %. The last two are None where there
+    are too few launches for intervals. `efficiencies` are those that decide it, `first_world_size` and
+    `largest_world_size` the ends of what was measured beyond the baseline.
+    """
+    baseline, *others = series["points"]
+
+    def last(end: str) -> int:
+        kept = takewhile(lambda point: (point["efficiency"][end] or 0) >= GOOD, others)
+        return max((point["world_size"] for point in kept), default=baseline["world_size"])
+
+    by_value = last("value")
+    has_intervals = all(point["efficiency"]["low"] is not None for point in others)
+    shown, about = (last("low"), last("high")) if has_intervals else (None, None)
+    deciding = [point for point in others if point["world_size"] in (shown, about, by_value)]
+    deciding += [point for point in others if point["world_size"] > (about or by_value)][:1]
+    return {
+        "series": series["id"],
+        "baseline_world_size": baseline["world_size"],
+        "first_world_size": others[0]["world_size"],
+        "largest_world_size": others[-1]["world_size"],
+        "largest_efficient_world_size": by_value,
+        "shown_up_to": shown,
+        "about_up_to": about,
+        "efficiencies": [{field: point[field] for field in ("world_size", "efficiency")} for point in deciding],
+    }
+
+
+def bottleneck(series: Json, points: Mapping[str, Json]) -> Json | None:
+    """What the time beyond ideal scaling is spent on at the largest world size; None where it was not broken down.
+
+    T(p) - k·T(p0), with k = p0/p for strong scaling and 1 for weak, is the lost time. It splits into exposed
+    communication beyond k times that at p0, and data and compute beyond k times those at p0. `bottleneck` is `none`
+    where the efficiency is at least 80 %, else `communication`, `imbalance` (most of the exposed communication is
+    waiting for the slowest rank) or `compute`.
+    """
+    first, last = (points[series["points"][index]["point"]] for index in (0, -1))
+    is_divided = first["world_size"] == 1 or first["exposed_time_s"]
+    if not (is_divided and last["exposed_time_s"] and last["compute_time_s"]):
+        return None
+    k = first["world_size"] / last["world_size"] if series["kind"] == "strong" else 1.0
+    lost = last["step_time_s"]["value"] - k * first["step_time_s"]["value"]
+    before = first["exposed_time_s"]["value"] if first["exposed_time_s"] else 0.0
+    exposed = last["exposed_time_s"]["value"] - k * before
+    imbalance, efficiency = last["imbalance_time_s"]["value"], series["points"][-1]["efficiency"]
+    if lost <= 0 or (efficiency["low"] or 0) >= GOOD:
+        cause = "none"
+    elif exposed < lost - exposed:
+        cause = "compute"
+    else:
+        cause = "imbalance" if imbalance > exposed / 2 else "communication"
+    parts = {"lost_s": lost, "exposed_s": exposed, "compute_s": lost - exposed, "imbalance_s": imbalance}
+    at = {"world_size": last["world_size"], "efficiency": efficiency}
+    return {"series": series["id"], "kind": series["kind"], "bottleneck": cause, **at, **parts}
 
 
 def targets_of(series: Sequence[Json], launches: Mapping[str, pd.DataFrame]) -> list[Json]:
@@ -35,14 +98,12 @@ def _row(point: Json, launches: pd.DataFrame) -> Json:
     `time_s` is the measured time where there is one, else the predicted time (`time_from`); `node_hours` are those of
     `time_s`. The stability limit is a multiple of the learning rates.
     """
-    predicted_steps = None if launches["predicted_steps"].isna().any() else float(launches["predicted_steps"].median())
-    step_time = median_interval(launches["step_time_s"])
-    predicted = None if predicted_steps is None else asdict(scaled(step_time, predicted_steps))
-    measured_time = launches["measured_time_s"]
-    measured = _reached(measured_time)
-    both = (launches["predicted_steps"] * launches["step_time_s"] / measured_time.where(measured_time > 0)).dropna()
-    chosen = measured or predicted
-    limit = float(launches["stability_limit"].median())
+    steps, measured_time, step_time = (launches[f] for f in ("predicted_steps", "measured_time_s", "step_time_s"))
+    predicted_steps = None if steps.isna().any() else float(steps.median())
+    step, measured = median_interval(step_time), _reached(measured_time)
+    predicted = None if predicted_steps is None else asdict(scaled(step, predicted_steps))
+    both = (steps * step_time / measured_time.where(measured_time > 0)).dropna()
+    chosen, limit = measured or predicted, float(launches["stability_limit"].median())
     return {
         "world_size": point["world_size"],
         "num_nodes": point["num_nodes"],
@@ -51,7 +112,7 @@ def _row(point: Json, launches: pd.DataFrame) -> Json:
         "measured_steps": _reached(launches["measured_steps"]),
         "num_reached": int(launches["measured_steps"].notna().sum()),
         "num_launches": len(launches),
-        "step_time_s": asdict(step_time),
+        "step_time_s": asdict(step),
         "predicted_time_s": predicted,
         "measured_time_s": measured,
         "predicted_over_measured": over_launches(both) if len(both) else None,
@@ -85,17 +146,12 @@ def best_of(group: Json) -> list[Json]:
         setting |= {"group": group["id"], "series": one["id"], "target_excess": target}
         reached = [setting | row for row in table["rows"] if row["time_s"] is not None]
         rows.setdefault((one["num_features"], target), []).extend(reached)
-    return [
-        {
-            "group": group["id"],
-            "num_features": num_features,
-            "target_excess": target,
-            "fastest": _best(own, "time_s"),
-            "lowest_node_hours": _best(own, "node_hours"),
-        }
-        for (num_features, target), own in sorted(rows.items())
-        if own
-    ]
+    found = []
+    for (num_features, target), own in sorted(rows.items()):
+        if own:
+            best = {"fastest": _best(own, "time_s"), "lowest_node_hours": _best(own, "node_hours")}
+            found.append({"group": group["id"], "num_features": num_features, "target_excess": target, **best})
+    return found
 
 
 def _best(rows: Sequence[Json], criterion: str) -> Json:
@@ -111,7 +167,7 @@ def _best(rows: Sequence[Json], criterion: str) -> Json:
     measured = [row for row in rows if row["time_from"] == "measured"]
     best, *others = sorted(measured or rows, key=lambda row: (cost(row), row["world_size"], row["series"]))
     runner_up = next((row for row in others if row["world_size"] != best["world_size"]), None)
-    if runner_up is not None:
+    if runner_up:
         high, low = cost(best, "high"), cost(runner_up, "low")
         runner_up = {**runner_up, "is_distinct": None if high is None or low is None else high < low}
     return {**best, "runner_up": runner_up}
