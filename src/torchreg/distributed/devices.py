@@ -62,19 +62,15 @@ def take_device(device_type: str, local_rank: int) -> tuple[torch.device, str]:
     module = torch.get_device_module(device_type)
     index = local_rank % module.device_count()  # launchers may leave a rank its own device alone, which is number 0
     module.set_device(index)
-    return torch.device(device_type, index), device_identity(torch.device(device_type, index), os.environ)
-
-
-def device_identity(device: torch.device, environ: Mapping[str, str]) -> str:
-    """The identity of an accelerator among all of its host, whatever its index in this process."""
-    names = _VISIBLE_CUDA if device.type == "cuda" else _VISIBLE_XPU
-    visible = next((environ[name] for name in names if environ.get(name)), "")
+    device = torch.device(device_type, index)
+    names = _VISIBLE_CUDA if device_type == "cuda" else _VISIBLE_XPU
+    visible = next((os.environ[name] for name in names if os.environ.get(name)), "")
     listed = visible.split(",")
-    number = listed[device.index].strip() if device.index < len(listed) and visible else str(device.index)
+    number = listed[index].strip() if index < len(listed) and visible else str(index)
     # Tiles of one XPU, and the parts of a GPU in MIG mode, may have one UUID.
-    if device.type == "cuda" and not number.startswith("MIG"):
-        return str(getattr(torch.cuda.get_device_properties(device), "uuid", number))
-    return number
+    if device_type == "cuda" and not number.startswith("MIG"):
+        return device, str(getattr(torch.cuda.get_device_properties(device), "uuid", number))
+    return device, number
 
 
 def own_cpus() -> int:

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torchreg.distributed import ezpz, mpi
 from torchreg.distributed.communicator import AnySync, Communicator, Placement
 from torchreg.distributed.devices import choose_device_type, device_name, own_cpus, take_device, threads_for
-from torchreg.distributed.failure import Failure
 from torchreg.distributed.launcher import Launcher, detect_launcher
 from torchreg.distributed.rendezvous import agree_with_mpi, connect, exchange
 from torchreg.distributed.watchdog import Watchdog, exit_after
@@ -59,10 +58,10 @@ def init_distributed(
         torch_device, device_id = take_device(device_type, 0)
         placement = Placement(0, socket.gethostname(), 0, str(torch_device), device_name(torch_device), device_id)
         return Communicator(launcher, 0, 1, torch_device, "single", None, "none", (placement,), comm)
-    failure = Failure(launcher.rank, socket.gethostname(), comm)
-    watchdog = Watchdog(timeout_s, failure.end)
+    host = socket.gethostname()
+    watchdog = Watchdog(launcher.rank, host, comm, timeout_s)
     facts = {
-        "host": failure.host,
+        "host": host,
         "cpus": own_cpus(),
         "device": device_type,
         "device_error": device_error,
@@ -70,37 +69,32 @@ def init_distributed(
         "options": {name: str(value) for name, value in (run or {}).items()},
     }
     try:
-        return _connect(launcher, failure, watchdog, facts, sync, ezpz_version)
+        return _connect(launcher, comm, watchdog, facts, sync, ezpz_version)
     except ValueError:
         raise
     except BaseException as error:  # noqa: BLE001 - whatever it is, it ends all ranks
-        failure.end(error)
+        watchdog.end(error)
 
 
 def _connect(
-    launcher: Launcher,
-    failure: Failure,
-    watchdog: Watchdog,
-    facts: dict[str, Any],
-    sync: AnySync,
-    ezpz_version: str | None,
+    launcher: Launcher, comm: Any, watchdog: Watchdog, facts: dict[str, Any], sync: AnySync, ezpz_version: str | None
 ) -> Communicator:
     """Connect several ranks: exchange their facts, take the device, make the process group."""
-    rank, world_size, comm, device_type = launcher.rank, launcher.world_size, failure.comm, facts["device"]
+    rank, world_size, host, device_type = launcher.rank, launcher.world_size, facts["host"], facts["device"]
     address = f" at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}" if comm is None else ""
     with watchdog.limit(f"to connect{address}", _MAIN_RANK_FIRST_S if rank else 0.0):
-        failure.store = store = connect(launcher, comm, watchdog.timeout_s)
+        watchdog.store = store = connect(launcher, comm, watchdog.timeout_s)
         ask = partial(exchange, store, launcher, watchdog.timeout_s)
         shared = ask("torchreg/join", facts, _join)
         local_rank = shared["local_rank"] if launcher.local_rank is None else launcher.local_rank
         device, device_id = take_device(device_type, local_rank)
-        ask("torchreg/device", [failure.host, device_type, device_id], _require_distinct_devices)
+        ask("torchreg/device", [host, device_type, device_id], _require_distinct_devices)
         timeout = timedelta(seconds=watchdog.timeout_s)
         dist.init_process_group(_BACKENDS[device_type], store=store, rank=rank, world_size=world_size, timeout=timeout)
         placements: list[Any] = [None] * world_size
-        own = Placement(rank, failure.host, local_rank, str(device), device_name(device), device_id)
+        own = Placement(rank, host, local_rank, str(device), device_name(device), device_id)
         dist.all_gather_object(placements, own)
-    failure.hosts = [placement.host for placement in placements]
+    watchdog.hosts = [placement.host for placement in placements]
     if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(shared["num_threads"])
     if ezpz_version:
@@ -115,7 +109,6 @@ def _connect(
         backend="MPI" if sync == "mpi" else {"cuda": "nccl", "xpu": "xccl"}.get(device_type, "gloo"),
         placements=tuple(placements),
         mpi_comm=comm,
-        failure=failure,
         watchdog=watchdog,
         over_mpi=comm is not None and device_type == "cpu",
     )
