@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import os
 import threading
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
-from types import TracebackType
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -30,7 +28,7 @@ T = TypeVar("T")
 AnySync = Literal["ddp", "allreduce", "mpi"]
 
 _HEARTBEAT_S = 1.0
-_uses: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)  # of the store, by topic: each has its own keys
+_uses = Counter[str]()  # of the store, by topic: each has its own keys
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,8 @@ class Communicator:
         """The key-value store of all ranks, with keys of its own for each use of a topic."""
         assert self.watchdog is not None
         assert self.watchdog.store is not None
-        return PrefixStore(f"torchreg/{topic}/{next(_uses[topic])}", self.watchdog.store)
+        _uses[topic] += 1
+        return PrefixStore(f"torchreg/{topic}/{_uses[topic]}", self.watchdog.store)
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Replace the tensor by the main rank's, in place."""
@@ -205,10 +204,10 @@ class Communicator:
     def using(self, sync: AnySync) -> Communicator:
         """The same ranks, with `all_reduce` and `wrap` through mpi4py if `sync` is `mpi`, else torch.distributed.
 
-        Raises `ValueError` for `mpi` where it cannot reduce: mpi4py reduces CPU tensors only.
+        Raises `AgreedError` for `mpi` where it cannot reduce: mpi4py reduces CPU tensors only.
         """
         if sync == "mpi" and self.world_size > 1 and (self.mpi_comm is None or self.device.type != "cpu"):
-            raise ValueError(f"sync is mpi, and the communicator, on {self.device}, was not initialised for MPI")
+            raise AgreedError(f"sync is mpi, and the communicator, on {self.device}, was not initialised for MPI")
         return replace(self, over_mpi=sync == "mpi")
 
     def all_reduce(self, tensor: Tensor) -> None:
@@ -239,9 +238,7 @@ class Communicator:
     def __enter__(self) -> Communicator:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self.watchdog is None:
             return
         agreed = error is None or isinstance(error, AgreedError) or (isinstance(error, SystemExit) and not error.code)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -95,9 +97,8 @@ def device_name(device: torch.device) -> str:
         return "Apple GPU"
     if device.type != "cpu":
         return str(torch.get_device_module(device).get_device_name(device))
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # not Linux
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return (models and models[0]) or platform.processor() or platform.machine()
+    with suppress(OSError):  # not Linux
+        cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        if model := re.search(r"^model name[ \t]*:[ \t]*(.*\S)", cpus, re.MULTILINE):
+            return model[1]
+    return platform.processor() or platform.machine()

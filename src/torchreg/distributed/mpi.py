@@ -35,15 +35,13 @@ def mpi_library() -> str:
 
 def finalize_within(timeout_s: float) -> None:
     """Limit MPI_Finalize, which waits for all ranks when Python ends, to `timeout_s`."""
-    atexit.unregister(_finalize)
-    atexit.register(_finalize, timeout_s)
-
-
-def _finalize(timeout_s: float) -> None:
     mpi = import_mpi()
-    if not mpi.Is_finalized():
-        with exit_after(timeout_s, mpi.COMM_WORLD.Get_rank()):
-            mpi.Finalize()
+
+    @atexit.register
+    def finalize() -> None:
+        if not mpi.Is_finalized():
+            with exit_after(timeout_s, mpi.COMM_WORLD.Get_rank()):
+                mpi.Finalize()
 
 
 def all_reduce(comm: Any, tensor: Tensor, watchdog: Watchdog) -> None:
