@@ -81,26 +81,20 @@ def init_distributed(
             ask("torchreg/device", [host, device_type, device_id], _require_distinct_devices)
             backends = _BACKENDS[device_type]
             dist.init_process_group(backends, store=store, rank=rank, world_size=world_size, timeout=timeout)
-            placements: list[Any] = [None] * world_size
+            gathered: list[Any] = [None] * world_size
             own = Placement(rank, host, local_rank, str(torch_device), device_name(torch_device), device_id)
-            dist.all_gather_object(placements, own)
+            dist.all_gather_object(gathered, own)
+        placements: tuple[Placement, ...] = tuple(gathered)
         watchdog.hosts = [placement.host for placement in placements]
         if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(num_threads)
         if ezpz_version:
             ezpz.adopt(rank, world_size, torch_device, timeout_s)
+        name: Literal["ezpz", "torch"] = "ezpz" if ezpz_version else "torch"
+        backend = "MPI" if sync == "mpi" else {"cuda": "nccl", "xpu": "xccl"}.get(device_type, "gloo")
+        over_mpi = comm is not None and device_type == "cpu"
         return Communicator(
-            launcher,
-            rank,
-            world_size,
-            torch_device,
-            name="ezpz" if ezpz_version else "torch",
-            ezpz_version=ezpz_version,
-            backend="MPI" if sync == "mpi" else {"cuda": "nccl", "xpu": "xccl"}.get(device_type, "gloo"),
-            placements=tuple(placements),
-            mpi_comm=comm,
-            watchdog=watchdog,
-            over_mpi=comm is not None and device_type == "cpu",
+            launcher, rank, world_size, torch_device, name, ezpz_version, backend, placements, comm, watchdog, over_mpi
         )
     except ValueError:
         raise
