@@ -58,20 +58,21 @@ def launch_command(
         )
     variables = _variables(machine, num_nodes, env or {}, without, library_path)
     host_list, cpus = ",".join(hosts), needs.rank_cpus[:ranks_per_node]
-    pals_cpus, srun_cpus = cpus and "list:" + ":".join(cpus), cpus and "mask_cpu:" + ",".join(map(_cpu_mask, cpus))
+    pals_cpus = f"list:{':'.join(cpus)}" if cpus else ""
+    srun_cpus = f"mask_cpu:{','.join(map(_cpu_mask, cpus))}" if cpus else ""
     mpiexec = ["mpiexec", "-n", str(num_ranks)]
     mpiexec_on_hosts = [*mpiexec, "--ppn", str(ranks_per_node), *_option("--hosts", host_list)]
     env_command = ["env", *variables] if variables else []
     commands: dict[LauncherName, list[str]] = {
         "none": env_command,
-        "mpich": [*mpiexec_on_hosts, *extra, *_repeated("--env", variables)],
+        "mpich": [*mpiexec_on_hosts, *extra, *_option("--env", *variables)],
         # Without hosts PALS takes those of PBS_NODEFILE.
-        "pals": [*mpiexec_on_hosts, *_option("--cpu-bind", pals_cpus), *extra, *_repeated("--env", variables)],
+        "pals": [*mpiexec_on_hosts, *_option("--cpu-bind", pals_cpus), *extra, *_option("--env", *variables)],
         # A host without a number has one slot. Open MPI passes on no variable by itself.
         "openmpi": [
             *(*mpiexec, "--map-by", f"ppr:{ranks_per_node}:node"),
             *_option("--host", ",".join(f"{host}:{ranks_per_node}" for host in hosts)),
-            *(*extra, *_repeated("-x", ["PATH", *variables])),
+            *(*extra, *_option("-x", "PATH", *variables)),
         ],
         # `env` before the program, because srun's own --export splits values at commas.
         "srun": [
@@ -125,12 +126,8 @@ def _variables(
     return [f"{name}={value}" for name, value in variables.items()]
 
 
-def _option(flag: str, value: object) -> list[str]:
-    return [flag, str(value)] if value else []
-
-
-def _repeated(flag: str, values: Sequence[str]) -> list[str]:
-    return [token for value in values for token in (flag, value)]
+def _option(flag: str, *values: str) -> list[str]:
+    return [token for value in values if value for token in (flag, value)]
 
 
 def _cpu_mask(cpus: str) -> str:
