@@ -7,7 +7,7 @@ from pathlib import Path
 from torchreg.distributed.init import init_distributed
 from torchreg.scaling.campaign import Campaign, launches
 from torchreg.scaling.measure import measure_launch
-from torchreg.verification.defects import inject
+from torchreg.verification.verify import inject
 
 CAMPAIGN = Campaign(
     ranks_per_node=(2,),

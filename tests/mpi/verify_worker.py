@@ -4,8 +4,7 @@ import json
 from dataclasses import asdict
 
 from torchreg.distributed.init import init_distributed
-from torchreg.verification.defects import DEFECTS
-from torchreg.verification.verify import verify
+from torchreg.verification.verify import DEFECTS, verify
 
 with init_distributed(sync="mpi", device="cpu", distributed="torch") as communicator:
     checks = {defect: list(verify(communicator, "runs", quick=True, defect=defect)) for defect in DEFECTS}

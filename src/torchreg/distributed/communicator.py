@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import os
-import time
-from collections import defaultdict
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
-from types import TracebackType
 from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import PrefixStore
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.nn.parallel import DistributedDataParallel
 
 from torchreg.distributed import ezpz, mpi
 from torchreg.distributed.devices import device_name, own_cpus
-from torchreg.distributed.failure import Failure, one_line
+from torchreg.distributed.failure import one_line
 from torchreg.distributed.launcher import Launcher
-from torchreg.distributed.rendezvous import AgreedError
-from torchreg.distributed.watchdog import Watchdog, heartbeat
+from torchreg.distributed.rendezvous import AgreedError, poll
+from torchreg.distributed.watchdog import Watchdog
 
 T = TypeVar("T")
 AnySync = Literal["ddp", "allreduce", "mpi"]
 
-_uses: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)  # of the store, by topic: each has its own keys
+_HEARTBEAT_S = 1.0
+_uses = Counter[str]()  # of the store, by topic: each has its own keys
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,6 @@ class Communicator:
     backend: str
     placements: tuple[Placement, ...]
     mpi_comm: Any = None
-    failure: Failure | None = None
     watchdog: Watchdog | None = None
     over_mpi: bool = False
     """Whether `all_reduce` and the gradients of `wrap` go through mpi4py instead of torch.distributed."""
@@ -78,13 +76,12 @@ class Communicator:
 
     def describe(self) -> str:
         """One line: ranks and nodes, launcher, distributed, backend, devices."""
-        devices = sorted({placement.device.split(":")[0] for placement in self.placements})
-        nodes = f"{self.num_nodes} node{'s' * (self.num_nodes > 1)}"
-        ezpz = f" {self.ezpz_version}" if self.ezpz_version else ""
-        ranks = f"{self.world_size} rank{'s' * (self.world_size > 1)} on {nodes}"
+        ranks, nodes = self.world_size, self.num_nodes
+        devices = ", ".join(sorted({placement.device.split(":")[0] for placement in self.placements}))
         return (
-            f"{ranks} · launcher {self.launcher.name} · distributed {self.name}{ezpz} · backend {self.backend} · "
-            f"device {', '.join(devices)}{f' × {self.world_size}' if self.world_size > 1 else ''}"
+            f"{ranks} rank{'s' * (ranks > 1)} on {nodes} node{'s' * (nodes > 1)} · launcher {self.launcher.name} · "
+            f"distributed {' '.join(filter(None, [self.name, self.ezpz_version]))} · backend {self.backend} · "
+            f"device {devices}{f' × {ranks}' if ranks > 1 else ''}"
         )
 
     def describe_environment(self, requested: str) -> dict[str, Any]:
@@ -106,51 +103,36 @@ class Communicator:
         }
 
     def from_main(self, work: Callable[[], T]) -> T:
-        """The result of `work` on the main rank, on every rank.
+        """The result of `work` on the main rank, on every rank; the others wait, however long, while that one is alive.
 
         Errors that the user can fix (`ValueError`, `OSError`) become the same `AgreedError` on every rank.
         """
         answer: list[Any] = [None, None]
-        with self._while_main_works():
-            if self.is_main:
+        store = self._store("main") if self.world_size > 1 else None
+        if self.is_main:
+            with _heartbeat(store) if store else nullcontext():
                 try:
                     answer[0] = work()
                 except (ValueError, OSError) as error:
                     answer[1] = one_line(error)
-        if self.world_size > 1:
+        if store:
+            self._await_main(store)
             dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
         if answer[1] is not None:
             raise AgreedError(answer[1])
         return cast(T, answer[0])
 
-    @contextmanager
-    def _while_main_works(self) -> Iterator[None]:
-        """Run the body on the main rank; others wait for its end, however long, while the main rank is alive.
+    def _await_main(self, store: Store) -> None:
+        """Wait until the main rank's `_heartbeat` is done. A collective would wait for `timeout_s` at most."""
+        watchdog = cast(Watchdog, self.watchdog)
 
-        A collective operation would wait for `timeout_s` at most.
-        """
-        if self.watchdog is None:
-            yield
-            return
-        store = self._store("main")
-        if self.is_main:
-            with heartbeat(lambda: store.add("beat", 1)):
-                yield
-            store.set("done", "")
-            return
-        yield
-        beat, last_beat_s, pause_s = -1, time.monotonic(), 0.001
-        while True:
-            with self.watchdog.limit("to prepare the run"):
-                if store.check(["done"]):
-                    return
-                previous, beat = beat, store.add("beat", 0)
-            now_s = time.monotonic()
-            last_beat_s = last_beat_s if beat == previous else now_s
-            if now_s - last_beat_s > self.watchdog.timeout_s:
-                raise TimeoutError(f"waited {self.watchdog.timeout_s:g} s for rank 0 to prepare the run")
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, 0.1)
+        def is_done() -> bool:
+            with watchdog.limit("to prepare the run"):  # until the next beat
+                beat = store.add("beat", 0)
+                poll(lambda: store.check(["done"]) or store.add("beat", 0) != beat)
+                return store.check(["done"])
+
+        poll(is_done)
 
     def deal(self, items: Sequence[T]) -> Iterator[T]:
         """Each item to one rank, whichever asks for it first. All ranks must pass the same items in the same order."""
@@ -165,11 +147,12 @@ class Communicator:
                 return
             yield items[number]
 
-    def _store(self, topic: str) -> PrefixStore:
+    def _store(self, topic: str) -> Store:
         """The key-value store of all ranks, with keys of its own for each use of a topic."""
-        assert self.failure is not None
-        assert self.failure.store is not None
-        return PrefixStore(f"torchreg/{topic}/{next(_uses[topic])}", self.failure.store)
+        assert self.watchdog is not None
+        assert self.watchdog.store is not None
+        _uses[topic] += 1
+        return PrefixStore(f"torchreg/{topic}/{_uses[topic]}", self.watchdog.store)
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Replace the tensor by the main rank's, in place."""
@@ -197,19 +180,15 @@ class Communicator:
 
     def world_sizes(self) -> dict[str, int]:
         """The world size according to the launcher, MPI and torch, by name."""
-        sizes = {"launcher": self.launcher.world_size}
-        if self.mpi_comm is not None:
-            sizes["MPI"] = self.mpi_comm.Get_size()
-        if self.world_size > 1:
-            sizes["torch"] = dist.get_world_size()
-        return sizes
+        by_mpi = {"MPI": self.mpi_comm.Get_size()} if self.mpi_comm is not None else {}
+        by_torch = {"torch": dist.get_world_size()} if self.world_size > 1 else {}
+        return {"launcher": self.launcher.world_size, **by_mpi, **by_torch}
 
     def largest(self, value: float) -> float:
         """The largest of the ranks' values."""
-        if self.world_size == 1:
-            return value
         values = torch.tensor([value], dtype=torch.float64)
-        dist.all_reduce(values, dist.ReduceOp.MAX)
+        if self.world_size > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX)
         return values.item()
 
     def alone(self) -> Communicator:
@@ -223,11 +202,16 @@ class Communicator:
             dist.barrier()
 
     def using(self, sync: AnySync) -> Communicator:
-        """The same ranks, with `all_reduce` and `wrap` through mpi4py if `sync` is `mpi`, else torch.distributed."""
+        """The same ranks, with `all_reduce` and `wrap` through mpi4py if `sync` is `mpi`, else torch.distributed.
+
+        Raises `AgreedError` for `mpi` where it cannot reduce: mpi4py reduces CPU tensors only.
+        """
+        if sync == "mpi" and self.world_size > 1 and (self.mpi_comm is None or self.device.type != "cpu"):
+            raise AgreedError(f"sync is mpi, and the communicator, on {self.device}, was not initialised for MPI")
         return replace(self, over_mpi=sync == "mpi")
 
     def all_reduce(self, tensor: Tensor) -> None:
-        """Replace the tensor on every rank by its sum over ranks. mpi4py reduces CPU tensors only."""
+        """Replace the tensor on every rank by its sum over ranks."""
         if self.world_size == 1:
             return
         if self.over_mpi:
@@ -254,16 +238,34 @@ class Communicator:
     def __enter__(self) -> Communicator:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.failure is None or self.watchdog is None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self.watchdog is None:
             return
         agreed = error is None or isinstance(error, AgreedError) or (isinstance(error, SystemExit) and not error.code)
         if error is not None and not agreed:
-            self.failure.end(error)
+            self.watchdog.end(error)
         with self.watchdog.limit("to end"):
             if self.mpi_comm is not None and error is None:
                 self.mpi_comm.Barrier()  # MPI_Finalize would wait just as long, but report nothing
             gc.collect()  # a DDP model that outlives its process group ends the process by std::terminate
             dist.destroy_process_group()
+
+
+@contextmanager
+def _heartbeat(store: Store) -> Iterator[None]:
+    """Add to `beat` about every second while the body runs, from a thread; then set `done`."""
+    done = threading.Event()
+
+    def beat() -> None:
+        with suppress(RuntimeError):  # the store is gone: this process is about to end
+            while not done.wait(_HEARTBEAT_S):
+                store.add("beat", 1)
+
+    thread = threading.Thread(target=beat, name="torchreg heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    store.set("done", "")

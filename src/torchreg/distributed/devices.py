@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -62,19 +64,15 @@ def take_device(device_type: str, local_rank: int) -> tuple[torch.device, str]:
     module = torch.get_device_module(device_type)
     index = local_rank % module.device_count()  # launchers may leave a rank its own device alone, which is number 0
     module.set_device(index)
-    return torch.device(device_type, index), device_identity(torch.device(device_type, index), os.environ)
-
-
-def device_identity(device: torch.device, environ: Mapping[str, str]) -> str:
-    """The identity of an accelerator among all of its host, whatever its index in this process."""
-    names = _VISIBLE_CUDA if device.type == "cuda" else _VISIBLE_XPU
-    visible = next((environ[name] for name in names if environ.get(name)), "")
+    device = torch.device(device_type, index)
+    names = _VISIBLE_CUDA if device_type == "cuda" else _VISIBLE_XPU
+    visible = next((os.environ[name] for name in names if os.environ.get(name)), "")
     listed = visible.split(",")
-    number = listed[device.index].strip() if device.index < len(listed) and visible else str(device.index)
+    number = listed[index].strip() if index < len(listed) and visible else str(index)
     # Tiles of one XPU, and the parts of a GPU in MIG mode, may have one UUID.
-    if device.type == "cuda" and not number.startswith("MIG"):
-        return str(getattr(torch.cuda.get_device_properties(device), "uuid", number))
-    return number
+    if device_type == "cuda" and not number.startswith("MIG"):
+        return device, str(getattr(torch.cuda.get_device_properties(device), "uuid", number))
+    return device, number
 
 
 def own_cpus() -> int:
@@ -99,9 +97,8 @@ def device_name(device: torch.device) -> str:
         return "Apple GPU"
     if device.type != "cpu":
         return str(torch.get_device_module(device).get_device_name(device))
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # not Linux
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return (models and models[0]) or platform.processor() or platform.machine()
+    with suppress(OSError):  # not Linux
+        cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        if model := re.search(r"^model name[ \t]*:[ \t]*(.*\S)", cpus, re.MULTILINE):
+            return model[1]
+    return platform.processor() or platform.machine()

@@ -43,7 +43,8 @@ def find_ezpz(choice: Literal["auto", "ezpz", "torch"]) -> str | None:
     except importlib.metadata.PackageNotFoundError:
         version = "of no known version"
     try:
-        is_real = hasattr(_import_ezpz(), "setup_torch")
+        with _quiet_ezpz() as ezpz:
+            is_real = hasattr(ezpz, "setup_torch")
     except ImportError as error:
         raise ValueError(f"ezpz {version} cannot be imported ({error}): fix it, or --distributed torch") from error
     if not is_real:
@@ -62,34 +63,31 @@ def adopt(rank: int, world_size: int, device: torch.device, timeout_s: float) ->
     )
     if not {"PBS_JOBID", "SLURM_JOB_ID"} & os.environ.keys():
         os.environ.setdefault("EZPZ_SCHEDULER", "UNKNOWN")  # it takes any sbatch on the PATH for a job of Slurm
-    with _without_logs(), tempfile.NamedTemporaryFile("w", suffix=".hostfile") as hostfile:
+    with _quiet_ezpz() as ezpz, tempfile.NamedTemporaryFile("w", suffix=".hostfile") as hostfile:
         os.environ.setdefault("HOSTFILE", hostfile.name)  # else ezpz writes ./hostfile
-        _import_ezpz().setup_torch(timeout=int(timeout_s))
+        ezpz.setup_torch(timeout=int(timeout_s))
         if os.environ["HOSTFILE"] == hostfile.name:
             del os.environ["HOSTFILE"]
 
 
 def wrap(model: nn.Module) -> nn.Module:
     """The model as DistributedDataParallel, made by ezpz."""
-    with _without_logs():
-        wrapped: nn.Module = _import_ezpz().wrap_model(model, use_fsdp=False)
+    with _quiet_ezpz() as ezpz:
+        wrapped: nn.Module = ezpz.wrap_model(model, use_fsdp=False)
     return wrapped
 
 
-def _import_ezpz() -> ModuleType:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations in its dependencies
-        return importlib.import_module("ezpz")
-
-
 @contextmanager
-def _without_logs() -> Iterator[None]:
-    """Keep ezpz's log lines off stdout, which is for results, and undo its changes of warning filters."""
+def _quiet_ezpz() -> Iterator[ModuleType]:
+    """ezpz, with its log lines kept off stdout, which is for results, and its changes of warning filters undone."""
     previous = logging.root.manager.disable
     with warnings.catch_warnings():
         logging.disable(logging.WARNING)
         try:
-            yield
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # deprecations in its dependencies
+                ezpz = importlib.import_module("ezpz")
+            yield ezpz
         finally:
             logging.disable(previous)
             logging.captureWarnings(False)

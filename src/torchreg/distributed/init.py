@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
@@ -16,8 +17,7 @@ import torch.distributed as dist
 from torchreg.distributed import ezpz, mpi
 from torchreg.distributed.communicator import AnySync, Communicator, Placement
 from torchreg.distributed.devices import choose_device_type, device_name, own_cpus, take_device, threads_for
-from torchreg.distributed.failure import Failure
-from torchreg.distributed.launcher import Launcher, detect_launcher
+from torchreg.distributed.launcher import detect_launcher
 from torchreg.distributed.rendezvous import agree_with_mpi, connect, exchange
 from torchreg.distributed.watchdog import Watchdog, exit_after
 
@@ -45,112 +45,88 @@ def init_distributed(
     launcher = detect_launcher(os.environ)
     with exit_after(timeout_s, launcher.rank) if launcher.world_size > 1 else nullcontext():
         launcher, comm = agree_with_mpi(launcher, sync, os.environ)
-    if comm is not None and launcher.world_size > 1:
+    rank, world_size, host = launcher.rank, launcher.world_size, socket.gethostname()
+    if comm is not None and world_size > 1:
         mpi.finalize_within(timeout_s)
     device_type, device_error = "cpu", None
     try:
-        device_type = choose_device_type(device, sync, launcher.world_size, dtype)
+        device_type = choose_device_type(device, sync, world_size, dtype)
     except ValueError as error:
-        if launcher.world_size == 1:
+        if world_size == 1:
             raise
         device_error = str(error)  # raised on all ranks, once they are connected
-    ezpz_version = ezpz.find_ezpz(distributed) if launcher.world_size > 1 or distributed == "ezpz" else None
-    if launcher.world_size == 1:
+    ezpz_version = ezpz.find_ezpz(distributed) if world_size > 1 or distributed == "ezpz" else None
+    if world_size == 1:
         torch_device, device_id = take_device(device_type, 0)
-        placement = Placement(0, socket.gethostname(), 0, str(torch_device), device_name(torch_device), device_id)
+        placement = Placement(0, host, 0, str(torch_device), device_name(torch_device), device_id)
         return Communicator(launcher, 0, 1, torch_device, "single", None, "none", (placement,), comm)
-    failure = Failure(launcher.rank, socket.gethostname(), comm)
-    watchdog = Watchdog(timeout_s, failure.end)
+    watchdog, timeout = Watchdog(rank, host, comm, timeout_s), timedelta(seconds=timeout_s)
     facts = {
-        "host": failure.host,
+        "host": host,
         "cpus": own_cpus(),
         "device": device_type,
         "device_error": device_error,
         "job": next((f"{name}={os.environ[name]}" for name in _JOB_IDS if name in os.environ), None),
         "options": {name: str(value) for name, value in (run or {}).items()},
     }
+    address = f" at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}" if comm is None else ""
     try:
-        return _connect(launcher, failure, watchdog, facts, sync, ezpz_version)
+        with watchdog.limit(f"to connect{address}", _MAIN_RANK_FIRST_S if rank else 0.0):
+            watchdog.store = store = connect(launcher, comm, timeout)
+            ask = partial(exchange, store, launcher, timeout_s)
+            local_rank, num_threads = ask("torchreg/join", facts, _join)
+            if launcher.local_rank is not None:
+                local_rank = launcher.local_rank
+            torch_device, device_id = take_device(device_type, local_rank)
+            ask("torchreg/device", [host, device_type, device_id], _require_distinct_devices)
+            backends = _BACKENDS[device_type]
+            dist.init_process_group(backends, store=store, rank=rank, world_size=world_size, timeout=timeout)
+            gathered: list[Any] = [None] * world_size
+            own = Placement(rank, host, local_rank, str(torch_device), device_name(torch_device), device_id)
+            dist.all_gather_object(gathered, own)
+        placements: tuple[Placement, ...] = tuple(gathered)
+        watchdog.hosts = [placement.host for placement in placements]
+        if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(num_threads)
+        if ezpz_version:
+            ezpz.adopt(rank, world_size, torch_device, timeout_s)
+        name: Literal["ezpz", "torch"] = "ezpz" if ezpz_version else "torch"
+        backend = "MPI" if sync == "mpi" else {"cuda": "nccl", "xpu": "xccl"}.get(device_type, "gloo")
+        over_mpi = comm is not None and device_type == "cpu"
+        return Communicator(
+            launcher, rank, world_size, torch_device, name, ezpz_version, backend, placements, comm, watchdog, over_mpi
+        )
     except ValueError:
         raise
     except BaseException as error:  # noqa: BLE001 - whatever it is, it ends all ranks
-        failure.end(error)
+        watchdog.end(error)
 
 
-def _connect(
-    launcher: Launcher,
-    failure: Failure,
-    watchdog: Watchdog,
-    facts: dict[str, Any],
-    sync: AnySync,
-    ezpz_version: str | None,
-) -> Communicator:
-    """Connect several ranks: exchange their facts, take the device, make the process group."""
-    rank, world_size, comm, device_type = launcher.rank, launcher.world_size, failure.comm, facts["device"]
-    address = f" at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}" if comm is None else ""
-    with watchdog.limit(f"to connect{address}", _MAIN_RANK_FIRST_S if rank else 0.0):
-        failure.store = store = connect(launcher, comm, watchdog.timeout_s)
-        ask = partial(exchange, store, launcher, watchdog.timeout_s)
-        shared = ask("torchreg/join", facts, _join)
-        local_rank = shared["local_rank"] if launcher.local_rank is None else launcher.local_rank
-        device, device_id = take_device(device_type, local_rank)
-        ask("torchreg/device", [failure.host, device_type, device_id], _require_distinct_devices)
-        timeout = timedelta(seconds=watchdog.timeout_s)
-        dist.init_process_group(_BACKENDS[device_type], store=store, rank=rank, world_size=world_size, timeout=timeout)
-        placements: list[Any] = [None] * world_size
-        own = Placement(rank, failure.host, local_rank, str(device), device_name(device), device_id)
-        dist.all_gather_object(placements, own)
-    failure.hosts = [placement.host for placement in placements]
-    if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(shared["num_threads"])
-    if ezpz_version:
-        ezpz.adopt(rank, world_size, device, watchdog.timeout_s)
-    return Communicator(
-        launcher,
-        rank,
-        world_size,
-        device,
-        name="ezpz" if ezpz_version else "torch",
-        ezpz_version=ezpz_version,
-        backend="MPI" if sync == "mpi" else {"cuda": "nccl", "xpu": "xccl"}.get(device_type, "gloo"),
-        placements=tuple(placements),
-        mpi_comm=comm,
-        failure=failure,
-        watchdog=watchdog,
-        over_mpi=comm is not None and device_type == "cpu",
-    )
-
-
-def _join(ranks: list[Any]) -> list[dict[str, int]]:
+def _join(ranks: list[Any]) -> list[tuple[int, int]]:
     """The local rank and number of threads of each rank. Raises `ValueError` where ranks cannot work together."""
-    hosts = [each["host"] for each in ranks]
+
+    def require_equal(name: str, values: list[object], remedy: str, of: Sequence[int] = range(len(ranks))) -> None:
+        for rank in of:
+            if values[rank] != values[of[0]]:
+                first, other = (f"{values[each]} on rank {each} ({ranks[each]['host']})" for each in (of[0], rank))
+                raise ValueError(f"{name} is {first} and {other}: {remedy}")
+
+    in_job = [rank for rank, each in enumerate(ranks) if each["job"]]
     another_port = "two jobs have one MASTER_ADDR and MASTER_PORT; choose another MASTER_PORT"
-    _require_equal("job", {rank: each["job"] for rank, each in enumerate(ranks) if each["job"]}, hosts, another_port)
+    require_equal("job", [each["job"] for each in ranks], another_port, in_job)
     for name in sorted(set().union(*(each["options"] for each in ranks))):
-        values = {rank: each["options"].get(name, "unknown") for rank, each in enumerate(ranks)}
-        _require_equal(name, values, hosts, "start all ranks with the same options")
+        values = [each["options"].get(name, "unknown") for each in ranks]
+        require_equal(name, values, "start all ranks with the same options")
     for rank, each in enumerate(ranks):
         if each["device_error"]:
             raise ValueError(f"rank {rank} ({each['host']}): {each['device_error']}")
-    devices = {rank: each["device"] for rank, each in enumerate(ranks)}
-    _require_equal("device", devices, hosts, "name one with --device, or exclude the host")
-    cpus_of: dict[str, list[int]] = {}
-    joined = []
-    for each in ranks:  # a rank's local rank is the number of ranks before it on its host
-        cpus_of.setdefault(each["host"], []).append(each["cpus"])
-        joined.append({"local_rank": len(cpus_of[each["host"]]) - 1})
-    for each, own in zip(ranks, joined, strict=True):
-        own["num_threads"] = threads_for(each["cpus"], cpus_of[each["host"]])
-    return joined
-
-
-def _require_equal(name: str, values: Mapping[int, object], hosts: Sequence[str], remedy: str) -> None:
-    """Raises `ValueError`, naming two ranks that differ. `values` are those of some ranks, by rank."""
-    first = next(iter(values), 0)
-    for rank, value in values.items():
-        if value != values[first]:
-            here, there = f"rank {first} ({hosts[first]})", f"rank {rank} ({hosts[rank]})"
-            raise ValueError(f"{name} is {values[first]} on {here} and {value} on {there}: {remedy}")
+    require_equal("device", [each["device"] for each in ranks], "name one with --device, or exclude the host")
+    local_ranks, cpus_of = list[int](), defaultdict[str, list[int]](list)
+    for each in ranks:
+        local_ranks.append(len(cpus_of[each["host"]]))  # those before it on its host
+        cpus_of[each["host"]].append(each["cpus"])
+    num_threads = [threads_for(each["cpus"], cpus_of[each["host"]]) for each in ranks]
+    return list(zip(local_ranks, num_threads, strict=True))
 
 
 def _require_distinct_devices(devices: list[Any]) -> list[None]:

@@ -84,20 +84,20 @@ def detect_launcher(environ: Mapping[str, str]) -> Launcher:
     Raises `ValueError` when a number is malformed or missing, and when RANK and WORLD_SIZE, left from an earlier run,
     contradict the launcher.
     """
-    found = next((_read(environ, row) for row in LAUNCHERS if _is_present(environ, row)), NO_LAUNCHER)
+    rows = [row for row in LAUNCHERS if row.name != _SRUN.name or _is_slurm_step(environ)]
+    present = (row for row in rows if all(name in environ for name in (row.rank, *row.required)))
+    found = next((_read(environ, row) for row in present), NO_LAUNCHER)
     if found.name == "torchrun" or "RANK" not in environ:
         if found.is_none and environ.get("WORLD_SIZE", "1") != "1":
             raise ValueError(f"WORLD_SIZE is {environ['WORLD_SIZE']!r} and RANK is not set: set both, or unset it")
         return found
     exported = _read(environ, _EXPORTED)
-    if found.is_none:
-        return exported
-    if (exported.rank, exported.world_size) != (found.rank, found.world_size):
+    if not found.is_none and (exported.rank, exported.world_size) != (found.rank, found.world_size):
         raise ValueError(
             f"{found.name} started rank {found.rank} of {found.world_size}, but RANK is {exported.rank} and WORLD_SIZE "
             f"is {exported.world_size}: unset RANK, WORLD_SIZE and LOCAL_RANK"
         )
-    return found
+    return exported if found.is_none else found
 
 
 def sign_of_mpi(environ: Mapping[str, str]) -> str | None:
@@ -113,23 +113,12 @@ def _is_slurm_step(environ: Mapping[str, str]) -> bool:
     return int(step) < _FIRST_SPECIAL_SLURM_STEP if step.isdecimal() else "SLURM_JOB_ID" not in environ
 
 
-def _is_present(environ: Mapping[str, str], row: Variables) -> bool:
-    if row.name == _SRUN.name and not _is_slurm_step(environ):
-        return False
-    return all(name in environ for name in (row.rank, *row.required))
-
-
 def _read(environ: Mapping[str, str], row: Variables) -> Launcher:
-    def number(variable: str) -> int | None:
-        if variable not in environ:
-            return None
-        if not environ[variable].isdecimal():
-            raise ValueError(
-                f"{row.name} started this process, but {variable} is {environ[variable]!r}: it must be a number"
-            )
-        return int(environ[variable])
-
-    rank, world_size = number(row.rank), number(row.world_size)
+    for name in (row.rank, row.world_size, row.local_rank, row.local_world_size):
+        if name in environ and not environ[name].isdecimal():
+            raise ValueError(f"{row.name} started this process, but {name} is {environ[name]!r}: it must be a number")
+    values = (environ.get(name) for name in (row.rank, row.world_size, row.local_rank, row.local_world_size))
+    rank, world_size, local_rank, local_world_size = (None if value is None else int(value) for value in values)
     if rank is None or world_size is None:
         raise ValueError(
             f"{row.rank} is {environ[row.rank]} and {row.world_size} is not set, so that the number of ranks is not "
@@ -137,4 +126,4 @@ def _read(environ: Mapping[str, str], row: Variables) -> Launcher:
         )
     if rank >= world_size:
         raise ValueError(f"{row.name} started rank {rank} of {world_size}: unset {row.rank} and {row.world_size}")
-    return Launcher(row.name, rank, world_size, number(row.local_rank), number(row.local_world_size), row.uses_mpi)
+    return Launcher(row.name, rank, world_size, local_rank, local_world_size, row.uses_mpi)

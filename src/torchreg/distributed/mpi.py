@@ -3,7 +3,6 @@
 # No `from __future__ import annotations`: DistributedDataParallel reads the hook's annotations as types.
 import atexit
 import os
-from functools import cache
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch._C._distributed_c10d import GradBucket
 from torchreg.distributed.watchdog import Watchdog, exit_after
 
 
-def import_mpi(reason: str) -> Any:
+def import_mpi(reason: str = "") -> Any:
     """`mpi4py.MPI`. Raises `ValueError`, with the reason that it is needed for, where it cannot be imported."""
     # A Cray MPICH with GPU support ends the process in MPI_Init where torch was imported first. No tensor on a GPU is
     # ever handed to MPI.
@@ -31,39 +30,25 @@ def import_mpi(reason: str) -> Any:
 
 def mpi_library() -> str:
     """The MPI library behind mpi4py, and its version."""
-    from mpi4py import MPI
-
-    return MPI.Get_library_version().splitlines()[0].strip(" \0").replace("\t", " ")
+    return str(import_mpi().Get_library_version().splitlines()[0].strip(" \0").replace("\t", " "))
 
 
 def finalize_within(timeout_s: float) -> None:
     """Limit MPI_Finalize, which waits for all ranks when Python ends, to `timeout_s`."""
-    atexit.unregister(_finalize)
-    atexit.register(_finalize, timeout_s)
+    mpi = import_mpi()
 
-
-def _finalize(timeout_s: float) -> None:
-    from mpi4py import MPI
-
-    if not MPI.Is_finalized():
-        with exit_after(timeout_s, MPI.COMM_WORLD.Get_rank()):
-            MPI.Finalize()
+    @atexit.register
+    def finalize() -> None:
+        if not mpi.Is_finalized():
+            with exit_after(timeout_s, mpi.COMM_WORLD.Get_rank()):
+                mpi.Finalize()
 
 
 def all_reduce(comm: Any, tensor: Tensor, watchdog: Watchdog) -> None:
     """Replace a CPU tensor by its sum over ranks, in its own memory."""
-    if not tensor.is_cpu:
-        raise ValueError(f"sync is mpi and the tensor is on {tensor.device}: mpi4py reduces CPU tensors")
     watchdog.call = object()
-    comm.Allreduce(_in_place(), tensor.numpy())
+    comm.Allreduce(None, tensor.numpy())  # None is MPI.IN_PLACE
     watchdog.call = None
-
-
-@cache
-def _in_place() -> Any:
-    from mpi4py import MPI
-
-    return MPI.IN_PLACE
 
 
 def average_gradients(state: tuple[Any, Watchdog], bucket: GradBucket) -> torch.futures.Future[Tensor]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import math
 import os
 import re
-import shutil
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -24,8 +21,6 @@ from torchreg.distributed.mpi import import_mpi, mpi_library
 
 _ALCF_NODE = re.compile(r"x\d+c\d+s\d+b\d+n\d+")
 _NOT_STARTED_BY_MPI = "torchrun", "RANK and WORLD_SIZE", "horovodrun"
-_SCONTROL_WITHIN_S = 10.0
-_LONGEST_PAUSE_S = 0.1  # between two requests for a key
 _READ_WITHIN_S = 2.0
 
 
@@ -41,20 +36,21 @@ def agree_with_mpi(launcher: Launcher, sync: str, environ: Mapping[str, str]) ->
     """
     sign = sign_of_mpi(environ) if launcher.is_none else None
     has_address = "MASTER_ADDR" in environ and "MASTER_PORT" in environ
+    reason = ""
     if sync == "mpi":
-        mpi = import_mpi("sync is mpi")
+        reason = "sync is mpi"
     elif sign:
-        mpi = import_mpi(f"{sign} is set, so an MPI launcher started this process")
+        reason = f"{sign} is set, so an MPI launcher started this process"
     elif launcher.uses_mpi and launcher.world_size > 1 and not has_address:
-        mpi = import_mpi(f"{launcher.name} started {launcher.world_size} ranks")
+        reason = f"{launcher.name} started {launcher.world_size} ranks"
     elif launcher.world_size == 1 or launcher.name in _NOT_STARTED_BY_MPI:
         return launcher, None
-    else:  # MPI launchers with an address, srun and Flux: MPI confirms where it can be imported
-        try:
-            mpi = import_mpi("")
-        except ValueError:
-            return launcher, None
-    comm = mpi.COMM_WORLD
+    try:
+        comm = import_mpi(reason).COMM_WORLD
+    except ValueError:
+        if reason:
+            raise
+        return launcher, None  # MPI launchers with an address, srun and Flux: MPI confirms where it can be imported
     rank, size = comm.Get_rank(), comm.Get_size()
     reported = f"but MPI ({mpi_library()}) reports rank {rank} of {size}"
     if sign and environ[sign].isdecimal() and sign != "PMI_FD" and int(environ[sign]) != rank:
@@ -76,12 +72,11 @@ def agree_with_mpi(launcher: Launcher, sync: str, environ: Mapping[str, str]) ->
     return launcher, comm
 
 
-def connect(launcher: Launcher, comm: Any, timeout_s: float) -> Store:
+def connect(launcher: Launcher, comm: Any, timeout: timedelta) -> Store:
     """The key-value store that all ranks reach. On one node every socket of it, and of gloo, is on loopback.
 
     Raises `ValueError` where ranks cannot exchange an address.
     """
-    timeout = timedelta(seconds=timeout_s)
     one_node = _is_one_node(launcher, comm)
     if one_node:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
@@ -120,9 +115,8 @@ def exchange(
             "one MASTER_ADDR and MASTER_PORT; choose another MASTER_PORT"
         )
     if rank == 0:
-        deadline_s = time.monotonic() + timeout_s
         keys = [f"{topic}/{other}" for other in range(world_size)]
-        if not all(_wait_for(store, key, deadline_s) for key in keys):
+        if not poll(lambda: store.check(keys), timeout_s):
             missing = ", ".join(str(other) for other, key in enumerate(keys) if not store.check([key]))
             raise TimeoutError(f"waited {timeout_s:g} s for rank {missing} of {world_size} to join")
         try:
@@ -131,28 +125,27 @@ def exchange(
             answers = [[str(error), None]] * world_size
         for key, each in zip(keys, answers, strict=True):
             store.set(f"{key}/answer", json.dumps(each))
-    _wait_for(store, f"{topic}/{rank}/answer", math.inf)  # the watchdog ends this wait
+    poll(lambda: store.check([f"{topic}/{rank}/answer"]))  # the watchdog ends this wait
     reason, answered = json.loads(store.get(f"{topic}/{rank}/answer"))
     if not reason:
         return answered
     store.add(f"{topic}/read", 1)
-    deadline_s = time.monotonic() + _READ_WITHIN_S
-    while rank == 0 and store.add(f"{topic}/read", 0) < world_size and time.monotonic() < deadline_s:
-        time.sleep(0.01)  # the store ends with this process
+    if rank == 0:  # the store ends with this process
+        poll(lambda: store.add(f"{topic}/read", 0) >= world_size, _READ_WITHIN_S)
     raise AgreedError(reason)
 
 
-def _wait_for(store: Store, key: str, deadline_s: float) -> bool:
-    """Whether a key is set by the deadline, on the monotonic clock.
+def poll(is_done: Callable[[], bool], within_s: float = math.inf) -> bool:
+    """Whether a condition on the store becomes true in time, on the monotonic clock.
 
-    This polls: a blocking wait would keep the store from the thread that reports a failure.
+    A blocking wait would keep the store from the thread that reports a failure.
     """
-    pause_s = 0.001
-    while not store.check([key]):
+    deadline_s, pause_s = time.monotonic() + within_s, 0.001
+    while not is_done():
         if time.monotonic() > deadline_s:
             return False
         time.sleep(pause_s)
-        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        pause_s = min(2 * pause_s, 0.1)
     return True
 
 
@@ -167,10 +160,7 @@ def _is_one_node(launcher: Launcher, comm: Any) -> bool:
 
 
 def _is_loopback(address: str) -> bool:
-    try:
-        return address == "localhost" or ipaddress.ip_address(address).is_loopback
-    except ValueError:  # a name
-        return False
+    return re.fullmatch(r"localhost|127(\.\d+){3}|::1", address) is not None
 
 
 def _loopback() -> str:
@@ -195,28 +185,19 @@ def _serve(launcher: Launcher, address: str, port: int, timeout: timedelta) -> T
     TCPStore itself would listen on every interface: on one node it gets a loopback socket. Otherwise it listens on all
     of this host's addresses, since the name that other ranks use may be unknown here.
     """
-    own = _loopback()
     try:
         family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
     except OSError:
         family = socket.AF_INET
-    interface = own if _is_loopback(address) else ""
+    interface = _loopback() if _is_loopback(address) else ""
     try:
         listener = socket.create_server((interface, port), family=family, backlog=launcher.world_size)
     except OSError as error:
-        raise ValueError(
-            f"MASTER_PORT is {port}, which is taken ({os.strerror(error.errno or 0)}): choose another"
-        ) from error
-    return TCPStore(
-        own if family == socket.AF_INET else "::1",
-        listener.getsockname()[1],
-        launcher.world_size,
-        is_master=True,
-        timeout=timeout,
-        wait_for_workers=False,
-        use_libuv=True,
-        master_listen_fd=listener.detach(),
-    )
+        reason = os.strerror(error.errno or 0)
+        raise ValueError(f"MASTER_PORT is {port}, which is taken ({reason}): choose another") from error
+    own, own_port = "127.0.0.1" if family == socket.AF_INET else "::1", listener.getsockname()[1]
+    options: Any = {"is_master": True, "wait_for_workers": False, "use_libuv": True}
+    return TCPStore(own, own_port, launcher.world_size, timeout=timeout, master_listen_fd=listener.detach(), **options)
 
 
 def _address_without_mpi(launcher: Launcher, environ: Mapping[str, str]) -> tuple[str, int]:
@@ -236,16 +217,8 @@ def _address_without_mpi(launcher: Launcher, environ: Mapping[str, str]) -> tupl
 
 
 def first_slurm_node(nodes: str) -> str:
-    """The first host of a Slurm node list: nid001 of "nid[001-004,007],login1". scontrol is tried first."""
-    if scontrol := shutil.which("scontrol"):
-        command = [scontrol, "show", "hostnames", nodes]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SCONTROL_WITHIN_S, check=False)
-        if done.returncode == 0 and done.stdout.split():
-            return done.stdout.split()[0]
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)
-    if not match:
-        raise ValueError(f"SLURM_JOB_NODELIST is {nodes!r}: it must be a Slurm node list")
-    return match[1] + (match[2] or "")
+    """The first host of a Slurm node list: nid001 of "nid[001-004,007],login1"."""
+    return re.sub(r"\[([^],-]*)[^]]*]", r"\1", nodes).split(",")[0]
 
 
 def _reachable_name() -> str:

@@ -47,14 +47,11 @@ MACHINES: dict[MachineName, Machine] = {
         environment_across_nodes={"NCCL_NET": "AWS Libfabric"},
         library_path=("/soft/libraries/hwloc/lib", "/soft/libraries/aws-ofi-nccl/v1.9.1-aws/lib"),
     ),
-    # Twelve tiles; the first core of each socket is reserved for the system.
+    # Twelve tiles, six near each socket, whose first core is reserved for the system.
     "aurora": Machine(
         device="xpu",
         ranks_per_node=12,
-        rank_cpus=(
-            *("4-7", "8-11", "12-15", "16-19", "20-23", "24-27"),
-            *("56-59", "60-63", "64-67", "68-71", "72-75", "76-79"),
-        ),
+        rank_cpus=tuple(f"{first}-{first + 3}" for first in (*range(4, 28, 4), *range(56, 80, 4))),
         environment={
             "CCL_PROCESS_LAUNCHER": "pmix",
             "CCL_ATL_TRANSPORT": "mpi",
@@ -70,10 +67,7 @@ MACHINES: dict[MachineName, Machine] = {
     "perlmutter": Machine(
         device="cuda",
         ranks_per_node=4,
-        srun_options=(
-            *("--cpus-per-task", "32", "--cpu-bind", "cores"),
-            *("--gpus-per-node", "4", "--gpu-bind", "none"),
-        ),
+        srun_options=("--cpus-per-task", "32", "--cpu-bind", "cores", "--gpus-per-node", "4", "--gpu-bind", "none"),
         environment={"CUDA_VISIBLE_DEVICES": "3,2,1,0", **_CRAY_MPICH},
     ),
     # Eight dies of four MI250X, each near seven cores: the first core of each L3 region is reserved for the system.

@@ -14,7 +14,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from torchreg.machines.known_machines import MACHINES, MachineName
 
@@ -50,23 +50,29 @@ def launch_command(
     Raises `ValueError` if the numbers do not fit each other or the machine.
     """
     needs, num_ranks = MACHINES[machine], num_nodes * ranks_per_node
-    _check(launcher, machine, num_nodes, ranks_per_node, hosts)
+    _check(machine, num_nodes, ranks_per_node, hosts)
+    if launcher == "none" and num_ranks > 1:
+        raise ValueError(
+            f"num_ranks is {num_ranks} and launcher is none, which starts one process: name another, or put an mpiexec "
+            "on the PATH (a module of the site, or torchreg's extra mpi)"
+        )
     variables = _variables(machine, num_nodes, env or {}, without, library_path)
     host_list, cpus = ",".join(hosts), needs.rank_cpus[:ranks_per_node]
-    pals_cpus, srun_cpus = cpus and "list:" + ":".join(cpus), cpus and "mask_cpu:" + ",".join(map(_cpu_mask, cpus))
+    pals_cpus = f"list:{':'.join(cpus)}" if cpus else ""
+    srun_cpus = f"mask_cpu:{','.join(map(_cpu_mask, cpus))}" if cpus else ""
     mpiexec = ["mpiexec", "-n", str(num_ranks)]
     mpiexec_on_hosts = [*mpiexec, "--ppn", str(ranks_per_node), *_option("--hosts", host_list)]
     env_command = ["env", *variables] if variables else []
     commands: dict[LauncherName, list[str]] = {
         "none": env_command,
-        "mpich": [*mpiexec_on_hosts, *extra, *_repeated("--env", variables)],
+        "mpich": [*mpiexec_on_hosts, *extra, *_option("--env", *variables)],
         # Without hosts PALS takes those of PBS_NODEFILE.
-        "pals": [*mpiexec_on_hosts, *_option("--cpu-bind", pals_cpus), *extra, *_repeated("--env", variables)],
+        "pals": [*mpiexec_on_hosts, *_option("--cpu-bind", pals_cpus), *extra, *_option("--env", *variables)],
         # A host without a number has one slot. Open MPI passes on no variable by itself.
         "openmpi": [
             *(*mpiexec, "--map-by", f"ppr:{ranks_per_node}:node"),
             *_option("--host", ",".join(f"{host}:{ranks_per_node}" for host in hosts)),
-            *(*extra, *_repeated("-x", ["PATH", *variables])),
+            *(*extra, *_option("-x", "PATH", *variables)),
         ],
         # `env` before the program, because srun's own --export splits values at commas.
         "srun": [
@@ -80,9 +86,7 @@ def launch_command(
     return commands[launcher]
 
 
-def _check(
-    launcher: LauncherName, machine: MachineName, num_nodes: int, ranks_per_node: int, hosts: Sequence[str]
-) -> None:
+def _check(machine: MachineName, num_nodes: int, ranks_per_node: int, hosts: Sequence[str]) -> None:
     for name, value in (("num_nodes", num_nodes), ("ranks_per_node", ranks_per_node)):
         if value < 1:
             raise ValueError(f"{name} is {value}: give a whole number of at least 1")
@@ -91,11 +95,6 @@ def _check(
         raise ValueError(
             f"ranks_per_node is {ranks_per_node}, and a node of {machine} has {num_devices} devices: give at most "
             f"{num_devices}, or choose machine generic"
-        )
-    if launcher == "none" and num_nodes * ranks_per_node > 1:
-        raise ValueError(
-            f"num_ranks is {num_nodes * ranks_per_node} and launcher is none, which starts one process: name another, "
-            "or put an mpiexec on the PATH (a module of the site, or torchreg's extra mpi)"
         )
     for host, count in Counter(hosts).items():
         if count > 1:
@@ -127,12 +126,8 @@ def _variables(
     return [f"{name}={value}" for name, value in variables.items()]
 
 
-def _option(flag: str, value: object) -> list[str]:
-    return [flag, str(value)] if value else []
-
-
-def _repeated(flag: str, values: Sequence[str]) -> list[str]:
-    return [token for value in values for token in (flag, value)]
+def _option(flag: str, *values: str) -> list[str]:
+    return [token for value in values if value for token in (flag, value)]
 
 
 def _cpu_mask(cpus: str) -> str:
@@ -157,13 +152,12 @@ def place_ranks(
     Defaults: all available nodes, or as few as `num_ranks` needs; as many ranks on each as its machine has devices.
     `num_ranks` alone is spread evenly. Raises `ValueError` for numbers that contradict each other.
     """
-    if num_nodes is None:
-        num_nodes = available_nodes
-        if num_ranks is not None and ranks_per_node is not None:
-            num_nodes = math.ceil(num_ranks / max(1, ranks_per_node))
-    if ranks_per_node is None:
-        machine_default = MACHINES[machine].ranks_per_node
-        ranks_per_node = machine_default if num_ranks is None else max(1, num_ranks // max(1, num_nodes))
+    if num_nodes is None and num_ranks is not None and ranks_per_node is not None:
+        num_nodes = math.ceil(num_ranks / max(1, ranks_per_node))
+    num_nodes = available_nodes if num_nodes is None else num_nodes
+    if ranks_per_node is None and num_ranks is not None:
+        ranks_per_node = max(1, num_ranks // max(1, num_nodes))
+    ranks_per_node = MACHINES[machine].ranks_per_node if ranks_per_node is None else ranks_per_node
     if ranks_per_node is None:
         raise ValueError(f"ranks_per_node is not given, and machine {machine} has no default: give a number")
     if num_ranks is not None and num_ranks != num_nodes * ranks_per_node:
@@ -185,9 +179,10 @@ def available_launcher(environ: Mapping[str, str] = os.environ) -> LauncherName:
     mpiexec = shutil.which("mpiexec", path=path)
     if mpiexec is None:
         return "none"
-    options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
     try:
-        done = subprocess.run([mpiexec, "--version"], timeout=_VERSION_TIMEOUT_S, check=False, **options)
+        done = subprocess.run(
+            [mpiexec, "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_VERSION_TIMEOUT_S
+        )
     except subprocess.TimeoutExpired:
         raise ValueError(
             f"launcher is auto, and {mpiexec} --version did not end within {_VERSION_TIMEOUT_S:g} s: name the launcher"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -49,8 +50,8 @@ def table(checks: Sequence[Check]) -> tuple[list[str], list[list[str]]]:
 
 def verdict(checks: Sequence[Check]) -> str:
     """Whether the stack trains correctly, and what fails."""
-    counts = [sum(check.status == status for check in checks) for status in ("PASS", "FAIL", "SKIP")]
-    counted = "{} passed, {} failed, {} skipped".format(*counts)
+    counts = Counter(check.status for check in checks)
+    counted = f"{counts['PASS']} passed, {counts['FAIL']} failed, {counts['SKIP']} skipped"
     failed = ", ".join(f"{check.area}: {check.name}" for check in checks if check.status == "FAIL")
     outcome = f"does NOT train correctly ({counted}): {failed}" if failed else f"trains correctly ({counted})"
     return f"verdict      this stack {outcome}"

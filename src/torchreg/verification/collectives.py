@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import product
 
@@ -28,22 +28,17 @@ def collective_checks(communicator: Communicator, *, quick: bool) -> Iterator[Ch
     syncs: dict[str, AnySync] = {"": "allreduce"}
     if communicator.over_mpi:
         syncs[" by MPI"] = "mpi"
-    deviations: dict[str, Callable[[Communicator, Tensor, list[int]], Tensor]] = {
-        **{f"all-reduce{by}": partial(_all_reduce, sync) for by, sync in syncs.items()},
-        "broadcast": _broadcast,
-        "gather": _gather,
-    }
-    factors = [rank % 16 + 1 for rank in range(communicator.world_size)]
     cases = list(product(_DTYPES, _QUICK_SIZES if quick else _SIZES))
-    for name, deviation in deviations.items():
-        errors = []
-        for dtype, size in cases:
-            pattern = (torch.arange(size, device=communicator.device) % 7 + 1).to(dtype)
-            off = deviation(communicator, pattern, factors).flatten()
-            if len(wrong := off.nonzero()):
+    errors: dict[str, str | None] = {}
+    for dtype, size in cases:
+        pattern = (torch.arange(size, device=communicator.device) % 7 + 1).to(dtype)
+        for name, off in _deviations(communicator, syncs, pattern):
+            errors.setdefault(name, None)
+            if errors[name] is None and len(wrong := off.nonzero()):
                 index = int(wrong[0])
-                errors.append(f"{size} × {str(dtype).removeprefix('torch.')}: off by {off[index].item():g} at {index}")
-        yield row(name, next(iter(errors), None), f"{len(cases)} of {len(cases)} cases exact", "exact integers")
+                errors[name] = f"{size} × {str(dtype).removeprefix('torch.')}: off by {off[index].item():g} at {index}"
+    for name, error in errors.items():
+        yield row(name, error, f"{len(cases)} of {len(cases)} cases exact", "exact integers")
     for by, sync in syncs.items():
         times = []
         for size_name, num_bytes, repeats in _MESSAGES[: 2 if quick else None]:
@@ -54,21 +49,17 @@ def collective_checks(communicator: Communicator, *, quick: bool) -> Iterator[Ch
         yield row(f"all-reduce time{by}", None, ", ".join(times), "(median, slowest rank)")
 
 
-# Each rank has `pattern` times its own of the `factors`, small integers. What a collective makes of them, minus what it
-# should:
-
-
-def _all_reduce(sync: AnySync, communicator: Communicator, pattern: Tensor, factors: list[int]) -> Tensor:
-    numbers = pattern * factors[communicator.rank]
-    communicator.using(sync).all_reduce(numbers)
-    return numbers - pattern * sum(factors)
-
-
-def _broadcast(communicator: Communicator, pattern: Tensor, factors: list[int]) -> Tensor:
-    return communicator.broadcast(pattern * factors[communicator.rank]) - pattern * factors[0]
-
-
-def _gather(communicator: Communicator, pattern: Tensor, factors: list[int]) -> Tensor:
-    pattern = pattern[: (1 << 22) // communicator.world_size]
-    gathered = communicator.gather_tensors(pattern * factors[communicator.rank])
-    return gathered - torch.stack([pattern * factor for factor in factors])
+def _deviations(
+    communicator: Communicator, syncs: Mapping[str, AnySync], pattern: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """What each collective makes of the pattern, times a small integer of each rank, minus what it should."""
+    factors = [rank % 16 + 1 for rank in range(communicator.world_size)]
+    own = pattern * factors[communicator.rank]
+    for by, sync in syncs.items():
+        total = own.clone()
+        communicator.using(sync).all_reduce(total)
+        yield f"all-reduce{by}", total - pattern * sum(factors)
+    yield "broadcast", communicator.broadcast(own.clone()) - pattern * factors[0]
+    part = slice((1 << 22) // communicator.world_size)
+    expected = torch.stack([pattern[part] * factor for factor in factors])
+    yield "gather", (communicator.gather_tensors(own[part]) - expected).flatten()

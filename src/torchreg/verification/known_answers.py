@@ -81,14 +81,10 @@ def _invariance(communicator: Communicator, seams: Seams, base: TrainConfig) -> 
         one = alone[reduction, optimizer]
         pairs = zip((*together.weight, together.bias, together.loss), (*one.weight, one.bias, one.loss), strict=True)
         difference = max(abs(a - b) / abs(b) for a, b in pairs)
-        yield agree(
-            communicator,
-            "invariance",
-            f"{optimizer} × {sync}, {reduction}",
-            None if difference <= tolerance else f"differs from one process by {difference:.2g}",
-            f"off by {difference:.1e}" if difference else "the same bits",
-            f"one process, to {tolerance:.0e}" if tolerance else "the bits of one process",
-        )
+        error = None if difference <= tolerance else f"differs from one process by {difference:.2g}"
+        measured = f"off by {difference:.1e}" if difference else "the same bits"
+        expected = f"one process, to {tolerance:.0e}" if tolerance else "the bits of one process"
+        yield agree(communicator, "invariance", f"{optimizer} × {sync}, {reduction}", error, measured, expected)
 
 
 def _closed_form(communicator: Communicator, seams: Seams, base: TrainConfig) -> Iterator[Check]:
