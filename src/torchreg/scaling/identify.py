@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from torchreg.scaling.regression import FEWEST_BLOCKS, Array, Indices, Interval, Observations, Regression, regress
-from torchreg.scaling.statistics import Vector
+from torchreg.scaling.regression import FEWEST_BLOCKS, Array, Indices, Interval, Observations, regress
 
 _LARGEST_FACTOR = 10.0  # between the ends of an interval that still determines the parameter's magnitude
 _SMALL = 0.2  # of a time, or of a fraction's range: an interval from 0 to less than that means that it is small
@@ -46,11 +45,10 @@ class Fit:
     why: str | None
     parameters: tuple[Parameter, ...]
     held_out_error: float | None
-    predict: Callable[[npt.ArrayLike], Vector]
+    predict: Callable[[npt.ArrayLike], Array]
 
 
-@dataclass(frozen=True)
-class Quantity:
+class Quantity(NamedTuple):
     """A parameter: a coefficient, one over the first coefficient, or the inverse of one; never negative.
 
     `can_vanish`: an interval is also accepted if the parameter's part of every time is small.
@@ -60,7 +58,7 @@ class Quantity:
     name: str
     symbol: str
     unit: str
-    advice: str
+    advice: str = "measure more world sizes or more launches"
     kind: Literal["coefficient", "relative", "inverse"] = "coefficient"
     is_fraction: bool = False
     can_vanish: bool = False
@@ -91,62 +89,56 @@ class Quantity:
         return min(max(value, 0.0), 1.0 if self.is_fraction else math.inf)
 
 
-@dataclass(frozen=True)
-class Model:
-    """A model without its data; `columns` maps sizes (n,) or works (n, 3) to shapes (n, p), all >= 0."""
+def fit_model(
+    model: tuple[str, str, str],
+    quantities: Sequence[Quantity],
+    columns: Callable[[Array], Array],
+    observations: Observations,
+    at: Array,
+    sizes: str,
+    together: Indices | None = None,
+) -> Fit:
+    """Fit a model, its name, formula and source, to the `sizes` at which it was measured, (num_sizes, …).
 
-    name: str
-    formula: str
-    source: str
-    sizes: str
-    quantities: tuple[Quantity, ...]
-    columns: Callable[[Array], Array]
+    `columns` maps sizes (n,) or works (n, 3) to shapes (n, p), all >= 0. Sizes of one number in `together` are held out
+    as one.
+    """
+    shapes, needed, num_blocks = columns(at), len(quantities) + 1, observations.num_blocks
+    found = regress(observations, shapes, np.arange(len(at)) if together is None else together)
+    is_divided = any(quantity.kind != "coefficient" for quantity in quantities)
 
-    def fit(self, observations: Observations, at: Array, together: Indices | None = None) -> Fit:
-        """Fit to the sizes `at`, (num_sizes, …); those of one number in `together` are held out as one."""
-        columns = self.columns(at)
-        found = regress(observations, columns, np.arange(len(at)) if together is None else together)
-        why = self._too_little(observations, len(at), found)
-        intervals = [] if why else found.intervals([quantity.of for quantity in self.quantities])
-        why = why or self._unresolved(found, columns, intervals)
-        parameters = []
-        if self._has_values(found.nonnegative):
-            for index, one in enumerate(self.quantities):
-                low, high = (None, None) if why else map(one.clip, intervals[index][1:])
-                value = one.clip(float(one.of(found.nonnegative)))
-                parameters.append(Parameter(one.name, one.symbol, one.unit, value, low, high))
-        coefficients = found.nonnegative if parameters else np.full(len(self.quantities), np.nan)
-        return Fit(
-            self.name, self.formula, self.source, why is None, why, tuple(parameters), found.held_out_error,
-            lambda at: np.asarray(self.columns(np.asarray(at, dtype=np.float64)) @ coefficients),
-        )  # fmt: skip
-
-    def _has_values(self, coefficients: Array) -> bool:
+    def has_values(coefficients: Array) -> bool:
         """Whether all parameters are finite, for each of the coefficients (..., p)."""
-        is_divided = any(quantity.kind != "coefficient" for quantity in self.quantities)
         return bool(np.isfinite(coefficients).all() and not (is_divided and coefficients[..., 0].min() <= 0))
 
-    def _too_little(self, observations: Observations, num_sizes: int, found: Regression) -> str | None:
-        """Why the points do not determine the coefficients."""
-        needed, num_blocks = len(self.quantities) + 1, observations.num_blocks
-        if num_sizes < needed:
-            few = f"{num_sizes} {self.sizes if num_sizes > 1 else self.sizes.removesuffix('s')}"
-            return f"{few} for {needed - 1} parameters: from {needed} on, the points can contradict the model"
-        if num_blocks < FEWEST_BLOCKS:
-            few = f"{num_blocks} block{'s' * (num_blocks > 1)} of launches"
-            return f"{few}: from {FEWEST_BLOCKS} on, their spread can be estimated"
-        if not np.isfinite(found.coefficients).all():
-            return f"at these {self.sizes} its terms have the same shape, or times are too scattered for any to be seen"
-        if not np.isfinite(found.without_block).all():
-            return "it rests on one block of launches alone: repeat the launches that failed in the others"
-        if not all(map(self._has_values, (found.coefficients, found.without_block, found.nonnegative))):
-            return f"the points contradict the model: {self.quantities[0].name} would not be positive"
-        return None
+    why: str | None = None
+    if len(at) < needed:
+        few = f"{len(at)} {sizes if len(at) > 1 else sizes.removesuffix('s')}"
+        why = f"{few} for {needed - 1} parameters: from {needed} on, the points can contradict the model"
+    elif num_blocks < FEWEST_BLOCKS:
+        few = f"{num_blocks} block{'s' * (num_blocks > 1)} of launches"
+        why = f"{few}: from {FEWEST_BLOCKS} on, their spread can be estimated"
+    elif not np.isfinite(found.coefficients).all():
+        why = f"at these {sizes} its terms have the same shape, or times are too scattered for any to be seen"
+    elif not np.isfinite(found.without_block).all():
+        why = "it rests on one block of launches alone: repeat the launches that failed in the others"
+    elif not all(map(has_values, (found.coefficients, found.without_block, found.nonnegative))):
+        why = f"the points contradict the model: {quantities[0].name} would not be positive"
+    intervals = [] if why else found.intervals([one.of for one in quantities])
+    if intervals:
+        parts, reasons = shapes / (shapes @ found.coefficients)[:, None], []
+        for one, interval in zip(quantities, intervals, strict=True):
+            unit = found.coefficients[0] if one.kind == "relative" else 1
+            reasons.append(one.reason(interval, float(np.max(unit * parts[:, one.column]))))
+        why = min(filter(None, reasons), key=lambda reason: "contradict" not in reason, default=None)
+    parameters, coefficients = [], np.full(len(quantities), np.nan)
+    if has_values(found.nonnegative):
+        coefficients = found.nonnegative
+        for index, one in enumerate(quantities):
+            low, high = (None, None) if why else map(one.clip, intervals[index][1:])
+            parameters.append(Parameter(*one[1:4], one.clip(float(one.of(coefficients))), low, high))
 
-    def _unresolved(self, found: Regression, columns: Array, intervals: Sequence[Interval]) -> str | None:
-        parts = columns / (columns @ found.coefficients)[:, None]
-        reasons = []
-        for quantity, interval in zip(self.quantities, intervals, strict=True):
-            unit = found.coefficients[0] if quantity.kind == "relative" else 1
-            reasons.append(quantity.reason(interval, float(np.max(unit * parts[:, quantity.column]))))
-        return min(filter(None, reasons), key=lambda reason: "contradict" not in reason, default=None)
+    def predict(at: npt.ArrayLike) -> Array:
+        return np.asarray(columns(np.asarray(at, dtype=np.float64)) @ coefficients)
+
+    return Fit(*model, why is None, why, tuple(parameters), found.held_out_error, predict)

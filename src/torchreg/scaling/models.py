@@ -9,19 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
-from torchreg.scaling.identify import Fit, Model, Quantity
+from torchreg.scaling.identify import Fit, Quantity, fit_model
 from torchreg.scaling.regression import Array, Observations, observe
-from torchreg.scaling.statistics import Block, Vector
+from torchreg.scaling.statistics import Block
 
 Collective: TypeAlias = Literal["recursive doubling", "Rabenseifner", "ring"]
-
-_MORE = "measure more world sizes or more launches"
 
 
 class Work(NamedTuple):
@@ -43,11 +39,11 @@ def fit_allreduce(times: Mapping[Block, Mapping[int, float]]) -> Fit:
     larger = f"latency hides it up to {sizes[-1]:.0f} bytes, measure larger ones"
     quantities = Quantity(0, "latency", "α", "s", smaller), Quantity(1, "time per byte", "β", "s/byte", larger)
 
-    def columns(messages: Vector) -> Array:
-        return np.stack([np.ones_like(messages), messages], axis=1)
+    def columns(messages: Array) -> Array:
+        return np.column_stack([np.ones_like(messages), messages])
 
-    model = Model("α–β", "T(m) = α + β m", "Hockney 1994", "message sizes", quantities, columns)
-    return model.fit(observations, sizes)
+    model = "α–β", "T(m) = α + β m", "Hockney 1994"
+    return fit_model(model, quantities, columns, observations, sizes, "message sizes")
 
 
 def fit_amdahl(times: Mapping[Block, Mapping[int, float]]) -> Fit:
@@ -58,15 +54,15 @@ def fit_amdahl(times: Mapping[Block, Mapping[int, float]]) -> Fit:
     ValueError for world sizes or times that are not positive.
     """
     quantities = (
-        Quantity(0, "time of one rank", "T₁", "s", _MORE),
-        Quantity(1, "serial fraction", "s", "", _MORE, kind="relative", is_fraction=True),
+        Quantity(0, "time of one rank", "T₁", "s"),
+        Quantity(1, "serial fraction", "s", "", kind="relative", is_fraction=True),
     )
 
-    def columns(ranks: Vector) -> Array:
-        return np.stack([1 / ranks, 1 - 1 / ranks], axis=1)
+    def columns(ranks: Array) -> Array:
+        return np.column_stack([1 / ranks, 1 - 1 / ranks])
 
-    model = Model("Amdahl", "T(p) = T₁ (s + (1 − s)/p)", "Amdahl 1967", "world sizes", quantities, columns)
-    return model.fit(*_observe_whole(times, "world size"))
+    model = "Amdahl", "T(p) = T₁ (s + (1 − s)/p)", "Amdahl 1967"
+    return fit_model(model, quantities, columns, *_observe_whole(times, "world size"), "world sizes")
 
 
 def fit_usl(
@@ -88,21 +84,20 @@ def fit_usl(
     _check_whole(**given)
 
     quantities = (
-        Quantity(0, "throughput of one rank", "λ", "samples/s", _MORE, kind="inverse"),
-        Quantity(1, "contention", "σ", "", _MORE, kind="relative", is_fraction=True),
-        Quantity(2, "coherence", "κ", "", _MORE, kind="relative", can_vanish=True),
+        Quantity(0, "throughput of one rank", "λ", "samples/s", kind="inverse"),
+        Quantity(1, "contention", "σ", "", kind="relative", is_fraction=True),
+        Quantity(2, "coherence", "κ", "", kind="relative", can_vanish=True),
     )
 
-    def columns(ranks: Vector) -> Array:
+    def columns(ranks: Array) -> Array:
         samples = np.full_like(ranks, global_batch_size) if local_batch_size is None else local_batch_size * ranks
-        return samples[:, None] * np.stack([1 / ranks, 1 - 1 / ranks, ranks - 1], axis=1)
+        return samples[:, None] * np.column_stack([1 / ranks, 1 - 1 / ranks, ranks - 1])
 
-    formula = "X(p) = λ p / (1 + σ(p − 1) + κ p(p − 1))"
-    model = Model("USL", formula, "Gunther 2007", "world sizes", quantities, columns)
-    return model.fit(*_observe_whole(times, "world size"))
+    model = "USL", "X(p) = λ p / (1 + σ(p − 1) + κ p(p − 1))", "Gunther 2007"
+    return fit_model(model, quantities, columns, *_observe_whole(times, "world size"), "world sizes")
 
 
-_COLLECTIVES: dict[Collective, tuple[str, Callable[[Vector], Vector], Callable[[Vector], Vector]]] = {
+_COLLECTIVES: dict[Collective, tuple[str, Callable[[Array], Array], Callable[[Array], Array]]] = {
     "recursive doubling": ("log₂ p (α + β m)", np.log2, np.log2),
     "Rabenseifner": ("2 log₂ p α + 2 (p − 1)/p β m", lambda p: 2 * np.log2(p), lambda p: 2 * (p - 1) / p),
     "ring": ("2 (p − 1) α + 2 (p − 1)/p β m", lambda p: 2 * (p - 1), lambda p: 2 * (p - 1) / p),
@@ -143,30 +138,25 @@ def fit_mechanistic(times: Mapping[Block, Mapping[Work, float]], collective: Col
         named += [("latency of a round", "α", "s"), ("time per byte", "β", "s/byte")]
 
     def columns(at: Array) -> Array:
-        ranks, samples, messages = at.T
-        local = [np.ones_like(ranks)] if is_weak else [np.ones_like(ranks), samples]
-        shared = [rounds(ranks)] if is_one_round else [rounds(ranks), transfers(ranks) * messages]
-        return np.stack([*local, *shared], axis=1)
-
-    def to_works(at: npt.ArrayLike) -> Array:
-        """World sizes (n,) as works (n, 3), of the series that was measured."""
-        found = np.asarray(at, dtype=np.float64)
-        if found.ndim == 2:
-            return found
-        if not (is_one_size and (is_weak or np.ptp(ranks * samples) == 0)):
-            raise ValueError("points are of several series: give predict rows of world_size, samples_per_rank, bytes")
-        local = np.full_like(found, samples[0]) if is_weak else ranks[0] * samples[0] / found
-        return np.stack([found, local, np.full_like(found, messages[0])], axis=1)
+        if at.ndim == 1:  # world sizes, of the series that was measured
+            if not (is_one_size and (is_weak or np.ptp(ranks * samples) == 0)):
+                raise ValueError(
+                    "points are of several series: give predict rows of world_size, samples_per_rank, bytes"
+                )
+            local = samples[0] if is_weak else ranks[0] * samples[0] / at
+            at = np.column_stack(np.broadcast_arrays(at, local, messages[0]))
+        p, own, size = at.T
+        shared = [rounds(p)] if is_one_round else [rounds(p), transfers(p) * size]
+        return np.column_stack([np.ones_like(p), *([] if is_weak else [own]), *shared])
 
     formula = f"T(p) = {compute} + {communication} ({collective})"
-    source = "Thakur, Rabenseifner and Gropp 2005; Hockney 1994"
-    quantities = tuple(Quantity(column, *name, _MORE, can_vanish=True) for column, name in enumerate(named))
-    model = Model("mechanistic", formula, source, "points", quantities, columns)
-    fit = model.fit(observations, measured, np.unique(ranks, return_inverse=True)[1])
-    return replace(fit, predict=lambda at: fit.predict(to_works(at)))
+    model = "mechanistic", formula, "Thakur, Rabenseifner and Gropp 2005; Hockney 1994"
+    quantities = [Quantity(column, *name, can_vanish=True) for column, name in enumerate(named)]
+    together = np.unique(ranks, return_inverse=True)[1]
+    return fit_model(model, quantities, columns, observations, measured, "points", together)
 
 
-def _observe_whole(times: Mapping[Block, Mapping[int, float]], what: str) -> tuple[Observations, Vector]:
+def _observe_whole(times: Mapping[Block, Mapping[int, float]], what: str) -> tuple[Observations, Array]:
     observations, sizes = observe(times, what)
     for size in sizes:
         _check_whole(**{what: size})
