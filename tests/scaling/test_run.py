@@ -281,7 +281,7 @@ def test_a_lock_of_another_host_holds_until_it_is_not_renewed(play, locked):
 
 
 def test_a_lock_is_renewed_while_the_launch_runs(play, monkeypatch):
-    monkeypatch.setattr(locks, "_RENEW_EVERY_S", 0.1)
+    monkeypatch.setattr(locks, "RENEW_EVERY_S", 0.1)
     program = (
         MEASURE
         + """

@@ -11,9 +11,9 @@ from typing import Any
 
 import pandas as pd
 
+from torchreg.console import printable
 from torchreg.reporting.points import Json
 from torchreg.scaling.records import Records
-from torchreg.scaling.schema import printable
 
 _OF_ONE_LAUNCH = re.compile(
     r"(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|SLURM_(JOB_NUM_NODES|NTASKS)|TORCHELASTIC_.*"

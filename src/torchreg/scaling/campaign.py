@@ -28,9 +28,8 @@ Combination = Literal["manual/allreduce", "manual/mpi", "sgd/ddp", "sgd/mpi"]
 
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("nodes", "ranks_per_node", "global_batch_sizes", "local_batch_sizes", "num_features"), (1, 10**9)),
-    **dict.fromkeys(
-        ("window_s", "base_learning_rate", "target_excess", "timeout_s", "launch_timeout_s"), (1e-12, 10**9)
-    ),
+    **dict.fromkeys(("window_s", "base_learning_rate", "target_excess"), (1e-12, 10**9)),
+    **dict.fromkeys(("timeout_s", "launch_timeout_s"), (1e-12, 10**9)),
     "repeats": (1, 10_000),
     "seed": (0, 2**32 - 1),
 }
@@ -106,15 +105,15 @@ class Campaign:
             if isinstance(values, tuple) and len(set(values)) < len(values):
                 raise ValueError(f"{field} is {', '.join(map(str, values))}: give each number once")
         split_options("launcher_args", self.launcher_args)
-        num_ranks, max_batch_size = self._max_world_size, self._max_batch_size
-        if min(self.global_batch_sizes, default=num_ranks) < num_ranks:
+        num_ranks = self._max_world_size
+        if (smallest := min(self.global_batch_sizes, default=num_ranks)) < num_ranks:
             raise ValueError(
-                f"global_batch_sizes has {min(self.global_batch_sizes)}, and the largest world size is {num_ranks}: "
-                "some ranks would have no samples; give larger batches or fewer ranks"
+                f"global_batch_sizes has {smallest}, and the largest world size is {num_ranks}: some ranks would have "
+                "no samples; give larger batches or fewer ranks"
             )
-        if self.num_rows is not None and self.num_rows < max_batch_size:
+        if self.num_rows is not None and self.num_rows < self._max_batch_size:
             raise ValueError(
-                f"num_rows is {self.num_rows}, and the largest global batch is {max_batch_size}: give more rows"
+                f"num_rows is {self.num_rows}, and the largest global batch is {self._max_batch_size}: give more rows"
             )
 
     @property
@@ -132,11 +131,10 @@ class Campaign:
         return self.num_rows or max(REAL_NUM_ROWS, self._max_batch_size, *solved)
 
     def estimated_s(self, world_size: int) -> float:
-        """Estimated seconds of a launch."""
+        """Estimated seconds of a launch: start-up, all-reduce, and the points."""
         windows = 1.0 if world_size == 1 else 1.5  # with averaging, and half of one without
         point_s = windows * self.window_s + 0.5  # warm-up, check, run to the target
-        start_up_s, all_reduce_s = 15.0, 3.0
-        return start_up_s + all_reduce_s + point_s * len(settings(self, world_size))
+        return 15.0 + 3.0 + point_s * len(settings(self, world_size))
 
     @property
     def fingerprint(self) -> str:
@@ -179,12 +177,11 @@ class Launch:
 def launches(campaign: Campaign) -> list[Launch]:
     """Every launch, in randomized blocks: a slow drift of the machine affects all world sizes alike."""
     shapes = list(itertools.product(campaign.nodes, campaign.ranks_per_node))
-    found = []
-    for block in range(campaign.repeats):
-        for nodes, ranks in np.random.default_rng([campaign.seed, block]).permutation(shapes).tolist():
-            seed = int(np.random.default_rng([campaign.seed, block, nodes, ranks]).integers(2**31))
-            found.append(Launch(block, nodes, ranks, seed))
-    return found
+    return [
+        Launch(block, nodes, ranks, int(np.random.default_rng([campaign.seed, block, nodes, ranks]).integers(2**31)))
+        for block in range(campaign.repeats)
+        for nodes, ranks in np.random.default_rng([campaign.seed, block]).permutation(shapes).tolist()
+    ]
 
 
 def settings(campaign: Campaign, world_size: int, *, by_mpi: bool = True) -> list[Setting]:
@@ -243,11 +240,3 @@ def read_campaign(path: Path) -> Campaign:
         return msgspec.convert(content, Campaign, strict=False)  # YAML reads 1e-4 as a string
     except msgspec.ValidationError as error:
         raise ValueError(f"campaign is {path}: {error}; `torchreg scale plan --help` lists the values") from None
-
-
-def to_yaml(campaign: Campaign) -> str:
-    """The campaign file of a campaign."""
-    import yaml
-
-    values = json.loads(json.dumps(asdict(campaign)))  # tuples become lists
-    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

@@ -17,6 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import msgspec
 import numpy as np
 
 from torchreg.core.checkpoint import write_atomically
@@ -24,10 +25,10 @@ from torchreg.machines import launch_commands
 from torchreg.machines.launch_commands import LauncherName
 from torchreg.runs.files import create
 from torchreg.runs.stopping import StopRequest
-from torchreg.scaling.campaign import CAMPAIGN_FILE, MAY_CHANGE, Campaign, Launch, launches, read_campaign, to_yaml
+from torchreg.scaling.campaign import CAMPAIGN_FILE, MAY_CHANGE, Campaign, Launch, launches, read_campaign
 from torchreg.scaling.launch_process import run_launch
+from torchreg.scaling.launch_record import check
 from torchreg.scaling.locks import host_lock, lock_launch, locked_by
-from torchreg.scaling.schema import check
 from torchreg.scaling.sources import LAUNCH_FILE, LAUNCHES_FOLDER
 
 State = Literal["done", "failed", "running", "open"]
@@ -88,7 +89,7 @@ def open_campaign(campaign: Campaign, folder: Path) -> Campaign:
     try:
         (folder / LAUNCHES_FOLDER).mkdir(parents=True, exist_ok=True)
         named = replace(campaign, machine_name=campaign.machine_name or default_name)
-        if not path.exists() and create(path, to_yaml(named).encode()):
+        if not path.exists() and create(path, msgspec.yaml.encode(named)):
             return named
         before = campaign_of(folder)
         before = replace(before, machine_name=before.machine_name or named.machine_name)
@@ -100,7 +101,7 @@ def open_campaign(campaign: Campaign, folder: Path) -> Campaign:
                     "two with `torchreg scale merge`"
                 )
         temporary = path.with_name(f"{CAMPAIGN_FILE}-{uuid.uuid4().hex}")  # two jobs may start at once
-        write_atomically(temporary, to_yaml(named).encode())
+        write_atomically(temporary, msgspec.yaml.encode(named))
         temporary.replace(path)
     except OSError as error:
         reason = f"which cannot be written ({error.strerror})"
@@ -138,22 +139,22 @@ def run_campaign(
         if fd is None:
             stopped = stop.reason or f"another `scale run` measures in {folder} on this host, or its ranks still end"
         for number, launch in enumerate(todo, start=1):
-            if status_of(folders[launch.id]).state in finished:
+            where, expected_s, left_s = folders[launch.id], durations_s[launch.world_size], stop.left_s()
+            if status_of(where).state in finished:
                 continue
-            expected_s, left_s = durations_s[launch.world_size], stop.left_s()
             if stop.is_due():
                 stopped = stop.reason
             elif left_s is not None and expected_s > left_s:
                 stopped = f"{left_s:.0f} s are left, and the next launch takes about {expected_s:.0f} s"
             if stopped or fd is None:
                 break
-            with lock_launch(folders[launch.id]) as lock:
-                if lock is None:
-                    report(f"elsewhere    {launch.id}: {locked_by(folders[launch.id])}")
+            with lock_launch(where) as renew:
+                if renew is None:
+                    report(f"elsewhere    {launch.id}: {locked_by(where)}")
                     continue
-                if status_of(folders[launch.id]).state == "done":  # by another job, just before the lock was taken
+                if status_of(where).state == "done":  # by another job, just before the lock was taken
                     continue
-                record = run_launch(campaign, launch, commands[launch.id], folders[launch.id], stop, lock, fd)
+                record = run_launch(campaign, launch, commands[launch.id], where, stop, renew, fd)
             if record is None:
                 stopped = stop.reason
                 continue

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from typing import Any
 from torchreg.runs.environment import provenance
 from torchreg.runs.record import utc_now, write_json
 from torchreg.runs.stopping import StopRequest
+from torchreg.scaling import locks
 from torchreg.scaling.campaign import Campaign, Launch
-from torchreg.scaling.locks import LaunchLock
-from torchreg.scaling.schema import KIND, SCHEMA_VERSION, checksummed
+from torchreg.scaling.launch_record import KIND, SCHEMA_VERSION, checksummed
 from torchreg.scaling.sources import LAUNCH_FILE
 
 _POLL_S = 0.1
@@ -44,7 +45,13 @@ exec "$@"
 
 
 def run_launch(
-    campaign: Campaign, launch: Launch, command: list[str], folder: Path, stop: StopRequest, lock: LaunchLock, fd: int
+    campaign: Campaign,
+    launch: Launch,
+    command: list[str],
+    folder: Path,
+    stop: StopRequest,
+    renew_lock: Callable[[float], bool],
+    fd: int,
 ) -> dict[str, Any] | None:
     """Run one launch in its folder and write its record; None, without a record, if `stop` is due or the lock is lost.
 
@@ -66,14 +73,14 @@ def run_launch(
     ):
         try:
             while process.poll() is None and time.monotonic() < start_s + campaign.launch_timeout_s:
-                if stop.is_due() or not lock.renew():
+                if stop.is_due() or not renew_lock(locks.RENEW_EVERY_S):
                     return None
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(_POLL_S)
             is_timeout = process.poll() is None
         finally:
             _end_session(process)
-    if not lock.is_held():
+    if not renew_lock(0):
         return None
     measured_path, measured, reason = folder / measured_file(launched_at), {}, None
     if is_timeout:

@@ -17,8 +17,8 @@ import msgspec
 import pandas as pd
 from msgspec import inspect
 
-from torchreg.scaling import schema
-from torchreg.scaling.launch_record import AllReduce, Point
+from torchreg.console import printable
+from torchreg.scaling.launch_record import AllReduce, Point, check
 from torchreg.scaling.sources import LAUNCH_FILE, distinct, name_folders
 
 
@@ -67,7 +67,7 @@ def read_records(folders: Sequence[Path]) -> Records:
             try:
                 if file.error:
                     raise ValueError(file.error)
-                content = schema.check(file.content)
+                content = check(file.content)
                 if content["launch"]["id"] != folder.id:
                     raise ValueError(f"launch.id is {content['launch']['id']!r}, not the folder's name")
                 if content["status"] == "ok" and file.path.name != LAUNCH_FILE:
@@ -132,8 +132,8 @@ def _launch_row(launch: Launch) -> dict[str, Any]:
         "launch": launch.name,
         "campaign": content["campaign"]["name"],
         "recorded_block": content["launch"]["block"],
-        "source": schema.printable(str(launch.source)),
-        "file": schema.printable(str(launch.path)),
+        "source": printable(str(launch.source)),
+        "file": printable(str(launch.path)),
         "without": None,
     }
     if content["status"] == "failed":
