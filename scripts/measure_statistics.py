@@ -19,8 +19,7 @@ from typing import TypeVar
 import numpy as np
 import tyro
 
-from torchreg.scaling.identify import Fit
-from torchreg.scaling.models import Work, fit_allreduce, fit_amdahl, fit_mechanistic, fit_usl
+from torchreg.scaling.models import Fit, Work, fit_allreduce, fit_amdahl, fit_mechanistic, fit_usl
 from torchreg.scaling.statistics import Estimate, median_interval, ratio_interval
 
 FIRST = 500

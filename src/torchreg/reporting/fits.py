@@ -12,7 +12,7 @@ import pandas as pd
 
 from torchreg.reporting.points import Json, over_launches
 from torchreg.scaling import models
-from torchreg.scaling.identify import Fit
+from torchreg.scaling.models import Fit
 
 _FURTHER = 8  # curves end at this multiple of the largest measured world size
 _CURVE_POINTS = 24

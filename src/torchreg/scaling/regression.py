@@ -44,19 +44,6 @@ class Observations(NamedTuple):
     blocks: Indices
     sizes: Indices
 
-    @property
-    def num_blocks(self) -> int:
-        """The number of blocks with at least one time."""
-        return int(self.blocks.max()) + 1
-
-
-class Interval(NamedTuple):
-    """An estimate and its 95 % interval, without regard to a parameter's bounds."""
-
-    value: float
-    low: float
-    high: float
-
 
 @dataclass(frozen=True)
 class Regression:
@@ -72,8 +59,10 @@ class Regression:
     _blocks: Indices
     _columns: Array  # (n, p) of the relative times at the fit
 
-    def intervals(self, functions: Iterable[Callable[[npt.NDArray[Any]], npt.NDArray[Any]]]) -> list[Interval]:
-        """Of smooth functions of the coefficients (..., p), which must also accept complex ones.
+    def intervals(
+        self, functions: Iterable[Callable[[npt.NDArray[Any]], npt.NDArray[Any]]]
+    ) -> list[tuple[float, float, float]]:
+        """Values with 95 % intervals of smooth functions of the coefficients (..., p), which must accept complex ones.
 
         Without block g the coefficients change by −(X'X)⁻¹ X_g' (I − H_gg)⁻¹ r_g, with the hat matrix H = QQ' and the
         residuals r = (I − H) y. So the jackknife's variance is a quadratic form in y. Its degrees of freedom are those
@@ -96,7 +85,7 @@ class Regression:
             form = weights @ weights.T
             freedom = np.clip(np.trace(form) ** 2 / np.sum(form**2), 1, num_blocks - 1)
             arm = float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * math.sqrt((num_blocks - 1) / num_blocks * squares)
-            found.append(Interval(value, value - arm, value + arm))
+            found.append((value, value - arm, value + arm))
         return found
 
 
@@ -122,12 +111,11 @@ def regress(observations: Observations, columns: Array, together: Indices) -> Re
     Sizes with the same number 0, 1, … in `together` (num_sizes,) are held out together, and predicted from the others.
     """
     times, blocks, sizes = observations
-    num_blocks, num_columns, rows = observations.num_blocks, columns.shape[1], columns[sizes]
-    everything = np.ones((1, len(times)), dtype=bool)
-    without_each = blocks != np.arange(num_blocks)[:, None]
-    without_together = together[sizes] != np.arange(together.max() + 1)[:, None]
+    num_columns, rows, everything = columns.shape[1], columns[sizes], np.ones((1, len(times)), dtype=bool)
+    without_each = blocks != np.unique(blocks)[:, None]
+    without_together = together[sizes] != np.unique(together)[:, None]
     fits = _fit(rows, times, np.vstack([everything, without_each, without_together]))
-    (found,), without_block, without_group = np.split(fits, [1, 1 + num_blocks])
+    (found,), without_block, without_group = np.split(fits, [1, 1 + len(without_each)])
     kept, some = np.arange(num_columns), found
     while len(kept) > 1 and some.min() < 0:  # not if it is NaN
         kept = np.delete(kept, some.argmin())
