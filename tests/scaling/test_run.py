@@ -22,8 +22,8 @@ import pytest
 from torchreg.cli import main
 from torchreg.runs.stopping import StopRequest
 from torchreg.scaling import campaign_run, locks
-from torchreg.scaling.campaign import Campaign, launches
-from torchreg.scaling.campaign_run import campaign_of, open_campaign, run_campaign, status, status_of
+from torchreg.scaling.campaign import Campaign, campaign_of, launches
+from torchreg.scaling.campaign_run import open_campaign, run_campaign, status, status_of
 
 from .synthetic_records import SyntheticCampaign
 

@@ -23,7 +23,7 @@ from torchreg.machines.launch_commands import LauncherName
 from torchreg.runs.config import TrainConfig
 from torchreg.runs.record import to_json, write_json
 from torchreg.runs.stopping import StopRequest
-from torchreg.scaling.campaign import Campaign, launches, node_hours, read_campaign, settings
+from torchreg.scaling.campaign import Campaign, campaign_of, launches, node_hours, read_campaign, settings
 from torchreg.scaling.sources import LAUNCHES_FOLDER, merge
 
 _MAX_FAILURES = 5  # that `scale status` shows
@@ -235,8 +235,7 @@ class Measure:
     def run(self) -> int:
         """Measure, and write the result for `scale run`."""
         from torchreg.cli.ranks import on_all_ranks, open_ranks
-        from torchreg.scaling.campaign_run import campaign_of
-        from torchreg.scaling.launch_process import measured_file
+        from torchreg.scaling.campaign_run import MEASURED_FILE
         from torchreg.scaling.measure import measure_launch
 
         campaign = campaign_of(Path(self.dir))
@@ -252,7 +251,7 @@ class Measure:
         start_up_s = time.time() - self.launched_at
         measured = on_all_ranks(communicator, lambda: measure_launch(campaign, launch, communicator, folder))
         if communicator.is_main:
-            write_json(folder / measured_file(f"{self.launched_at:.3f}"), {"start_up_s": start_up_s, **measured})
+            write_json(folder / MEASURED_FILE.format(self.launched_at), {"start_up_s": start_up_s, **measured})
         return 0
 
 

@@ -240,3 +240,13 @@ def read_campaign(path: Path) -> Campaign:
         return msgspec.convert(content, Campaign, strict=False)  # YAML reads 1e-4 as a string
     except msgspec.ValidationError as error:
         raise ValueError(f"campaign is {path}: {error}; `torchreg scale plan --help` lists the values") from None
+
+
+def campaign_of(folder: Path) -> Campaign:
+    """The campaign of a folder. Raises `ValueError` if there is none, or a damaged one."""
+    if not (folder / CAMPAIGN_FILE).is_file():
+        raise ValueError(
+            f"dir is {folder}, which has no {CAMPAIGN_FILE}: start one with "
+            f"`torchreg scale run CAMPAIGN.yaml --dir {folder}`"
+        )
+    return read_campaign(folder / CAMPAIGN_FILE)

@@ -27,6 +27,10 @@ _RANKS_END_WITHIN_S = 15.0  # after `scale run` was killed
 _POLL_S = 0.2
 _MIN_DESCRIPTOR = 100  # shells use descriptors from 0 and from 10 on
 
+Renew = Callable[[float], bool]
+"""Extends a lock if it was last extended so many seconds ago; False if another process has taken it over, because this
+one was suspended."""
+
 
 @contextlib.contextmanager
 def host_lock(folder: Path, give_up: Callable[[], bool]) -> Iterator[int | None]:
@@ -67,12 +71,11 @@ def _try_host_lock(path: Path) -> int | None:
 
 
 @contextlib.contextmanager
-def lock_launch(folder: Path) -> Iterator[Callable[[float], bool] | None]:
+def lock_launch(folder: Path) -> Iterator[Renew | None]:
     """Lock a launch's folder for this process; gives None if another one has it.
 
-    Otherwise gives a function that extends the lock if it was last extended so many seconds ago, and returns False if
-    another process has taken it over, because this one was suspended. A lock is stale if its owner, on this host, has
-    ended; if it is of this job on another host, where the job ran before a restart; and if it was not renewed in time.
+    A lock is stale if its owner, on this host, has ended; if it is of this job on another host, where the job ran
+    before a restart; and if it was not renewed in time.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, content = folder / LOCK_FILE, {**_identity(), "id": uuid.uuid4().hex, "pid": os.getpid()}

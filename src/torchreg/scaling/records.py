@@ -63,19 +63,19 @@ def read_records(folders: Sequence[Path]) -> Records:
     """
     records = Records()
     for name, folder in name_folders(distinct(folders)).items():
-        for file in folder.files:
+        for path, attempt in folder.attempts.items():
             try:
-                if file.error:
-                    raise ValueError(file.error)
-                content = check(file.content)
+                if isinstance(attempt, str):
+                    raise ValueError(attempt)
+                content = check(attempt)
                 if content["launch"]["id"] != folder.id:
                     raise ValueError(f"launch.id is {content['launch']['id']!r}, not the folder's name")
-                if content["status"] == "ok" and file.path.name != LAUNCH_FILE:
+                if content["status"] == "ok" and path.name != LAUNCH_FILE:
                     raise ValueError("status is ok, and the file's name is that of a failed attempt")
             except ValueError as error:
-                records.excluded.append(Excluded(file.path, "record", str(error)))
+                records.excluded.append(Excluded(path, "record", str(error)))
                 continue
-            launch = Launch(name, folder.source, file.path, next(iter(folder.logs), None), content)
+            launch = Launch(name, folder.source, path, next(iter(folder.logs), None), content)
             (records.failed if content["status"] == "failed" else records.launches).append(launch)
             for point in content.get("points", ()):
                 if not point["check_passed"]:
@@ -86,7 +86,7 @@ def read_records(folders: Sequence[Path]) -> Records:
                         f"global_batch_size {point['global_batch_size']} of {name}"
                     )
                     reason = f"wrong result: {point['check_message']} (difference {difference}, allowed {tolerance})"
-                    records.excluded.append(Excluded(file.path, what, reason, is_wrong_result=True))
+                    records.excluded.append(Excluded(path, what, reason, is_wrong_result=True))
     return records
 
 
