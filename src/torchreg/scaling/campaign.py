@@ -20,23 +20,18 @@ from torchreg.runs.files import check_name
 
 CAMPAIGN_FILE = "campaign.yaml"
 
-MOST_SOLVED_FEATURES = 1_024
-"""Up to so many features, with four times as many rows, a launch checks its steps against the closed-form solution;
-above, against the trajectory of gradient descent."""
-
+MOST_SOLVED_FEATURES = 1_024  # to which, with four times as many rows, a launch compares with the closed form
 Combination = Literal["manual/allreduce", "manual/mpi", "sgd/ddp", "sgd/mpi"]
+# Fields that may differ between runs into one folder: the numbers of a launch do not depend on them.
+MAY_CHANGE = ("repeats", "nodes", "ranks_per_node", "launcher", "launcher_args", "timeout_s", "launch_timeout_s")
 
-_RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("nodes", "ranks_per_node", "global_batch_sizes", "local_batch_sizes", "num_features"), (1, 10**9)),
-    **dict.fromkeys(("window_s", "base_learning_rate", "target_excess"), (1e-12, 10**9)),
-    **dict.fromkeys(("timeout_s", "launch_timeout_s"), (1e-12, 10**9)),
-    "repeats": (1, 10_000),
-    "seed": (0, 2**32 - 1),
+_RANGES: dict[tuple[str, ...], tuple[float, float]] = {
+    ("nodes", "ranks_per_node", "global_batch_sizes", "local_batch_sizes", "num_features"): (1, 10**9),
+    ("window_s", "base_learning_rate", "target_excess", "timeout_s", "launch_timeout_s"): (1e-12, 10**9),
+    ("repeats",): (1, 10_000),
+    ("seed",): (0, 2**32 - 1),
 }
 _MAX_FILE_BYTES = 65_536  # a file with a hundred numbers a key has two thousand
-
-MAY_CHANGE = ("repeats", "nodes", "ranks_per_node", "launcher", "launcher_args", "timeout_s", "launch_timeout_s")
-"""Fields that may differ between runs into one folder: the numbers of a launch do not depend on them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +92,13 @@ class Campaign:
                 raise ValueError(f"{field} is empty: give at least one number")
         if not self.global_batch_sizes and not self.local_batch_sizes:
             raise ValueError("global_batch_sizes and local_batch_sizes are both empty: give one of them a number")
-        for field, (low, high) in _RANGES.items():
+        for field, (low, high) in ((field, bounds) for fields, bounds in _RANGES.items() for field in fields):
             values = getattr(self, field)
-            for value in values if isinstance(values, tuple) else (values,):
+            values = values if isinstance(values, tuple) else (values,)
+            for value in values:
                 if not low <= value <= high:
                     raise ValueError(f"{field} has {value}: give a number from {low} to {high:,}")
-            if isinstance(values, tuple) and len(set(values)) < len(values):
+            if len(set(values)) < len(values):
                 raise ValueError(f"{field} is {', '.join(map(str, values))}: give each number once")
         split_options("launcher_args", self.launcher_args)
         num_ranks = self._max_world_size
