@@ -140,7 +140,12 @@ def test_a_short_run_to_the_target_is_repeated_and_its_time_is_the_mean(monkeypa
     campaign = Campaign(num_features=(1,), window_s=1.0, base_learning_rate=0.05)
     with init_distributed(device="cpu") as communicator:
         measured = measure.run_to_target(
-            campaign, Launch(0, 1, 1, 3), Setting("manual", "none", 1, 64), communicator, tmp_path
+            campaign,
+            Launch("block-00-nodes-1-ranks-1", 0, 1, 1, 1, 3),
+            Setting("manual", "none", 1, 64),
+            communicator,
+            tmp_path,
+            Seams(),
         )
     assert measured["measured_steps"] == 10.5
     assert measured["measured_time_s"] == pytest.approx(0.16 / 4)

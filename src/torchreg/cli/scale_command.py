@@ -61,8 +61,6 @@ class _Plan:
         content = [
             {
                 **asdict(launch),
-                "id": launch.id,
-                "world_size": launch.world_size,
                 "settings": [asdict(setting) for setting in settings(campaign, launch.world_size)],
                 "command": command_of(campaign, launch, Path("DIR"), launcher),
             }

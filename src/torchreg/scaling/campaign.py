@@ -154,30 +154,23 @@ class Setting:
 class Launch:
     """One start of ranks in one block: it measures every setting, in an order of its own."""
 
+    id: str  # the name of its folder
     block: int
+    world_size: int
     num_nodes: int
     ranks_per_node: int
     seed: int
 
-    @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-        return self.num_nodes * self.ranks_per_node
-
-    @property
-    def id(self) -> str:
-        """The name of its folder."""
-        return f"block-{self.block:02}-nodes-{self.num_nodes}-ranks-{self.world_size}"
-
 
 def launches(campaign: Campaign) -> list[Launch]:
     """Every launch, in randomized blocks: a slow drift of the machine affects all world sizes alike."""
-    shapes = list(itertools.product(campaign.nodes, campaign.ranks_per_node))
-    return [
-        Launch(block, nodes, ranks, int(np.random.default_rng([campaign.seed, block, nodes, ranks]).integers(2**31)))
-        for block in range(campaign.repeats)
-        for nodes, ranks in np.random.default_rng([campaign.seed, block]).permutation(shapes).tolist()
-    ]
+    shapes, found = list(itertools.product(campaign.nodes, campaign.ranks_per_node)), []
+    for block in range(campaign.repeats):
+        for nodes, ranks in np.random.default_rng([campaign.seed, block]).permutation(shapes).tolist():
+            seed = int(np.random.default_rng([campaign.seed, block, nodes, ranks]).integers(2**31))
+            name = f"block-{block:02}-nodes-{nodes}-ranks-{nodes * ranks}"
+            found.append(Launch(name, block, nodes * ranks, nodes, ranks, seed))
+    return found
 
 
 def settings(campaign: Campaign, world_size: int, *, by_mpi: bool = True) -> list[Setting]:

@@ -87,15 +87,12 @@ def status_of(folder: Path) -> Status:
 
 
 def status(folder: Path) -> list[dict[str, Any]]:
-    """Every launch of a campaign's folder: `id`, `world_size`, `num_nodes`, and the fields of its `Status`.
+    """The fields of every `Launch` of a campaign's folder and of its `Status`.
 
     Raises `ValueError` if the folder has no campaign.
     """
-    return [
-        {"id": launch.id, "world_size": launch.world_size, "num_nodes": launch.num_nodes}
-        | status_of(folder / LAUNCHES_FOLDER / launch.id)._asdict()
-        for launch in launches(campaign_of(folder))
-    ]
+    todo = launches(campaign_of(folder))
+    return [asdict(launch) | status_of(folder / LAUNCHES_FOLDER / launch.id)._asdict() for launch in todo]
 
 
 def open_campaign(campaign: Campaign, folder: Path) -> Campaign:
@@ -259,7 +256,7 @@ def run_launch(
             "exit_code": process.returncode,
             "campaign": {name: getattr(campaign, name) for name in ("name", "fingerprint", "device", "without")}
             | {"machine": campaign.machine_name},
-            "launch": {"id": launch.id, "world_size": launch.world_size, **asdict(launch)},
+            "launch": asdict(launch),
             "command": command,
             "started_utc": started_utc,
             "wall_s": time.monotonic() - start_s,

@@ -154,12 +154,7 @@ def measure_point(
 
 
 def run_to_target(
-    campaign: Campaign,
-    launch: Launch,
-    setting: Setting,
-    communicator: Communicator,
-    folder: Path,
-    seams: Seams = Seams(),
+    campaign: Campaign, launch: Launch, setting: Setting, communicator: Communicator, folder: Path, seams: Seams
 ) -> dict[str, Any]:
     """Train, as a user would, until the loss is within the target: the last fields of a `Point`, or none of them.
 
@@ -186,12 +181,8 @@ def run_to_target(
     )
     forecast = communicator.from_main(lambda: prepare(config, communicator.world_size)[0].forecast)
     predicted = forecast.steps_to_target
-    answer = {
-        "target_excess": campaign.target_excess,
-        "predicted_steps": predicted,
-        "stability_limit": forecast.stability_limit,
-        "noise_floor": forecast.noise_floor,
-    }
+    answer = {name: getattr(forecast, name) for name in ("stability_limit", "noise_floor")}
+    answer |= {"target_excess": campaign.target_excess, "predicted_steps": predicted}
     if predicted is None or predicted > _MOST_STEPS:
         return answer
     log_every = max(1, predicted // _NUM_LINES)

@@ -1,9 +1,8 @@
 """95 % intervals over launches, the unit of repetition: of a median and of a ratio.
 
 Each value is of one launch: its steps share its disturbances (Hoefler and Belli, "Scientific benchmarking of parallel
-computing systems", SC 2015). Intervals are based on ranks, so one slow launch among several changes them
-little. Bootstrap percentiles of a ratio of medians would cover 94 % with 6 launches, but 99 % with 20 where blocks
-differ, because they ignore what a block's launches share (`scripts/measure_statistics.py`).
+computing systems", SC 2015). Intervals are based on ranks, so one slow launch among several changes them little.
+`scripts/measure_statistics.py` measures their coverage, and that of bootstrap percentiles, which are not used.
 """
 
 from __future__ import annotations

@@ -159,8 +159,7 @@ def _reference_of(features: Matrix, target: Matrix) -> Reference:
         low, *_, high = np.linalg.eigvalsh(a.T @ a / num_rows).tolist()
         learning_rate = 1 / (low + high)  # the fastest constant one: the excess shrinks by contraction² a step
         contraction = max((high - low) / (high + low), 1e-9)
-        needed = math.ceil(math.log(_CHECK_EXCESS) / (2 * math.log(contraction)))
-        num_steps = min(_CHECK_STEPS[1], max(_CHECK_STEPS[0], needed))
+        num_steps = int(np.clip(math.ceil(math.log(_CHECK_EXCESS) / (2 * math.log(contraction))), *_CHECK_STEPS))
     else:
         (largest,) = svds(a, k=1, v0=np.ones(min(a.shape)), return_singular_vectors=False)
         learning_rate = 0.4 * num_rows / float(largest) ** 2  # of a stability limit of 1 over the largest curvature
