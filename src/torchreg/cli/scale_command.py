@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -141,24 +141,20 @@ class _Status:
         if self.json:
             print(to_json(found))
             return 0
-        columns = ("done", "failed", "running", "open")
-        lines: dict[str, list[str]] = {state: [] for state in columns}
-        counts: dict[tuple[int, int], Counter[str]] = defaultdict(Counter)
-        for launch in found:
-            lines[launch["state"]].append(f"{launch['state']:13}{launch['id']}: {launch['message']}")
-            counts[launch["num_nodes"], launch["world_size"]][launch["state"]] += 1
-        rows = [
-            ["!" * bool(count["failed"]) + str(nodes), str(ranks), *(str(count[state]) for state in columns)]
-            for (nodes, ranks), count in sorted(counts.items())
-        ]
+        columns, rows = ("done", "failed", "running", "open"), []
+        counts = Counter((one["num_nodes"], one["world_size"], one["state"]) for one in found)
+        for nodes, ranks in sorted({(nodes, ranks) for nodes, ranks, _ in counts}):
+            each = [counts[nodes, ranks, state] for state in columns]
+            rows.append(["!" * bool(each[1]) + str(nodes), *map(str, (ranks, *each))])
         show_table(("nodes", "ranks", *columns), rows)
-        if (more := len(lines["failed"]) - _MAX_FAILURES) > 0:
-            lines["failed"][_MAX_FAILURES:] = [f"failed       and {more} more"]
-        if num_open := len(lines["open"]):
-            left = f"{num_open} of {len(found)} launches: run `torchreg scale run` again to resume"
-            lines["open"] = [f"open         {left}"]
-        shown = [*lines["failed"], *lines["running"], *lines["open"]]
-        show_lines([*shown, f"report       torchreg report {Path(self.dir)}"])
+        _, failed, running, left = (
+            [f"{state:13}{one['id']}: {one['message']}" for one in found if one["state"] == state] for state in columns
+        )
+        if (more := len(failed) - _MAX_FAILURES) > 0:
+            failed[_MAX_FAILURES:] = [f"failed       and {more} more"]
+        if left:
+            left = [f"open         {len(left)} of {len(found)} launches: run `torchreg scale run` again to resume"]
+        show_lines([*failed, *running, *left, f"report       torchreg report {Path(self.dir)}"])
         return 0
 
 

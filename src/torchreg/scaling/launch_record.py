@@ -160,9 +160,8 @@ class _LaunchId(Struct, kw_only=True):  # see `torchreg.scaling.campaign.Launch`
     seed: Integer
 
     def __post_init__(self) -> None:
-        product = f"num_nodes {self.num_nodes} × ranks_per_node {self.ranks_per_node}"
-        is_product = self.num_nodes * self.ranks_per_node == self.world_size
-        _require(is_product, f"world_size is {self.world_size}, not {product}")
+        nodes, ranks, total = self.num_nodes, self.ranks_per_node, self.world_size
+        _require(nodes * ranks == total, f"world_size is {total}, not num_nodes {nodes} × ranks_per_node {ranks}")
 
 
 class _LaunchRecord(Struct, kw_only=True, tag_field="status"):  # what every launch has, however it ended

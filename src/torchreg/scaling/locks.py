@@ -27,9 +27,8 @@ _RANKS_END_WITHIN_S = 15.0  # after `scale run` was killed
 _POLL_S = 0.2
 _MIN_DESCRIPTOR = 100  # shells use descriptors from 0 and from 10 on
 
+# Extends a lock that was extended so many seconds ago; False if another process took it over from this suspended one.
 Renew = Callable[[float], bool]
-"""Extends a lock if it was last extended so many seconds ago; False if another process has taken it over, because this
-one was suspended."""
 
 
 @contextlib.contextmanager
@@ -132,16 +131,13 @@ def _is_stale(path: Path) -> bool:
     try:
         if time.time() > path.stat().st_mtime + _LIFETIME_S:
             return True
-    except FileNotFoundError:
-        return True
-    if content.get("host") != own["host"] or content.get("boot", own["boot"]) != own["boot"]:
-        return own["job_id"] is not None and content.get("job_id") == own["job_id"]
-    try:
+        if content.get("host") != own["host"] or content.get("boot", own["boot"]) != own["boot"]:
+            return own["job_id"] is not None and content.get("job_id") == own["job_id"]
         with _host_lock_file(path.parents[1], content).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
+    except FileNotFoundError:  # the lock, or that of its host
         return True
-    except OSError:  # it is held, or may be because the file system has no locks
+    except OSError:  # that of its host is held, or may be because the file system has no locks
         return False
     return True
 

@@ -191,6 +191,7 @@ def run_to_target(
     train(replace(config, max_steps=log_every, log_every=log_every), communicator, seams=seams)  # first uses cost more
     # Half as many steps again, so that a run that is late reaches the target too.
     config = replace(config, max_steps=math.ceil(1.5 * predicted) + 10, log_every=log_every)
+    num_steps: float = 0
     times_s: list[float] = []
     while sum(times_s) < _LEAST_FRACTION * campaign.window_s and len(times_s) < _MOST_RUNS:
         result = train(config, communicator, seams=seams)
@@ -200,8 +201,9 @@ def run_to_target(
         reached = crossing(lines, result.closed_form_loss, campaign.target_excess)
         if reached is None:
             return answer
-        times_s.append(reached[1])
-    return {**answer, "measured_steps": reached[0], "measured_time_s": sum(times_s) / len(times_s)}
+        num_steps, time_s = reached
+        times_s.append(time_s)
+    return {**answer, "measured_steps": num_steps, "measured_time_s": sum(times_s) / len(times_s)}
 
 
 def crossing(lines: list[dict[str, Any]], best_loss: float, target_excess: float) -> tuple[float, float] | None:

@@ -95,7 +95,7 @@ def observe(times: Mapping[Block, Mapping[Key, float]], what: str) -> tuple[Obse
     Raises ValueError for no times, and for a time that is not positive and finite.
     """
     filled = [of_block for of_block in times.values() if of_block]
-    sizes = sorted(set().union(*filled))
+    sizes = sorted(set().union(*filled))  # type: ignore[type-var]
     if not sizes:
         raise ValueError("times is empty: give the times of at least one launch")
     rows = [(value, block, sizes.index(size)) for block, found in enumerate(filled) for size, value in found.items()]

@@ -163,8 +163,9 @@ def merge(out: Path, folders: Sequence[Path]) -> list[str]:
     for name, folder in name_folders([out, *sources]).items():
         if folder.source == out:
             continue
-        if all(isinstance(attempt, str) for attempt in folder.attempts.values()):
-            lines.append(f"not copied   {folder.path}: {[*folder.attempts.values()][-1]}")
+        errors = [attempt for attempt in folder.attempts.values() if isinstance(attempt, str)]
+        if len(errors) == len(folder.attempts):
+            lines.append(f"not copied   {folder.path}: {errors[-1]}")
             continue
         _copy_launch(folder, out / LAUNCHES_FOLDER / name)
         num_copied[folder.source] += 1

@@ -79,7 +79,7 @@ def ratio_interval(numerator: Mapping[Block, float], denominator: Mapping[Block,
         return _transformed(Estimate(float(np.median(means)), low, high, count), math.exp)
     one, other = (_transformed(median_interval(side.values()), math.log) for side in (numerator, denominator))
     value, low, high = one.value - other.value, None, None
-    if None not in (one.low, one.high, other.low, other.high):
+    if one.low is not None and one.high is not None and other.low is not None and other.high is not None:
         low = value - math.hypot(one.value - one.low, other.high - other.value)
         high = value + math.hypot(one.high - one.value, other.value - other.low)
     return _transformed(Estimate(value, low, high, min(one.num_launches, other.num_launches)), math.exp)

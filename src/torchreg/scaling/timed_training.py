@@ -161,8 +161,8 @@ def _reference_of(features: Matrix, target: Matrix) -> Reference:
         contraction = max((high - low) / (high + low), 1e-9)
         num_steps = int(np.clip(math.ceil(math.log(_CHECK_EXCESS) / (2 * math.log(contraction))), *_CHECK_STEPS))
     else:
-        (largest,) = svds(a, k=1, v0=np.ones(min(a.shape)), return_singular_vectors=False)
-        learning_rate = 0.4 * num_rows / float(largest) ** 2  # of a stability limit of 1 over the largest curvature
+        largest = float(svds(a, k=1, v0=np.ones(min(a.shape)), return_singular_vectors=False)[0])
+        learning_rate = 0.4 * num_rows / largest**2  # of a stability limit of 1 over the largest curvature
 
     def descend(theta: Matrix, count: int, learning_rate: float) -> Matrix:
         for _ in range(count):
