@@ -3,9 +3,9 @@
     python scripts/measure_statistics.py [--repetitions 2000]
 
 Each repetition simulates the launches of one campaign, with noise of several kinds, and checks whether the 95 %
-interval contains the truth. Required is 93 to 97 % of the repetitions; intervals of ratios and differences may also
-cover more. By chance alone an interval that covers exactly 95 % is outside in one of 25 counts of 500, so the count of
-all repetitions decides. Where a true model is reported as contradicted, the named parameter counts as missed, and the
+interval contains the truth. Required is 93 to 97 % of the repetitions; intervals of ratios may also cover more. By
+chance alone an interval that covers exactly 95 % is outside in one of 25 counts of 500, so the count of all
+repetitions decides. Where a true model is reported as contradicted, the named parameter counts as missed, and the
 others not at all; other refusals do not count. The exit code is 1 if an interval does not cover what is required.
 """
 
@@ -19,9 +19,8 @@ from typing import TypeVar
 import numpy as np
 import tyro
 
-from torchreg.scaling.identify import Fit
-from torchreg.scaling.models import Work, fit_allreduce, fit_amdahl, fit_mechanistic, fit_usl
-from torchreg.scaling.statistics import Estimate, difference_interval, median_interval, ratio_interval
+from torchreg.scaling.models import Fit, Work, fit_allreduce, fit_amdahl, fit_mechanistic, fit_usl
+from torchreg.scaling.statistics import Estimate, median_interval, ratio_interval
 
 FIRST = 500
 LEAST, MOST = 0.93, 0.97
@@ -244,18 +243,6 @@ def independent_case(first: tuple[int, float], second: tuple[int, float]) -> Cas
     return Case("ratio, independent", min(first[0], second[0]), name, {"ratio": 1.0}, draw, (LEAST, 1.0))
 
 
-def difference_case(blocks: int) -> Case:
-    """The exposed time: a step of 1 ms minus one of 0.6 ms without averaging, in one launch."""
-
-    def draw(generator: np.random.Generator) -> Mapping[str, Interval]:
-        local = 0.6 * np.exp(0.1 * generator.standard_normal(blocks))
-        exposed = 0.4 * np.exp(0.3 * generator.standard_normal(blocks))
-        first, second = dict(enumerate(local + exposed)), dict(enumerate(local))
-        return of_estimate("difference", difference_interval(first, second))
-
-    return Case("difference, in blocks", blocks, "exposed part 30%", {"difference": 0.4}, draw, (LEAST, 1.0))
-
-
 def bootstrap_case(blocks: int, noise: Noise) -> Case:
     """What is not used: percentiles of the ratio of medians of resampled blocks."""
 
@@ -303,8 +290,6 @@ def all_cases() -> Iterator[Case]:
     yield independent_case((6, 0.1), (6, 0.1))
     yield independent_case((20, 0.03), (6, 0.1))
     yield independent_case((12, 0.1), (12, 0.1))
-    for blocks in (6, 12, 20):
-        yield difference_case(blocks)
     for latency, a_byte in ((2e-6, 1e-10), (5e-5, 1e-8)):
         for launches in (6, 12, 20):
             yield allreduce_case(launches, latency, a_byte, Noise(0.05, 0.1, value=0.05))

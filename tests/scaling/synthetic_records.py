@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from torchreg.scaling.schema import checksummed
+from torchreg.scaling.launch_record import checksummed
 
 START = 1_764_000_000  # seconds since 1970: the synthetic campaigns started in November 2025
 

@@ -4,12 +4,13 @@ import json
 import math
 import os
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from torchreg.cli import main
-from torchreg.scaling.campaign import Campaign, Setting, launches, node_hours, read_campaign, settings, to_yaml
+from torchreg.scaling.campaign import Campaign, Setting, launches, node_hours, read_campaign, settings
 
 NUMBERS = st.lists(st.integers(1, 8), min_size=1, max_size=4, unique=True).map(tuple)
 
@@ -79,7 +80,7 @@ def test_node_hours_count_whole_nodes():
 
 def test_a_campaign_survives_its_file(tmp_path):
     campaign = Campaign(name="näme: # 'x'", nodes=(1, 2), launcher_args="--oversubscribe -x A='b c'", num_rows=4096)
-    (tmp_path / "campaign.yaml").write_text(to_yaml(campaign), encoding="utf-8")
+    (tmp_path / "campaign.yaml").write_bytes(msgspec.yaml.encode(campaign))
     assert read_campaign(tmp_path / "campaign.yaml") == campaign
 
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torchreg.cli import main
 from torchreg.reporting.analysis import analyse
 from torchreg.scaling import sources
+from torchreg.scaling.launch_record import check, checksummed
 from torchreg.scaling.records import allreduce_table, launches_table, points_table, read_records
-from torchreg.scaling.schema import check, checksummed
 from torchreg.scaling.sources import merge
 
 from .synthetic_records import SyntheticCampaign, write_launch
@@ -227,8 +227,8 @@ def test_what_could_move_a_cursor_or_break_a_page_is_made_printable():
     write_launch(Path("campaign"), record)
     (Path("campaign/launches") / "odd\x1b[2J\udcff").mkdir()
     records = read()
-    assert launches_table(records)["dtype"].tolist() == ["float64\ufffd[31m\ufffd\ufffd <b>&"]
-    assert analyse(records)["excluded"][0]["file"] == "campaign/launches/odd\ufffd[2J\ufffd"
+    assert launches_table(records)["dtype"].tolist() == ["float64\\x1b[31m\\x00\\ud800 <b>&"]
+    assert analyse(records)["excluded"][0]["file"] == "campaign/launches/odd\\x1b[2J\\udcff"
 
 
 # Damage

@@ -22,8 +22,8 @@ import pytest
 from torchreg.cli import main
 from torchreg.runs.stopping import StopRequest
 from torchreg.scaling import campaign_run, locks
-from torchreg.scaling.campaign import Campaign, launches
-from torchreg.scaling.campaign_run import campaign_of, open_campaign, run_campaign, status, status_of
+from torchreg.scaling.campaign import Campaign, campaign_of, launches
+from torchreg.scaling.campaign_run import open_campaign, run_campaign, status, status_of
 
 from .synthetic_records import SyntheticCampaign
 
@@ -281,7 +281,7 @@ def test_a_lock_of_another_host_holds_until_it_is_not_renewed(play, locked):
 
 
 def test_a_lock_is_renewed_while_the_launch_runs(play, monkeypatch):
-    monkeypatch.setattr(locks, "_RENEW_EVERY_S", 0.1)
+    monkeypatch.setattr(locks, "RENEW_EVERY_S", 0.1)
     program = (
         MEASURE
         + """

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import wilcoxon
 
-from torchreg.scaling.statistics import Estimate, difference_interval, karp_flatt, median_interval, ratio_interval
+from torchreg.scaling.statistics import Estimate, karp_flatt, median_interval, ratio_interval
 
 from .statistics_script import measure_statistics as measured
 
@@ -26,7 +26,7 @@ def test_five_values_have_a_median_and_no_interval():
     # Even their whole range holds the median with 1 - 2/2^5 = 93.75 % only.
     assert median_interval([3, 1, 2, 5, 4]) == Estimate(3, None, None, 5)
     assert ratio_interval(dict.fromkeys(range(5), 2.0), dict.fromkeys(range(9), 1.0)).low is None
-    assert difference_interval({"a": 2.0}, {"b": 1.0}) == Estimate(1, None, None, 1)
+    assert ratio_interval({"a": 2.0}, {"b": 1.0}) == Estimate(2, None, None, 1)
 
 
 def test_one_launch_twice_as_slow_moves_nothing():
@@ -89,20 +89,12 @@ def test_independent_sides_are_compared_by_their_medians():
     assert found == Estimate(
         pytest.approx(10), pytest.approx(10 * math.exp(-arm)), pytest.approx(10 * math.exp(arm)), 6
     )
-    found = difference_interval(second, first)
-    arm = math.hypot(3.5 - low, 10 * (high - 3.5))
-    assert found == Estimate(pytest.approx(31.5), pytest.approx(31.5 - arm), pytest.approx(31.5 + arm), 6)
 
 
 def test_few_shared_blocks_do_not_hide_the_others():
     first, second = {k: 2.0 + k / 100 for k in range(8)}, dict.fromkeys(range(4, 12), 1.0)
     assert ratio_interval(first, second).num_launches == 8  # as independent; the four pairs would have no interval
     assert ratio_interval(first, second).low is not None
-
-
-def test_a_difference_is_the_median_of_the_blocks_differences():
-    step, local = {k: 10.0 * k + k**2 for k in range(1, 10)}, {k: 10.0 * k for k in range(1, 10)}
-    assert difference_interval(step, local) == median_interval([k**2 for k in range(1, 10)])
 
 
 def test_karp_and_flatt_find_amdahls_serial_fraction():
@@ -123,7 +115,7 @@ def test_karp_and_flatt_find_amdahls_serial_fraction():
         (lambda: ratio_interval({1: 1.0}, {}), "denominator is empty"),
         (lambda: ratio_interval({1: -1.0}, {1: 1.0}), "numerator has -1: a ratio needs positive values"),
         (lambda: ratio_interval({1: 1.0}, {1: 0.0}), "denominator has 0: a ratio needs positive values"),
-        (lambda: difference_interval({1: math.inf}, {1: 1.0}), "first has inf"),
+        (lambda: ratio_interval({1: math.inf}, {1: 1.0}), "numerator has inf"),
         (lambda: karp_flatt(Estimate(1.0, None, None, 1), 1.0), "ratio_of_ranks is 1.0"),
         (lambda: karp_flatt(Estimate(-1.0, None, None, 1), 2), "speedup is -1.0: it must be positive"),
     ],
@@ -141,7 +133,6 @@ def test_bad_values_are_named(call, message):
         *(measured.ratio_case(blocks, measured.Noise(0.1, 0.1)) for blocks in (6, 8, 20)),
         measured.ratio_case(12, measured.Noise(0.1, 0.05, slow=0.1, failed=0.15)),
         measured.independent_case((20, 0.03), (6, 0.1)),
-        measured.difference_case(12),
     ],
     ids=lambda case: f"{case.title}, {case.num_blocks}",
 )

@@ -12,10 +12,9 @@ from torchreg.distributed.init import init_distributed
 from torchreg.runs.config import TrainConfig
 from torchreg.runs.logger import LossBuffer
 from torchreg.runs.run import Seams, train
-from torchreg.scaling import measure, target
+from torchreg.scaling import measure
 from torchreg.scaling.campaign import Campaign, Launch, Setting
-from torchreg.scaling.known_samples import check, make_samples
-from torchreg.scaling.timed_training import TimedTraining
+from torchreg.scaling.timed_training import TimedTraining, check, make_samples
 
 
 class Alone:
@@ -137,11 +136,16 @@ def test_the_run_to_the_target_is_between_two_halves_of_the_window(monkeypatch):
 def test_a_short_run_to_the_target_is_repeated_and_its_time_is_the_mean(monkeypatch, tmp_path):
     # A tenth of a window of 1 s is asked for: 0.02 + 0.03 + 0.04 s are less, and 0.07 s more are enough.
     times_s = iter([0.02, 0.03, 0.04, 0.07])
-    monkeypatch.setattr(target, "crossing", lambda lines, best_loss, target_excess: (10.5, next(times_s)))
+    monkeypatch.setattr(measure, "crossing", lambda lines, best_loss, target_excess: (10.5, next(times_s)))
     campaign = Campaign(num_features=(1,), window_s=1.0, base_learning_rate=0.05)
     with init_distributed(device="cpu") as communicator:
-        measured = target.run_to_target(
-            campaign, Launch(0, 1, 1, 3), Setting("manual", "none", 1, 64), communicator, tmp_path
+        measured = measure.run_to_target(
+            campaign,
+            Launch("block-00-nodes-1-ranks-1", 0, 1, 1, 1, 3),
+            Setting("manual", "none", 1, 64),
+            communicator,
+            tmp_path,
+            Seams(),
         )
     assert measured["measured_steps"] == 10.5
     assert measured["measured_time_s"] == pytest.approx(0.16 / 4)
@@ -155,5 +159,5 @@ def test_a_crossing_is_interpolated_in_the_logarithm_of_the_excess():
         {"step": 19, "time_s": 3.0, "full_loss": 1.001},
     ]
     # From an excess of 10⁻¹ to 10⁻³ of the loss 1, so 10⁻² is half-way from 10 steps to 20 and from 1 s to 3 s.
-    assert target.crossing(lines, 1.0, 0.01) == pytest.approx((15, 2.0))
-    assert target.crossing(lines[:2], 1.0, 0.01) is None
+    assert measure.crossing(lines, 1.0, 0.01) == pytest.approx((15, 2.0))
+    assert measure.crossing(lines[:2], 1.0, 0.01) is None

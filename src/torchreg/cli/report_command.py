@@ -10,6 +10,8 @@ import tyro
 
 from torchreg.cli import EXIT_FAILED
 from torchreg.cli.options import parse
+from torchreg.console import show_lines, show_table
+from torchreg.runs.record import to_json
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,7 @@ def run(argv: list[str]) -> int:
 
     _require_libraries()
 
-    from torchreg.console import show_lines
     from torchreg.reporting.analysis import analyse, write_data
-    from torchreg.runs.record import to_json
     from torchreg.scaling.records import read_records
 
     records = read_records(arguments.dirs)
@@ -86,9 +86,7 @@ def _compare(argv: list[str]) -> int:
 
     _require_libraries()
 
-    from torchreg.console import show_lines, show_table
     from torchreg.reporting.comparison import compare, conclusion, table
-    from torchreg.runs.record import to_json
 
     comparison = compare(arguments.old, arguments.new, arguments.threshold)
     if arguments.json:

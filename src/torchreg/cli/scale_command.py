@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from torchreg.machines.launch_commands import LauncherName
 from torchreg.runs.config import TrainConfig
 from torchreg.runs.record import to_json, write_json
 from torchreg.runs.stopping import StopRequest
-from torchreg.scaling.campaign import Campaign, launches, node_hours, read_campaign, settings
+from torchreg.scaling.campaign import Campaign, campaign_of, launches, node_hours, read_campaign, settings
 from torchreg.scaling.sources import LAUNCHES_FOLDER, merge
 
 _MAX_FAILURES = 5  # that `scale status` shows
@@ -44,7 +44,7 @@ Measure how training scales, over many launches.
 
 
 @dataclass(frozen=True)
-class Plan:
+class _Plan:
     """Print what a campaign will launch and measure, and its estimated cost. Nothing is run.
 
     A campaign file may come first: torchreg scale plan jobs/campaigns/local.yaml. Flags override its values.
@@ -55,37 +55,34 @@ class Plan:
     json: bool = False  # Print the plan as one JSON object on stdout, and nothing else there.
 
     def run(self) -> int:
-        """Print the plan."""
         from torchreg.scaling.campaign_run import command_of, launcher_of
 
         campaign, launcher = self.campaign, launcher_of(self.campaign)
         content = [
             {
                 **asdict(launch),
-                "id": launch.id,
-                "world_size": launch.world_size,
                 "settings": [asdict(setting) for setting in settings(campaign, launch.world_size)],
                 "command": command_of(campaign, launch, Path("DIR"), launcher),
             }
             for launch in launches(campaign)
         ]
         if self.json:
-            plan = {"campaign": asdict(campaign), "launches": content, "node_hours": node_hours(campaign)}
-            print(to_json(plan))
+            print(to_json({"campaign": asdict(campaign), "launches": content, "node_hours": node_hours(campaign)}))
             return 0
-        columns = ["nodes", "ranks a node", "ranks", "launches", "points each", "global batches", "s each"]
-        rows, commands, total_s = [], [], 0.0
+        rows, commands = [], []
         first = {(each["num_nodes"], each["world_size"]): each for each in reversed(content)}
         for (nodes, ranks), launch in sorted(first.items()):
             each_s = campaign.estimated_s(ranks)
-            total_s += campaign.repeats * each_s
             batches = ", ".join(map(str, sorted({each["global_batch_size"] for each in launch["settings"]})))
             counts = (nodes, launch["ranks_per_node"], ranks, campaign.repeats, len(launch["settings"]))
-            cost = [f"{each_s:.0f}", f"{campaign.repeats * each_s * nodes / 3600:.2f}"]
-            rows.append([*map(str, counts), batches, *cost])
+            rows.append(
+                [*map(str, counts), batches, f"{each_s:.0f}", f"{campaign.repeats * each_s * nodes / 3600:.2f}"]
+            )
             commands.append(f"command      {shlex.join(launch['command'])}")
+        columns = ["nodes", "ranks a node", "ranks", "launches", "points each", "global batches", "s each"]
         show_table([*columns, "node-hours"], rows)
         features, pairs = ", ".join(map(str, campaign.num_features)), ", ".join(campaign.combinations)
+        total_s = sum(campaign.estimated_s(each["world_size"]) for each in content)
         total = f"about {total_s / 60:.0f} min and {node_hours(campaign):.2f} node-hours"
         measured = f"measured     {features} features; {pairs}; windows of {campaign.window_s:g} s"
         show_lines([measured, f"total        {len(content)} launches, {total}", *commands])
@@ -93,7 +90,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Run:
+class _Run:
     """Run every launch of a campaign that has no result yet, in randomized blocks.
 
     A campaign file may come first: torchreg scale run jobs/campaigns/local.yaml --dir runs/local. Flags override its
@@ -108,7 +105,6 @@ class Run:
     retry_failed: bool = False  # Run failed launches again; their records are kept beside the new ones.
 
     def run(self) -> int:
-        """Run the campaign."""
         if self.time_limit_s is not None and self.time_limit_s <= 0:
             raise ValueError(f"time_limit_s is {self.time_limit_s}: give a number above 0")
 
@@ -132,56 +128,50 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Status:
+class _Status:
     """Show which launches of a campaign are done, failed (and why), running and open."""
 
     dir: Annotated[str, tyro.conf.Positional]  # The campaign's folder.
     json: bool = False  # Print the status as one JSON array on stdout, and nothing else there.
 
     def run(self) -> int:
-        """Print the status."""
         from torchreg.scaling.campaign_run import status
 
         found = status(Path(self.dir))
         if self.json:
             print(to_json(found))
             return 0
-        columns = ("done", "failed", "running", "open")
-        messages: dict[str, list[str]] = {state: [] for state in columns}
-        counts: dict[tuple[int, int], Counter[str]] = defaultdict(Counter)
-        for launch in found:
-            messages[launch["state"]].append(f"{launch['state']:13}{launch['id']}: {launch['message']}")
-            counts[launch["num_nodes"], launch["world_size"]][launch["state"]] += 1
-        rows = [
-            ["!" * bool(count["failed"]) + str(nodes), str(ranks), *(str(count[state]) for state in columns)]
-            for (nodes, ranks), count in sorted(counts.items())
-        ]
+        columns, rows = ("done", "failed", "running", "open"), []
+        counts = Counter((one["num_nodes"], one["world_size"], one["state"]) for one in found)
+        for nodes, ranks in sorted({(nodes, ranks) for nodes, ranks, _ in counts}):
+            each = [counts[nodes, ranks, state] for state in columns]
+            rows.append(["!" * bool(each[1]) + str(nodes), *map(str, (ranks, *each))])
         show_table(("nodes", "ranks", *columns), rows)
-        lines = messages["failed"][:_MAX_FAILURES]
-        if (more := len(messages["failed"]) - _MAX_FAILURES) > 0:
-            lines.append(f"failed       and {more} more")
-        lines += messages["running"]
-        if num_open := len(messages["open"]):
-            lines.append(f"open         {num_open} of {len(found)} launches: run `torchreg scale run` again to resume")
-        show_lines([*lines, f"report       torchreg report {Path(self.dir)}"])
+        _, failed, running, left = (
+            [f"{state:13}{one['id']}: {one['message']}" for one in found if one["state"] == state] for state in columns
+        )
+        if (more := len(failed) - _MAX_FAILURES) > 0:
+            failed[_MAX_FAILURES:] = [f"failed       and {more} more"]
+        if left:
+            left = [f"open         {len(left)} of {len(found)} launches: run `torchreg scale run` again to resume"]
+        show_lines([*failed, *running, *left, f"report       torchreg report {Path(self.dir)}"])
         return 0
 
 
 @dataclass(frozen=True)
-class Merge:
+class _Merge:
     """Combine the launches of several campaign folders in a new one, for one report."""
 
     out: Annotated[str, tyro.conf.Positional]  # The new folder.
     dirs: Annotated[tuple[str, ...], tyro.conf.Positional]  # The folders to combine.
 
     def run(self) -> int:
-        """Merge the folders."""
         show_lines(merge(Path(self.out), [Path(folder) for folder in self.dirs]))
         return 0
 
 
 @dataclass(frozen=True)
-class Command:
+class _Command:
     """Print the launcher's command line, for a job script to put before the program: one token a line.
 
     In a PBS job the hosts are those of PBS_NODEFILE, each once.
@@ -199,7 +189,6 @@ class Command:
     extra: str = ""  # Further options for the launcher, in one argument, as in --extra="--no-vni".
 
     def run(self) -> int:
-        """Print the launcher's tokens."""
         for assignment in self.env:
             if "=" not in assignment:
                 raise ValueError(f"env has {assignment!r}: give NAME=VALUE")
@@ -225,7 +214,7 @@ class Command:
 
 
 @dataclass(frozen=True)
-class Measure:
+class _Measure:
     """Measure one launch, on its ranks; `scale run` starts it."""
 
     dir: Annotated[str, tyro.conf.Positional]
@@ -233,10 +222,8 @@ class Measure:
     launched_at: float = 0.0
 
     def run(self) -> int:
-        """Measure, and write the result for `scale run`."""
         from torchreg.cli.ranks import on_all_ranks, open_ranks
-        from torchreg.scaling.campaign_run import campaign_of
-        from torchreg.scaling.launch_process import measured_file
+        from torchreg.scaling.campaign_run import MEASURED_FILE
         from torchreg.scaling.measure import measure_launch
 
         campaign = campaign_of(Path(self.dir))
@@ -252,11 +239,13 @@ class Measure:
         start_up_s = time.time() - self.launched_at
         measured = on_all_ranks(communicator, lambda: measure_launch(campaign, launch, communicator, folder))
         if communicator.is_main:
-            write_json(folder / measured_file(f"{self.launched_at:.3f}"), {"start_up_s": start_up_s, **measured})
+            write_json(folder / MEASURED_FILE.format(self.launched_at), {"start_up_s": start_up_s, **measured})
         return 0
 
 
-_COMMANDS: dict[str, type[Any]] = {one.__name__.lower(): one for one in (Plan, Run, Status, Merge, Command, Measure)}
+_COMMANDS: dict[str, type[Any]] = {
+    kind.__name__[1:].lower(): kind for kind in (_Plan, _Run, _Status, _Merge, _Command, _Measure)
+}
 
 
 def run(argv: list[str]) -> int:
@@ -276,7 +265,7 @@ def run(argv: list[str]) -> int:
                 f"{launcher.world_size}: run it once, in the job's own shell, without a launcher"
             )
     kind, default = _COMMANDS[name], None
-    if kind in (Plan, Run):
+    if kind in (_Plan, _Run):
         has_file = options and not options[0].startswith("-")
         default = kind(read_campaign(Path(options.pop(0))) if has_file else Campaign())
     code: int = parse(kind, f"torchreg scale {name}", options, default).run()

@@ -16,13 +16,13 @@ from typing import Any
 import pandas as pd
 
 from torchreg import __version__
+from torchreg.console import printable
 from torchreg.core.checkpoint import write_atomically
 from torchreg.reporting.groups import Json, comparable_groups, launches_by_point, point_of
 from torchreg.reporting.series import allreduce_of, models_of, series_of
 from torchreg.reporting.verdict import best_of, bottleneck, prediction_error, scaling_limit, targets_of
 from torchreg.runs.record import write_json
 from torchreg.scaling.records import Records, allreduce_table, launches_table, points_table
-from torchreg.scaling.schema import printable
 
 KIND = "scaling-report"
 SCHEMA_VERSION = 2

@@ -17,7 +17,7 @@ import pandas as pd
 
 from torchreg.reporting.groups import Json, over_launches, scaled
 from torchreg.scaling import models
-from torchreg.scaling.identify import Fit
+from torchreg.scaling.models import Fit
 from torchreg.scaling.statistics import Estimate, karp_flatt, ratio_interval
 
 _SETTING = ("optimizer", "sync", "num_features")

@@ -20,24 +20,18 @@ from torchreg.runs.files import check_name
 
 CAMPAIGN_FILE = "campaign.yaml"
 
-MOST_SOLVED_FEATURES = 1_024
-"""Up to so many features, with four times as many rows, a launch checks its steps against the closed-form solution;
-above, against the trajectory of gradient descent."""
-
+MOST_SOLVED_FEATURES = 1_024  # to which, with four times as many rows, a launch compares with the closed form
 Combination = Literal["manual/allreduce", "manual/mpi", "sgd/ddp", "sgd/mpi"]
+# Fields that may differ between runs into one folder: the numbers of a launch do not depend on them.
+MAY_CHANGE = ("repeats", "nodes", "ranks_per_node", "launcher", "launcher_args", "timeout_s", "launch_timeout_s")
 
-_RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("nodes", "ranks_per_node", "global_batch_sizes", "local_batch_sizes", "num_features"), (1, 10**9)),
-    **dict.fromkeys(
-        ("window_s", "base_learning_rate", "target_excess", "timeout_s", "launch_timeout_s"), (1e-12, 10**9)
-    ),
-    "repeats": (1, 10_000),
-    "seed": (0, 2**32 - 1),
+_RANGES: dict[tuple[str, ...], tuple[float, float]] = {
+    ("nodes", "ranks_per_node", "global_batch_sizes", "local_batch_sizes", "num_features"): (1, 10**9),
+    ("window_s", "base_learning_rate", "target_excess", "timeout_s", "launch_timeout_s"): (1e-12, 10**9),
+    ("repeats",): (1, 10_000),
+    ("seed",): (0, 2**32 - 1),
 }
 _MAX_FILE_BYTES = 65_536  # a file with a hundred numbers a key has two thousand
-
-MAY_CHANGE = ("repeats", "nodes", "ranks_per_node", "launcher", "launcher_args", "timeout_s", "launch_timeout_s")
-"""Fields that may differ between runs into one folder: the numbers of a launch do not depend on them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,23 +92,24 @@ class Campaign:
                 raise ValueError(f"{field} is empty: give at least one number")
         if not self.global_batch_sizes and not self.local_batch_sizes:
             raise ValueError("global_batch_sizes and local_batch_sizes are both empty: give one of them a number")
-        for field, (low, high) in _RANGES.items():
+        for field, (low, high) in ((field, bounds) for fields, bounds in _RANGES.items() for field in fields):
             values = getattr(self, field)
-            for value in values if isinstance(values, tuple) else (values,):
+            values = values if isinstance(values, tuple) else (values,)
+            for value in values:
                 if not low <= value <= high:
                     raise ValueError(f"{field} has {value}: give a number from {low} to {high:,}")
-            if isinstance(values, tuple) and len(set(values)) < len(values):
+            if len(set(values)) < len(values):
                 raise ValueError(f"{field} is {', '.join(map(str, values))}: give each number once")
         split_options("launcher_args", self.launcher_args)
-        num_ranks, max_batch_size = self._max_world_size, self._max_batch_size
-        if min(self.global_batch_sizes, default=num_ranks) < num_ranks:
+        num_ranks = self._max_world_size
+        if (smallest := min(self.global_batch_sizes, default=num_ranks)) < num_ranks:
             raise ValueError(
-                f"global_batch_sizes has {min(self.global_batch_sizes)}, and the largest world size is {num_ranks}: "
-                "some ranks would have no samples; give larger batches or fewer ranks"
+                f"global_batch_sizes has {smallest}, and the largest world size is {num_ranks}: some ranks would have "
+                "no samples; give larger batches or fewer ranks"
             )
-        if self.num_rows is not None and self.num_rows < max_batch_size:
+        if self.num_rows is not None and self.num_rows < self._max_batch_size:
             raise ValueError(
-                f"num_rows is {self.num_rows}, and the largest global batch is {max_batch_size}: give more rows"
+                f"num_rows is {self.num_rows}, and the largest global batch is {self._max_batch_size}: give more rows"
             )
 
     @property
@@ -132,11 +127,10 @@ class Campaign:
         return self.num_rows or max(REAL_NUM_ROWS, self._max_batch_size, *solved)
 
     def estimated_s(self, world_size: int) -> float:
-        """Estimated seconds of a launch."""
+        """Estimated seconds of a launch: start-up, all-reduce, and the points."""
         windows = 1.0 if world_size == 1 else 1.5  # with averaging, and half of one without
         point_s = windows * self.window_s + 0.5  # warm-up, check, run to the target
-        start_up_s, all_reduce_s = 15.0, 3.0
-        return start_up_s + all_reduce_s + point_s * len(settings(self, world_size))
+        return 15.0 + 3.0 + point_s * len(settings(self, world_size))
 
     @property
     def fingerprint(self) -> str:
@@ -160,30 +154,22 @@ class Setting:
 class Launch:
     """One start of ranks in one block: it measures every setting, in an order of its own."""
 
+    id: str  # the name of its folder
     block: int
+    world_size: int
     num_nodes: int
     ranks_per_node: int
     seed: int
 
-    @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-        return self.num_nodes * self.ranks_per_node
-
-    @property
-    def id(self) -> str:
-        """The name of its folder."""
-        return f"block-{self.block:02}-nodes-{self.num_nodes}-ranks-{self.world_size}"
-
 
 def launches(campaign: Campaign) -> list[Launch]:
     """Every launch, in randomized blocks: a slow drift of the machine affects all world sizes alike."""
-    shapes = list(itertools.product(campaign.nodes, campaign.ranks_per_node))
-    found = []
+    shapes, found = list(itertools.product(campaign.nodes, campaign.ranks_per_node)), []
     for block in range(campaign.repeats):
         for nodes, ranks in np.random.default_rng([campaign.seed, block]).permutation(shapes).tolist():
             seed = int(np.random.default_rng([campaign.seed, block, nodes, ranks]).integers(2**31))
-            found.append(Launch(block, nodes, ranks, seed))
+            name = f"block-{block:02}-nodes-{nodes}-ranks-{nodes * ranks}"
+            found.append(Launch(name, block, nodes * ranks, nodes, ranks, seed))
     return found
 
 
@@ -245,9 +231,11 @@ def read_campaign(path: Path) -> Campaign:
         raise ValueError(f"campaign is {path}: {error}; `torchreg scale plan --help` lists the values") from None
 
 
-def to_yaml(campaign: Campaign) -> str:
-    """The campaign file of a campaign."""
-    import yaml
-
-    values = json.loads(json.dumps(asdict(campaign)))  # tuples become lists
-    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+def campaign_of(folder: Path) -> Campaign:
+    """The campaign of a folder. Raises `ValueError` if there is none, or a damaged one."""
+    if not (folder / CAMPAIGN_FILE).is_file():
+        raise ValueError(
+            f"dir is {folder}, which has no {CAMPAIGN_FILE}: start one with "
+            f"`torchreg scale run CAMPAIGN.yaml --dir {folder}`"
+        )
+    return read_campaign(folder / CAMPAIGN_FILE)

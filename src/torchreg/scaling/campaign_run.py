@@ -1,15 +1,20 @@
-"""Running a campaign: each launch without a valid result is one start of ranks.
+"""Running a campaign: each launch without a valid result is one start of ranks, and ends in a record.
 
 A failed launch stays failed until a retry is requested: nothing is retried silently, nothing is measured twice.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import shutil
+import signal
 import socket
+import subprocess
 import sys
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,18 +22,44 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import msgspec
 import numpy as np
 
 from torchreg.core.checkpoint import write_atomically
 from torchreg.machines import launch_commands
 from torchreg.machines.launch_commands import LauncherName
+from torchreg.runs.environment import provenance
 from torchreg.runs.files import create
+from torchreg.runs.record import utc_now, write_json
 from torchreg.runs.stopping import StopRequest
-from torchreg.scaling.campaign import CAMPAIGN_FILE, MAY_CHANGE, Campaign, Launch, launches, read_campaign, to_yaml
-from torchreg.scaling.launch_process import run_launch
-from torchreg.scaling.locks import host_lock, lock_launch, locked_by
-from torchreg.scaling.schema import check
+from torchreg.scaling import locks
+from torchreg.scaling.campaign import CAMPAIGN_FILE, MAY_CHANGE, Campaign, Launch, campaign_of, launches
+from torchreg.scaling.launch_record import KIND, SCHEMA_VERSION, check, checksummed
 from torchreg.scaling.sources import LAUNCH_FILE, LAUNCHES_FOLDER
+
+MEASURED_FILE = "measured-{}.json"
+"""What a launch's ranks write; named by the time of their start, so that those of an earlier one are not taken."""
+
+_POLL_S = 0.1
+_END_WITHIN_S = 8.0  # a scheduler kills ten seconds after its signal
+_MAX_REASON_LENGTH = 300
+
+# Becomes the launcher. A child in the background waits for the end of the standard input, which comes when `scale run`
+# ends, also by SIGKILL, and then ends the launcher and all that it started on this host.
+_LAUNCHER_WITH_WATCHDOG = """
+exec 3<&0 </dev/null
+(
+    (
+        trap '' TERM INT HUP
+        read -r line <&3
+        kill -TERM 0
+        for second in 1 2 3 4 5 6 7 8; do sleep 1; kill -0 $$ || break; done
+        kill -KILL 0
+    ) >/dev/null 2>&1 &
+)
+exec 3<&-
+exec "$@"
+"""
 
 State = Literal["done", "failed", "running", "open"]
 
@@ -46,7 +77,7 @@ def status_of(folder: Path) -> Status:
     try:
         record = check((folder / LAUNCH_FILE).read_bytes())
     except FileNotFoundError:
-        owner = locked_by(folder)
+        owner = locks.locked_by(folder)
         return Status("running", message=owner) if owner else Status("open")
     except (OSError, ValueError) as error:
         return Status("failed", message=f"{LAUNCH_FILE} is not a record: {error}")
@@ -56,25 +87,12 @@ def status_of(folder: Path) -> Status:
 
 
 def status(folder: Path) -> list[dict[str, Any]]:
-    """Every launch of a campaign's folder: `id`, `world_size`, `num_nodes`, and the fields of its `Status`.
+    """The fields of every `Launch` of a campaign's folder and of its `Status`.
 
     Raises `ValueError` if the folder has no campaign.
     """
-    return [
-        {"id": launch.id, "world_size": launch.world_size, "num_nodes": launch.num_nodes}
-        | status_of(folder / LAUNCHES_FOLDER / launch.id)._asdict()
-        for launch in launches(campaign_of(folder))
-    ]
-
-
-def campaign_of(folder: Path) -> Campaign:
-    """The campaign of a folder. Raises `ValueError` if there is none, or a damaged one."""
-    if not (folder / CAMPAIGN_FILE).is_file():
-        raise ValueError(
-            f"dir is {folder}, which has no {CAMPAIGN_FILE}: start one with "
-            f"`torchreg scale run CAMPAIGN.yaml --dir {folder}`"
-        )
-    return read_campaign(folder / CAMPAIGN_FILE)
+    todo = launches(campaign_of(folder))
+    return [asdict(launch) | status_of(folder / LAUNCHES_FOLDER / launch.id)._asdict() for launch in todo]
 
 
 def open_campaign(campaign: Campaign, folder: Path) -> Campaign:
@@ -87,11 +105,9 @@ def open_campaign(campaign: Campaign, folder: Path) -> Campaign:
     default_name = host if campaign.machine == "generic" else campaign.machine
     try:
         (folder / LAUNCHES_FOLDER).mkdir(parents=True, exist_ok=True)
-        named = replace(campaign, machine_name=campaign.machine_name or default_name)
-        if not path.exists() and create(path, to_yaml(named).encode()):
-            return named
+        create(path, msgspec.yaml.encode(replace(campaign, machine_name=campaign.machine_name or default_name)))
         before = campaign_of(folder)
-        before = replace(before, machine_name=before.machine_name or named.machine_name)
+        before = replace(before, machine_name=before.machine_name or campaign.machine_name or default_name)
         named = replace(campaign, machine_name=campaign.machine_name or before.machine_name)
         for name, value in asdict(named).items():
             if name not in MAY_CHANGE and getattr(before, name) != value:
@@ -100,7 +116,7 @@ def open_campaign(campaign: Campaign, folder: Path) -> Campaign:
                     "two with `torchreg scale merge`"
                 )
         temporary = path.with_name(f"{CAMPAIGN_FILE}-{uuid.uuid4().hex}")  # two jobs may start at once
-        write_atomically(temporary, to_yaml(named).encode())
+        write_atomically(temporary, msgspec.yaml.encode(named))
         temporary.replace(path)
     except OSError as error:
         reason = f"which cannot be written ({error.strerror})"
@@ -134,26 +150,26 @@ def run_campaign(
     durations_s = {one.world_size: campaign.estimated_s(one.world_size) for one in todo}  # later as measured
     finished = ("done",) if retry_failed else ("done", "failed")
     stopped = None
-    with host_lock(folder / LAUNCHES_FOLDER, stop.is_due) as fd:
+    with locks.host_lock(folder / LAUNCHES_FOLDER, stop.is_due) as fd:
         if fd is None:
             stopped = stop.reason or f"another `scale run` measures in {folder} on this host, or its ranks still end"
         for number, launch in enumerate(todo, start=1):
-            if status_of(folders[launch.id]).state in finished:
+            where, expected_s, left_s = folders[launch.id], durations_s[launch.world_size], stop.left_s()
+            if status_of(where).state in finished:
                 continue
-            expected_s, left_s = durations_s[launch.world_size], stop.left_s()
             if stop.is_due():
                 stopped = stop.reason
             elif left_s is not None and expected_s > left_s:
                 stopped = f"{left_s:.0f} s are left, and the next launch takes about {expected_s:.0f} s"
             if stopped or fd is None:
                 break
-            with lock_launch(folders[launch.id]) as lock:
-                if lock is None:
-                    report(f"elsewhere    {launch.id}: {locked_by(folders[launch.id])}")
+            with locks.lock_launch(where) as renew:
+                if renew is None:
+                    report(f"elsewhere    {launch.id}: {locks.locked_by(where)}")
                     continue
-                if status_of(folders[launch.id]).state == "done":  # by another job, just before the lock was taken
+                if status_of(where).state == "done":  # by another job, just before the lock was taken
                     continue
-                record = run_launch(campaign, launch, commands[launch.id], folders[launch.id], stop, lock, fd)
+                record = run_launch(campaign, launch, commands[launch.id], where, stop, renew, fd)
             if record is None:
                 stopped = stop.reason
                 continue
@@ -186,3 +202,94 @@ def command_of(
 def launcher_of(campaign: Campaign) -> LauncherName:
     """The launcher of a campaign, with `auto` resolved."""
     return launch_commands.available_launcher() if campaign.launcher == "auto" else campaign.launcher
+
+
+def run_launch(
+    campaign: Campaign, launch: Launch, command: list[str], folder: Path, stop: StopRequest, renew: locks.Renew, fd: int
+) -> dict[str, Any] | None:
+    """Run one launch in its folder and write its record; None, without a record, if `stop` is due or the lock is lost.
+
+    The ranks inherit the file descriptor `fd`. The record of an earlier failure is kept beside the new one.
+    """
+    if (folder / LAUNCH_FILE).exists():
+        number = 1 + sum(1 for _ in folder.glob("launch.failed-*.json"))
+        (folder / LAUNCH_FILE).rename(folder / f"launch.failed-{number}.json")
+    for left in folder.glob("measured-*.json"):
+        left.unlink()
+    started_utc, start_s, launched_at = utc_now(), time.monotonic(), round(time.time(), 3)
+    arguments = ["sh", "-c", _LAUNCHER_WITH_WATCHDOG, "sh", *command, "--launched-at", str(launched_at)]
+    with (
+        (folder / "stdout.log").open("wb") as out,
+        (folder / "stderr.log").open("wb") as err,
+        subprocess.Popen(
+            arguments, stdin=subprocess.PIPE, stdout=out, stderr=err, start_new_session=True, pass_fds=(fd,)
+        ) as process,
+    ):
+        try:
+            while process.poll() is None and time.monotonic() < start_s + campaign.launch_timeout_s:
+                if stop.is_due() or not renew(locks.RENEW_EVERY_S):
+                    return None
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_POLL_S)
+            is_timeout = process.poll() is None
+        finally:
+            _end_session(process)
+    if not renew(0):
+        return None
+    measured_path, measured, reason = folder / MEASURED_FILE.format(launched_at), {}, None
+    if is_timeout:
+        reason = f"it had not ended after launch_timeout_s, {campaign.launch_timeout_s:g} s"
+    elif process.returncode != 0:
+        reason = f"exit code {process.returncode}: {_last_error(folder)}"
+    else:
+        try:
+            measured = dict(json.loads(measured_path.read_bytes()))
+        except (OSError, ValueError, TypeError) as error:
+            reason = f"exit code 0, and {measured_path.name} was not written ({type(error).__name__})"
+    measured_path.unlink(missing_ok=True)
+    record = checksummed(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "kind": KIND,
+            "status": "failed" if reason else "ok",
+            "reason": reason,
+            "exit_code": process.returncode,
+            "campaign": {name: getattr(campaign, name) for name in ("name", "fingerprint", "device", "without")}
+            | {"machine": campaign.machine_name},
+            "launch": asdict(launch),
+            "command": command,
+            "started_utc": started_utc,
+            "wall_s": time.monotonic() - start_s,
+            "provenance": provenance(started_utc),
+            **measured,
+        }
+    )
+    write_json(folder / LAUNCH_FILE, record)
+    return record
+
+
+def _end_session(process: subprocess.Popen[bytes]) -> None:
+    """End a launcher and all that it started on this host, by SIGTERM and then by SIGKILL."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is None:
+            os.killpg(process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_END_WITHIN_S)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)  # children that the launcher did not end
+
+
+def _last_error(folder: Path) -> str:
+    """The line of the logs with the cause of a failure: torchreg's own error, or the last one on stderr.
+
+    MPICH's launcher prints the cause first and then a call trace. Nothing on stderr means that a rank was killed, which
+    its launcher reports in a banner on stdout.
+    """
+    texts = [(folder / log).read_text(encoding="utf-8", errors="replace") for log in ("stderr.log", "stdout.log")]
+    err, out = ([line.strip() for line in text.splitlines() if line.strip()] for text in texts)
+    hydra = re.compile(r"\[(proxy:\S+|mpiexec)@")
+    causes = [line for line in err if line.startswith("torchreg: error")]
+    if err and hydra.match(err[-1]):
+        causes += [line for line in err if hydra.match(line)]
+    banner = " ".join(line.strip("= ") for line in out if "RUNNING AT" in line or "EXIT CODE" in line)
+    return (causes[:1] or err[-1:] or [banner or "nothing on stderr"])[0][:_MAX_REASON_LENGTH]

@@ -1,15 +1,24 @@
-"""The record of a launch, `launch.json`: its fields, their bounds, and what must agree between them.
-
-It is the one definition for writing and reading: `torchreg.scaling.schema` checks content against it with msgspec.
-"""
+"""The record of a launch, `launch.json`: its fields, their bounds, what must agree between them, and its checksum."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import re
+import reprlib
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
 from msgspec import Meta, Struct
+
+from torchreg.console import printable
+from torchreg.runs.record import to_json
+
+KIND = "scale-launch"
+SCHEMA_VERSION = 2
+CHECKSUM = "sha256"
 
 _LARGEST = 10**18  # beyond any count, byte or second of a campaign
 
@@ -93,9 +102,7 @@ class AllReduce(Struct, kw_only=True):
     num_repeats: Count
 
 
-class Placement(Struct, kw_only=True):
-    """Where a rank runs."""
-
+class _Placement(Struct, kw_only=True):
     rank: Index
     host: Text
     local_rank: Index
@@ -103,9 +110,7 @@ class Placement(Struct, kw_only=True):
     device_name: Text
 
 
-class Distributed(Struct, kw_only=True):
-    """How the ranks communicate, and where they are; see `Communicator`."""
-
+class _Distributed(Struct, kw_only=True):  # see `Communicator.describe_environment`
     launcher: Text
     requested: Text
     effective: Text
@@ -118,23 +123,19 @@ class Distributed(Struct, kw_only=True):
     device_name: Text | None
     num_cpus: Count | None
     cpus_per_rank: Count | None
-    placements: list[Placement]
+    placements: list[_Placement]
 
 
-class Source(Struct, kw_only=True):
-    """The commit of the checkout, and whether it has changes."""
-
+class _Source(Struct, kw_only=True):  # the commit of the checkout, and whether it has changes
     commit: Text | None
     dirty: bool | None
 
 
-class Provenance(Struct, kw_only=True):
-    """See `torchreg.runs.record.provenance`."""
-
+class _Provenance(Struct, kw_only=True):  # see `torchreg.runs.environment.provenance`
     started_utc: Time
     finished_utc: Time
     argv: list[str]
-    source: Source
+    source: _Source
     python: Text
     platform: Text
     libraries: dict[Text, Text]
@@ -142,9 +143,7 @@ class Provenance(Struct, kw_only=True):
     environment: dict[Text, Text]
 
 
-class CampaignId(Struct, kw_only=True):
-    """The campaign that a launch belongs to."""
-
+class _CampaignId(Struct, kw_only=True):
     name: Text
     machine: Text
     fingerprint: Text
@@ -152,9 +151,7 @@ class CampaignId(Struct, kw_only=True):
     without: list[Text]
 
 
-class LaunchId(Struct, kw_only=True):
-    """Which launch of the campaign; see `torchreg.scaling.campaign.Launch`."""
-
+class _LaunchId(Struct, kw_only=True):  # see `torchreg.scaling.campaign.Launch`
     id: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}\Z")]
     block: Index
     world_size: Count
@@ -163,24 +160,21 @@ class LaunchId(Struct, kw_only=True):
     seed: Integer
 
     def __post_init__(self) -> None:
-        product = f"num_nodes {self.num_nodes} × ranks_per_node {self.ranks_per_node}"
-        is_product = self.num_nodes * self.ranks_per_node == self.world_size
-        _require(is_product, f"world_size is {self.world_size}, not {product}")
+        nodes, ranks, total = self.num_nodes, self.ranks_per_node, self.world_size
+        _require(nodes * ranks == total, f"world_size is {total}, not num_nodes {nodes} × ranks_per_node {ranks}")
 
 
-class LaunchRecord(Struct, kw_only=True, tag_field="status"):
-    """What every launch has, however it ended."""
-
+class _LaunchRecord(Struct, kw_only=True, tag_field="status"):  # what every launch has, however it ended
     schema_version: Literal[2]
     kind: Literal["scale-launch"]
-    campaign: CampaignId
-    launch: LaunchId
+    campaign: _CampaignId
+    launch: _LaunchId
     command: list[str]
     started_utc: Time
-    provenance: Provenance
+    provenance: _Provenance
 
 
-class FailedLaunch(LaunchRecord, kw_only=True, tag="failed"):
+class FailedLaunch(_LaunchRecord, kw_only=True, tag="failed"):
     """A launch that measured nothing."""
 
     exit_code: Integer | None
@@ -188,7 +182,7 @@ class FailedLaunch(LaunchRecord, kw_only=True, tag="failed"):
     wall_s: Seconds | None
 
 
-class OkLaunch(LaunchRecord, kw_only=True, tag="ok"):
+class OkLaunch(_LaunchRecord, kw_only=True, tag="ok"):
     """A launch that can be used."""
 
     exit_code: Literal[0]
@@ -197,27 +191,26 @@ class OkLaunch(LaunchRecord, kw_only=True, tag="ok"):
     dtype: Text
     points: list[Point]
     allreduce: list[AllReduce]
-    distributed: Distributed
+    distributed: _Distributed
     machine_facts: dict[Text, Text | None]
 
     def __post_init__(self) -> None:
-        launch, distributed, world_size = self.launch, self.distributed, self.launch.world_size
+        world_size, placements = self.launch.world_size, self.distributed.placements
         for field in ("world_size", "num_nodes"):
-            found, wanted = getattr(distributed, field), getattr(launch, field)
+            found, wanted = getattr(self.distributed, field), getattr(self.launch, field)
             _require(found == wanted, f"distributed.{field} is {found}, expected {wanted} (launch.{field})")
-        placements = f"distributed.placements has {len(distributed.placements)} of {world_size} ranks"
-        _require(len(distributed.placements) == world_size, f"partial: {placements}")
-        found, wanted = {one.device.split(":")[0] for one in distributed.placements}, self.campaign.device
-        message = f"distributed.placements has {', '.join(sorted(found))}, expected {wanted} (campaign.device)"
-        _require(wanted == "auto" or found == {wanted}, message)
+        message = f"partial: distributed.placements has {len(placements)} of {world_size} ranks"
+        _require(len(placements) == world_size, message)
+        devices, wanted = {one.device.split(":")[0] for one in placements}, self.campaign.device
+        message = f"distributed.placements has {', '.join(sorted(devices))}, expected {wanted} (campaign.device)"
+        _require(wanted == "auto" or devices == {wanted}, message)
         _require(bool(self.points or self.allreduce), "partial: points and allreduce are empty")
         settings = set()
         for index, point in enumerate(self.points):
-            name, size = f"points[{index}]", point.local_batch_size
+            name, size, is_reduced = f"points[{index}]", point.local_batch_size, world_size > 1
             setting = (point.optimizer, point.sync, point.num_features, point.global_batch_size)
             _require(setting not in settings, f"{name} is measured twice in one launch: {setting}")
             settings.add(setting)
-            is_reduced = world_size > 1
             _require((point.sync != "none") == is_reduced, f"{name}.sync is {point.sync!r} at world size {world_size}")
             has_message = point.message_bytes > 0 or not is_reduced
             _require(has_message, f"{name}.message_bytes is 0 at world size {world_size}")
@@ -225,3 +218,78 @@ class OkLaunch(LaunchRecord, kw_only=True, tag="ok"):
             _require(is_quotient, f"{name}.local_batch_size is {size:g}, not global_batch_size / world_size")
         sizes = {(one.backend, one.sync, one.message_bytes) for one in self.allreduce}
         _require(len(sizes) == len(self.allreduce), "allreduce has a backend and message size twice")
+
+
+def checksummed(record: dict[str, Any]) -> dict[str, Any]:
+    """The record as JSON will return it, with the SHA-256 of its content: what a `launch.json` holds.
+
+    A flipped bit can turn 0.0012 into 0.0082, which is as plausible a time as any other.
+    """
+    content = json.loads(to_json(record))
+    content.pop(CHECKSUM, None)
+    return {**content, CHECKSUM: _digest(content)}
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def check(text: bytes) -> dict[str, Any]:
+    """The content of a `launch.json` with its strings made printable: that of an `OkLaunch` or a `FailedLaunch`.
+
+    Raises `ValueError` in one line with the reason why it must be excluded.
+    """
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"damaged: no JSON ({reason})") from None
+    kind = content.get("kind") if isinstance(content, dict) else content
+    if not isinstance(content, dict) or kind != KIND:
+        raise ValueError(f"foreign: kind is {_shown(kind)}, not {KIND!r}")
+    version = content.get("schema_version")
+    if type(version) is not int:
+        raise ValueError(f"foreign: schema_version is {_shown(version)}, not {SCHEMA_VERSION}")
+    if version != SCHEMA_VERSION:
+        age, remedy = ("newer", "update it") if version > SCHEMA_VERSION else ("older", "measure again")
+        reads = f"this torchreg reads {SCHEMA_VERSION}"
+        raise ValueError(f"{age}: schema_version is {_shown(version)}, and {reads}: {remedy}")
+    checksum = content.pop(CHECKSUM, None)
+    if not isinstance(checksum, str):
+        raise ValueError(f"partial: {CHECKSUM}, the checksum of a finished record, is missing")
+    try:
+        if _digest(content) != checksum:
+            raise ValueError(f"damaged: the content is not what was written ({CHECKSUM} differs)")
+        content = _printable(content)
+        msgspec.convert(content, OkLaunch | FailedLaunch)
+    except RecursionError:
+        raise ValueError("damaged: nested deeper than any record") from None
+    except msgspec.ValidationError as error:
+        raise ValueError(_message(str(error), content)) from None
+    return dict(content)
+
+
+def _message(error: str, content: Any) -> str:
+    """A message of msgspec, such as "Expected `int`, got `str` - at `$.points[0].order`", with field and value."""
+    error, _, path = error.replace("`", "").partition(" - at $")
+    path = path.removeprefix(".").removesuffix("[...]")  # the latter stands for a key of a dictionary
+    if missing := re.fullmatch(r"Object missing required field (\w+)", error):
+        return f"partial: {path}{'.' * bool(path)}{missing[1]} is missing"
+    if not error.startswith(("Expected ", "Invalid ", "Number out of range")):  # one of the checks of this module
+        return f"{path}.{error}" if path else error
+    for part in re.findall(r"\w+", path):
+        content = content[int(part) if isinstance(content, list) else part]
+    return f"{path} is {_shown(content)}: {error[0].lower()}{error[1:]}"
+
+
+def _shown(value: Any) -> str:
+    """A wrong value, short enough for a message."""
+    return f"{reprlib.repr(value):.60}"
+
+
+def _printable(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {printable(key): _printable(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_printable(item) for item in content]
+    return printable(content) if isinstance(content, str) else content

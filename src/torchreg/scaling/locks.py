@@ -22,10 +22,13 @@ from torchreg.runs.files import create
 LOCK_FILE = "lock.json"
 
 _LIFETIME_S = 300.0  # of a lock file that is not renewed; clocks of two hosts differ by less
-_RENEW_EVERY_S = 30.0
+RENEW_EVERY_S = 30.0
 _RANKS_END_WITHIN_S = 15.0  # after `scale run` was killed
 _POLL_S = 0.2
 _MIN_DESCRIPTOR = 100  # shells use descriptors from 0 and from 10 on
+
+# Extends a lock that was extended so many seconds ago; False if another process took it over from this suspended one.
+Renew = Callable[[float], bool]
 
 
 @contextlib.contextmanager
@@ -67,46 +70,35 @@ def _try_host_lock(path: Path) -> int | None:
 
 
 @contextlib.contextmanager
-def lock_launch(folder: Path) -> Iterator[LaunchLock | None]:
+def lock_launch(folder: Path) -> Iterator[Renew | None]:
     """Lock a launch's folder for this process; gives None if another one has it.
 
     A lock is stale if its owner, on this host, has ended; if it is of this job on another host, where the job ran
     before a restart; and if it was not renewed in time.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path, lock_id = folder / LOCK_FILE, uuid.uuid4().hex
-    content = json.dumps({**_identity(), "id": lock_id, "pid": os.getpid()}).encode()
-    if not create(path, content) and not (_remove_stale(path) and create(path, content)):
-        yield None
-        return
-    lock = LaunchLock(path, lock_id)
-    try:
-        yield lock
-    finally:
-        if lock.is_held():
-            path.unlink(missing_ok=True)
+    path, content = folder / LOCK_FILE, {**_identity(), "id": uuid.uuid4().hex, "pid": os.getpid()}
+    text, renewed_s = json.dumps(content).encode(), time.time()
 
-
-class LaunchLock:
-    """The lock file of a launch, owned by this process; see `lock_launch`."""
-
-    def __init__(self, path: Path, lock_id: str) -> None:
-        self._path, self._id, self._renewed_s = path, lock_id, time.time()
-
-    def is_held(self) -> bool:
-        """Whether the lock is still this process's; another one takes it over if this one is suspended too long."""
-        return bool(_read(self._path).get("id") == self._id)
-
-    def renew(self) -> bool:
-        """Extend the lock if that is due; False if another process has taken it over."""
+    def renew(every_s: float) -> bool:
+        nonlocal renewed_s
         now_s = time.time()  # not the monotonic clock, which may stand still while the computer sleeps
-        if now_s > self._renewed_s + _RENEW_EVERY_S:
-            if not self.is_held():
+        if now_s > renewed_s + every_s:
+            if _read(path) != content:
                 return False
             with contextlib.suppress(FileNotFoundError):  # taken over just now
-                os.utime(self._path, (now_s, now_s))
-            self._renewed_s = now_s
+                os.utime(path, (now_s, now_s))
+            renewed_s = now_s
         return True
+
+    if not create(path, text) and not (_remove_stale(path) and create(path, text)):
+        yield None
+        return
+    try:
+        yield renew
+    finally:
+        if _read(path) == content:
+            path.unlink(missing_ok=True)
 
 
 def locked_by(folder: Path) -> str | None:
@@ -139,20 +131,23 @@ def _is_stale(path: Path) -> bool:
     try:
         if time.time() > path.stat().st_mtime + _LIFETIME_S:
             return True
-    except FileNotFoundError:
+        if content.get("host") != own["host"] or content.get("boot", own["boot"]) != own["boot"]:
+            return own["job_id"] is not None and content.get("job_id") == own["job_id"]
+        with _host_lock_file(path.parents[1], content).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:  # the lock, or that of its host
         return True
-    if content.get("host") == own["host"] and content.get("boot", own["boot"]) == own["boot"]:
-        return not _is_locked(_host_lock_file(path.parents[1], content))
-    return own["job_id"] is not None and content.get("job_id") == own["job_id"]
+    except OSError:  # that of its host is held, or may be because the file system has no locks
+        return False
+    return True
 
 
 def _read(path: Path) -> dict[str, Any]:
     """The content of a lock file; empty if it is missing or damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _identity() -> dict[str, str | None]:
@@ -166,15 +161,3 @@ def _identity() -> dict[str, str | None]:
 def _host_lock_file(launches: Path, identity: Mapping[str, Any]) -> Path:
     name = "-".join(str(identity.get(name) or "") for name in ("host", "job_id"))
     return launches / f".lock-{name.replace('/', '_')}"
-
-
-def _is_locked(path: Path) -> bool:
-    """Whether a process holds a lock, or may do so because the file system has no locks."""
-    try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False

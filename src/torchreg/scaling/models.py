@@ -8,20 +8,148 @@ where a curve is extrapolated.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Literal, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from torchreg.scaling.identify import Fit, Model, Quantity
-from torchreg.scaling.regression import Array, Observations, observe
-from torchreg.scaling.statistics import Block, Vector
+from torchreg.scaling.regression import FEWEST_BLOCKS, Array, Indices, Observations, observe, regress
+from torchreg.scaling.statistics import Block
 
 Collective: TypeAlias = Literal["recursive doubling", "Rabenseifner", "ring"]
 
-_MORE = "measure more world sizes or more launches"
+_LARGEST_FACTOR = 10.0  # between the ends of an interval that still determines the parameter's magnitude
+_SMALL = 0.2  # of a time, or of a fraction's range: an interval from 0 to less than that means that it is small
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A model's parameter with its 95 % interval, clipped to its bounds; None where the model is not identifiable."""
+
+    name: str
+    symbol: str
+    unit: str
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted model.
+
+    `why` is the reason why it is not identifiable. `parameters` is empty if not even values are determined.
+    `held_out_error` is the largest relative error of the median time at a size that is predicted from the other sizes,
+    None where they do not determine the model. `predict` takes world sizes or bytes, (n,), and returns seconds, (n,);
+    NaN if there are no parameters.
+    """
+
+    model: str
+    formula: str
+    source: str
+    identifiable: bool
+    why: str | None
+    parameters: tuple[Parameter, ...]
+    held_out_error: float | None
+    predict: Callable[[npt.ArrayLike], Array]
+
+
+class Quantity(NamedTuple):
+    """A parameter: a coefficient, one over the first coefficient, or the inverse of one; never negative.
+
+    `can_vanish`: an interval is also accepted if the parameter's part of every time is small.
+    """
+
+    column: int
+    name: str
+    symbol: str
+    unit: str
+    advice: str = "measure more world sizes or more launches"
+    kind: Literal["coefficient", "relative", "inverse"] = "coefficient"
+    is_fraction: bool = False
+    can_vanish: bool = False
+
+    def of(self, coefficients: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Its values (...) for real or complex coefficients (..., p)."""
+        own = coefficients[..., self.column]
+        if self.kind == "relative":
+            return np.asarray(own / coefficients[..., 0])
+        return np.asarray(1 / own if self.kind == "inverse" else own)
+
+    def clip(self, value: float) -> float:
+        """The nearest value within the parameter's bounds."""
+        return min(max(value, 0.0), 1.0 if self.is_fraction else math.inf)
+
+    def reason(self, value: float, low: float, high: float, largest_part: float) -> str | None:
+        """Why an interval does not determine the parameter; its part of a time is at most it times `largest_part`."""
+        name, unit = f"{self.name} {self.symbol}", f" {self.unit}" if self.unit else ""
+        if high < 0 or (self.is_fraction and low > 1):
+            found, bound = f"{value:.2g}{unit} (95 %: {low:.2g} to {high:.2g})", "below 0" if high < 0 else "above 1"
+            return f"the points contradict the model: {name} would be {found}, and it cannot be {bound}"
+        low, high = self.clip(low), self.clip(high)
+        is_resolved = 0 < high <= _LARGEST_FACTOR * low
+        is_small = self.can_vanish and high * largest_part <= _SMALL
+        if is_resolved or is_small or (self.is_fraction and high - low <= _SMALL):
+            return None
+        return f"{name} may be anything from {low:.2g} to {high:.2g}{unit}: {self.advice}"
+
+
+def fit_model(
+    model: tuple[str, str, str],
+    quantities: Sequence[Quantity],
+    columns: Callable[[Array], Array],
+    observations: Observations,
+    at: Array,
+    sizes: str,
+    together: Indices | None = None,
+) -> Fit:
+    """Fit a model, its name, formula and source, to the `sizes` at which it was measured, (num_sizes, …).
+
+    `columns` maps sizes (n,) or works (n, 3) to shapes (n, p), all >= 0. Sizes of one number in `together` are held out
+    as one.
+    """
+    shapes, needed = columns(at), len(quantities) + 1
+    found = regress(observations, shapes, np.arange(len(at)) if together is None else together)
+    num_blocks = len(found.without_block)
+    is_divided = any(quantity.kind != "coefficient" for quantity in quantities)
+
+    def has_values(coefficients: Array) -> bool:
+        """Whether all parameters are finite, for each of the coefficients (..., p)."""
+        return bool(np.isfinite(coefficients).all() and not (is_divided and coefficients[..., 0].min() <= 0))
+
+    why: str | None = None
+    if len(at) < needed:
+        few = f"{len(at)} {sizes if len(at) > 1 else sizes.removesuffix('s')}"
+        why = f"{few} for {needed - 1} parameters: from {needed} on, the points can contradict the model"
+    elif num_blocks < FEWEST_BLOCKS:
+        few = f"{num_blocks} block{'s' * (num_blocks > 1)} of launches"
+        why = f"{few}: from {FEWEST_BLOCKS} on, their spread can be estimated"
+    elif not np.isfinite(found.coefficients).all():
+        why = f"at these {sizes} its terms have the same shape, or times are too scattered for any to be seen"
+    elif not np.isfinite(found.without_block).all():
+        why = "it rests on one block of launches alone: repeat the launches that failed in the others"
+    elif not all(map(has_values, (found.coefficients, found.without_block, found.nonnegative))):
+        why = f"the points contradict the model: {quantities[0].name} would not be positive"
+    intervals = [] if why else found.intervals([one.of for one in quantities])
+    if intervals:
+        parts, reasons = shapes / (shapes @ found.coefficients)[:, None], []
+        for one, interval in zip(quantities, intervals, strict=True):
+            unit = found.coefficients[0] if one.kind == "relative" else 1
+            reasons.append(one.reason(*interval, float(np.max(unit * parts[:, one.column]))))
+        why = min(filter(None, reasons), key=lambda reason: "contradict" not in reason, default=None)
+    parameters, coefficients = [], np.full(len(quantities), np.nan)
+    if has_values(found.nonnegative):
+        coefficients = found.nonnegative
+        for index, one in enumerate(quantities):
+            low, high = (None, None) if why else map(one.clip, intervals[index][1:])
+            parameters.append(Parameter(*one[1:4], one.clip(float(one.of(coefficients))), low, high))
+
+    def predict(at: npt.ArrayLike) -> Array:
+        return np.asarray(columns(np.asarray(at, dtype=np.float64)) @ coefficients)
+
+    return Fit(*model, why is None, why, tuple(parameters), found.held_out_error, predict)
 
 
 class Work(NamedTuple):
@@ -42,12 +170,10 @@ def fit_allreduce(times: Mapping[Block, Mapping[int, float]]) -> Fit:
     smaller = f"messages of {sizes[0]:.0f} bytes and more hide it, measure smaller ones"
     larger = f"latency hides it up to {sizes[-1]:.0f} bytes, measure larger ones"
     quantities = Quantity(0, "latency", "α", "s", smaller), Quantity(1, "time per byte", "β", "s/byte", larger)
-
-    def columns(messages: Vector) -> Array:
-        return np.stack([np.ones_like(messages), messages], axis=1)
-
-    model = Model("α–β", "T(m) = α + β m", "Hockney 1994", "message sizes", quantities, columns)
-    return model.fit(observations, sizes)
+    model = "α–β", "T(m) = α + β m", "Hockney 1994"
+    return fit_model(
+        model, quantities, lambda m: np.column_stack([np.ones_like(m), m]), observations, sizes, "message sizes"
+    )
 
 
 def fit_amdahl(times: Mapping[Block, Mapping[int, float]]) -> Fit:
@@ -58,15 +184,12 @@ def fit_amdahl(times: Mapping[Block, Mapping[int, float]]) -> Fit:
     ValueError for world sizes or times that are not positive.
     """
     quantities = (
-        Quantity(0, "time of one rank", "T₁", "s", _MORE),
-        Quantity(1, "serial fraction", "s", "", _MORE, kind="relative", is_fraction=True),
+        Quantity(0, "time of one rank", "T₁", "s"),
+        Quantity(1, "serial fraction", "s", "", kind="relative", is_fraction=True),
     )
-
-    def columns(ranks: Vector) -> Array:
-        return np.stack([1 / ranks, 1 - 1 / ranks], axis=1)
-
-    model = Model("Amdahl", "T(p) = T₁ (s + (1 − s)/p)", "Amdahl 1967", "world sizes", quantities, columns)
-    return model.fit(*_observe_whole(times, "world size"))
+    model = "Amdahl", "T(p) = T₁ (s + (1 − s)/p)", "Amdahl 1967"
+    observed = _observe_whole(times, "world size")
+    return fit_model(model, quantities, lambda p: np.column_stack([1 / p, 1 - 1 / p]), *observed, "world sizes")
 
 
 def fit_usl(
@@ -86,23 +209,21 @@ def fit_usl(
     if len(given) != 1:
         raise ValueError(f"fit_usl takes {' (strong scaling) or '.join(batch)} (weak): give one of them")
     _check_whole(**given)
-
     quantities = (
-        Quantity(0, "throughput of one rank", "λ", "samples/s", _MORE, kind="inverse"),
-        Quantity(1, "contention", "σ", "", _MORE, kind="relative", is_fraction=True),
-        Quantity(2, "coherence", "κ", "", _MORE, kind="relative", can_vanish=True),
+        Quantity(0, "throughput of one rank", "λ", "samples/s", kind="inverse"),
+        Quantity(1, "contention", "σ", "", kind="relative", is_fraction=True),
+        Quantity(2, "coherence", "κ", "", kind="relative", can_vanish=True),
     )
 
-    def columns(ranks: Vector) -> Array:
+    def columns(ranks: Array) -> Array:
         samples = np.full_like(ranks, global_batch_size) if local_batch_size is None else local_batch_size * ranks
-        return samples[:, None] * np.stack([1 / ranks, 1 - 1 / ranks, ranks - 1], axis=1)
+        return samples[:, None] * np.column_stack([1 / ranks, 1 - 1 / ranks, ranks - 1])
 
-    formula = "X(p) = λ p / (1 + σ(p − 1) + κ p(p − 1))"
-    model = Model("USL", formula, "Gunther 2007", "world sizes", quantities, columns)
-    return model.fit(*_observe_whole(times, "world size"))
+    model = "USL", "X(p) = λ p / (1 + σ(p − 1) + κ p(p − 1))", "Gunther 2007"
+    return fit_model(model, quantities, columns, *_observe_whole(times, "world size"), "world sizes")
 
 
-_COLLECTIVES: dict[Collective, tuple[str, Callable[[Vector], Vector], Callable[[Vector], Vector]]] = {
+_COLLECTIVES: dict[Collective, tuple[str, Callable[[Array], Array], Callable[[Array], Array]]] = {
     "recursive doubling": ("log₂ p (α + β m)", np.log2, np.log2),
     "Rabenseifner": ("2 log₂ p α + 2 (p − 1)/p β m", lambda p: 2 * np.log2(p), lambda p: 2 * (p - 1) / p),
     "ring": ("2 (p − 1) α + 2 (p − 1)/p β m", lambda p: 2 * (p - 1), lambda p: 2 * (p - 1) / p),
@@ -143,30 +264,25 @@ def fit_mechanistic(times: Mapping[Block, Mapping[Work, float]], collective: Col
         named += [("latency of a round", "α", "s"), ("time per byte", "β", "s/byte")]
 
     def columns(at: Array) -> Array:
-        ranks, samples, messages = at.T
-        local = [np.ones_like(ranks)] if is_weak else [np.ones_like(ranks), samples]
-        shared = [rounds(ranks)] if is_one_round else [rounds(ranks), transfers(ranks) * messages]
-        return np.stack([*local, *shared], axis=1)
-
-    def to_works(at: npt.ArrayLike) -> Array:
-        """World sizes (n,) as works (n, 3), of the series that was measured."""
-        found = np.asarray(at, dtype=np.float64)
-        if found.ndim == 2:
-            return found
-        if not (is_one_size and (is_weak or np.ptp(ranks * samples) == 0)):
-            raise ValueError("points are of several series: give predict rows of world_size, samples_per_rank, bytes")
-        local = np.full_like(found, samples[0]) if is_weak else ranks[0] * samples[0] / found
-        return np.stack([found, local, np.full_like(found, messages[0])], axis=1)
+        if at.ndim == 1:  # world sizes, of the series that was measured
+            if not (is_one_size and (is_weak or np.ptp(ranks * samples) == 0)):
+                raise ValueError(
+                    "points are of several series: give predict rows of world_size, samples_per_rank, bytes"
+                )
+            local = samples[0] if is_weak else ranks[0] * samples[0] / at
+            at = np.column_stack(np.broadcast_arrays(at, local, messages[0]))
+        p, own, size = at.T
+        shared = [rounds(p)] if is_one_round else [rounds(p), transfers(p) * size]
+        return np.column_stack([np.ones_like(p), *([] if is_weak else [own]), *shared])
 
     formula = f"T(p) = {compute} + {communication} ({collective})"
-    source = "Thakur, Rabenseifner and Gropp 2005; Hockney 1994"
-    quantities = tuple(Quantity(column, *name, _MORE, can_vanish=True) for column, name in enumerate(named))
-    model = Model("mechanistic", formula, source, "points", quantities, columns)
-    fit = model.fit(observations, measured, np.unique(ranks, return_inverse=True)[1])
-    return replace(fit, predict=lambda at: fit.predict(to_works(at)))
+    model = "mechanistic", formula, "Thakur, Rabenseifner and Gropp 2005; Hockney 1994"
+    quantities = [Quantity(column, *name, can_vanish=True) for column, name in enumerate(named)]
+    together = np.unique(ranks, return_inverse=True)[1]
+    return fit_model(model, quantities, columns, observations, measured, "points", together)
 
 
-def _observe_whole(times: Mapping[Block, Mapping[int, float]], what: str) -> tuple[Observations, Vector]:
+def _observe_whole(times: Mapping[Block, Mapping[int, float]], what: str) -> tuple[Observations, Array]:
     observations, sizes = observe(times, what)
     for size in sizes:
         _check_whole(**{what: size})

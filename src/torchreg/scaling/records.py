@@ -1,8 +1,7 @@
 """The launch records of campaigns: which can be used, which are excluded and why, and the tables of them.
 
-A campaign directory holds `launches/<id>/launch.json`, one a launch (see `torchreg.scaling.launch_record`). Reading
-never fails because of what a record holds: what cannot be used is listed with its reason. Several directories can be
-read as one, or merged into one.
+Reading never fails because of what a record holds: what cannot be used is listed with its reason. Several directories
+can be read as one.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ import msgspec
 import pandas as pd
 from msgspec import inspect
 
-from torchreg.scaling import schema
-from torchreg.scaling.launch_record import AllReduce, Point
+from torchreg.console import printable
+from torchreg.scaling.launch_record import AllReduce, Point, check
 from torchreg.scaling.sources import LAUNCH_FILE, distinct, name_folders
 
 
@@ -63,19 +62,19 @@ def read_records(folders: Sequence[Path]) -> Records:
     """
     records = Records()
     for name, folder in name_folders(distinct(folders)).items():
-        for file in folder.files:
+        for path, attempt in folder.attempts.items():
             try:
-                if file.error:
-                    raise ValueError(file.error)
-                content = schema.check(file.content)
+                if isinstance(attempt, str):
+                    raise ValueError(attempt)
+                content = check(attempt)
                 if content["launch"]["id"] != folder.id:
                     raise ValueError(f"launch.id is {content['launch']['id']!r}, not the folder's name")
-                if content["status"] == "ok" and file.path.name != LAUNCH_FILE:
+                if content["status"] == "ok" and path.name != LAUNCH_FILE:
                     raise ValueError("status is ok, and the file's name is that of a failed attempt")
             except ValueError as error:
-                records.excluded.append(Excluded(file.path, "record", str(error)))
+                records.excluded.append(Excluded(path, "record", str(error)))
                 continue
-            launch = Launch(name, folder.source, file.path, next(iter(folder.logs), None), content)
+            launch = Launch(name, folder.source, path, next(iter(folder.logs), None), content)
             (records.failed if content["status"] == "failed" else records.launches).append(launch)
             for point in content.get("points", ()):
                 if not point["check_passed"]:
@@ -86,11 +85,9 @@ def read_records(folders: Sequence[Path]) -> Records:
                         f"global_batch_size {point['global_batch_size']} of {name}"
                     )
                     reason = f"wrong result: {point['check_message']} (difference {difference}, allowed {tolerance})"
-                    records.excluded.append(Excluded(file.path, what, reason, is_wrong_result=True))
+                    records.excluded.append(Excluded(path, what, reason, is_wrong_result=True))
     return records
 
-
-# Tables
 
 FACTS = ("driver", "cuda", "rocm", "oneccl", "libfabric", "kernel", "tf32")
 """The keys of `torchreg.runs.record.machine_facts`, which decide a number; None where a record has no such key."""
@@ -106,7 +103,6 @@ _LAUNCH_COLUMNS = [
     "nccl_version", "device_name", "num_cpus", "dtype", "torch", "numpy", *FACTS, "placement", "without", "python",
     "platform", "commit", "dirty", "job_id", "source", "file",
 ]  # fmt: skip
-_OF_LAUNCH = ["launch", "machine", "block", "world_size", "num_nodes", "ranks_per_node"]
 
 
 def launches_table(records: Records) -> pd.DataFrame:
@@ -114,8 +110,7 @@ def launches_table(records: Records) -> pd.DataFrame:
 
     `block` counts the blocks of all sources together, so that no number stands for two of them.
     """
-    rows = map(_launch_row, (*records.launches, *records.failed))
-    table = pd.DataFrame(rows, columns=_LAUNCH_COLUMNS)
+    table = pd.DataFrame(map(_launch_row, (*records.launches, *records.failed)), columns=_LAUNCH_COLUMNS)
     table = table.sort_values(["status", "launch", "file"], ascending=[False, True, True], ignore_index=True)
     source = table["launch"].str.extract(r"((?:~\d+)*)$", expand=False)  # what distinguishes launches of the same id
     keys = [table["fingerprint"], source, table["recorded_block"]]
@@ -132,8 +127,8 @@ def _launch_row(launch: Launch) -> dict[str, Any]:
         "launch": launch.name,
         "campaign": content["campaign"]["name"],
         "recorded_block": content["launch"]["block"],
-        "source": schema.printable(str(launch.source)),
-        "file": schema.printable(str(launch.path)),
+        "source": printable(str(launch.source)),
+        "file": printable(str(launch.path)),
         "without": None,
     }
     if content["status"] == "failed":
@@ -164,11 +159,11 @@ def allreduce_table(records: Records) -> pd.DataFrame:
 
 
 def _table(records: Records, key: str, row: type[msgspec.Struct], order: Sequence[str]) -> pd.DataFrame:
-    """The items of all launches under a key: the fields of `row`, and no others that a record may have beside them."""
+    """The items of all launches under a key: the fields of `row`, without others that a record may have."""
     kinds = {inspect.IntType: int, inspect.FloatType: float, inspect.BoolType: bool, inspect.StrType: str}
     fields = {one.name: kinds.get(type(inspect.type_info(one.type)), float) for one in msgspec.structs.fields(row)}
     items = [{"launch": launch.name, **item} for launch in records.launches for item in launch.content[key]]
     table = pd.DataFrame(items, columns=["launch", *fields]).astype(fields)
-    launches = launches_table(records)
-    launches = launches[launches["status"] == "ok"][_OF_LAUNCH]
+    shared = ["launch", "machine", "block", "world_size", "num_nodes", "ranks_per_node"]
+    launches = launches_table(records).query("status == 'ok'")[shared]
     return launches.merge(table, on="launch", validate="one_to_many").sort_values(["launch", *order], ignore_index=True)

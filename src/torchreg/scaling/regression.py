@@ -37,26 +37,12 @@ Indices: TypeAlias = npt.NDArray[np.int64]
 Key = TypeVar("Key", bound=Hashable)
 
 
-@dataclass(frozen=True)
-class Observations:
+class Observations(NamedTuple):
     """Times in seconds, and the indices of the block and of the size of each; all have shape (n,)."""
 
     times: Vector
     blocks: Indices
     sizes: Indices
-
-    @property
-    def num_blocks(self) -> int:
-        """The number of blocks with at least one time."""
-        return int(self.blocks.max()) + 1
-
-
-class Interval(NamedTuple):
-    """An estimate and its 95 % interval, without regard to a parameter's bounds."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -73,8 +59,10 @@ class Regression:
     _blocks: Indices
     _columns: Array  # (n, p) of the relative times at the fit
 
-    def intervals(self, functions: Iterable[Callable[[npt.NDArray[Any]], npt.NDArray[Any]]]) -> list[Interval]:
-        """Of smooth functions of the coefficients (..., p), which must also accept complex ones.
+    def intervals(
+        self, functions: Iterable[Callable[[npt.NDArray[Any]], npt.NDArray[Any]]]
+    ) -> list[tuple[float, float, float]]:
+        """Values with 95 % intervals of smooth functions of the coefficients (..., p), which must accept complex ones.
 
         Without block g the coefficients change by −(X'X)⁻¹ X_g' (I − H_gg)⁻¹ r_g, with the hat matrix H = QQ' and the
         residuals r = (I − H) y. So the jackknife's variance is a quadratic form in y. Its degrees of freedom are those
@@ -97,7 +85,7 @@ class Regression:
             form = weights @ weights.T
             freedom = np.clip(np.trace(form) ** 2 / np.sum(form**2), 1, num_blocks - 1)
             arm = float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * math.sqrt((num_blocks - 1) / num_blocks * squares)
-            found.append(Interval(value, value - arm, value + arm))
+            found.append((value, value - arm, value + arm))
         return found
 
 
@@ -106,15 +94,15 @@ def observe(times: Mapping[Block, Mapping[Key, float]], what: str) -> tuple[Obse
 
     Raises ValueError for no times, and for a time that is not positive and finite.
     """
-    sizes = sorted({size for of_block in times.values() for size in of_block})  # type: ignore[type-var]
+    filled = [of_block for of_block in times.values() if of_block]
+    sizes = sorted(set().union(*filled))  # type: ignore[type-var]
     if not sizes:
         raise ValueError("times is empty: give the times of at least one launch")
-    filled = [of_block for of_block in times.values() if of_block]
     rows = [(value, block, sizes.index(size)) for block, found in enumerate(filled) for size, value in found.items()]
     for value, _, index in rows:
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"times has {value:g} s at {what} {sizes[index]}: exclude launches without a valid time")
-    return Observations(*(np.array(column) for column in zip(*rows, strict=True))), sizes
+    return Observations(*map(np.array, zip(*rows, strict=True))), sizes
 
 
 def regress(observations: Observations, columns: Array, together: Indices) -> Regression:
@@ -122,22 +110,22 @@ def regress(observations: Observations, columns: Array, together: Indices) -> Re
 
     Sizes with the same number 0, 1, … in `together` (num_sizes,) are held out together, and predicted from the others.
     """
-    times, blocks, sizes = observations.times, observations.blocks, observations.sizes
-    everything = np.ones((1, len(times)), dtype=bool)
-    without_each = blocks != np.arange(observations.num_blocks)[:, None]
-    without_together = together[sizes] != np.arange(together.max() + 1)[:, None]
-    coefficients = _fit(columns[sizes], times, np.vstack([everything, without_each, without_together]))
-    found, without_block, without_group = np.split(coefficients, [1, 1 + observations.num_blocks])
-    kept, some = np.arange(columns.shape[1]), found[0]
+    times, blocks, sizes = observations
+    num_columns, rows, everything = columns.shape[1], columns[sizes], np.ones((1, len(times)), dtype=bool)
+    without_each = blocks != np.unique(blocks)[:, None]
+    without_together = together[sizes] != np.unique(together)[:, None]
+    fits = _fit(rows, times, np.vstack([everything, without_each, without_together]))
+    (found,), without_block, without_group = np.split(fits, [1, 1 + len(without_each)])
+    kept, some = np.arange(num_columns), found
     while len(kept) > 1 and some.min() < 0:  # not if it is NaN
         kept = np.delete(kept, some.argmin())
-        some = _fit(columns[sizes][:, kept], times, everything)[0]
-    nonnegative = np.zeros(columns.shape[1])
+        (some,) = _fit(rows[:, kept], times, everything)
+    nonnegative = np.zeros(num_columns)
     nonnegative[kept] = some
     medians = np.array([np.median(times[sizes == size]) for size in range(len(columns))])
     error = float(np.abs(np.sum(columns * without_group[together], axis=1) / medians - 1).max())
-    relative = columns[sizes] / (columns @ found[0])[sizes, None]
-    return Regression(found[0], nonnegative, without_block, error if math.isfinite(error) else None, blocks, relative)
+    relative = rows / (rows @ found)[:, None]
+    return Regression(found, nonnegative, without_block, error if math.isfinite(error) else None, blocks, relative)
 
 
 def _fit(columns: Array, times: Vector, masks: npt.NDArray[np.bool_]) -> Array:
@@ -145,7 +133,8 @@ def _fit(columns: Array, times: Vector, masks: npt.NDArray[np.bool_]) -> Array:
 
     Gauss–Newton with Huber's weights, all fits at once. A change is limited where a fitted time would become negative.
     """
-    result = np.full((len(masks), columns.shape[1]), np.nan)
+    num_columns = columns.shape[1]
+    result = np.full((len(masks), num_columns), np.nan)
     relative = columns / times[:, None]
     norms = np.linalg.norm(relative, axis=0)
     norms[norms == 0] = 1
@@ -158,11 +147,10 @@ def _fit(columns: Array, times: Vector, masks: npt.NDArray[np.bool_]) -> Array:
     if not len(chosen):
         return result
     inside, counts, fits = masks[chosen], masks[chosen].sum(axis=1), np.arange(len(chosen))
-    freedom = np.sqrt(counts / np.maximum(counts - columns.shape[1], 1))
+    freedom = np.sqrt(counts / np.maximum(counts - num_columns, 1))
     found = np.linalg.solve(gram[chosen], np.einsum("fn,ni->fi", inside.astype(float), relative)[:, :, None])[:, :, 0]
     negative = (np.where(inside, found @ relative.T, 1) < 0.1).any(axis=1)
     found[negative] = 1 / lengths[chosen][negative]  # no column is negative, so these times are positive
-    diagonal = np.arange(columns.shape[1])
     for _ in range(_MAX_ITERATIONS):
         fitted = np.where(inside, found @ relative.T, 1)  # as a fraction of the measured times
         residuals = -np.log(fitted)
@@ -172,8 +160,7 @@ def _fit(columns: Array, times: Vector, masks: npt.NDArray[np.bool_]) -> Array:
         weights = inside * np.minimum(1, _HUBER * scale / np.maximum(np.abs(residuals), _SMALLEST_SCALE))
         jacobian = relative / fitted[:, :, None]
         weighted = np.swapaxes(jacobian * weights[:, :, None], 1, 2)
-        normal = weighted @ jacobian
-        normal[:, diagonal, diagonal] *= 1 + 1e-12  # changes the result only where the matrix is singular
+        normal = (weighted @ jacobian) * (1 + 1e-12 * np.eye(num_columns))  # matters only where it is singular
         change = np.linalg.solve(normal, weighted @ residuals[:, :, None])
         relative_change = np.where(inside, (jacobian @ change)[:, :, 0], 0)
         found += (0.8 / np.maximum(-relative_change.min(axis=1), 0.8))[:, None] * change[:, :, 0]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchreg.core.checkpoint import PARTIAL
+from torchreg.core.checkpoint import PARTIAL, read_regular
 from torchreg.scaling.campaign import CAMPAIGN_FILE
 from torchreg.scaling.locks import LOCK_FILE
 
@@ -26,21 +26,15 @@ _MOST_BYTES = 64 * 2**20  # the placements of ten thousand ranks are one MiB
 
 
 @dataclass(frozen=True)
-class File:
-    """A regular file's bytes, or the reason why they were not read."""
-
-    path: Path
-    content: bytes = b""
-    error: str | None = None
-
-
-@dataclass(frozen=True)
 class Folder:
-    """A launch's folder in one of the sources, its attempts, the last one last, and its logs that are not empty."""
+    """A launch's folder in one of the sources: its attempts, the last one last, and its logs that are not empty.
+
+    An attempt has the bytes of its file, or the reason why they were not read.
+    """
 
     source: Path
     path: Path
-    files: list[File]
+    attempts: dict[Path, bytes | str]
     logs: list[Path]
 
     @property
@@ -51,32 +45,20 @@ class Folder:
     @property
     def contents(self) -> frozenset[bytes]:
         """Of the attempts: copies of a launch have the same, a launch that was repeated has one more."""
-        return frozenset(file.content for file in self.files if not file.error) or frozenset([os.fsencode(self.path)])
+        contents = frozenset(attempt for attempt in self.attempts.values() if isinstance(attempt, bytes))
+        return contents or frozenset([os.fsencode(self.path)])
 
 
-def distinct(folders: Sequence[Path]) -> list[Path]:
-    """The directories, each once. Raises `ValueError`, with the command to run, for one without launches."""
-    sources = list({folder.resolve(): folder for folder in reversed(folders)}.values())[::-1]
-    for source in sources:
-        if not _launch_folders(source):
-            error = "has no launches" if source.is_dir() else "is no directory"
-            raise ValueError(
-                f"{source} {error}: give the directory of a campaign, or measure one with `torchreg scale run "
-                f"CAMPAIGN.yaml --dir {source}`"
-            )
-    return sources
+def name_folders(folders: Sequence[Path]) -> dict[str, Folder]:
+    """The launches of all directories by name, which is the folder's name where only one of them has it.
 
-
-def name_folders(sources: Sequence[Path]) -> dict[str, Folder]:
-    """The launches of all sources by name, which is the folder's name where only one source has it.
-
-    A copy counts once, and of two states of a launch the later. Where a source has another launch of a name that is
-    taken, all that is new in the source gets one suffix, such as `~2`: the launches of a block then stay together, and
-    those of two sources apart.
+    A copy counts once, and of two states of a launch the later. Where a directory has another launch of a name that is
+    taken, all that is new in it gets one suffix, such as `~2`: the launches of a block then stay together, and those of
+    two directories apart.
     """
     named: dict[str, Folder] = {}
     names_of: dict[str, list[str]] = defaultdict(list)  # by id
-    for source in sources:
+    for source in folders:
         new, suffix = [], ""
         for path in _launch_folders(source):
             logs = [log for name in _LOGS if _kind_of(log := path / name) == "a file" and log.stat().st_size]
@@ -101,6 +83,19 @@ def name_folders(sources: Sequence[Path]) -> dict[str, Folder]:
     return named
 
 
+def distinct(folders: Sequence[Path]) -> list[Path]:
+    """The directories, each once. Raises `ValueError`, with the command to run, for one without launches."""
+    sources = list({folder.resolve(): folder for folder in reversed(folders)}.values())[::-1]
+    for source in sources:
+        if not _launch_folders(source):
+            error = "has no launches" if source.is_dir() else "is no directory"
+            raise ValueError(
+                f"{source} {error}: give the directory of a campaign, or measure one with `torchreg scale run "
+                f"CAMPAIGN.yaml --dir {source}`"
+            )
+    return sources
+
+
 def _launch_folders(source: Path) -> list[Path]:
     """The entries of `launches`, without hidden and unfinished copies."""
     try:
@@ -109,31 +104,31 @@ def _launch_folders(source: Path) -> list[Path]:
         return []
 
 
-def _attempts(folder: Path) -> list[File]:
+def _attempts(folder: Path) -> dict[Path, bytes | str]:
     if (kind := _kind_of(folder)) != "a directory":
-        return [File(folder, error=f"{kind}, not a directory")]
+        return {folder: f"{kind}, not a directory"}
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
-        return [File(folder, error=f"unreadable: {error.strerror}")]
-    files = [read_file(folder / name) for name in names if _ATTEMPT.fullmatch(name)]
+        return {folder: f"unreadable: {error.strerror}"}
+    attempts = {folder / name: _read(folder / name) for name in names if _ATTEMPT.fullmatch(name)}
     if LAUNCH_FILE not in names:
         locked = "locked and not finished: it still runs, or was killed"
-        files.append(File(folder, error=f"partial: {locked if LOCK_FILE in names else f'no {LAUNCH_FILE}'}"))
-    return files
+        attempts[folder] = f"partial: {locked if LOCK_FILE in names else f'no {LAUNCH_FILE}'}"
+    return attempts
 
 
-def read_file(path: Path) -> File:
-    """The bytes of a regular file of reasonable size; neither a link nor a pipe is opened."""
+def _read(path: Path) -> bytes | str:
+    """The bytes of a regular file of reasonable size, or why not; neither a link nor a pipe is opened."""
     if (kind := _kind_of(path)) != "a file":
-        return File(path, error=f"{kind}, not a regular file")
+        return f"{kind}, not a regular file"
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-            if (size := os.fstat(file.fileno()).st_size) > _MOST_BYTES:
-                return File(path, error=f"too large: {size} bytes, more than {_MOST_BYTES}")
-            return File(path, file.read(_MOST_BYTES))
+        content = read_regular(path, _MOST_BYTES + 1)
     except OSError as error:
-        return File(path, error=f"unreadable: {error.strerror}")
+        return f"unreadable: {error.strerror}"
+    return (
+        content if len(content) <= _MOST_BYTES else f"too large: {path.stat().st_size} bytes, more than {_MOST_BYTES}"
+    )
 
 
 def _kind_of(path: Path) -> str:
@@ -150,7 +145,7 @@ def merge(out: Path, folders: Sequence[Path]) -> list[str]:
     `out` is not a campaign directory, or that of another campaign.
     """
     sources = [source for source in distinct(folders) if source.resolve() != out.resolve()]
-    campaigns = {None if file.error else file.content for file in (read_file(one / CAMPAIGN_FILE) for one in sources)}
+    campaigns = {_read(source / CAMPAIGN_FILE) for source in sources}
     campaign = campaigns.pop() if len(campaigns) == 1 else None  # of all sources, if they have the same
     if out.exists():
         if not out.is_dir():
@@ -158,7 +153,7 @@ def merge(out: Path, folders: Sequence[Path]) -> list[str]:
         names = {path.name for path in out.iterdir()}
         if names and LAUNCHES_FOLDER not in names and CAMPAIGN_FILE not in names:
             raise ValueError(f"out is {out}, which holds other files than a campaign's: give a new name")
-        if CAMPAIGN_FILE in names and read_file(out / CAMPAIGN_FILE).content != campaign:
+        if CAMPAIGN_FILE in names and _read(out / CAMPAIGN_FILE) != campaign:
             raise ValueError(
                 f"out is {out}, where another campaign is measured ({CAMPAIGN_FILE} differs): give a new name, and "
                 "merge all directories into it"
@@ -168,14 +163,15 @@ def merge(out: Path, folders: Sequence[Path]) -> list[str]:
     for name, folder in name_folders([out, *sources]).items():
         if folder.source == out:
             continue
-        if all(file.error for file in folder.files):
-            lines.append(f"not copied   {folder.path}: {folder.files[-1].error}")
+        errors = [attempt for attempt in folder.attempts.values() if isinstance(attempt, str)]
+        if len(errors) == len(folder.attempts):
+            lines.append(f"not copied   {folder.path}: {errors[-1]}")
             continue
         _copy_launch(folder, out / LAUNCHES_FOLDER / name)
         num_copied[folder.source] += 1
         if name != folder.path.name:
             lines.append(f"renamed      {folder.path} is {name}, because another launch has its name")
-    if campaign is not None and not (out / CAMPAIGN_FILE).exists():
+    if isinstance(campaign, bytes) and not (out / CAMPAIGN_FILE).exists():
         (out / CAMPAIGN_FILE).write_bytes(campaign)
     lines += [f"merged       {source}: {number} launches copied into {out}" for source, number in num_copied.items()]
     return lines
@@ -186,14 +182,14 @@ def _copy_launch(folder: Folder, target: Path) -> None:
     building = target.with_name(f".{target.name}{PARTIAL}")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
-    for file in folder.files:
-        if not file.error:
-            (building / file.path.name).write_bytes(file.content)
+    for path, attempt in folder.attempts.items():
+        if isinstance(attempt, bytes):
+            (building / path.name).write_bytes(attempt)
     for log in folder.logs:
         shutil.copyfile(log, building / log.name)
-    if target.exists():
-        for path in building.iterdir():
-            path.replace(target / path.name)
-        building.rmdir()
-    else:
+    if not target.exists():
         building.replace(target)
+        return
+    for path in building.iterdir():
+        path.replace(target / path.name)
+    building.rmdir()

@@ -1,9 +1,8 @@
-"""95 % intervals over launches, the unit of repetition: of a median, a ratio and a difference.
+"""95 % intervals over launches, the unit of repetition: of a median and of a ratio.
 
 Each value is of one launch: its steps share its disturbances (Hoefler and Belli, "Scientific benchmarking of parallel
-computing systems", SC 2015). Intervals are based on ranks, so one slow launch among several changes them
-little. Bootstrap percentiles of a ratio of medians would cover 94 % with 6 launches, but 99 % with 20 where blocks
-differ, because they ignore what a block's launches share (`scripts/measure_statistics.py`).
+computing systems", SC 2015). Intervals are based on ranks, so one slow launch among several changes them little.
+`scripts/measure_statistics.py` measures their coverage, and that of bootstrap percentiles, which are not used.
 """
 
 from __future__ import annotations
@@ -71,29 +70,19 @@ def ratio_interval(numerator: Mapping[Block, float], denominator: Mapping[Block,
     for name, side in (("numerator", numerator), ("denominator", denominator)):
         if (least := _checked(name, side.values()).min()) <= 0:
             raise ValueError(f"{name} has {least:g}: a ratio needs positive values")
-    if shared := _shared(numerator, denominator):
+    shared = [block for block in numerator if block in denominator]
+    if len(shared) >= FEWEST_LAUNCHES or len(shared) == min(len(numerator), len(denominator)):
         logs, count = np.array([math.log(numerator[block] / denominator[block]) for block in shared]), len(shared)
         means = np.sort((logs[:, None] + logs)[np.triu_indices(count)] / 2)
         rank = _signed_rank(count)
         low, high = (float(means[rank - 1]), float(means[-rank])) if count >= FEWEST_LAUNCHES else (None, None)
-        logarithm = Estimate(float(np.median(means)), low, high, count)
-    else:
-        sides = (median_interval(side.values()) for side in (numerator, denominator))
-        logarithm = _difference(*(_transformed(side, math.log) for side in sides))
-    return _transformed(logarithm, math.exp)
-
-
-def difference_interval(first: Mapping[Block, float], second: Mapping[Block, float]) -> Estimate:
-    """The typical difference, first − second; both are {block: value}.
-
-    Pairs are made as for a ratio; the value is the median of their differences, which are as skewed as times are, so no
-    symmetry is assumed. Without pairs it is the difference of the medians, with an interval as for a ratio.
-    """
-    for name, side in (("first", first), ("second", second)):
-        _checked(name, side.values())
-    if shared := _shared(first, second):
-        return median_interval(first[block] - second[block] for block in shared)
-    return _difference(median_interval(first.values()), median_interval(second.values()))
+        return _transformed(Estimate(float(np.median(means)), low, high, count), math.exp)
+    one, other = (_transformed(median_interval(side.values()), math.log) for side in (numerator, denominator))
+    value, low, high = one.value - other.value, None, None
+    if one.low is not None and one.high is not None and other.low is not None and other.high is not None:
+        low = value - math.hypot(one.value - one.low, other.high - other.value)
+        high = value + math.hypot(one.high - one.value, other.value - other.low)
+    return _transformed(Estimate(value, low, high, min(one.num_launches, other.num_launches)), math.exp)
 
 
 def karp_flatt(speedup: Estimate, ratio_of_ranks: float) -> Estimate:
@@ -122,12 +111,6 @@ def _checked(name: str, values: Iterable[float]) -> Vector:
     return found
 
 
-def _shared(first: Mapping[Block, float], second: Mapping[Block, float]) -> list[Block]:
-    """The blocks of which to make pairs; none if the sides count as independent."""
-    shared = [block for block in first if block in second]
-    return shared if len(shared) >= FEWEST_LAUNCHES or len(shared) == min(len(first), len(second)) else []
-
-
 def _transformed(estimate: Estimate, function: Callable[[float], float]) -> Estimate:
     """The estimate of a monotonic function of the value."""
     value, count = function(estimate.value), estimate.num_launches
@@ -135,16 +118,6 @@ def _transformed(estimate: Estimate, function: Callable[[float], float]) -> Esti
         return Estimate(value, None, None, count)
     low, high = sorted((function(estimate.low), function(estimate.high)))
     return Estimate(value, low, high, count)
-
-
-def _difference(first: Estimate, second: Estimate) -> Estimate:
-    """The difference of two independent estimates with intervals that need not be symmetric."""
-    value, count = first.value - second.value, min(first.num_launches, second.num_launches)
-    if first.low is None or first.high is None or second.low is None or second.high is None:
-        return Estimate(value, None, None, count)
-    below = math.hypot(first.value - first.low, second.high - second.value)
-    above = math.hypot(first.high - first.value, second.value - second.low)
-    return Estimate(value, value - below, value + above, count)
 
 
 @lru_cache
