@@ -96,7 +96,7 @@ def _scaled(config: TrainConfig, multiplier: float, data: LeastSquares) -> tuple
 def _common(config: TrainConfig, remedy: str) -> TrainConfig:
     """What all trials have in common; their batch sizes are chosen by the option `remedy`."""
     for field in ("global_batch_size", "local_batch_size"):
-        if value := getattr(config, field):
+        if value := getattr(config.batch, field):
             raise ValueError(f"{field} is {value}, and the sweep chooses the batch of each trial: give {remedy}")
     if config.batch.sampling == "full":
         raise ValueError(
