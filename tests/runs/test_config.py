@@ -64,8 +64,8 @@ def test_combinations_that_cannot_work_say_what_to_do(values, part):
 
 
 def test_sync_follows_the_optimizer():
-    assert TrainConfig.of(optimizer="sgd").effective_sync == "ddp"
-    assert TrainConfig.of(optimizer="manual").effective_sync == "allreduce"
+    assert TrainConfig.of(optimizer="sgd").optimizer.effective_sync == "ddp"
+    assert TrainConfig.of(optimizer="manual").optimizer.effective_sync == "allreduce"
 
 
 def test_any_value_overrides_a_recipes():
@@ -79,6 +79,7 @@ def test_every_option_has_a_sentence():
     spec = importlib.util.spec_from_file_location("options_table", ROOT / "scripts/options_table.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    docs = script.field_docs()
-    assert docs.keys() == TrainConfig.__dataclass_fields__.keys()
+    config = TrainConfig()
+    docs = {name: doc for part in vars(config).values() for name, doc in script.docs(type(part)).items()}
+    assert docs.keys() == config.options().keys()
     assert all(sentence.endswith(".") for sentence in docs.values())
