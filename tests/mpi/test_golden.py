@@ -22,9 +22,9 @@ def test_every_way_of_training_gives_the_frozen_numbers(world_size, run, tmp_pat
     assert found.keys() == configurations().keys()
     for name, frozen in FROZEN["runs"][str(world_size)].items():
         assert found[name]["ints"] == frozen["ints"], name
-        if configurations()[name].reduction == "reproducible" and machine() == FROZEN["machine"]:
+        if configurations()[name].batch.reduction == "reproducible" and machine() == FROZEN["machine"]:
             assert found[name]["floats"] == frozen["floats"], f"{name}: the bits changed"
-        rtol = 1e-5 if configurations()[name].dtype == "float32" else 1e-12
+        rtol = 1e-5 if configurations()[name].run.dtype == "float32" else 1e-12
         values, expected = ([float.fromhex(f) for f in each["floats"]] for each in (found[name], frozen))
         np.testing.assert_allclose(values, expected, rtol=rtol, err_msg=name)
 

@@ -41,9 +41,9 @@ def of(combination, **changes):
 
 def options(config):
     """The command line that makes a configuration."""
-    given = []
+    given, defaults = [], TrainConfig().options()
     for name, value in config.options().items():
-        if value != getattr(TrainConfig(), name):
+        if value != defaults[name]:
             flag = "--" + name.replace("_", "-")
             values = value if isinstance(value, tuple) else [value]
             given += [flag] if value is True else [flag, *map(str, values)]

@@ -79,7 +79,6 @@ def test_every_option_has_a_sentence():
     spec = importlib.util.spec_from_file_location("options_table", ROOT / "scripts/options_table.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    config = TrainConfig()
-    docs = {name: doc for part in vars(config).values() for name, doc in script.docs(type(part)).items()}
-    assert docs.keys() == config.options().keys()
+    docs = {name: doc for part in vars(TrainConfig()).values() for name, doc in script.docs(type(part)).items()}
+    assert docs.keys() == TrainConfig().options().keys()
     assert all(sentence.endswith(".") for sentence in docs.values())
