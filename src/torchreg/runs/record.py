@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from torchreg.core.checkpoint import PARTIAL, read_regular, sync, write_atomically
+from torchreg.runs.config import RunConfig
 
 SCHEMA_VERSION = 2
 
@@ -70,10 +71,9 @@ class RunDirectory(AbstractContextManager["RunDirectory"]):
     While it is open no other run can write there: a second one gets a `ValueError`.
     """
 
-    def __init__(
-        self, runs_dir: str | Path, name: str | None = None, *, overwrite: bool = False, resume: bool = False
-    ) -> None:
-        self.path = create_run_folder(runs_dir, name, "train", overwrite=overwrite or resume)
+    def __init__(self, config: RunConfig) -> None:
+        overwrite = config.overwrite or config.resume == "auto"
+        self.path = create_run_folder(config.runs_dir, config.name, "train", overwrite=overwrite)
         self._lock = _lock(self.path)
         self._partial_metrics = self.path / (METRICS_FILE + PARTIAL)
         self._metrics: BinaryIO | None = None

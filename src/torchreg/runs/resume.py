@@ -26,12 +26,10 @@ def open_run(
     `dtype` is the precision that the configuration has on this device. A run that is resumed with `auto` keeps its own.
     """
     state, table = prepare(config, world_size)
-    resume = config.run.resume == "auto"
-    directory = RunDirectory(config.run.runs_dir, config.run.name, overwrite=config.run.overwrite, resume=resume)
+    directory = RunDirectory(config.run)
     try:
-        signature = state.run_signature | {"dtype": dtype}
-        state = replace(state, run_dir=str(directory.path), run_signature=signature)
-        if resume:
+        state = replace(state, run_dir=str(directory.path), run_signature=state.run_signature | {"dtype": dtype})
+        if config.run.resume == "auto":
             state = _resume(config, state, directory, device_type)
         if not state.finished:
             if state.checkpoint:

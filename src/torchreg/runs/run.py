@@ -95,7 +95,7 @@ def train(
         loader = seams.loader(state.plan, communicator.rank, *((x, y) if optimizer else manual_samples(x, y)))
         loss_on_all_rows = partial(evaluate, model, x, y, state.plan, communicator)
         logger = Logger(config.run, state, communicator, directory, reporter, stop, loss_on_all_rows)
-        checkpoints = RunCheckpoints(config.run, state, directory, model, optimizer, logger, sessions)
+        checkpoints = RunCheckpoints(logger, model, optimizer, sessions)
 
         start_device(loader, step, communicator.device)
         logger.start(first_step, progress)
@@ -105,7 +105,7 @@ def train(
         reporter.close()
 
         result = make_result(state, model, logger)
-        checkpoints.save_last(result, reporter)
+        checkpoints.save_last()
         if directory and table and result.stopped_by != "request":
             directory.finish(make_record(config, state, table.num_dropped, communicator, result, sessions))
         communicator.barrier()
