@@ -29,10 +29,6 @@ def _check_counts(config: object, names: str) -> None:
     _check(config, names, lambda count: 1 <= count <= _LARGEST, remedy)
 
 
-def _check_seed(config: object, name: str) -> None:
-    _check(config, name, lambda seed: 0 <= seed < 2**32, "0 or more, and less than 2³²")
-
-
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The table that is trained on."""
@@ -51,7 +47,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check_counts(self, "num_rows num_features")
-        _check_seed(self, "data_seed")
+        _check(self, "data_seed", lambda seed: 0 <= seed < 2**32, "0 or more, and less than 2³²")
         if self.data != "synthetic" and (self.num_rows or self.num_features):
             size = f"num_rows is {self.num_rows}" if self.num_rows else f"num_features is {self.num_features}"
             names = f"{size} and data is {self.data}"
@@ -86,7 +82,7 @@ class BatchConfig:
 
     def __post_init__(self) -> None:
         _check_counts(self, "global_batch_size local_batch_size micro_batch_size")
-        _check_seed(self, "seed")
+        _check(self, "seed", lambda seed: 0 <= seed < 2**32, "0 or more, and less than 2³²")
         if self.global_batch_size is not None and self.local_batch_size is not None:
             raise ValueError(
                 f"global_batch_size is {self.global_batch_size} and local_batch_size is {self.local_batch_size}: "
