@@ -1,9 +1,9 @@
-"""Print the README's table of options, from `TrainConfig` and its docstrings."""
+"""Print the README's table of options, from `TrainConfig` and its comments."""
 
 from __future__ import annotations
 
-import ast
 import inspect
+import re
 from dataclasses import fields
 
 from torchreg.runs.recipes import RECIPES
@@ -22,14 +22,13 @@ def table() -> str:
 
 
 def docs(config: type) -> dict[str, str]:
-    """The sentence under each field of a dataclass."""
-    (definition,) = ast.parse(inspect.getsource(config)).body
-    assert isinstance(definition, ast.ClassDef)
-    found = {}
-    for line, text in zip(definition.body, definition.body[1:], strict=False):
-        match line, text:
-            case ast.AnnAssign(target=ast.Name(name)), ast.Expr(value=ast.Constant(value=str(doc))):
-                found[name] = " ".join(doc.split())
+    """The comment of each field of a dataclass: at the end of its line, or in the lines above it."""
+    found, above = {}, ""
+    for line in inspect.getsource(config).splitlines():
+        code, _, comment = line.partition("# ")
+        if field := re.match(r"    (\w+): .* = ", code):
+            found[field[1]] = comment or above.strip()
+        above = f"{above} {comment}" if not code.strip() else ""
     return found
 
 

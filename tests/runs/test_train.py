@@ -24,6 +24,7 @@ from ..conftest import (
     LESSON_BIAS,
     LESSON_LOSS,
     LESSON_WEIGHT,
+    ROOT,
     data_sources,
 )
 
@@ -305,3 +306,10 @@ def test_a_device_is_started_without_a_trace_in_the_parameters(optimizer, reduct
     assert steps[:2] == [(0.0, 0.0)] * 2
     assert len(steps) == 7
     assert (started.weight, started.bias, started.loss) == (plain.weight, plain.bias, plain.loss)
+
+
+def test_the_record_names_the_commit_that_was_run(run):
+    here = run("git", "-C", str(ROOT), "rev-parse", "HEAD", cwd=ROOT)
+    if here.returncode != 0:
+        pytest.skip("no checkout")
+    assert provenance("now")["source"]["commit"] == here.stdout.strip()

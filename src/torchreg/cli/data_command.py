@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from torchreg.cli.options import parse
-from torchreg.runs.config import TrainConfig
+from torchreg.runs.config import DataConfig
 
 if TYPE_CHECKING:
     from torchreg.data.table import Table
@@ -17,44 +17,37 @@ if TYPE_CHECKING:
 _MAX_FEATURES = 24  # rows of the table of columns
 
 
-@dataclass(frozen=True)
-class DataOptions:
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(DataConfig):
     """Show the data, fetch the real table, or make the synthetic table into a file."""
 
     # `show`: columns, six sums, closed form. `fetch`: download the real table into the cache. `make`: write the table
     # to `--output`.
     action: tyro.conf.Positional[Literal["show", "fetch", "make"]]
-    data: str = "synthetic"  # `synthetic`, `ames`, or a CSV or Parquet file.
-    features: tuple[str, ...] = ()  # Feature columns of the file. Default: GrLivArea.
-    target: str | None = None  # Target column of the file. Default: SalePrice.
-    num_rows: int | None = None  # Rows of the synthetic table. Default: 551.
-    num_features: int | None = None  # Features of the synthetic table. Default: 1.
-    data_seed: int = 0  # Seed of the synthetic table.
-    drop_missing: bool = False  # Exclude rows with missing values instead of refusing the table.
     output: Path = Path("houses.csv")  # Where `make` writes: .csv or .parquet.
     overwrite: bool = False  # Let `make` replace an existing file.
+    standardize: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = True  # of training, not of the table
 
 
 def run(argv: list[str]) -> int:
     """Show, fetch or make."""
-    values = asdict(parse(DataOptions, "torchreg data", argv))
-    action, output, overwrite = (values.pop(name) for name in ("action", "output", "overwrite"))
+    options = parse(DataOptions, "torchreg data", argv)
+    output = options.output
     from torchreg.console import show_lines
     from torchreg.data.table import fetch_ames, write_table
     from torchreg.runs.setup import read
 
-    if action == "fetch":
+    if options.action == "fetch":
         show_lines([str(fetch_ames())])
         return 0
-    config = TrainConfig.of(**values)  # which checks them
-    table = read(config.data)
-    if action == "show":
+    table = read(options)
+    if options.action == "show":
         _show(table)
         return 0
     if output.is_dir() or not output.parent.is_dir():
         what = "is a folder" if output.is_dir() else "lies in no folder that exists"
         raise ValueError(f"output is {output}, which {what}: give the path of a file")
-    if output.exists() and not overwrite:
+    if output.exists() and not options.overwrite:
         raise ValueError(f"output is {output}, which exists already: choose another, or --overwrite")
     write_table(table, output)
     show_lines([str(output)])

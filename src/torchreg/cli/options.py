@@ -49,7 +49,7 @@ def parse(kind: type[T], program: str, argv: list[str], default: T | None = None
     lines = [line.strip("│─ \t") for line in lines if line[:1] not in ("╭", "╰")]
     text = " ".join(line for line in lines if line and not line.startswith("For full helptext"))
     text = re.sub(r" (Got errors|Argument helptext): .*", "", text)
-    raise ValueError(re.sub(r"^Error parsing (config(\.\w+)?: )?", "", text))
+    raise ValueError(re.sub(r"^Error parsing ((DataOptions|config(\.\w+)?): )?", "", text))
 
 
 def parse_config(kind: type[C], program: str, argv: list[str], default: TrainConfig | None = None) -> C:

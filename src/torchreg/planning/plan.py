@@ -33,9 +33,9 @@ class WorldSize:
 class Plan:
     """Forecasts for several world sizes, and conclusions.
 
-    `fraction_of_stability_limit` has, for each scaling rule, pairs of world size and scaled learning rate over the
-    limit. `largest_stable` is the largest stable world size for each scaling rule, up to the number of rows; empty
-    where the global batch does not grow with the ranks. `critical` is None beyond 16 features.
+    For each scaling rule `fraction_of_stability_limit` has pairs of world size and scaled learning rate over the limit,
+    and `largest_stable` the largest stable world size, up to the number of rows; it is empty where the global batch
+    does not grow with the ranks. `critical` is None beyond 16 features.
     """
 
     source: str
@@ -57,9 +57,9 @@ class Plan:
         """Data, closed-form solution and curvature, in lines."""
         flattest, steepest = self.curvature
         ratio = f"{steepest / flattest:.3g}" if flattest > 0 else "more than 1e+16"
-        size = f"{self.num_rows} rows, {_count(self.num_features, 'feature')}"
+        features = _count(self.num_features, "feature")
         return [
-            f"plan         {self.source}: {size}; lr_scaling {self.lr_scaling}",
+            f"plan         {self.source}: {self.num_rows} rows, {features}; lr_scaling {self.lr_scaling}",
             f"closed form  mean squared error {self.best_loss:.6g}, R² {self.r_squared:.3g}; losses are in % above it",
             f"curvature    {flattest:.4g} to {steepest:.4g}, the steepest direction {ratio} times the flattest",
         ]
@@ -113,18 +113,13 @@ def plan(config: TrainConfig, world_sizes: Sequence[int]) -> Plan:
     if first is None:
         raise ValueError(rows[0].reason)
     learning_rates = setup.base_learning_rates(config, least_squares)
-    rules = {rule: config.replace(lr_scaling=rule) for rule in _RULES}
-    local_batch_size = _local_batch_size(config)
     largest: dict[LRScaling, int] = {}
-    if (
-        config.batch.global_batch_size is None and config.batch.sampling != "full"
-    ):  # the global batch grows with the ranks
-        largest = {r: setup.stable_world_size(c, least_squares, local_batch_size) for r, c in rules.items()}
-
-    def fraction(scaled: TrainConfig, row: WorldSize) -> float | None:
-        bias = learning_rates[1] * setup.scale_at(scaled, row.global_batch_size)
-        return bias / (row.scaled_learning_rate[1] * row.forecast.stability_limit) if row.forecast else None
-
+    fractions: dict[str, tuple[tuple[int, float | None], ...]] = {}
+    for rule in _RULES:
+        scaled = config.replace(lr_scaling=rule)
+        if not config.batch.global_batch_size and config.batch.sampling != "full":  # the batch grows with the ranks
+            largest[rule] = setup.stable_world_size(scaled, least_squares, _local_batch_size(config))
+        fractions[rule] = tuple((row.world_size, _fraction(row, scaled, learning_rates[1])) for row in rows)
     critical, target = None, first.target_excess * best.loss
     if first.criterion == "mean square" and target > 0:
         start = least_squares.start_error
@@ -139,14 +134,17 @@ def plan(config: TrainConfig, world_sizes: Sequence[int]) -> Plan:
         lr_scaling=config.optimizer.lr_scaling,
         target_excess=first.target_excess,
         rows=rows,
-        fraction_of_stability_limit={
-            r: tuple((row.world_size, fraction(c, row)) for row in rows) for r, c in rules.items()
-        },
+        fraction_of_stability_limit=fractions,
         largest_stable=largest,
         critical=critical,
-        verdict=_verdict(config, rows, largest, table.num_rows // local_batch_size),
+        verdict=_verdict(config, rows, largest, table.num_rows // _local_batch_size(config)),
         notes=_notes(config, first, least_squares),
     )
+
+
+def _fraction(row: WorldSize, config: TrainConfig, bias: float) -> float | None:
+    bias *= setup.scale_at(config, row.global_batch_size)
+    return bias / (row.scaled_learning_rate[1] * row.forecast.stability_limit) if row.forecast else None
 
 
 def _forecast(config: TrainConfig, least_squares: LeastSquares, world_size: int) -> WorldSize:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -16,44 +17,42 @@ DEFAULT_EPOCHS = 30
 _LARGEST = 10**12  # of any count or duration: more is a slip, and would overflow somewhere
 
 
+def _check(config: object, names: str, is_right: Callable[[Any], bool], remedy: str) -> None:
+    for name in names.split():
+        value = getattr(config, name)
+        if not (value is None or is_right(value)):
+            raise ValueError(f"{name} is {value}: give {remedy}")
+
+
+def _check_counts(config: object, names: str) -> None:
+    remedy = f"a whole number of at least 1 and at most {_LARGEST:,}"
+    _check(config, names, lambda count: 1 <= count <= _LARGEST, remedy)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The table that is trained on."""
 
+    # Where the rows come from: `synthetic` (rows with the real table's moments), `ames` (the real table, fetched once),
+    # or a CSV or Parquet file.
     data: str = "synthetic"
-    """Where the rows come from: `synthetic` (rows with the real table's moments), `ames` (the real table, fetched
-    once), or a CSV or Parquet file."""
-
-    features: tuple[str, ...] = ()
-    """Feature columns of the file. Default: GrLivArea."""
-
-    target: str | None = None
-    """Target column of the file. Default: SalePrice."""
-
-    num_rows: int | None = None
-    """Rows of the synthetic table. Default: 551."""
-
-    num_features: int | None = None
-    """Features of the synthetic table. Default: 1."""
-
-    data_seed: int = 0
-    """Seed of the synthetic table."""
-
+    features: tuple[str, ...] = ()  # Feature columns of the file. Default: GrLivArea.
+    target: str | None = None  # Target column of the file. Default: SalePrice.
+    num_rows: int | None = None  # Rows of the synthetic table. Default: 551.
+    num_features: int | None = None  # Features of the synthetic table. Default: 1.
+    data_seed: int = 0  # Seed of the synthetic table.
+    # Train on features shifted to mean 0 and scaled to variance 1. Results are in the data's own units.
     standardize: bool = True
-    """Train on features shifted to mean 0 and scaled to variance 1. Results are in the data's own units."""
-
-    drop_missing: bool = False
-    """Drop rows with missing values instead of refusing the table."""
+    drop_missing: bool = False  # Drop rows with missing values instead of refusing the table.
 
     def __post_init__(self) -> None:
-        _check_counts(self, "num_rows", "num_features")
-        if not 0 <= self.data_seed < 2**32:
-            raise ValueError(f"data_seed is {self.data_seed}: give 0 or more, and less than 2³²")
+        _check_counts(self, "num_rows num_features")
+        _check(self, "data_seed", lambda seed: 0 <= seed < 2**32, "0 or more, and less than 2³²")
         if self.data != "synthetic" and (self.num_rows or self.num_features):
             size = f"num_rows is {self.num_rows}" if self.num_rows else f"num_features is {self.num_features}"
+            names = f"{size} and data is {self.data}"
             raise ValueError(
-                f"{size} and data is {self.data}: only the synthetic table has a size to choose; omit it or choose "
-                "--data synthetic"
+                f"{names}: only the synthetic table has a size to choose; omit it or choose --data synthetic"
             )
         if self.data == "synthetic" and (self.features or self.target):
             raise ValueError(
@@ -65,32 +64,25 @@ class DataConfig:
 class BatchConfig:
     """The samples of a step, and how their gradients are summed."""
 
+    # `shuffle`: a new permutation each epoch. `random`: each step draws its samples without replacement. `full`: every
+    # step takes all rows.
     sampling: Sampling = "shuffle"
-    """`shuffle`: a new permutation each epoch. `random`: each step draws its samples without replacement. `full`:
-    every step takes all rows."""
-
+    # Samples of a step over all ranks (strong scaling). Give this or `local_batch_size`, not both.
     global_batch_size: int | None = None
-    """Samples of a step over all ranks (strong scaling). Give this or `local_batch_size`, not both."""
-
+    # Samples of a step on each rank (weak scaling). Default: 64, unless `global_batch_size` is given.
     local_batch_size: int | None = None
-    """Samples of a step on each rank (weak scaling). Default: 64, unless `global_batch_size` is given."""
-
+    # Samples of one forward and backward; larger shards accumulate gradients. Default: one pass, or with `--reduction
+    # reproducible` an eighth of the global batch.
     micro_batch_size: int | None = None
-    """Samples of one forward and backward; larger shards accumulate gradients. Default: one pass, or with
-    `--reduction reproducible` an eighth of the global batch."""
-
+    # `reproducible` sums gradients in an order that does not depend on the world size: the same `global_batch_size` and
+    # `micro_batch_size` then give the same bits on any number of ranks. It takes longer messages and one thread on each
+    # rank.
     reduction: Literal["fast", "reproducible"] = "fast"
-    """`reproducible` sums gradients in an order that does not depend on the world size: the same `global_batch_size`
-    and `micro_batch_size` then give the same bits on any number of ranks. It takes longer messages and one thread on
-    each rank."""
-
-    seed: int = 0
-    """Seed of the order of samples. A step has the same samples at every world size."""
+    seed: int = 0  # Seed of the order of samples. A step has the same samples at every world size.
 
     def __post_init__(self) -> None:
-        _check_counts(self, "global_batch_size", "local_batch_size", "micro_batch_size")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed is {self.seed}: give 0 or more, and less than 2³²")
+        _check_counts(self, "global_batch_size local_batch_size micro_batch_size")
+        _check(self, "seed", lambda seed: 0 <= seed < 2**32, "0 or more, and less than 2³²")
         if self.global_batch_size is not None and self.local_batch_size is not None:
             raise ValueError(
                 f"global_batch_size is {self.global_batch_size} and local_batch_size is {self.local_batch_size}: "
@@ -107,75 +99,46 @@ class BatchConfig:
 class OptimizerConfig:
     """The update, its learning rates, and the initial parameters."""
 
+    # `sgd`: autograd and torch.optim.SGD. `manual`: gradient and update written out.
     optimizer: Literal["sgd", "manual"] = "sgd"
-    """`sgd`: autograd and torch.optim.SGD. `manual`: gradient and update written out."""
-
+    # What averages gradients over ranks: `ddp` (with sgd), `allreduce` (with manual), `mpi` (with both, on the CPU).
+    # `auto` is `ddp` for sgd and `allreduce` for manual.
     sync: Literal["auto", "ddp", "allreduce", "mpi"] = "auto"
-    """What averages gradients over ranks: `ddp` (with sgd), `allreduce` (with manual), `mpi` (with both, on the CPU).
-    `auto` is `ddp` for sgd and `allreduce` for manual."""
-
+    # `sequential` updates the weight first and the bias with the new weight, as the lesson does; it needs `--optimizer
+    # manual`.
     update_order: UpdateOrder = "simultaneous"
-    """`sequential` updates the weight first and the bias with the new weight, as the lesson does; it needs
-    `--optimizer manual`."""
-
+    # Learning rates of the weight and of the bias at `reference_batch_size`. Default: 0.05 for the bias and 0.05 /
+    # (mean square of the features) for the weight, less where the stability limit asks for it.
     base_learning_rate: tuple[float, float] | None = None
-    """Learning rates of the weight and of the bias at `reference_batch_size`. Default: 0.05 for
-    the bias and 0.05 / (mean square of the features) for the weight, less where the stability limit asks
-    for it."""
-
-    reference_batch_size: int = 64
-    """The global batch size that `base_learning_rate` is meant for."""
-
-    lr_scaling: LRScaling = "linear"
-    """How the learning rates grow with global_batch_size / reference_batch_size."""
-
-    warmup_steps: int = 0
-    """Steps over which the learning rates go linearly from base to scaled."""
-
+    reference_batch_size: int = 64  # The global batch size that `base_learning_rate` is meant for.
+    lr_scaling: LRScaling = "linear"  # How the learning rates grow with global_batch_size / reference_batch_size.
+    warmup_steps: int = 0  # Steps over which the learning rates go linearly from base to scaled.
+    # How the learning rates decrease after the warm-up.
     decay: Literal["constant", "linear", "cosine", "step"] = "constant"
-    """How the learning rates decrease after the warm-up."""
-
-    decay_to: float = 0.0
-    """Where `linear` and `cosine` decay end, as a fraction of the scaled learning rates."""
-
-    decay_factor: float = 0.1
-    """The factor of `step` decay, applied every `decay_every` steps."""
-
-    decay_every: int | None = None
-    """Steps between two drops of `step` decay. Default: a third of the run."""
-
+    decay_to: float = 0.0  # Where `linear` and `cosine` decay end, as a fraction of the scaled learning rates.
+    decay_factor: float = 0.1  # The factor of `step` decay, applied every `decay_every` steps.
+    decay_every: int | None = None  # Steps between two drops of `step` decay. Default: a third of the run.
+    # What to do when the learning rates are above the stability limit: `warn` and train, `refuse` to train, or `cap`
+    # them at half the limit.
     on_unstable: Literal["warn", "refuse", "cap"] = "warn"
-    """What to do when the learning rates are above the stability limit: `warn` and train, `refuse` to train, or `cap`
-    them at half the limit."""
-
-    initial_weight: float = 0.0
-    """Initial value of every weight, in the data's own units."""
-
-    initial_bias: float = 0.0
-    """Initial value of the bias, in the data's own units."""
+    initial_weight: float = 0.0  # Initial value of every weight, in the data's own units.
+    initial_bias: float = 0.0  # Initial value of the bias, in the data's own units.
 
     def __post_init__(self) -> None:
-        _check_counts(self, "reference_batch_size", "decay_every")
-        if not 0 <= self.warmup_steps <= _LARGEST:
-            raise ValueError(f"warmup_steps is {self.warmup_steps}: give 0 or more, and at most {_LARGEST:,}")
+        _check_counts(self, "reference_batch_size decay_every")
+        _check(self, "warmup_steps", lambda n: 0 <= n <= _LARGEST, f"0 or more, and at most {_LARGEST:,}")
         for parameter, learning_rate in zip(("weight", "bias"), self.base_learning_rate or (), strict=False):
             if not (learning_rate > 0 and math.isfinite(learning_rate)):
                 raise ValueError(f"base_learning_rate of the {parameter} is {learning_rate}: give a number above 0")
-        for name in ("decay_to", "decay_factor"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: give a fraction from 0 to 1")
-        for name in ("initial_weight", "initial_bias"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} is {getattr(self, name)}: give a finite number")
+        _check(self, "decay_to decay_factor", lambda fraction: 0 <= fraction <= 1, "a fraction from 0 to 1")
+        _check(self, "initial_weight initial_bias", math.isfinite, "a finite number")
         if self.effective_sync not in (("ddp", "mpi") if self.optimizer == "sgd" else ("allreduce", "mpi")):
-            raise ValueError(
-                f"sync is {self.sync} and optimizer is {self.optimizer}: sgd goes with ddp or mpi, "
-                "manual with allreduce or mpi"
-            )
+            names = f"sync is {self.sync} and optimizer is {self.optimizer}"
+            raise ValueError(f"{names}: sgd goes with ddp or mpi, manual with allreduce or mpi")
         if self.update_order == "sequential" and self.optimizer == "sgd":
             raise ValueError(
-                "update_order is sequential and optimizer is sgd, which updates all parameters at once: "
-                "add --optimizer manual"
+                "update_order is sequential and optimizer is sgd, which updates all parameters at once: add "
+                "--optimizer manual"
             )
 
     @property
@@ -189,80 +152,44 @@ class OptimizerConfig:
 class RunConfig:
     """Length, devices, files and checkpoints of a run."""
 
-    max_steps: int | None = None
-    """Stop after this many steps."""
-
-    epochs: float | None = None
-    """Stop after this many passes over the data. Default: 30, unless `max_steps` is given."""
-
+    max_steps: int | None = None  # Stop after this many steps.
+    epochs: float | None = None  # Stop after this many passes over the data. Default: 30, unless `max_steps` is given.
+    # Stop when the loss on all rows is within this fraction of the closed form's (0.001: 0.1 %).
     target_excess: float | None = None
-    """Stop when the loss on all rows is within this fraction of the closed form's (0.001: 0.1 %)."""
-
+    # What initialises several ranks: ezpz where the real one is installed (`auto`), only ezpz, or only torch.
     distributed: Literal["auto", "ezpz", "torch"] = "auto"
-    """What initialises several ranks: ezpz where the real one is installed (`auto`), only ezpz, or only torch."""
-
+    # Where to train. `auto` takes an accelerator where there is one.
     device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = "auto"
-    """Where to train. `auto` takes an accelerator where there is one."""
-
+    # Precision of data and parameters. `auto` is float64 on the CPU and float32 elsewhere.
     dtype: Literal["auto", "float32", "float64"] = "auto"
-    """Precision of data and parameters. `auto` is float64 on the CPU and float32 elsewhere."""
-
-    timeout_s: float = 300.0
-    """Seconds that a collective operation waits for other ranks."""
-
-    name: str | None = None
-    """Name of the run: its records are in `runs_dir/name`. Default: train-<date>-<time>."""
-
-    runs_dir: str = "runs"
-    """Folder of all runs."""
-
-    overwrite: bool = False
-    """Replace the records of an earlier run of this name."""
-
+    timeout_s: float = 300.0  # Seconds that a collective operation waits for other ranks.
+    name: str | None = None  # Name of the run: its records are in `runs_dir/name`. Default: train-<date>-<time>.
+    runs_dir: str = "runs"  # Folder of all runs.
+    overwrite: bool = False  # Replace the records of an earlier run of this name.
+    # `auto`: resume from the newest valid checkpoint of the run of this name, at any world size; start from scratch
+    # where there is none; do nothing if the run is finished. Needs `--name`.
     resume: Literal["never", "auto"] = "never"
-    """`auto`: resume from the newest valid checkpoint of the run of this name, at any world size; start from scratch
-    where there is none; do nothing if the run is finished. Needs `--name`."""
-
-    checkpoint_every: int | None = None
-    """Steps between two checkpoints."""
-
+    checkpoint_every: int | None = None  # Steps between two checkpoints.
+    # Seconds between two checkpoints, about: checked when losses are summed over ranks.
     checkpoint_every_s: float | None = None
-    """Seconds between two checkpoints, about: checked when losses are summed over ranks."""
-
-    keep_checkpoints: int = 3
-    """How many of the newest checkpoints are kept."""
-
+    keep_checkpoints: int = 3  # How many of the newest checkpoints are kept.
+    # Save and stop (exit code 75) shortly before so many seconds have passed. Default: the end of the Slurm job.
     time_limit_s: float | None = None
-    """Save and stop (exit code 75) shortly before so many seconds have passed. Default: the end of the Slurm job."""
-
-    log_every: int | None = None
-    """Steps between two lines of metrics. Default: about forty lines a run."""
-
+    log_every: int | None = None  # Steps between two lines of metrics. Default: about forty lines a run.
+    # Log the loss on all rows too, with every line of metrics. The time this takes is not counted.
     log_full_loss: bool = False
-    """Log the loss on all rows too, with every line of metrics. The time this takes is not counted."""
-
-    plot: bool = False
-    """Draw data, fit, closed form and loss as PNG and SVG in the run's folder."""
+    plot: bool = False  # Draw data, fit, closed form and loss as PNG and SVG in the run's folder.
 
     def __post_init__(self) -> None:
-        _check_counts(self, "max_steps", "log_every", "checkpoint_every", "keep_checkpoints")
-        for name in ("epochs", "target_excess", "timeout_s", "checkpoint_every_s", "time_limit_s"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= _LARGEST:
-                raise ValueError(f"{name} is {value}: give a number above 0 and at most {_LARGEST:,}")
+        _check_counts(self, "max_steps log_every checkpoint_every keep_checkpoints")
+        durations = "epochs target_excess timeout_s checkpoint_every_s time_limit_s"
+        _check(self, durations, lambda n: 0 < n <= _LARGEST, f"a number above 0 and at most {_LARGEST:,}")
         if self.resume == "auto" and self.name is None:
             raise ValueError("resume is auto and name is None: name the run to resume with --name")
         if self.resume == "auto" and self.overwrite:
             raise ValueError("resume is auto and overwrite is on: choose one of the two")
         if self.name is not None:
             check_name("name", self.name)
-
-
-def _check_counts(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not 1 <= value <= _LARGEST:
-            raise ValueError(f"{name} is {value}: give a whole number of at least 1 and at most {_LARGEST:,}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,15 +10,13 @@ import platform
 import re
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from torchreg.runs.record import utc_now
 
-_LIBRARIES = {"torchreg": "torchreg-hpc"} | {
-    name: name for name in ("torch", "numpy", "pandas", "ezpz", "mpi4py", "matplotlib")
-}
+_LIBRARIES = ("torchreg", "torch", "numpy", "pandas", "ezpz", "mpi4py", "matplotlib")
 _ALLOWED_VARIABLES = re.compile(
     r"(OMP|KMP|GOMP|MKL|OPENBLAS|BLIS)_[A-Z0-9_]+|(CUDA|ROCR|HIP)_VISIBLE_DEVICES|CUDA_DEVICE_(ORDER|MAX_CONNECTIONS)|"
     r"GPU_DEVICE_ORDINAL|ZE_(AFFINITY_MASK|FLAT_DEVICE_HIERARCHY)|ZEX_NUMBER_OF_CCS|ONEAPI_DEVICE_SELECTOR|CPU_BIND|"
@@ -44,15 +42,14 @@ def provenance(started: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "libraries": versions(),
         "job_id": os.environ.get("PBS_JOBID") or os.environ.get("SLURM_JOB_ID"),
-        "environment": {
-            name: value for name, value in sorted(os.environ.items()) if _ALLOWED_VARIABLES.fullmatch(name)
-        },
+        "environment": {name: os.environ[name] for name in sorted(os.environ) if _ALLOWED_VARIABLES.fullmatch(name)},
     }
 
 
 def versions() -> dict[str, str]:
     """The versions of the libraries that numbers may depend on."""
-    return {name: version for name, package in _LIBRARIES.items() if (version := _version(package))}
+    found = {name: _version("torchreg-hpc" if name == "torchreg" else name) for name in _LIBRARIES}
+    return {name: version for name, version in found.items() if version}
 
 
 def machine_facts() -> dict[str, str | None]:
@@ -108,18 +105,15 @@ def _version(library: str) -> str | None:
         return None
 
 
+@cache  # git takes as long as a short trial of a sweep
 def _source_version() -> dict[str, Any]:
-    """Commit and dirty flag of the checkout that this file is in; nulls where it is installed without one."""
-    here = Path(__file__).resolve()
-    if not (here.parents[2] / "pyproject.toml").is_file():
-        return {"commit": None, "dirty": None}
+    """Commit and dirty flag of the checkout that this package is in; nulls where it is installed without one."""
+    package = Path(__file__).resolve().parents[1]
+    git: Any = partial(subprocess.run, check=True, capture_output=True, text=True, timeout=10, cwd=package)
     try:
-        commit = _git(here.parent, "rev-parse", "HEAD")
-        return {"commit": commit, "dirty": bool(_git(here.parent, "status", "--porcelain", "--", "."))}
+        if (package.parents[1] / "pyproject.toml").is_file():
+            commit = git(["git", "rev-parse", "HEAD"]).stdout.strip()
+            return {"commit": commit, "dirty": bool(git(["git", "status", "--porcelain", "--", "."]).stdout)}
     except (OSError, subprocess.SubprocessError):
-        return {"commit": None, "dirty": None}
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+        pass
+    return {"commit": None, "dirty": None}

@@ -30,20 +30,15 @@ def create(path: Path, content: bytes) -> bool:
     partial = path.with_name(f".{uuid.uuid4().hex}{PARTIAL}")
     try:
         write_synced(partial, content)
-        try:
-            os.link(partial, path)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise
-            return _create_slowly(path, content)
+        os.link(partial, path)
         return True
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _create_slowly(path: Path, content: bytes) -> bool:
     try:
         write_synced(path, content, "xb")
     except FileExistsError:

@@ -11,7 +11,6 @@ from torchreg.core.schedule import Schedule
 from torchreg.theory import MOST_STEPS, Dynamics, Matrix
 
 DEFAULT_TARGET_EXCESS = 0.01
-
 _MOST_STEPS = 20_000  # of a curve
 
 
@@ -54,15 +53,14 @@ class Forecast:
 
     def message(self) -> str:
         """The prediction in one line, with its approximations."""
+        accuracy = "estimated from sampled batches" if self.stability_limit_error else "exact"
         if self.criterion == "mean" and self.sampling != "full":
             accuracy = "without the noise of mini-batches, which is predicted up to 16 features"
         elif self.sampling == "shuffle":
             accuracy = "approximate for shuffle sampling"
-        else:
-            accuracy = "estimated from sampled batches" if self.stability_limit_error else "exact"
         if not self.is_stable:
-            fraction = f"{1 / self.stability_limit:.3g}"
-            return f"unstable: learning rate at {fraction} times the limit; expected to diverge ({accuracy})"
+            times = f"{1 / self.stability_limit:.3g} times"
+            return f"unstable: learning rate at {times} the limit; expected to diverge ({accuracy})"
         stable = f"stable: learning rate at {percent(1 / self.stability_limit, digits=2)} of the limit"
         if not self.curve:
             return f"{stable} ({accuracy})"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,11 +18,10 @@ from torchreg.console import Reporter
 from torchreg.core.batches import Batch
 from torchreg.core.train import in_float64
 from torchreg.distributed.communicator import Communicator
-from torchreg.runs.clock import Clock
-from torchreg.runs.config import TrainConfig
+from torchreg.runs.config import RunConfig
 from torchreg.runs.record import RunDirectory
 from torchreg.runs.setup import RunState
-from torchreg.runs.stopping import StopRequest, StopRule
+from torchreg.runs.stopping import REASONS, StopRequest
 
 MOST_WAITING = 100
 """The most steps between two sums over ranks: how soon all ranks learn of a divergence or a signal."""
@@ -67,44 +69,37 @@ class LossBuffer:
 
     def clear(self) -> None:
         """Forget all steps."""
-        for waiting in (self.errors, self.reduced, self.num_samples):
-            waiting.clear()
+        self.restore([], [])
 
 
+@dataclass
 class Logger:
     """Takes the squared error of each step, and returns whether to stop: the `log` of `torchreg.core.train.fit`.
 
     Between two flushes nothing synchronises or communicates. All decisions come from sums over ranks, so that every
-    rank stops after the same step.
+    rank stops after the same step. The seconds of the run are those of training on this rank: set-up, evaluation and
+    saving do not count.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        state: RunState,
-        communicator: Communicator,
-        directory: RunDirectory | None,
-        reporter: Reporter,
-        stop: StopRequest | None,
-        loss_on_all_rows: Callable[[], float],
-    ) -> None:
-        self.rule = StopRule(state.divergence_threshold, state.target_loss, stop)
-        self.clock = Clock(communicator.synchronize)
-        self._state = state
-        self._communicator = communicator
-        self._directory = directory
-        self._reporter = reporter
-        self._loss_on_all_rows = loss_on_all_rows
-        self._log_full_loss = config.run.log_full_loss or config.run.target_excess is not None
-        self._buffer = LossBuffer(communicator, num_signals=1 + self.rule.num_signals)
+    config: RunConfig
+    state: RunState
+    communicator: Communicator
+    directory: RunDirectory | None
+    reporter: Reporter
+    stop: StopRequest | None
+    loss_on_all_rows: Callable[[], float]
+    stopped_by: Literal["steps", "target", "divergence", "request"] = "steps"
+    diverged_at_step: int | None = None
+    checkpoint_is_due: bool = False
+    num_steps: int = 0
+    num_samples: int = 0
+    loss: float = math.nan
+    train_time_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._buffer = LossBuffer(self.communicator, num_signals=1 + len(REASONS))
         self._flush_step = 0
-        self.wants_checkpoint: Callable[[], bool] = bool
-        """Whether this rank asks for a checkpoint now."""
-        self.checkpoint_is_due = False
-        self.num_steps = 0
-        self.num_samples = 0
-        self.loss = math.nan
-        self.train_time_s = 0.0
+        self._start_s = self._saved_s = time.perf_counter()
 
     def start(self, num_steps: int, progress: Mapping[str, Any] | None) -> None:
         """Start the clock on all ranks together, after `num_steps` steps and with the `progress` of a checkpoint."""
@@ -114,81 +109,107 @@ class Logger:
             self._buffer.restore(errors, progress["waiting_samples"])
             self.num_samples = progress["num_samples"]
         self._plan_flush()
-        self.rule.start()
-        self._communicator.synchronize()
-        self._communicator.barrier()
-        self.clock.start(progress["elapsed_s"] if progress else 0.0)
+        if self.stop:
+            self.stop.nothing_to_save = False
+        self.communicator.synchronize()
+        self.communicator.barrier()
+        self._start_s = time.perf_counter() - (progress["elapsed_s"] if progress else 0.0)
 
     def finish(self) -> None:
         """Stop the clock, on the slowest rank, and evaluate the last update, which no step has seen."""
-        self._communicator.synchronize()
-        self.train_time_s = self._communicator.largest(self.clock.elapsed_s())
-        self.loss = self._loss_on_all_rows()
-        self.rule.check_last_loss(self.loss, self.num_steps - 1)
+        self.communicator.synchronize()
+        self.train_time_s = self.communicator.largest(self._elapsed_s())
+        self.loss = self.loss_on_all_rows()
+        if self.stopped_by in ("steps", "target") and not self.loss <= self.state.divergence_threshold:
+            self.stopped_by, self.diverged_at_step = "divergence", self.num_steps - 1
 
-    def progress(self) -> dict[str, Any]:
-        """What a checkpoint needs for `resume`. Sums the waiting errors over ranks."""
-        errors = self._all_reduce().tolist()
-        self._buffer.restore(errors, self._buffer.num_samples)
-        return {
-            "waiting_errors": [error.hex() for error in errors],  # may be infinite, which JSON cannot express
-            "waiting_samples": list(self._buffer.num_samples),
-            "num_samples": self.num_samples,
-            "elapsed_s": self.clock.elapsed_s(),
-        }
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The body is not training: the clock stops, once the device is idle."""
+        self.communicator.synchronize()
+        pause_s = time.perf_counter()
+        yield
+        self._start_s += time.perf_counter() - pause_s
+
+    @contextmanager
+    def saving(self) -> Iterator[dict[str, Any]]:
+        """What a checkpoint needs for `start`; the body saves it. Sums the waiting errors over ranks."""
+        with self.paused():
+            errors = self._all_reduce().tolist()
+            self._buffer.restore(errors, self._buffer.num_samples)
+            yield {
+                "waiting_errors": [error.hex() for error in errors],  # may be infinite, which JSON cannot express
+                "waiting_samples": list(self._buffer.num_samples),
+                "num_samples": self.num_samples,
+                "elapsed_s": self._elapsed_s(),
+            }
+        self.checkpoint_is_due, self._saved_s = False, time.perf_counter()
 
     def __call__(self, batch: Batch, squared_error: Tensor) -> bool:
         """Take this rank's part of a batch's squared error; True when training is to stop after it."""
         self._buffer.append(batch, squared_error)
         return batch.step >= self._flush_step and self._flush(batch.step)
 
+    def _elapsed_s(self) -> float:
+        return time.perf_counter() - self._start_s
+
     def _plan_flush(self) -> None:
         """Flush at the next line of metrics, or when enough steps wait."""
-        log_every, first = self._state.log_every, self.num_steps
+        log_every, first = self.state.log_every, self.num_steps
         next_line = first // log_every * log_every + log_every - 1
         full = first - len(self._buffer.num_samples) + MOST_WAITING - 1
-        self._flush_step = min(next_line, self._state.num_steps - 1, full)
+        self._flush_step = min(next_line, self.state.schedule.num_steps - 1, full)
 
     def _all_reduce(self) -> NDArray[np.float64]:
-        """The squared errors of the waiting steps over all ranks; what the ranks ask for is agreed on."""
-        errors, (save, *requests) = self._buffer.all_reduce((self.wants_checkpoint(), *self.rule.requests()))
-        self.checkpoint_is_due = bool(save)
-        self.rule.agree(requests)
+        """The squared errors of the waiting steps over all ranks; the ranks agree on whether to save and to stop."""
+        every_s = self.config.checkpoint_every_s
+        save = every_s is not None and self.communicator.is_main and time.perf_counter() - self._saved_s >= every_s
+        reason = self.stop.reason if self.stop and self.stop.is_due() else None
+        errors, signals = self._buffer.all_reduce((save, *(reason == each for each in REASONS)))
+        self.checkpoint_is_due, requests = bool(signals[0]), signals[1:]
+        if requests.any() and self.stopped_by == "steps":
+            self.stopped_by = "request"
+            if self.stop:
+                self.stop.reason = REASONS[int((requests > 0).argmax())]
         return errors
 
     def _flush(self, step: int) -> bool:
-        is_logged = (step + 1) % self._state.log_every == 0 or step == self._state.num_steps - 1
-        counts = self._buffer.num_samples
+        num_steps, counts = self.state.schedule.num_steps, self._buffer.num_samples
+        is_logged = (step + 1) % self.state.log_every == 0 or step == num_steps - 1
         losses = self._all_reduce() / counts
         first, index = step + 1 - len(counts), len(counts) - 1
         self.num_steps = step + 1
         self.num_samples += sum(counts)
         self._buffer.clear()
         self._plan_flush()
-        diverged = self.rule.first_diverged(losses, first)
-        if diverged is not None:
-            index, is_logged = diverged, True
+        is_fine = losses <= self.state.divergence_threshold
+        if not is_fine.all():
+            index, is_logged = int(is_fine.argmin()), True
+            self.stopped_by, self.diverged_at_step = "divergence", first + index
         if is_logged:
             full_loss = None
-            if self._log_full_loss and diverged is None:
-                with self.clock.paused():
-                    full_loss = self._loss_on_all_rows()
-                self.rule.check_full_loss(full_loss, step)
-            if self._directory:
-                self._directory.append_metrics(self._line(first + index, float(losses[index]), full_loss))
-                self._reporter.progress(step + 1, self._state.num_steps, float(losses[index]))
-        return self.rule.stopped_by != "steps"
+            if is_fine.all() and (self.config.log_full_loss or self.state.target_loss is not None):
+                with self.paused():
+                    full_loss = self.loss_on_all_rows()
+                if self.state.target_loss is not None and full_loss <= self.state.target_loss:
+                    self.stopped_by = "target"
+                elif not full_loss <= self.state.divergence_threshold:
+                    self.stopped_by, self.diverged_at_step = "divergence", step
+            if self.directory:
+                self.directory.append_metrics(self._line(first + index, float(losses[index]), full_loss))
+                self.reporter.progress(step + 1, num_steps, float(losses[index]))
+        return self.stopped_by != "steps"
 
     def _line(self, step: int, loss: float, full_loss: float | None) -> dict[str, float | int | None]:
-        weight, bias = self._state.schedule(step)
+        weight, bias = self.state.schedule(step)
         line: dict[str, float | int | None] = {
             "step": step,
-            "epoch": (step + 1) / self._state.plan.steps_per_epoch,
+            "epoch": (step + 1) / self.state.plan.steps_per_epoch,
             "num_samples": self.num_samples,
             "loss": loss if math.isfinite(loss) else None,
             "learning_rate_weight": weight,
             "learning_rate_bias": bias,
-            "time_s": round(self.clock.elapsed_s(), 6),
+            "time_s": round(self._elapsed_s(), 6),
         }
         if full_loss is not None:
             line["full_loss"] = full_loss if math.isfinite(full_loss) else None

@@ -1,7 +1,6 @@
-"""The files of a run: configuration, metrics, record, figures.
+"""The files of a run, in `runs/<name>/`: `config.json`, `record.json`, `metrics.jsonl`, figures.
 
-`runs/<name>/` holds `config.json`, `record.json`, `metrics.jsonl` and figures. Each file appears whole
-(temporary file, fsync, rename) or not at all. Only the main rank writes.
+Each file appears whole (temporary file, fsync, rename) or not at all. Only the main rank writes.
 """
 
 from __future__ import annotations
@@ -13,11 +12,13 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from torchreg.core.checkpoint import PARTIAL, read_regular, sync, write_atomically
+from torchreg.runs.config import RunConfig
 
 SCHEMA_VERSION = 2
 
@@ -51,31 +52,28 @@ def create_run_folder(runs_dir: str | Path, name: str | None, kind: str, *, over
             probe = path / PARTIAL
             probe.touch()
             probe.unlink(missing_ok=True)  # another run may have the same
+            break
         except FileExistsError:
-            if name is None:  # another run was started in the same second
-                continue
-            raise ValueError(
-                f"name is {name!r}, and {path} exists already: choose another --name, or replace it with --overwrite"
-            ) from None
+            if name is not None:  # else another run was started in the same second
+                raise ValueError(
+                    f"name is {name!r}, and {path} exists already: choose another --name, or replace it with "
+                    "--overwrite"
+                ) from None
         except OSError as error:
-            raise ValueError(
-                f"runs_dir is {str(runs_dir)!r}, where {path} cannot be written ({error.strerror}): choose another "
-                "--runs-dir"
-            ) from error
-        break
+            what = f"runs_dir is {str(runs_dir)!r}, where {path} cannot be written ({error.strerror})"
+            raise ValueError(f"{what}: choose another --runs-dir") from error
     return path
 
 
-class RunDirectory:
+class RunDirectory(AbstractContextManager["RunDirectory"]):
     """The folder of one run; see `create_run_folder` for its name and what can go wrong.
 
     While it is open no other run can write there: a second one gets a `ValueError`.
     """
 
-    def __init__(
-        self, runs_dir: str | Path, name: str | None = None, *, overwrite: bool = False, resume: bool = False
-    ) -> None:
-        self.path = create_run_folder(runs_dir, name, "train", overwrite=overwrite or resume)
+    def __init__(self, config: RunConfig) -> None:
+        overwrite = config.overwrite or config.resume == "auto"
+        self.path = create_run_folder(config.runs_dir, config.name, "train", overwrite=overwrite)
         self._lock = _lock(self.path)
         self._partial_metrics = self.path / (METRICS_FILE + PARTIAL)
         self._metrics: BinaryIO | None = None
@@ -89,31 +87,23 @@ class RunDirectory:
             (self.path / file).unlink(missing_ok=True)
         self._metrics = self._partial_metrics.open("wb")
 
-    def has_metrics(self, num_bytes: int, sha256: str) -> bool:
-        """Whether the metrics on disk begin with so many bytes of this SHA-256."""
-        return hashlib.sha256(self._first_metrics(num_bytes)).hexdigest() == sha256
-
     def resume(self, num_bytes: int) -> None:
         """Resume a record whose metrics were so many bytes long; delete what a finished run has."""
         for file in _ENDING_FILES:
             (self.path / file).unlink(missing_ok=True)
-        self._digest = hashlib.sha256(self._first_metrics(num_bytes))
+        self._digest = hashlib.sha256(self.first_metrics(num_bytes))
         if not self._partial_metrics.exists():
             (self.path / METRICS_FILE).replace(self._partial_metrics)
         self._metrics = self._partial_metrics.open("r+b")
         self._metrics.truncate(num_bytes)
         self._metrics.seek(num_bytes)
 
-    def _first_metrics(self, num_bytes: int) -> bytes:
-        """They have their final name already where a run ended while it wrote its record."""
+    def first_metrics(self, num_bytes: int) -> bytes:
+        """So many bytes of the metrics on disk, under their final name where a run ended while it wrote its record."""
         for path in (self._partial_metrics, self.path / METRICS_FILE):
             if path.exists():
                 return read_regular(path, num_bytes)
         return b""
-
-    def write_json(self, file: str, content: Mapping[str, Any]) -> None:
-        """Write a JSON file that appears whole or not at all."""
-        write_json(self.path / file, content)
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Add a line to the metrics, which appear under their name when the run is finished."""
@@ -135,10 +125,7 @@ class RunDirectory:
         self.sync()
         self._metrics.close()
         self._partial_metrics.replace(self.path / METRICS_FILE)
-        self.write_json(RECORD_FILE, record)
-
-    def __enter__(self) -> RunDirectory:
-        return self
+        write_json(self.path / RECORD_FILE, record)
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -162,16 +149,15 @@ def _lock(folder: Path) -> int | None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        return descriptor
+    except OSError as error:
         os.close(descriptor)
-        raise ValueError(
-            f"name is {folder.name!r}, and another run is writing {folder} just now: wait for its end, or choose "
-            "another --name"
-        ) from None
-    except OSError:
-        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise ValueError(
+                f"name is {folder.name!r}, and another run is writing {folder} just now: wait for its end, or choose "
+                "another --name"
+            ) from None
         return None
-    return descriptor
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

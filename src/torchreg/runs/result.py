@@ -81,9 +81,8 @@ def result_of_record(record: Mapping[str, Any]) -> Result:
 def make_result(state: RunState, model: nn.Linear, logger: Logger) -> Result:
     """The result of a run that ended with this model."""
     weight, bias = state.standardizer.parameters_out(model.weight.detach().cpu().double().numpy()[0], model.bias.item())
-    stopped_by = logger.rule.stopped_by
     best = state.closed_form
-    comparable = best.loss > 0 and stopped_by != "divergence"
+    is_comparable = best.loss > 0 and logger.stopped_by != "divergence"
     return Result(
         feature_names=state.feature_names,
         target_name=state.target_name,
@@ -93,9 +92,9 @@ def make_result(state: RunState, model: nn.Linear, logger: Logger) -> Result:
         closed_form_weight=tuple(best.weight.tolist()),
         closed_form_bias=best.bias,
         closed_form_loss=best.loss,
-        excess=state.moments.excess(weight, bias) / best.loss if comparable else None,
-        stopped_by=stopped_by,
-        diverged_at_step=logger.rule.diverged_at_step,
+        excess=state.moments.excess(weight, bias) / best.loss if is_comparable else None,
+        stopped_by=logger.stopped_by,
+        diverged_at_step=logger.diverged_at_step,
         world_size=state.plan.world_size,
         global_batch_size=state.plan.global_batch_size,
         scaled_learning_rate=state.schedule.scaled,
@@ -110,34 +109,34 @@ def make_result(state: RunState, model: nn.Linear, logger: Logger) -> Result:
 def make_record(
     config: TrainConfig,
     state: RunState,
+    num_dropped: int,
     communicator: Communicator,
     result: Result,
     sessions: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """The record of a run: its result, what was derived before the first step, and its provenance.
 
-    `sessions` are the processes that it took, each with its first step; the last of them writes the record.
+    `num_dropped` rows had missing values. `sessions` are the processes that the run took, each with its first step; the
+    last of them writes the record.
     """
-    plan = state.plan
+    of_plan = ("global_batch_size", "local_batch_size", "accumulation_steps", "steps_per_epoch")
+    derived = {
+        "num_rows": state.plan.num_rows,
+        "num_dropped": num_dropped,
+        "data_fingerprint": state.run_signature["data_fingerprint"],
+        **{name: getattr(state.plan, name) for name in of_plan},
+        "num_steps": state.schedule.num_steps,
+        "log_every": state.log_every,
+        "base_learning_rate": state.schedule.base,
+        "scaled_learning_rate": state.schedule.scaled,
+        "dtype": state.run_signature["dtype"],
+    }
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "train",
         "result": asdict(result),
         "config": asdict(config),
-        "derived": {
-            "num_rows": plan.num_rows,
-            "num_dropped": state.num_dropped,
-            "data_fingerprint": state.fingerprint,
-            "global_batch_size": plan.global_batch_size,
-            "local_batch_size": plan.local_batch_size,
-            "accumulation_steps": plan.accumulation_steps,
-            "steps_per_epoch": plan.steps_per_epoch,
-            "num_steps": state.num_steps,
-            "log_every": state.log_every,
-            "base_learning_rate": state.schedule.base,
-            "scaled_learning_rate": state.schedule.scaled,
-            "dtype": state.run_signature["dtype"],
-        },
+        "derived": derived,
         "forecast": asdict(state.forecast),
         "warnings": state.warnings,
         "run_signature": state.run_signature,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -12,7 +13,7 @@ from torchreg.core import checkpoint
 from torchreg.core.checkpoint import Checkpoint, read_regular
 from torchreg.data.table import Table
 from torchreg.runs.config import DEFAULT_EPOCHS, TrainConfig
-from torchreg.runs.record import CHECKPOINTS_FOLDER, CONFIG_FILE, RECORD_FILE, RunDirectory
+from torchreg.runs.record import CHECKPOINTS_FOLDER, CONFIG_FILE, RECORD_FILE, RunDirectory, write_json
 from torchreg.runs.result import Result, result_of_record
 from torchreg.runs.setup import RunState, prepare
 
@@ -25,12 +26,9 @@ def open_run(
     `dtype` is the precision that the configuration has on this device. A run that is resumed with `auto` keeps its own.
     """
     state, table = prepare(config, world_size)
-    state = replace(state, run_signature=state.run_signature | {"dtype": dtype})
-    directory = RunDirectory(
-        config.run.runs_dir, config.run.name, overwrite=config.run.overwrite, resume=config.run.resume == "auto"
-    )
+    directory = RunDirectory(config.run)
     try:
-        state = replace(state, run_dir=str(directory.path))
+        state = replace(state, run_dir=str(directory.path), run_signature=state.run_signature | {"dtype": dtype})
         if config.run.resume == "auto":
             state = _resume(config, state, directory, device_type)
         if not state.finished:
@@ -38,7 +36,7 @@ def open_run(
                 directory.resume(state.checkpoint.progress["metrics_bytes"])
             else:
                 directory.start()
-            directory.write_json(CONFIG_FILE, asdict(config))
+            write_json(directory.path / CONFIG_FILE, asdict(config))
     except BaseException:
         directory.close()
         raise
@@ -47,34 +45,29 @@ def open_run(
 
 def _resume(config: TrainConfig, state: RunState, directory: RunDirectory, device_type: str) -> RunState:
     """The state with the result of a finished run, or with the newest checkpoint that can be used, if there is one."""
-    finished = _finished(directory.path, config, state)
-    if finished and (finished.stopped_by != "steps" or finished.num_steps == state.num_steps):
-        message = f"finished     {directory.path} is a finished run: nothing to do"
-        return replace(state, finished=finished, messages=(message,))
+    run, num_steps = directory.path, state.schedule.num_steps
+    finished = _finished(run, config, state)
+    if finished and (finished.stopped_by != "steps" or finished.num_steps == num_steps):
+        return replace(state, finished=finished, messages=(f"finished     {run} is a finished run: nothing to do",))
     saved, refused = checkpoint.newest(
-        directory.path / CHECKPOINTS_FOLDER,
+        run / CHECKPOINTS_FOLDER,
         lambda found: _differences(found.run_signature, config, state) or _lacks_metrics(found, directory),
     )
-    messages = [f"not used     {reason}" for reason in refused]
-    if saved:
-        _refuse_fewer_steps(saved.step, directory.path, config, state)
-        messages.append(_resumed(saved, device_type))
-        state = replace(state, checkpoint=saved, run_signature=dict(saved.run_signature))
-    elif refused or finished:
+    if not saved and (refused or finished):
         raise ValueError(
-            f"resume is auto, and no checkpoint of {directory.path} can be used"
-            f"{f' ({refused[0]})' if refused else ''}: choose another --name, or start from scratch with --overwrite"
+            f"resume is auto, and no checkpoint of {run} can be used{f' ({refused[0]})' if refused else ''}: choose "
+            "another --name, or start from scratch with --overwrite"
         )
-    else:
-        messages.append("resumed      no checkpoint yet: from scratch")
-    return replace(state, messages=tuple(messages))
-
-
-def _resumed(saved: Checkpoint, device_type: str) -> str:
-    written_on = saved.progress["sessions"][-1]["device"]
-    elsewhere = f"; the checkpoint was written on {written_on}, and this run is on {device_type}"
-    precision = f", in {saved.run_signature['dtype']} as before"
-    return f"resumed      after {saved.step} steps{elsewhere + precision if written_on != device_type else ''}"
+    message = "resumed      no checkpoint yet: from scratch"
+    if saved:
+        _refuse_fewer_steps(saved.step, run, config, state)
+        state = replace(state, checkpoint=saved, run_signature=dict(saved.run_signature))
+        message = f"resumed      after {saved.step} steps"
+        written_on = saved.progress["sessions"][-1]["device"]
+        if written_on != device_type:
+            message += f"; the checkpoint was written on {written_on}, and this run is on {device_type}, in "
+            message += f"{saved.run_signature['dtype']} as before"
+    return replace(state, messages=(*(f"not used     {reason}" for reason in refused), message))
 
 
 def _finished(run: Path, config: TrainConfig, state: RunState) -> Result | None:
@@ -108,34 +101,30 @@ def _differences(before: Mapping[str, Any], config: TrainConfig, state: RunState
         differs += f", because {length}, and {config.optimizer.decay} decay depends on it: leave it as it was"
     if "decay_every was" in differs and config.optimizer.decay_every is None:
         differs += f", because {length}, and a third of it is the default: give --decay-every {before['decay_every']}"
-    if (
-        "global_batch_size was" in differs
-        and config.batch.global_batch_size is None
-        and config.batch.sampling != "full"
-    ):
+    if "global_batch_size was" in differs and not config.batch.global_batch_size and plan.sampling != "full":
         differs += f", because local_batch_size is {plan.local_batch_size} on {plan.world_size} ranks"
     return differs
 
 
 def _length(config: TrainConfig, state: RunState) -> str:
     """What decides the number of steps."""
-    if config.run.max_steps == state.num_steps:
+    if config.run.max_steps == state.schedule.num_steps:
         return f"max_steps is {config.run.max_steps}"
-    return f"epochs is {config.run.epochs or DEFAULT_EPOCHS:g}, which is {state.num_steps} steps"
+    return f"epochs is {config.run.epochs or DEFAULT_EPOCHS:g}, which is {state.schedule.num_steps} steps"
 
 
 def _refuse_fewer_steps(done: int, run: Path, config: TrainConfig, state: RunState) -> None:
-    if done > state.num_steps:
+    if done > state.schedule.num_steps:
+        length = _length(config, state)
         raise ValueError(
-            f"{_length(config, state)}, and {run} has taken {done} already: ask for as many at least, or choose "
-            "another --name"
+            f"{length}, and {run} has taken {done} already: ask for as many at least, or choose another --name"
         )
 
 
 def _lacks_metrics(saved: Checkpoint, directory: RunDirectory) -> str | None:
     num_bytes, sha256 = saved.progress["metrics_bytes"], saved.progress["metrics_sha256"]
     try:
-        if directory.has_metrics(num_bytes, sha256):
+        if hashlib.sha256(directory.first_metrics(num_bytes)).hexdigest() == sha256:
             return None
     except OSError as error:
         return f"its metrics cannot be read ({error.strerror})"
@@ -145,9 +134,5 @@ def _lacks_metrics(saved: Checkpoint, directory: RunDirectory) -> str | None:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """What differs between two run signatures, as a message; None if nothing does."""
     plain = json.loads(json.dumps(dict(now)))
-    differing = [
-        f"{key} was {before.get(key)} and is {plain.get(key)}"
-        for key in sorted(before.keys() | plain.keys())
-        if before.get(key) != plain.get(key)
-    ]
-    return "; ".join(differing) or None
+    keys = sorted(key for key in before.keys() | plain.keys() if before.get(key) != plain.get(key))
+    return "; ".join(f"{key} was {before.get(key)} and is {plain.get(key)}" for key in keys) or None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -71,7 +71,8 @@ def train(
             return train(config, communicator, reporter, stop, seams=seams)
     reporter = reporter if reporter and communicator.is_main else Reporter()
     reporter.info(communicator.describe())
-    session = {"started_utc": utc_now(), **describe_session(communicator)}
+    session = {"started_utc": utc_now(), "world_size": communicator.world_size}
+    session |= {"launcher": communicator.launcher.name, "device": communicator.device.type}
     state, table, directory = set_up(config, communicator)
     with directory or nullcontext():
         report(state, reporter)
@@ -81,53 +82,50 @@ def train(
         x, y = to_device(table, state, communicator)
         model = seams.model(make_model(*state.start, device=communicator.device, dtype=x.dtype))
         optimizer = make_sgd(model, state.schedule(0)) if config.optimizer.optimizer == "sgd" else None
-        saved = state.checkpoint
-        if saved:
-            load_tensors(saved.tensors, model, optimizer)
+        first_step, progress, sessions = 0, None, [session]
+        if saved := state.checkpoint:
+            model.load_state_dict(saved.tensors["model"])
+            if optimizer:
+                optimizer.load_state_dict(saved.tensors["optimizer"])
+            first_step, progress, sessions = saved.step, saved.progress, [*saved.progress["sessions"], session]
+        session["first_step"] = first_step
         carrier = communicator.using(config.optimizer.effective_sync)
         sequential = config.optimizer.update_order == "sequential"
         step = seams.step(make_step(model, optimizer, state.plan, carrier, sequential=sequential))
         loader = seams.loader(state.plan, communicator.rank, *((x, y) if optimizer else manual_samples(x, y)))
-        first_step = saved.step if saved else 0
-        sessions = [*(saved.progress["sessions"] if saved else []), session | {"first_step": first_step}]
         loss_on_all_rows = partial(evaluate, model, x, y, state.plan, communicator)
-        logger = Logger(config, state, communicator, directory, reporter, stop, loss_on_all_rows)
-        checkpoints = RunCheckpoints(config, state, directory, model, optimizer, logger, sessions)
+        logger = Logger(config.run, state, communicator, directory, reporter, stop, loss_on_all_rows)
+        checkpoints = RunCheckpoints(logger, model, optimizer, sessions)
 
         start_device(loader, step, communicator.device)
-        logger.start(first_step, saved.progress if saved else None)
+        logger.start(first_step, progress)
         with single_thread(state.plan.reproducible), nullcontext() if optimizer else torch.inference_mode():
-            fit(loader.iterate(first_step, state.num_steps), step, state.schedule, logger, checkpoints)
+            fit(loader.iterate(first_step, state.schedule.num_steps), step, state.schedule, logger, checkpoints)
             logger.finish()
         reporter.close()
 
         result = make_result(state, model, logger)
-        save_last(result, checkpoints, reporter)
-        if directory and result.stopped_by != "request":
-            directory.finish(make_record(config, state, communicator, result, sessions))
+        checkpoints.save_last()
+        if directory and table and result.stopped_by != "request":
+            directory.finish(make_record(config, state, table.num_dropped, communicator, result, sessions))
         communicator.barrier()
     return result
 
 
 def init_ranks(config: TrainConfig) -> Communicator:
     """Initialise this rank among the others, which must have the same configuration."""
-    return init_distributed(
-        distributed=config.run.distributed,
-        device=config.run.device,
-        sync=config.optimizer.effective_sync,
-        dtype=config.run.dtype,
-        timeout_s=config.run.timeout_s,
-        run=config.options(),
-    )
+    names = ("distributed", "device", "dtype", "timeout_s")
+    options = {name: getattr(config.run, name) for name in names}
+    return init_distributed(sync=config.optimizer.effective_sync, run=config.options(), **options)
 
 
 def set_up(config: TrainConfig, communicator: Communicator) -> tuple[RunState, Table | None, RunDirectory | None]:
     """Set a run up on the main rank, which alone has the table and the directory, and send its state to all ranks."""
-    dtype = torch_dtype(config.run.dtype, communicator.device)
+    dtype = dtype_name(torch_dtype(config.run.dtype, communicator.device))
     main: list[Any] = [None, None]
 
     def on_main() -> RunState:
-        state, *main[:] = open_run(config, communicator.world_size, communicator.device.type, dtype_name(dtype))
+        state, *main[:] = open_run(config, communicator.world_size, communicator.device.type, dtype)
         return state
 
     state = communicator.from_main(on_main)
@@ -146,25 +144,14 @@ def report(state: RunState, reporter: Reporter) -> None:
 
 def torch_dtype(choice: Literal["auto", "float32", "float64"], device: torch.device) -> torch.dtype:
     """The precision that a choice means on a device. Raises `AgreedError` for one that the device does not have."""
-    if choice == "auto":
-        return torch.float64 if device.type == "cpu" else torch.float32
     if choice == "float64" and device.type == "mps":
         raise AgreedError("dtype is float64, which the mps device does not have: choose --dtype float32")
-    return torch.float32 if choice == "float32" else torch.float64
+    return torch.float64 if choice == "float64" or (choice == "auto" and device.type == "cpu") else torch.float32
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """The dtype without `torch.`, as JSON has it."""
     return str(dtype).removeprefix("torch.")
-
-
-def describe_session(communicator: Communicator) -> dict[str, Any]:
-    """What a record contains about one of the processes that a run took."""
-    return {
-        "world_size": communicator.world_size,
-        "launcher": communicator.launcher.name,
-        "device": communicator.device.type,
-    }
 
 
 def to_device(table: Table | None, state: RunState, communicator: Communicator) -> tuple[Tensor, Tensor]:
@@ -181,13 +168,6 @@ def to_device(table: Table | None, state: RunState, communicator: Communicator) 
     return x, y
 
 
-def load_tensors(tensors: Mapping[str, Any], model: nn.Linear, optimizer: torch.optim.Optimizer | None) -> None:
-    """Restore model and optimizer from a checkpoint."""
-    model.load_state_dict(tensors["model"])
-    if optimizer:
-        optimizer.load_state_dict(tensors["optimizer"])
-
-
 def make_step(
     model: nn.Linear,
     optimizer: torch.optim.SGD | None,
@@ -200,7 +180,7 @@ def make_step(
 
     Without an optimizer it is the manual step, which takes the samples as `manual_samples` arranges them.
     """
-    parameters = FlatParameters.of(model) if optimizer is None else None
+    parameters = None if optimizer else FlatParameters.of(model)
     like = torch.cat([parameter.detach().view(-1) for parameter in model.parameters()])
     reduction = Reduction(communicator, like, plan.num_micro_batches, reproducible=plan.reproducible)
     if parameters:
@@ -228,14 +208,3 @@ def single_thread(is_wanted: bool) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(num_threads)
-
-
-def save_last(result: Result, checkpoints: RunCheckpoints, reporter: Reporter) -> None:
-    """Save the end of a run that was asked to stop, or that may be given more steps later."""
-    if result.stopped_by == "request":
-        checkpoints.save(result.num_steps)
-    elif result.stopped_by == "steps":
-        try:
-            checkpoints.save(result.num_steps)
-        except OSError as error:
-            reporter.warn(f"the run cannot be given more steps: its last state cannot be saved ({error.strerror})")

@@ -1,17 +1,13 @@
-"""When a run stops: at its last step or target, when it diverges, or early, on a signal or near the end of its job."""
+"""When a run stops early: on a signal, or near the end of its job."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:  # the command line imports this module, and starts without NumPy
-    import numpy as np
-    from numpy.typing import NDArray
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -20,61 +16,6 @@ REASONS = (*(number.name for number in SIGNALS), _LIMIT_IS_NEAR, _JOB_END_IS_NEA
 """All values of `StopRequest.reason`."""
 
 _MOST_MARGIN_S = 60.0
-
-
-class StopRule:
-    """Why a run stops, decided from numbers that are equal on all ranks.
-
-    `divergence_threshold` bounds the loss of a step and on all rows; `target_loss` is the loss on all rows at which
-    training may stop.
-    """
-
-    num_signals = len(REASONS)
-
-    def __init__(self, divergence_threshold: float, target_loss: float | None, request: StopRequest | None) -> None:
-        self.stopped_by: Literal["steps", "target", "divergence", "request"] = "steps"
-        self.diverged_at_step: int | None = None
-        self._divergence_threshold = divergence_threshold
-        self._target_loss = target_loss
-        self._request = request
-
-    def start(self) -> None:
-        """Training starts: from now on an interrupted run has something to save."""
-        if self._request:
-            self._request.nothing_to_save = False
-
-    def requests(self) -> list[bool]:
-        """For each of the `REASONS`, whether it is this rank's reason to stop."""
-        reason = self._request.reason if self._request and self._request.is_due() else None
-        return [reason == each for each in REASONS]
-
-    def agree(self, num_ranks: Sequence[float]) -> None:
-        """Stop if any rank requests it; `num_ranks` counts them by reason."""
-        if any(num_ranks) and self.stopped_by == "steps":
-            self.stopped_by = "request"
-            if self._request:
-                self._request.reason = next(each for each, num in zip(REASONS, num_ranks, strict=True) if num)
-
-    def first_diverged(self, losses: NDArray[np.float64], first_step: int) -> int | None:
-        """The index of the first loss that is not finite or beyond the threshold; the run then stops."""
-        fine = losses <= self._divergence_threshold
-        if fine.all():
-            return None
-        index = int(fine.argmin())
-        self.stopped_by, self.diverged_at_step = "divergence", first_step + index
-        return index
-
-    def check_full_loss(self, loss: float, step: int) -> None:
-        """Stop if the loss on all rows after `step` is at the target or beyond the threshold."""
-        if self._target_loss is not None and loss <= self._target_loss:
-            self.stopped_by = "target"
-        elif not loss <= self._divergence_threshold:
-            self.stopped_by, self.diverged_at_step = "divergence", step
-
-    def check_last_loss(self, loss: float, step: int) -> None:
-        """Check the loss after the last update, which no step has seen."""
-        if self.stopped_by in ("steps", "target") and not loss <= self._divergence_threshold:
-            self.stopped_by, self.diverged_at_step = "divergence", step
 
 
 class StopRequest:
@@ -101,11 +42,18 @@ class StopRequest:
         self.reason: str | None = None
         self.nothing_to_save = nothing_to_save
         self._signals_before: dict[signal.Signals, Any] = {}
-        self._end_s, self._what = _end_of_time(time_limit_s, environ)
+        self._what = _LIMIT_IS_NEAR
+        end = environ.get("SLURM_JOB_END_TIME", "")  # seconds since 1970; OpenPBS sets no such variable
+        if time_limit_s is None and end.isdecimal():
+            time_limit_s, self._what = int(end) - time.time(), _JOB_END_IS_NEAR
+        self._end_s: float | None = None  # on the monotonic clock
+        if time_limit_s is not None:
+            self._end_s = time.monotonic() + time_limit_s - min(_MOST_MARGIN_S, 0.1 * time_limit_s)
 
     def is_due(self) -> bool:
         """Whether this process has a `reason` to stop."""
-        if self.reason is None and self._end_s is not None and time.monotonic() >= self._end_s:
+        left_s = self.left_s()
+        if self.reason is None and left_s is not None and left_s <= 0:
             self.reason = self._what
         return self.reason is not None
 
@@ -122,9 +70,7 @@ class StopRequest:
                 self._signals_before[number] = signal.signal(number, self._remember)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self.reason is None:
             for number, handler in self._signals_before.items():
                 signal.signal(number, handler)
@@ -141,15 +87,3 @@ def ignore_signals() -> None:
     """Ignore the signals that request an end, in a process that is ending: Python removes its handlers at exit."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-def _end_of_time(time_limit_s: float | None, environ: Mapping[str, str]) -> tuple[float | None, str]:
-    """When to stop, on the monotonic clock, and the reason."""
-    what = _LIMIT_IS_NEAR
-    if time_limit_s is None:
-        what = _JOB_END_IS_NEAR
-        end = environ.get("SLURM_JOB_END_TIME", "")  # seconds since 1970; OpenPBS sets no such variable
-        if not end.isdecimal():
-            return None, what
-        time_limit_s = int(end) - time.time()
-    return time.monotonic() + time_limit_s - min(_MOST_MARGIN_S, 0.1 * time_limit_s), what
