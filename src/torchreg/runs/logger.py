@@ -1,4 +1,4 @@
-"""The losses of the steps: kept on the device, summed over ranks every `log_every` steps, written, and judged."""
+"""The losses of the steps: kept on the device, summed over ranks every `log_every` steps, judged, and written."""
 
 from __future__ import annotations
 
@@ -72,13 +72,78 @@ class LossBuffer:
         self.restore([], [])
 
 
+class Clock:
+    """Seconds of training on this rank: set-up, evaluation and saving do not count."""
+
+    def __init__(self, communicator: Communicator) -> None:
+        self._communicator = communicator
+        self._start_s = time.perf_counter()
+
+    def start(self, elapsed_s: float) -> None:
+        """Start on all ranks together, at the seconds that earlier processes of the run have taken."""
+        self._communicator.synchronize()
+        self._communicator.barrier()
+        self._start_s = time.perf_counter() - elapsed_s
+
+    def elapsed_s(self) -> float:
+        """Seconds so far."""
+        return time.perf_counter() - self._start_s
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The body is not training: the clock stops, once the device is idle."""
+        self._communicator.synchronize()
+        pause_s = time.perf_counter()
+        yield
+        self._start_s += time.perf_counter() - pause_s
+
+
+@dataclass
+class StopRule:
+    """Why a run stops, decided from numbers that are equal on all ranks.
+
+    `divergence_threshold` bounds the loss of a step and on all rows; at `target_loss` on all rows training may stop.
+    """
+
+    divergence_threshold: float
+    target_loss: float | None
+    request: StopRequest | None
+    stopped_by: Literal["steps", "target", "divergence", "request"] = "steps"
+    diverged_at_step: int | None = None
+
+    def requests(self) -> list[bool]:
+        """For each of the `REASONS`, whether it is this rank's reason to stop."""
+        reason = self.request.reason if self.request and self.request.is_due() else None
+        return [reason == each for each in REASONS]
+
+    def agree(self, num_ranks: NDArray[np.float64]) -> None:
+        """Stop if any rank requests it; `num_ranks` counts them by reason."""
+        if num_ranks.any() and self.stopped_by == "steps":
+            self.stopped_by = "request"
+            if self.request:
+                self.request.reason = REASONS[int((num_ranks > 0).argmax())]
+
+    def check(self, losses: NDArray[np.float64], first_step: int) -> int | None:
+        """The index of the first loss that is not finite or beyond the threshold; the run then stops."""
+        is_fine = losses <= self.divergence_threshold
+        if is_fine.all():
+            return None
+        index = int(is_fine.argmin())
+        self.stopped_by, self.diverged_at_step = "divergence", first_step + index
+        return index
+
+    def check_full_loss(self, loss: float, step: int) -> None:
+        """Stop if the loss on all rows after `step` is at the target or beyond the threshold."""
+        if self.check(np.array([loss]), step) is None and self.target_loss is not None and loss <= self.target_loss:
+            self.stopped_by = "target"
+
+
 @dataclass
 class Logger:
     """Takes the squared error of each step, and returns whether to stop: the `log` of `torchreg.core.train.fit`.
 
     Between two flushes nothing synchronises or communicates. All decisions come from sums over ranks, so that every
-    rank stops after the same step. The seconds of the run are those of training on this rank: set-up, evaluation and
-    saving do not count.
+    rank stops after the same step.
     """
 
     config: RunConfig
@@ -88,8 +153,6 @@ class Logger:
     reporter: Reporter
     stop: StopRequest | None
     loss_on_all_rows: Callable[[], float]
-    stopped_by: Literal["steps", "target", "divergence", "request"] = "steps"
-    diverged_at_step: int | None = None
     checkpoint_is_due: bool = False
     num_steps: int = 0
     num_samples: int = 0
@@ -97,9 +160,11 @@ class Logger:
     train_time_s: float = 0.0
 
     def __post_init__(self) -> None:
+        self.rule = StopRule(self.state.divergence_threshold, self.state.target_loss, self.stop)
+        self.clock = Clock(self.communicator)
         self._buffer = LossBuffer(self.communicator, num_signals=1 + len(REASONS))
         self._flush_step = 0
-        self._start_s = self._saved_s = time.perf_counter()
+        self._saved_s = time.perf_counter()
 
     def start(self, num_steps: int, progress: Mapping[str, Any] | None) -> None:
         """Start the clock on all ranks together, after `num_steps` steps and with the `progress` of a checkpoint."""
@@ -111,37 +176,27 @@ class Logger:
         self._plan_flush()
         if self.stop:
             self.stop.nothing_to_save = False
-        self.communicator.synchronize()
-        self.communicator.barrier()
-        self._start_s = time.perf_counter() - (progress["elapsed_s"] if progress else 0.0)
+        self.clock.start(progress["elapsed_s"] if progress else 0.0)
 
     def finish(self) -> None:
         """Stop the clock, on the slowest rank, and evaluate the last update, which no step has seen."""
         self.communicator.synchronize()
-        self.train_time_s = self.communicator.largest(self._elapsed_s())
+        self.train_time_s = self.communicator.largest(self.clock.elapsed_s())
         self.loss = self.loss_on_all_rows()
-        if self.stopped_by in ("steps", "target") and not self.loss <= self.state.divergence_threshold:
-            self.stopped_by, self.diverged_at_step = "divergence", self.num_steps - 1
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """The body is not training: the clock stops, once the device is idle."""
-        self.communicator.synchronize()
-        pause_s = time.perf_counter()
-        yield
-        self._start_s += time.perf_counter() - pause_s
+        if self.rule.stopped_by in ("steps", "target"):
+            self.rule.check(np.array([self.loss]), self.num_steps - 1)
 
     @contextmanager
     def saving(self) -> Iterator[dict[str, Any]]:
         """What a checkpoint needs for `start`; the body saves it. Sums the waiting errors over ranks."""
-        with self.paused():
+        with self.clock.paused():
             errors = self._all_reduce().tolist()
             self._buffer.restore(errors, self._buffer.num_samples)
             yield {
                 "waiting_errors": [error.hex() for error in errors],  # may be infinite, which JSON cannot express
                 "waiting_samples": list(self._buffer.num_samples),
                 "num_samples": self.num_samples,
-                "elapsed_s": self._elapsed_s(),
+                "elapsed_s": self.clock.elapsed_s(),
             }
         self.checkpoint_is_due, self._saved_s = False, time.perf_counter()
 
@@ -149,9 +204,6 @@ class Logger:
         """Take this rank's part of a batch's squared error; True when training is to stop after it."""
         self._buffer.append(batch, squared_error)
         return batch.step >= self._flush_step and self._flush(batch.step)
-
-    def _elapsed_s(self) -> float:
-        return time.perf_counter() - self._start_s
 
     def _plan_flush(self) -> None:
         """Flush at the next line of metrics, or when enough steps wait."""
@@ -164,13 +216,9 @@ class Logger:
         """The squared errors of the waiting steps over all ranks; the ranks agree on whether to save and to stop."""
         every_s = self.config.checkpoint_every_s
         save = every_s is not None and self.communicator.is_main and time.perf_counter() - self._saved_s >= every_s
-        reason = self.stop.reason if self.stop and self.stop.is_due() else None
-        errors, signals = self._buffer.all_reduce((save, *(reason == each for each in REASONS)))
-        self.checkpoint_is_due, requests = bool(signals[0]), signals[1:]
-        if requests.any() and self.stopped_by == "steps":
-            self.stopped_by = "request"
-            if self.stop:
-                self.stop.reason = REASONS[int((requests > 0).argmax())]
+        errors, signals = self._buffer.all_reduce((save, *self.rule.requests()))
+        self.checkpoint_is_due = bool(signals[0])
+        self.rule.agree(signals[1:])
         return errors
 
     def _flush(self, step: int) -> bool:
@@ -182,23 +230,19 @@ class Logger:
         self.num_samples += sum(counts)
         self._buffer.clear()
         self._plan_flush()
-        is_fine = losses <= self.state.divergence_threshold
-        if not is_fine.all():
-            index, is_logged = int(is_fine.argmin()), True
-            self.stopped_by, self.diverged_at_step = "divergence", first + index
+        diverged = self.rule.check(losses, first)
+        if diverged is not None:
+            index, is_logged = diverged, True
         if is_logged:
             full_loss = None
-            if is_fine.all() and (self.config.log_full_loss or self.state.target_loss is not None):
-                with self.paused():
+            if diverged is None and (self.config.log_full_loss or self.state.target_loss is not None):
+                with self.clock.paused():
                     full_loss = self.loss_on_all_rows()
-                if self.state.target_loss is not None and full_loss <= self.state.target_loss:
-                    self.stopped_by = "target"
-                elif not full_loss <= self.state.divergence_threshold:
-                    self.stopped_by, self.diverged_at_step = "divergence", step
+                self.rule.check_full_loss(full_loss, step)
             if self.directory:
                 self.directory.append_metrics(self._line(first + index, float(losses[index]), full_loss))
                 self.reporter.progress(step + 1, num_steps, float(losses[index]))
-        return self.stopped_by != "steps"
+        return self.rule.stopped_by != "steps"
 
     def _line(self, step: int, loss: float, full_loss: float | None) -> dict[str, float | int | None]:
         weight, bias = self.state.schedule(step)
@@ -209,7 +253,7 @@ class Logger:
             "loss": loss if math.isfinite(loss) else None,
             "learning_rate_weight": weight,
             "learning_rate_bias": bias,
-            "time_s": round(self._elapsed_s(), 6),
+            "time_s": round(self.clock.elapsed_s(), 6),
         }
         if full_loss is not None:
             line["full_loss"] = full_loss if math.isfinite(full_loss) else None

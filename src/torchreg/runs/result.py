@@ -82,7 +82,7 @@ def make_result(state: RunState, model: nn.Linear, logger: Logger) -> Result:
     """The result of a run that ended with this model."""
     weight, bias = state.standardizer.parameters_out(model.weight.detach().cpu().double().numpy()[0], model.bias.item())
     best = state.closed_form
-    is_comparable = best.loss > 0 and logger.stopped_by != "divergence"
+    is_comparable = best.loss > 0 and logger.rule.stopped_by != "divergence"
     return Result(
         feature_names=state.feature_names,
         target_name=state.target_name,
@@ -93,8 +93,8 @@ def make_result(state: RunState, model: nn.Linear, logger: Logger) -> Result:
         closed_form_bias=best.bias,
         closed_form_loss=best.loss,
         excess=state.moments.excess(weight, bias) / best.loss if is_comparable else None,
-        stopped_by=logger.stopped_by,
-        diverged_at_step=logger.diverged_at_step,
+        stopped_by=logger.rule.stopped_by,
+        diverged_at_step=logger.rule.diverged_at_step,
         world_size=state.plan.world_size,
         global_batch_size=state.plan.global_batch_size,
         scaled_learning_rate=state.schedule.scaled,

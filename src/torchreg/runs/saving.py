@@ -50,7 +50,7 @@ class RunCheckpoints:
 
     def save_last(self) -> None:
         """Save the end of a run that was asked to stop, or that may be given more steps later."""
-        stopped_by = self.logger.stopped_by
+        stopped_by = self.logger.rule.stopped_by
         try:
             if stopped_by in ("request", "steps"):
                 self.save(self.logger.num_steps)

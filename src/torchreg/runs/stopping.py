@@ -1,4 +1,4 @@
-"""When a run stops early: on a signal, or near the end of its job."""
+"""When a run is asked to stop early: by a signal, or near the end of its job."""
 
 from __future__ import annotations
 
