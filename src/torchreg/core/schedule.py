@@ -33,7 +33,8 @@ class Schedule:
     def __call__(self, step: int) -> tuple[float, float]:
         """The learning rates of step 0, 1, …, `num_steps` − 1."""
         factor = self.factor(step)
-        return self.base[0] * factor, self.base[1] * factor
+        weight, bias = self.base
+        return weight * factor, bias * factor
 
     @property
     def scaled(self) -> tuple[float, float]:
