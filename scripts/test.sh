@@ -9,4 +9,4 @@ ruff format --check .
 ruff check .
 mypy
 lint-imports
-python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder "$@"
