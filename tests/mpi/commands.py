@@ -58,7 +58,9 @@ def begin(entry, number):
     """The state of a process that has just started; whether this rank takes part."""
     rank, world_size = detect_launcher(os.environ).rank, entry.get("world_size")
     if world_size is not None:
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # keys of its own in the agent's store
+        if number > 1:  # the keys in the agent's store are taken
+            os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+            os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
         if rank >= world_size:
             return False
         os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(world_size)
@@ -75,7 +77,7 @@ def begin(entry, number):
 def run_all(entries, folder):
     total = int(os.environ.get("WORLD_SIZE", "0"))
     rank = detect_launcher(os.environ).rank
-    code = 0
+    code, exit_at_once = 0, os._exit
     for number, (name, entry) in enumerate(entries.items(), start=1):
         entry = {"folder": name, "is_last": number == len(entries)} | entry
         entry["folder"] = folder / entry["folder"]
@@ -84,7 +86,14 @@ def run_all(entries, folder):
         if not begin(entry, number):
             continue
         out, err, trained = io.StringIO(), io.StringIO(), []
+
+        def leave(code, err=err):
+            sys.__stderr__.write(err.getvalue())
+            sys.__stderr__.flush()
+            exit_at_once(code)
+
         with contextlib.ExitStack() as stack:
+            stack.enter_context(patch.object(os, "_exit", leave))
             if not entry["is_last"]:
                 stack.enter_context(contextlib.redirect_stdout(out))
                 stack.enter_context(contextlib.redirect_stderr(err))

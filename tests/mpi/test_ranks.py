@@ -75,6 +75,7 @@ def test_a_failure_on_one_rank_ends_all_with_its_reason_once(launched):
 
 KILLED = """
 import os, signal
+from torchreg.distributed.init import init_distributed
 with init_distributed(sync="ddp", device="cpu", distributed="torch") as communicator:
     if communicator.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -116,6 +117,8 @@ def test_torchrun_with_mpi_averaging_is_refused(run, tmp_path):
 
 LISTENING = """
 import os
+from pathlib import Path
+from torchreg.distributed.init import init_distributed
 
 with init_distributed(sync="ddp", device="cpu", distributed="torch") as communicator:
     communicator.barrier()
