@@ -125,7 +125,6 @@ import shlex
 import textwrap
 import time
 from collections import Counter
-from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -826,9 +825,9 @@ assert np.isclose(bias, model.bias.item(), rtol=1e-9)
 
 # %%
 lesson = torchreg.RECIPES["lesson"]
-manual = torchreg.train(replace(lesson, device="cpu", name="lesson", overwrite=True))
+manual = torchreg.train(lesson.replace(device="cpu", name="lesson", overwrite=True))
 with_autograd = torchreg.train(
-    replace(lesson, device="cpu", name="lesson-sgd", overwrite=True, optimizer="sgd", update_order="simultaneous")
+    lesson.replace(device="cpu", name="lesson-sgd", overwrite=True, optimizer="sgd", update_order="simultaneous")
 )
 print(*manual.lines()[:4], sep="\n")
 
@@ -846,7 +845,7 @@ print("torchreg agrees with both loops, to rounding")
 
 # %%
 if torch.cuda.is_available():
-    on_gpu = torchreg.train(replace(lesson, device="cuda", name="lesson-gpu", overwrite=True))
+    on_gpu = torchreg.train(lesson.replace(device="cuda", name="lesson-gpu", overwrite=True))
     print(f"on {torch.cuda.get_device_name()}: price = {on_gpu.weight[0]:.6f} × area + {on_gpu.bias:.6f}")
 else:
     print("no CUDA GPU here: everything in this lesson works without one")
@@ -1215,7 +1214,7 @@ print(f"{2 * len(rungs)} runs: each diverged, or did not, as predicted")
 figure, axes = plt.subplots()
 for warmup_steps, colour, label in ((0, ORANGE, "no warm-up"), (40, GREEN, "40 steps of warm-up")):
     warmed = torchreg.train(
-        torchreg.TrainConfig(
+        torchreg.TrainConfig.of(
             name=f"warm-up-{warmup_steps}",
             overwrite=True,
             device="cpu",

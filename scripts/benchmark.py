@@ -265,7 +265,7 @@ def full_run(communicator: Any, optimizer: Any, sync: Any, dtype: Any, runs_dir:
     from torchreg.runs.run import train
 
     def take_steps(count: int) -> float:
-        config = TrainConfig(
+        config = TrainConfig.of(
             optimizer=optimizer,
             sync=sync,
             dtype=dtype,

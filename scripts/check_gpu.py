@@ -32,8 +32,9 @@ from rich.table import Table
 
 from torchreg.core.model import add_gradient, make_model, squared_error
 from torchreg.distributed.init import init_distributed
-from torchreg.runs.config import TrainConfig, with_recipe
+from torchreg.runs.config import TrainConfig
 from torchreg.runs.environment import versions
+from torchreg.runs.recipes import with_recipe
 from torchreg.runs.result import Result
 from torchreg.runs.run import train
 from torchreg.scaling.campaign import Setting
@@ -285,9 +286,9 @@ def one_of_two(device: str) -> Iterator[Row]:
         for optimizer, reduction in itertools.product(("manual", "sgd"), ("fast", "reproducible")):
             options = {"optimizer": optimizer, "reduction": reduction, "micro_batch_size": 20, "runs_dir": runs_dir}
             name = f"{optimizer}-{reduction}"
-            config = TrainConfig(**options, name=name, global_batch_size=275, max_steps=25, dtype="float32")  # type: ignore[arg-type]
+            config = TrainConfig.of(**options, name=name, global_batch_size=275, max_steps=25, dtype="float32")
             together = train(config, communicator)
-            alone = train(TrainConfig(**{**vars(config), "name": f"{name}-{communicator.rank}"}), communicator.alone())
+            alone = train(config.replace(name=f"{name}-{communicator.rank}"), communicator.alone())
             far, limit = distance(together, alone), 1e-5 if reduction == "fast" else 0.0
             if communicator.is_main:
                 yield Row(f"{optimizer}, {reduction}", f"{far:.1e} from one rank", f"at most {limit:g}", far <= limit)

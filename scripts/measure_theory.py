@@ -14,7 +14,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,8 @@ import tyro
 
 from torchreg.distributed.communicator import Communicator
 from torchreg.distributed.init import init_distributed
-from torchreg.runs.config import RECIPES, Sampling, TrainConfig, UpdateOrder
+from torchreg.runs.config import Sampling, TrainConfig, UpdateOrder
+from torchreg.runs.recipes import RECIPES
 from torchreg.runs.record import read_metrics
 from torchreg.runs.run import train
 from torchreg.runs.setup import LeastSquares, base_learning_rates, prepare
@@ -94,8 +95,7 @@ class Report:
 
 def lesson_config(options: Options, order: UpdateOrder, sampling: Sampling, batch_size: int | None) -> TrainConfig:
     """A run from the lesson's start with its learning rates, whatever the batch size."""
-    return replace(
-        RECIPES["homework"],
+    return RECIPES["homework"].replace(
         data=options.data,
         optimizer="manual" if order == "sequential" else "sgd",
         update_order=order,
@@ -118,8 +118,8 @@ def measure_limits(options: Options, communicator: Communicator, report: Report,
     )
     cases: list[tuple[Sampling, int | None]] = [("full", None), ("random", 64), ("random", 16), ("shuffle", 64)]
     for order, (sampling, batch_size) in itertools.product(ORDERS, cases):
-        config = replace(lesson_config(options, order, sampling, batch_size), epochs=None, max_steps=STEPS_AT_LIMIT)
-        config = replace(config, runs_dir=runs_dir, log_every=100)
+        config = lesson_config(options, order, sampling, batch_size).replace(epochs=None, max_steps=STEPS_AT_LIMIT)
+        config = config.replace(runs_dir=runs_dir, log_every=100)
         least_squares = LeastSquares.of(config)
         learning_rates = base_learning_rates(config, least_squares)
         rows = batch_size or least_squares.table.num_rows
@@ -128,10 +128,10 @@ def measure_limits(options: Options, communicator: Communicator, report: Report,
         num_seeds = 1 if sampling == "full" else 3 if options.quick else 20
         diverged = []
         for side in (0.97, 1.03):
-            multiplied = replace(
-                config, base_learning_rate=(learning_rates[0] * limit * side, learning_rates[1] * limit * side)
+            multiplied = config.replace(
+                base_learning_rate=(learning_rates[0] * limit * side, learning_rates[1] * limit * side)
             )
-            results = [train(replace(multiplied, seed=seed), communicator) for seed in range(num_seeds)]
+            results = [train(multiplied.replace(seed=seed), communicator) for seed in range(num_seeds)]
             diverged.append(sum(result.diverged for result in results))
         limit_text = f"{limit:.4f}" + (f" ± {error:.4f}" if error else "")
         counts = [f"{count} of {num_seeds}" for count in diverged]
@@ -241,13 +241,13 @@ def measure_curves(options: Options, communicator: Communicator, report: Report,
          "runs within the 95 % band", "met"],
     )  # fmt: skip
     for order in ORDERS:
-        config = replace(lesson_config(options, order, "random", 64), log_full_loss=True, log_every=1)
-        config = replace(config, runs_dir=runs_dir)
+        config = lesson_config(options, order, "random", 64).replace(log_full_loss=True, log_every=1)
+        config = config.replace(runs_dir=runs_dir)
         least_squares = LeastSquares.of(config)
         best = least_squares.closed_form.loss
         curves = []
         for seed in range(options.num_seeds):
-            result = train(replace(config, seed=seed), communicator)
+            result = train(config.replace(seed=seed), communicator)
             curves.append([line["full_loss"] / best - 1 for line in read_metrics(Path(result.run_dir))])
         trained = np.array(curves)
         num_steps = trained.shape[1]
@@ -293,7 +293,7 @@ def measure_shuffle(options: Options, report: Report) -> None:
         "`shuffle` sampling and its forecast, which is an approximation: excess at the end of 30 epochs, in %",
         ["run", "rows", "short last batch", "predicted", "measured ± standard error", "measured / predicted"],
     )
-    default = replace(RECIPES["default"], data=options.data)
+    default = RECIPES["default"].replace(data=options.data)
     lesson = lesson_config(options, "simultaneous", "shuffle", None)
     cases = [
         *((f"default recipe, {ranks} rank{'s' * (ranks > 1)}", default, ranks * 64) for ranks in (1, 2, 4, 8)),
@@ -301,7 +301,7 @@ def measure_shuffle(options: Options, report: Report) -> None:
     ]
     num_runs = 1_000 if options.quick else 4_000
     for name, config, batch_size in cases:
-        state, _ = prepare(replace(config, global_batch_size=batch_size), 1)
+        state, _ = prepare(config.replace(global_batch_size=batch_size), 1)
         assert state.forecast.curve
         least_squares = LeastSquares.of(config)
         num_rows = least_squares.table.num_rows

@@ -6,36 +6,31 @@ import ast
 import inspect
 from dataclasses import fields
 
-from torchreg.runs.config import RECIPES, TrainConfig
+from torchreg.runs.recipes import RECIPES
 
 
 def table() -> str:
     """A Markdown table: option, the default's value, the lesson's where it differs, what it does."""
-    docs = field_docs()
+    default, lesson = RECIPES["default"].options(), RECIPES["lesson"].options()
     lines = ["| option | default | lesson | |", "|---|---|---|---|"]
-    for field in fields(RECIPES["default"]):
-        option = "--" + field.name.replace("_", "-")
-        values = [_shown(getattr(RECIPES[recipe], field.name)) for recipe in ("default", "lesson")]
-        if values[1] == values[0]:
-            values[1] = ""
-        lines.append(f"| `{option}` | {values[0]} | {values[1]} | {docs[field.name]} |")
+    for part in fields(RECIPES["default"]):
+        for name, doc in docs(type(getattr(RECIPES["default"], part.name))).items():
+            option = "--" + name.replace("_", "-")
+            other = "" if lesson[name] == default[name] else _shown(lesson[name])
+            lines.append(f"| `{option}` | {_shown(default[name])} | {other} | {doc} |")
     return "\n".join(lines)
 
 
-def field_docs() -> dict[str, str]:
-    """The sentence under each field of `TrainConfig`."""
-    (definition,) = ast.parse(inspect.getsource(TrainConfig)).body
+def docs(config: type) -> dict[str, str]:
+    """The sentence under each field of a dataclass."""
+    (definition,) = ast.parse(inspect.getsource(config)).body
     assert isinstance(definition, ast.ClassDef)
-    docs = {}
-    for field, text in zip(definition.body, definition.body[1:], strict=False):
-        if (
-            isinstance(field, ast.AnnAssign)
-            and isinstance(field.target, ast.Name)
-            and isinstance(text, ast.Expr)
-            and isinstance(text.value, ast.Constant)
-        ):
-            docs[field.target.id] = " ".join(str(text.value.value).split())
-    return docs
+    found = {}
+    for line, text in zip(definition.body, definition.body[1:], strict=False):
+        match line, text:
+            case ast.AnnAssign(target=ast.Name(name)), ast.Expr(value=ast.Constant(value=str(doc))):
+                found[name] = " ".join(doc.split())
+    return found
 
 
 def _shown(value: object) -> str:

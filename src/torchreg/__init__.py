@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchreg.data.table import load_table
     from torchreg.planning.plan import plan
-    from torchreg.runs.config import RECIPES, TrainConfig
+    from torchreg.runs.config import TrainConfig
+    from torchreg.runs.recipes import RECIPES
     from torchreg.runs.result import Result
     from torchreg.runs.run import train
     from torchreg.verification.verify import verify
@@ -20,7 +21,7 @@ __version__ = "0.1.0"
 __all__ = ["RECIPES", "Result", "TrainConfig", "load_table", "plan", "train", "verify"]
 
 _LOCATIONS = {
-    "RECIPES": ("runs.config", "RECIPES"),
+    "RECIPES": ("runs.recipes", "RECIPES"),
     "Result": ("runs.result", "Result"),
     "TrainConfig": ("runs.config", "TrainConfig"),
     "load_table": ("data.table", "load_table"),

@@ -43,7 +43,7 @@ def call(entry, trained):
 
     def train(config, communicator, *others, **options):
         if communicator.is_main:  # of the ranks that run it together
-            trained.append(config.name)
+            trained.append(config.run.name)
         return really_train(config, communicator, *others, **seams, **options)
 
     module = import_module({"sweep": "torchreg.sweeps.sweep"}.get(arguments[0], "torchreg.runs.run"))

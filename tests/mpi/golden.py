@@ -9,7 +9,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -26,7 +25,7 @@ WORLD_SIZES = (1, 2, 3)
 NUM_ROWS = 211  # a prime: every shard is uneven, and every last batch is short
 RESUMED_AFTER = 11
 
-BASE = TrainConfig(
+BASE = TrainConfig.of(
     data="table.csv",
     features=("Area", "Rooms"),
     target="Price",
@@ -54,16 +53,16 @@ def configurations() -> dict[str, TrainConfig]:
     for (optimizer, sync), reduction in product(
         (("sgd", "ddp"), ("sgd", "mpi"), ("manual", "allreduce"), ("manual", "mpi")), ("fast", "reproducible")
     ):
-        run = replace(BASE, optimizer=optimizer, sync=sync, reduction=reduction)
+        run = BASE.replace(optimizer=optimizer, sync=sync, reduction=reduction)
         runs[f"{optimizer}-{sync}-{reduction}"] = run
         if optimizer == "manual":
-            runs[f"{optimizer}-{sync}-{reduction}-sequential"] = replace(run, update_order="sequential")
+            runs[f"{optimizer}-{sync}-{reduction}-sequential"] = run.replace(update_order="sequential")
     return runs | {
-        "cosine": replace(BASE, decay="cosine", warmup_steps=5, lr_scaling="linear"),
-        "random-float32": replace(BASE, reduction="reproducible", sampling="random", dtype="float32"),
-        "full": replace(BASE, sampling="full", global_batch_size=None, micro_batch_size=None),
-        "divergence": replace(BASE, base_learning_rate=(1.5, 1.5), max_steps=200),
-        "resumed": replace(BASE, optimizer="manual", reduction="reproducible", checkpoint_every=RESUMED_AFTER),
+        "cosine": BASE.replace(decay="cosine", warmup_steps=5, lr_scaling="linear"),
+        "random-float32": BASE.replace(reduction="reproducible", sampling="random", dtype="float32"),
+        "full": BASE.replace(sampling="full", global_batch_size=None, micro_batch_size=None),
+        "divergence": BASE.replace(base_learning_rate=(1.5, 1.5), max_steps=200),
+        "resumed": BASE.replace(optimizer="manual", reduction="reproducible", checkpoint_every=RESUMED_AFTER),
     }
 
 
@@ -76,14 +75,14 @@ def numbers_of_runs(folder: Path, communicator) -> dict[str, dict]:
     """Every number that a run promises, floats in hexadecimal, by the run's name."""
     found = {}
     for name, config in configurations().items():
-        run = replace(config, data=str(folder / "table.csv"), name=name, runs_dir=str(folder))
+        run = config.replace(data=str(folder / "table.csv"), name=name, runs_dir=str(folder))
         result = train(run, communicator)
         if name == "resumed" and communicator.is_main:
             (folder / name / "record.json").unlink()
             for checkpoint in sorted((folder / name / "checkpoints").iterdir())[1:]:
                 checkpoint.unlink()
         if name == "resumed":
-            result = train(replace(run, resume="auto"), communicator)
+            result = train(run.replace(resume="auto"), communicator)
         if not communicator.is_main:
             continue
         logged = [line["loss"] for line in read_metrics(folder / name)]

@@ -35,16 +35,16 @@ def test_every_way_of_training_gives_the_frozen_numbers(world_size, launch_comma
     assert found.keys() == configurations().keys()
     for name, frozen in FROZEN["runs"][str(world_size)].items():
         assert found[name]["ints"] == frozen["ints"], name
-        if configurations()[name].reduction == "reproducible" and machine() == FROZEN["machine"]:
+        if configurations()[name].batch.reduction == "reproducible" and machine() == FROZEN["machine"]:
             assert found[name]["floats"] == frozen["floats"], f"{name}: the bits changed"
-        rtol = 1e-5 if configurations()[name].dtype == "float32" else 1e-12
+        rtol = 1e-5 if configurations()[name].run.dtype == "float32" else 1e-12
         values, expected = ([float.fromhex(f) for f in each["floats"]] for each in (found[name], frozen))
         np.testing.assert_allclose(values, expected, rtol=rtol, err_msg=name)
 
 
 def test_reproducible_runs_are_frozen_once_for_all_world_sizes():
     for name, config in configurations().items():
-        if config.reduction == "reproducible":
+        if config.batch.reduction == "reproducible":
             bits = {tuple(runs[name]["floats"]) for runs in FROZEN["runs"].values()}
             assert len(bits) == 1, name
 

@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from torchreg.runs.run import train
 from .test_ranks import launch
 
 ACCIDENT = str(Path(__file__).parent / "accident.py")
-BASE = TrainConfig(
+BASE = TrainConfig.of(
     name="run",
     global_batch_size=100,
     reduction="reproducible",
@@ -38,14 +37,14 @@ COMBINATIONS = {
 
 
 def of(combination, **changes):
-    return replace(BASE, **COMBINATIONS[combination] | changes)
+    return BASE.replace(**COMBINATIONS[combination] | changes)
 
 
 def options(config):
     """The command line that makes a configuration."""
-    given = []
-    for name, value in asdict(config).items():
-        if value != getattr(TrainConfig(), name):
+    given, defaults = [], TrainConfig().options()
+    for name, value in config.options().items():
+        if value != defaults[name]:
             flag = "--" + name.replace("_", "-")
             values = value if isinstance(value, tuple) else [value]
             given += [flag] if value is True else [flag, *map(str, values)]
@@ -79,7 +78,7 @@ ON_TWO_RANKS = {
 
 def one_process(config):
     """The same run in this process, which has no MPI: `sync` changes no bit of an ordered run."""
-    return train(replace(config, sync="auto"))
+    return train(config.replace(sync="auto"))
 
 
 def ends(run):
@@ -116,9 +115,9 @@ def test_a_signal_stops_all_ranks_at_one_step_and_any_number_goes_on(name, unint
     assert checkpoints(folder / "runs/run") == ["step-0000000090.pt"]
     assert not (folder / "runs/run/record.json").exists()
 
-    again = replace(of(combination, checkpoint_every=1000), resume="auto")
+    again = of(combination, checkpoint_every=1000, resume="auto")
     if num_ranks_then == 1:
-        one_process(replace(again, runs_dir=str(folder / "runs")))
+        one_process(again.replace(runs_dir=str(folder / "runs")))
     else:
         command = launch("mpiexec", num_ranks_then)
         done = run(*command, "-m", "torchreg", "train", *options(again), cwd=folder, timeout_s=60)
@@ -138,7 +137,7 @@ def test_a_signal_under_torchrun_saves_too(uninterrupted, run, tmp_path):
     assert "stopped after 90 steps" in done.stdout
     assert "exitcode  : 75" in done.stderr
     assert checkpoints(tmp_path / "runs/run") == ["step-0000000090.pt"]
-    one_process(replace(config, resume="auto"))
+    one_process(config.replace(resume="auto"))
     assert ends(tmp_path / "runs/run") == uninterrupted["manual-allreduce"]
 
 
@@ -165,7 +164,7 @@ def test_a_terminal_that_is_closed_saves_a_run_of_torchrun(uninterrupted, run, t
     done = run(*command, cwd=tmp_path, timeout_s=60)
     assert "reason       SIGHUP" in done.stdout
     assert len(checkpoints(tmp_path / "runs/run")) == 1
-    one_process(replace(config, resume="auto"))
+    one_process(config.replace(resume="auto"))
     assert ends(tmp_path / "runs/run") == uninterrupted["manual-allreduce"]
 
 
@@ -174,7 +173,7 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(uninterrupted, 
     command = [*launch("mpiexec", 2), ACCIDENT, "SIGKILL", "1", "130", "train", *options(config)]
     assert run(*command, cwd=tmp_path, timeout_s=60).returncode not in (0, 75)
     assert checkpoints(tmp_path / "runs/run")[-1] == "step-0000000125.pt"
-    one_process(replace(config, resume="auto"))
+    one_process(config.replace(resume="auto"))
     assert ends(tmp_path / "runs/run") == uninterrupted["sgd-mpi"]
 
 
@@ -222,7 +221,7 @@ def test_a_full_disk_ends_all_ranks_and_leaves_only_whole_files(small_disk, unin
     assert steps == list(range(2, steps[-1] + 1, 2))
 
     subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
-    one_process(replace(config, resume="auto"))
+    one_process(config.replace(resume="auto"))
     assert ends(small_disk / "run") == uninterrupted["manual-allreduce"]
 
 

@@ -33,7 +33,7 @@ def combinations(*, with_mpi: bool):
 def configurations(runs_dir: str, *, with_mpi: bool):
     for combination, (name, variation) in itertools.product(combinations(with_mpi=with_mpi), VARIATIONS.items()):
         key = "-".join([*combination.values(), name])
-        yield key, TrainConfig(**BASE | combination | variation, name=key, runs_dir=runs_dir)
+        yield key, TrainConfig.of(**BASE | combination | variation, name=key, runs_dir=runs_dir)
 
 
 def ordered_configurations(runs_dir: str, *, with_mpi: bool):
@@ -46,7 +46,7 @@ def ordered_configurations(runs_dir: str, *, with_mpi: bool):
     for combination, (name, variation) in itertools.product(combinations(with_mpi=with_mpi), variations.items()):
         key = "-".join(["reproducible", *combination.values(), name])
         config = BASE | {"reduction": "reproducible", "log_every": 3} | combination | variation
-        yield key, TrainConfig(**config, name=key, runs_dir=runs_dir)
+        yield key, TrainConfig.of(**config, name=key, runs_dir=runs_dir)
 
 
 def bits(result: Result) -> list[str]:

@@ -21,7 +21,7 @@ PERFECT = "GrLivArea,SalePrice\n1,2\n2,4\n3,6\n4,8\n"
 
 @pytest.mark.parametrize("source", data_sources())
 def test_four_ranks_of_64_rows_diverge_with_the_lessons_rates(source):
-    planned = plan(TrainConfig(data=source, **LESSON_RATES), [1, 2, 4, 8])
+    planned = plan(TrainConfig.of(data=source, **LESSON_RATES), [1, 2, 4, 8])
     # theory.md: unstable from k a little above 3, and linear scaling makes k the number of ranks.
     assert [row.forecast.is_stable for row in planned.rows] == [True, True, False, False]
     assert [row.global_batch_size for row in planned.rows] == [64, 128, 256, 512]
@@ -36,7 +36,7 @@ def test_four_ranks_of_64_rows_diverge_with_the_lessons_rates(source):
 
 
 def test_a_row_is_the_forecast_of_training_at_that_world_size():
-    config = TrainConfig(target_excess=0.02, warmup_steps=5)
+    config = TrainConfig.of(target_excess=0.02, warmup_steps=5)
     for row in plan(config, [1, 3, 8]).rows:
         state, _ = prepare(config, row.world_size)
         assert row.forecast == state.forecast
@@ -52,8 +52,8 @@ def test_the_default_recipe_is_stable_as_far_as_the_data_has_rows():
 
 
 def test_the_verdict_looks_further_than_the_world_sizes_that_were_asked_for():
-    assert "stable up to 3 ranks" in plan(TrainConfig(**LESSON_RATES), [1, 2]).verdict
-    assert "diverges at every world size" in plan(TrainConfig(base_learning_rate=(9.0, 9.0)), [1]).verdict
+    assert "stable up to 3 ranks" in plan(TrainConfig.of(**LESSON_RATES), [1, 2]).verdict
+    assert "diverges at every world size" in plan(TrainConfig.of(base_learning_rate=(9.0, 9.0)), [1]).verdict
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_the_verdict_looks_further_than_the_world_sizes_that_were_asked_for():
     ],
 )
 def test_where_the_batch_does_not_grow_with_the_ranks(options, verdict):
-    planned = plan(TrainConfig(**options), [1, 2, 4])
+    planned = plan(TrainConfig.of(**options), [1, 2, 4])
     assert verdict in planned.verdict
     assert planned.largest_stable == {}
     assert len({row.forecast for row in planned.rows}) == 1
@@ -185,7 +185,7 @@ def test_tiny_learning_rates_are_planned_as_fast_as_others(capsys):
     ],
 )
 def test_steps_that_were_not_searched_are_not_called_never(options, expected):
-    columns, (row,) = plan(TrainConfig(**options), [1]).table()
+    columns, (row,) = plan(TrainConfig.of(**options), [1]).table()
     (index,) = [number for number, column in enumerate(columns) if column.startswith("steps to")]
     assert row[index] == expected
 

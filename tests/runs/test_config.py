@@ -4,7 +4,8 @@ import importlib.util
 
 import pytest
 
-from torchreg.runs.config import RECIPES, TrainConfig, with_recipe
+from torchreg.runs.config import TrainConfig
+from torchreg.runs.recipes import RECIPES, with_recipe
 
 from ..conftest import ROOT
 
@@ -29,13 +30,13 @@ from ..conftest import ROOT
 @pytest.mark.parametrize("value", [0, -1])
 def test_zero_and_negative_sizes_name_their_field_and_value(field, value):
     with pytest.raises(ValueError, match=f"{field} is {value}"):
-        TrainConfig(**{field: value})
+        TrainConfig.of(**{field: value})
 
 
 @pytest.mark.parametrize("learning_rates", [(0.0, 0.1), (0.1, -1.0), (float("nan"), 0.1), (0.1, float("inf"))])
 def test_rates_must_be_positive_and_finite(learning_rates):
     with pytest.raises(ValueError, match=r"base_learning_rate of the (weight|bias)"):
-        TrainConfig(base_learning_rate=learning_rates)
+        TrainConfig.of(base_learning_rate=learning_rates)
 
 
 @pytest.mark.parametrize(
@@ -59,16 +60,17 @@ def test_rates_must_be_positive_and_finite(learning_rates):
 )
 def test_combinations_that_cannot_work_say_what_to_do(values, part):
     with pytest.raises(ValueError, match=part):
-        TrainConfig(**values)
+        TrainConfig.of(**values)
 
 
 def test_sync_follows_the_optimizer():
-    assert TrainConfig(optimizer="sgd").effective_sync == "ddp"
-    assert TrainConfig(optimizer="manual").effective_sync == "allreduce"
+    assert TrainConfig.of(optimizer="sgd").optimizer.effective_sync == "ddp"
+    assert TrainConfig.of(optimizer="manual").optimizer.effective_sync == "allreduce"
 
 
 def test_any_value_overrides_a_recipes():
-    assert with_recipe("lesson", epochs=3) == RECIPES["lesson"].__class__(**{**vars(RECIPES["lesson"]), "epochs": 3})
+    lesson = RECIPES["lesson"]
+    assert with_recipe("lesson", epochs=3).options() == lesson.options() | {"epochs": 3}
     with pytest.raises(ValueError, match="recipes are default, lesson"):
         with_recipe("lessons")
 
@@ -77,6 +79,6 @@ def test_every_option_has_a_sentence():
     spec = importlib.util.spec_from_file_location("options_table", ROOT / "scripts/options_table.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    docs = script.field_docs()
-    assert docs.keys() == TrainConfig.__dataclass_fields__.keys()
+    docs = {name: doc for part in vars(TrainConfig()).values() for name, doc in script.docs(type(part)).items()}
+    assert docs.keys() == TrainConfig().options().keys()
     assert all(sentence.endswith(".") for sentence in docs.values())

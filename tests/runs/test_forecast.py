@@ -3,20 +3,20 @@
 import json
 import math
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from torchreg.cli import main
-from torchreg.runs.config import TrainConfig, with_recipe
+from torchreg.runs.config import TrainConfig
+from torchreg.runs.recipes import with_recipe
 from torchreg.runs.setup import LeastSquares, prepare
 from torchreg.theory import Dynamics
 
 # Standardised features: G is the identity, so with all rows in every step and both learning rates r the error shrinks
 # by 1 − 2r a step and the excess loss by its square: by 1/4 with r = 1/4.
-QUARTER = TrainConfig(sampling="full", base_learning_rate=(0.25, 0.25), lr_scaling="none", max_steps=12)
+QUARTER = TrainConfig.of(sampling="full", base_learning_rate=(0.25, 0.25), lr_scaling="none", max_steps=12)
 
 
 def forecast_of(config, world_size=1):
@@ -24,7 +24,7 @@ def forecast_of(config, world_size=1):
 
 
 def test_the_curve_of_full_batches_worked_out_by_arithmetic():
-    forecast = forecast_of(replace(QUARTER, target_excess=0.01))
+    forecast = forecast_of(QUARTER.replace(target_excess=0.01))
     start = forecast.curve.excess[0]
     assert forecast.curve.steps == tuple(range(13))
     assert start > 1
@@ -40,28 +40,28 @@ def test_warm_up_and_decay_are_part_of_the_forecast():
     start = forecast_of(QUARTER).curve.excess[0]
     # lr_scaling linear with a reference of 1102 rows halves the learning rates, and the warm-up goes down from the base
     # to them: factors 1 and ¾ of 0.25, then ½: the excess shrinks by (½)², (1 − ⅜)², and then (¾)² a step.
-    warmed = replace(QUARTER, lr_scaling="linear", reference_batch_size=1102, warmup_steps=2, max_steps=4)
+    warmed = QUARTER.replace(lr_scaling="linear", reference_batch_size=1102, warmup_steps=2, max_steps=4)
     curve = forecast_of(warmed).curve
     np.testing.assert_allclose(
         curve.excess, start * np.cumprod([1, 1 / 4, 25 / 64, 9 / 16, 9 / 16]), rtol=1e-9
     )  # fmt: skip
     # Linear decay to 0 over 5 steps: factors 1, ¾, ½, ¼, 0 of 0.25.
-    curve = forecast_of(replace(QUARTER, decay="linear", max_steps=5)).curve
+    curve = forecast_of(QUARTER.replace(decay="linear", max_steps=5)).curve
     np.testing.assert_allclose(
         curve.excess, start * np.cumprod([1, (1 / 2) ** 2, (5 / 8) ** 2, (3 / 4) ** 2, (7 / 8) ** 2, 1]), rtol=1e-9
     )
 
 
 def test_a_constant_learning_rate_may_reach_the_target_after_the_run_but_a_decayed_one_may_not():
-    soon = replace(QUARTER, max_steps=2, target_excess=0.01)
-    assert forecast_of(soon).steps_to_target == forecast_of(replace(soon, max_steps=50)).steps_to_target > 2
-    assert forecast_of(replace(soon, decay="linear")).steps_to_target is None
+    soon = QUARTER.replace(max_steps=2, target_excess=0.01)
+    assert forecast_of(soon).steps_to_target == forecast_of(soon.replace(max_steps=50)).steps_to_target > 2
+    assert forecast_of(soon.replace(decay="linear")).steps_to_target is None
 
 
 def test_the_band_and_the_noise_floor_are_those_of_the_dynamics():
     config = with_recipe("homework", max_steps=50)
     forecast, least_squares = forecast_of(config), LeastSquares.of(config)
-    dynamics = Dynamics.of(least_squares.rows, config.base_learning_rate, 64, "sequential")
+    dynamics = Dynamics.of(least_squares.rows, config.optimizer.base_learning_rate, 64, "sequential")
     best = least_squares.closed_form.loss
     assert forecast.noise_floor == pytest.approx(dynamics.noise_floor() / best, rel=1e-12)
     curve = dynamics.learning_curve(least_squares.start_error, [1.0] * 50)
@@ -71,7 +71,7 @@ def test_the_band_and_the_noise_floor_are_those_of_the_dynamics():
 
 
 def test_long_runs_are_predicted_to_their_first_20_000_steps():
-    forecast = forecast_of(TrainConfig(sampling="full", max_steps=1_000_000))
+    forecast = forecast_of(TrainConfig.of(sampling="full", max_steps=1_000_000))
     assert forecast.curve.steps[-1] == 20_000
     assert len(forecast.curve.steps) <= 240
 
@@ -82,17 +82,17 @@ def test_long_runs_are_predicted_to_their_first_20_000_steps():
         # Expected excess after 12 steps: 18.3683 / 4¹² of the closed form's loss.
         (QUARTER, "stable: learning rate at 25 % of the limit; expected end 0.000109 % above the optimum (exact)"),
         (
-            replace(QUARTER, base_learning_rate=(2.0, 2.0)),
+            QUARTER.replace(base_learning_rate=(2.0, 2.0)),
             "unstable: learning rate at 2 times the limit; expected to diverge (exact)",
         ),
-        (TrainConfig(base_learning_rate=(1e-9, 1e-9)), "stable: learning rate at 1.1e-07 % of the limit; "),
+        (TrainConfig.of(base_learning_rate=(1e-9, 1e-9)), "stable: learning rate at 1.1e-07 % of the limit; "),
         (TrainConfig(), " above the optimum (approximate for shuffle sampling); 95 % of runs "),
         (
-            TrainConfig(update_order="sequential", optimizer="manual", sampling="random"),
+            TrainConfig.of(update_order="sequential", optimizer="manual", sampling="random"),
             "(estimated from sampled batches)",
         ),
         (
-            TrainConfig(num_features=17, num_rows=300),
+            TrainConfig.of(num_features=17, num_rows=300),
             "(without the noise of mini-batches, which is predicted up to 16 features)",
         ),
     ],
@@ -105,7 +105,7 @@ def test_the_forecast_in_one_line(config, part):
 
 
 def test_up_to_sixteen_features_the_noise_is_predicted_and_beyond_it_is_not():
-    sixteen, more = (forecast_of(TrainConfig(num_features=n, num_rows=300, max_steps=3)) for n in (16, 17))
+    sixteen, more = (forecast_of(TrainConfig.of(num_features=n, num_rows=300, max_steps=3)) for n in (16, 17))
     assert sixteen.criterion == "mean square"
     assert 0 < sixteen.curve.low[-1] < sixteen.curve.excess[-1] < sixteen.curve.high[-1]
     assert more.criterion == "mean"
@@ -115,7 +115,7 @@ def test_up_to_sixteen_features_the_noise_is_predicted_and_beyond_it_is_not():
 
 def test_a_perfect_line_has_no_excess_to_predict():
     Path("perfect.csv").write_text("GrLivArea,SalePrice\n1,2\n2,4\n3,6\n4,8\n")
-    forecast = forecast_of(TrainConfig(data="perfect.csv", local_batch_size=2))
+    forecast = forecast_of(TrainConfig.of(data="perfect.csv", local_batch_size=2))
     assert forecast.is_stable
     assert (forecast.curve, forecast.steps_to_target) == (None, None)
     assert math.isnan(forecast.noise_floor)

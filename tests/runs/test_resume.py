@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from torchreg.runs.config import TrainConfig
 from torchreg.runs.record import METRICS_FILE, read_metrics
 from torchreg.runs.run import Seams, train
 
-BASE = TrainConfig(
+BASE = TrainConfig.of(
     name="run",
     num_rows=60,
     global_batch_size=16,
@@ -118,7 +117,7 @@ def go_on(config, kill=None, stop=None):
     """One process of a run; None where it was killed or stopped."""
     try:
         with killed(kill) as seams:
-            result = train(replace(config, resume="auto"), stop=stop, seams=seams)
+            result = train(config.replace(resume="auto"), stop=stop, seams=seams)
     except Killed:
         return None
     return None if result.stopped_by == "request" else result
@@ -130,7 +129,7 @@ def uninterrupted(tmp_path_factory):
     runs_dir = str(tmp_path_factory.mktemp("uninterrupted"))
     never = {"checkpoint_every": None, "checkpoint_every_s": None}
     return {
-        key: ends(train(replace(BASE, **changes | never, name=key, runs_dir=runs_dir))) for key, changes in RUNS.items()
+        key: ends(train(BASE.replace(**changes | never, name=key, runs_dir=runs_dir))) for key, changes in RUNS.items()
     }
 
 
@@ -140,7 +139,7 @@ def uninterrupted(tmp_path_factory):
 @example([("kill", 1), ("stop", 1)])
 def test_a_run_that_is_killed_and_stopped_anywhere_ends_as_if_nothing_had_happened(key, uninterrupted, interruptions):
     shutil.rmtree("runs", ignore_errors=True)
-    config = replace(BASE, **RUNS[key])
+    config = BASE.replace(**RUNS[key])
     for what, when in [*interruptions, ("kill", None)]:
         result = go_on(config, when if what == "kill" else None, Stop(when) if what == "stop" else None)
         if result:
@@ -153,7 +152,7 @@ def test_a_run_that_is_killed_and_stopped_anywhere_ends_as_if_nothing_had_happen
     ]
 
 
-SAVING = replace(BASE, checkpoint_every=10, log_every=5)
+SAVING = BASE.replace(checkpoint_every=10, log_every=5)
 
 
 def killed_after(num_steps, config=SAVING):
@@ -169,7 +168,7 @@ def killed_after(num_steps, config=SAVING):
 
     with pytest.raises(Killed):
         train(config, seams=Seams(step=ending))
-    return Path(config.runs_dir) / config.name
+    return Path(config.run.runs_dir) / config.run.name
 
 
 def contents(run):
@@ -178,7 +177,7 @@ def contents(run):
 
 def resumed(config=SAVING):
     listening = Listening()
-    return train(replace(config, resume="auto"), reporter=listening), listening.said
+    return train(config.replace(resume="auto"), reporter=listening), listening.said
 
 
 def test_it_says_where_it_goes_on_and_the_record_tells_of_both_processes():
@@ -187,7 +186,7 @@ def test_it_says_where_it_goes_on_and_the_record_tells_of_both_processes():
         f"step-00000000{step}.pt" for step in (10, 20, 30)
     ]
     assert not (run / "record.json").exists()
-    _, said = resumed(replace(SAVING, keep_checkpoints=1, plot=True))
+    _, said = resumed(SAVING.replace(keep_checkpoints=1, plot=True))
     assert "resumed      after 30 steps" in said
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-0000000045.pt"]
     record = json.loads((run / "record.json").read_text())
@@ -199,8 +198,8 @@ def test_it_says_where_it_goes_on_and_the_record_tells_of_both_processes():
 def test_without_a_checkpoint_it_starts_from_scratch(uninterrupted):
     _, said = resumed(SAVING)
     assert "resumed      no checkpoint yet: from scratch" in said
-    killed_after(7, replace(SAVING, name="young"))
-    result, said = resumed(replace(SAVING, name="young"))
+    killed_after(7, SAVING.replace(name="young"))
+    result, said = resumed(SAVING.replace(name="young"))
     assert "resumed      no checkpoint yet: from scratch" in said
     assert [line["step"] for line in read_metrics(Path(result.run_dir))] == list(range(4, 45, 5))
 
@@ -226,16 +225,16 @@ def test_a_changed_configuration_is_refused_with_what_differs_and_nothing_is_los
     run = Path(train(SAVING).run_dir) if is_finished else killed_after(30)
     before = contents(run)
     with pytest.raises(AgreedError, match="--name") as refused:
-        resumed(replace(SAVING, **changes))
+        resumed(SAVING.replace(**changes))
     assert differs in str(refused.value)
     assert contents(run) == before
     assert resumed()[0].num_steps == 45
 
 
 def test_what_changes_no_number_may_change(uninterrupted):
-    killed_after(30, replace(BASE, **RUNS["warm-up and decay"]))
+    killed_after(30, BASE.replace(**RUNS["warm-up and decay"]))
     changes = {"dtype": "float64", "checkpoint_every": 5, "keep_checkpoints": 1, "timeout_s": 60.0}
-    result, said = resumed(replace(BASE, **RUNS["warm-up and decay"] | changes))
+    result, said = resumed(BASE.replace(**RUNS["warm-up and decay"] | changes))
     assert "resumed      after 24 steps" in said
     assert ends(result) == uninterrupted["warm-up and decay"]
 
@@ -252,15 +251,15 @@ LONGER = {
 @pytest.mark.parametrize("is_finished", [True, False])
 def test_a_run_may_be_given_more_steps_and_ends_as_if_it_had_them_from_the_start(key, is_finished):
     # T4: nobody set the number of steps of a rate that does not depend on it, nor what follows from that number.
-    config = replace(BASE, log_every=5) if key != "another cadence" else BASE
-    whole = replace(config, **LONGER[key], name="whole", max_steps=None, epochs=30.0)  # 120 steps
-    short = replace(whole, name="run", checkpoint_every=None if is_finished else 10, epochs=None, max_steps=45)
+    config = BASE.replace(log_every=5) if key != "another cadence" else BASE
+    whole = config.replace(**LONGER[key], name="whole", max_steps=None, epochs=30.0)  # 120 steps
+    short = whole.replace(name="run", checkpoint_every=None if is_finished else 10, epochs=None, max_steps=45)
     if is_finished:
-        train(replace(short, plot=True))
+        train(short.replace(plot=True))
         (Path("runs/run") / "training.png").touch()  # the picture of the shorter run
     else:
         killed_after(34, short)
-    result, said = resumed(replace(whole, name="run"))
+    result, said = resumed(whole.replace(name="run"))
     assert f"resumed      after {45 if is_finished else 30} steps" in said
     longer, from_scratch = ends(result), ends(train(whole))
     if key == "another cadence":  # a line every second step before, every third step after; the numbers are the same
@@ -279,14 +278,14 @@ def test_a_run_may_be_given_more_steps_and_ends_as_if_it_had_them_from_the_start
 )
 @pytest.mark.parametrize("is_finished", [True, False])
 def test_more_steps_are_refused_where_earlier_rates_depend_on_them(changes, told, is_finished):
-    config = replace(SAVING, **changes)
+    config = SAVING.replace(**changes)
     run = Path(train(config).run_dir) if is_finished else killed_after(34, config)
     before = contents(run)
     with pytest.raises(AgreedError, match=told):
-        resumed(replace(config, max_steps=50))
+        resumed(config.replace(max_steps=50))
     assert contents(run) == before
     if changes == {"decay": "step"}:
-        assert resumed(replace(config, max_steps=50, decay_every=15))[0].num_steps == 50
+        assert resumed(config.replace(max_steps=50, decay_every=15))[0].num_steps == 50
 
 
 @pytest.mark.parametrize("is_finished", [True, False])
@@ -301,15 +300,15 @@ def test_fewer_steps_than_were_taken_are_refused(is_finished, length, told):
     run = Path(train(SAVING).run_dir) if is_finished else killed_after(34)
     before = contents(run)
     with pytest.raises(AgreedError, match=f"{told}.* has taken {45 if is_finished else 30} already"):
-        resumed(replace(SAVING, **length))
+        resumed(SAVING.replace(**length))
     assert contents(run) == before
 
 
 def test_a_run_that_reached_its_target_needs_no_more_steps():
-    config = replace(SAVING, target_excess=6.0)
+    config = SAVING.replace(target_excess=6.0)
     result = train(config)
     assert result.stopped_by == "target"
-    assert resumed(replace(config, max_steps=60))[0] == result
+    assert resumed(config.replace(max_steps=60))[0] == result
 
 
 def test_a_longer_run_without_a_checkpoint_to_go_on_from_is_refused():
@@ -317,34 +316,34 @@ def test_a_longer_run_without_a_checkpoint_to_go_on_from_is_refused():
     shutil.rmtree(run / "checkpoints")
     before = contents(run)
     with pytest.raises(AgreedError, match=r"no checkpoint of runs/run can be used: choose another --name"):
-        resumed(replace(SAVING, max_steps=50))
+        resumed(SAVING.replace(max_steps=50))
     assert contents(run) == before
 
 
 def test_a_run_whose_end_cannot_be_saved_has_its_result(uninterrupted):
-    config = replace(BASE, **RUNS["steps down"] | {"checkpoint_every": None})
+    config = BASE.replace(**RUNS["steps down"] | {"checkpoint_every": None})
     Path("runs/run").mkdir(parents=True)
     Path("runs/run/checkpoints").touch()
-    assert ends(train(replace(config, overwrite=True))) == uninterrupted["steps down"]
+    assert ends(train(config.replace(overwrite=True))) == uninterrupted["steps down"]
 
 
 def test_a_checkpoint_of_a_gpu_goes_on_on_the_cpu_in_its_precision():
     # `auto` is float32 there and float64 here: the run keeps what it has, whatever `auto` would be.
-    config = replace(SAVING, dtype="float32")
-    whole = ends(train(replace(config, name="whole")))
+    config = SAVING.replace(dtype="float32")
+    whole = ends(train(config.replace(name="whole")))
     run = killed_after(34, config)
     newest = run / "checkpoints/step-0000000030.pt"
     saved = checkpoint.load(newest)
     saved.progress["sessions"][-1]["device"] = "cuda"
     checkpoint.save(newest.parent, saved, keep=3)
-    result, said = resumed(replace(config, dtype="auto"))
+    result, said = resumed(config.replace(dtype="auto"))
     assert (
         "resumed      after 30 steps; the checkpoint was written on cuda, and this run is on cpu, in float32 as before"
         in said
     )
     assert ends(result) == whole
     assert json.loads((run / "record.json").read_text())["derived"]["dtype"] == "float32"
-    assert resumed(replace(config, dtype="auto"))[0] == result
+    assert resumed(config.replace(dtype="auto"))[0] == result
 
 
 def unreadable(path, how):
@@ -374,7 +373,7 @@ def test_a_finished_run_is_left_alone():
 
 
 def test_the_newest_good_checkpoint_is_taken_and_bad_ones_are_told_of(uninterrupted):
-    config = replace(BASE, **RUNS["warm-up and decay"])
+    config = BASE.replace(**RUNS["warm-up and decay"])
     run = killed_after(30, config)
     newest = run / "checkpoints/step-0000000024.pt"
     newest.write_bytes(newest.read_bytes()[:-1])
@@ -394,7 +393,7 @@ def test_where_no_checkpoint_is_good_nothing_is_lost():
     with pytest.raises(AgreedError, match=r"no checkpoint of runs/run .*choose another --name, or .*--overwrite"):
         resumed()
     assert contents(run) == before
-    assert train(replace(SAVING, overwrite=True)).num_steps == 45
+    assert train(SAVING.replace(overwrite=True)).num_steps == 45
 
 
 def test_metrics_that_are_not_the_runs_are_not_gone_on_with():
@@ -417,7 +416,7 @@ def test_without_its_metrics_a_run_is_not_gone_on_with():
 
 
 def test_a_run_that_ends_while_it_writes_its_record_is_finished_by_the_next(uninterrupted, monkeypatch):
-    config = replace(BASE, **RUNS["warm-up and decay"])
+    config = BASE.replace(**RUNS["warm-up and decay"])
     write = Path.replace
 
     def full_disk(path, target):
@@ -443,9 +442,9 @@ def test_a_record_that_cannot_be_read_is_refused(garbage):
 
 def test_overwriting_removes_the_checkpoints_of_the_earlier_run():
     run = killed_after(34)
-    train(replace(SAVING, overwrite=True, seed=1, checkpoint_every=None))
+    train(SAVING.replace(overwrite=True, seed=1, checkpoint_every=None))
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-0000000045.pt"]
-    assert resumed(replace(SAVING, seed=1, max_steps=50))[0].num_steps == 50
+    assert resumed(SAVING.replace(seed=1, max_steps=50))[0].num_steps == 50
 
 
 HOLDING = """
@@ -464,10 +463,10 @@ def test_a_run_that_another_process_is_writing_is_refused_and_untouched(how):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(AgreedError, match="another run is writing runs/run just now"):
-            train(replace(SAVING, **how))
+            train(SAVING.replace(**how))
         assert contents(run) == before
         other.communicate()
-    assert train(replace(SAVING, **how)).num_steps == 45
+    assert train(SAVING.replace(**how)).num_steps == 45
 
 
 def test_a_run_that_is_interrupted_leaves_its_folder_free_in_the_same_process():
@@ -481,7 +480,7 @@ def test_a_run_that_is_interrupted_leaves_its_folder_free_in_the_same_process():
 
 
 def test_a_stop_request_saves_once_and_leaves_no_record():
-    result = train(replace(SAVING, checkpoint_every=None), stop=Stop(3))
+    result = train(SAVING.replace(checkpoint_every=None), stop=Stop(3))
     # It is asked for a third time when the third line of metrics is written, after 15 steps.
     assert (result.stopped_by, result.num_steps) == ("request", 15)
     assert [path.name for path in Path("runs/run/checkpoints").iterdir()] == ["step-0000000015.pt"]
@@ -504,5 +503,5 @@ def test_a_stop_request_saves_once_and_leaves_no_record():
 )
 def test_options_of_checkpoints_that_cannot_be_meant_are_refused(options, told):
     with pytest.raises(ValueError, match="is") as refused:
-        TrainConfig(**options)
+        TrainConfig.of(**options)
     assert told in str(refused.value)

@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,9 @@ import pytest
 import torch
 
 from torchreg.distributed.rendezvous import AgreedError
-from torchreg.runs.config import RECIPES, TrainConfig, from_json, with_recipe
+from torchreg.runs.config import TrainConfig, from_json
 from torchreg.runs.environment import provenance
+from torchreg.runs.recipes import RECIPES, with_recipe
 from torchreg.runs.record import read_metrics
 from torchreg.runs.run import Seams, train
 from torchreg.theory import Moments
@@ -55,14 +55,14 @@ def test_the_lessons_first_step_by_hand():
     )
     result = train(config)
     assert (*result.weight, result.bias) == pytest.approx((1.3, 1.18), rel=1e-14)
-    result = train(replace(config, update_order="simultaneous", runs_dir="b"))
+    result = train(config.replace(update_order="simultaneous", runs_dir="b"))
     assert (*result.weight, result.bias) == pytest.approx((1.3, 0.9), rel=1e-14)
 
 
 def test_hand_and_sgd_follow_the_same_trajectory():
     shared = {"global_batch_size": 100, "max_steps": 40, "warmup_steps": 5, "decay": "cosine"}
     results = [
-        train(TrainConfig(optimizer=optimizer, micro_batch_size=micro, name=f"{optimizer}{micro}", **shared))
+        train(TrainConfig.of(optimizer=optimizer, micro_batch_size=micro, name=f"{optimizer}{micro}", **shared))
         for optimizer, micro in itertools.product(("sgd", "manual"), (None, 7))
     ]
     for result in results[1:]:
@@ -73,12 +73,12 @@ def test_hand_and_sgd_follow_the_same_trajectory():
 @pytest.mark.parametrize("sampling", ["shuffle", "random"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_small_batches_come_close_to_the_optimum(sampling, dtype):
-    result = train(TrainConfig(sampling=sampling, dtype=dtype))
+    result = train(TrainConfig.of(sampling=sampling, dtype=dtype))
     assert 0 <= result.excess < 0.02
 
 
 def test_full_batches_reach_the_optimum_of_many_features():
-    config = TrainConfig(
+    config = TrainConfig.of(
         sampling="full", optimizer="manual", num_features=5, num_rows=300, lr_scaling="none", max_steps=3000
     )
     result = train(config)
@@ -87,7 +87,7 @@ def test_full_batches_reach_the_optimum_of_many_features():
 
 
 def test_target_excess_stops_at_the_first_checked_step_within_it():
-    config = TrainConfig(sampling="full", target_excess=0.01, log_every=1, epochs=500)
+    config = TrainConfig.of(sampling="full", target_excess=0.01, log_every=1, epochs=500)
     result = train(config)
     assert result.stopped_by == "target"
     assert result.num_steps < 500
@@ -99,7 +99,7 @@ def test_target_excess_stops_at_the_first_checked_step_within_it():
 @pytest.mark.parametrize("optimizer", ["sgd", "manual"])
 @pytest.mark.parametrize("log_every", [1, 7, 1000])
 def test_divergence_is_noticed_and_recorded(optimizer, log_every):
-    config = TrainConfig(
+    config = TrainConfig.of(
         optimizer=optimizer, base_learning_rate=(2.0, 2.0), lr_scaling="none", log_every=log_every, max_steps=300
     )
     result = train(config)
@@ -113,22 +113,22 @@ def test_divergence_is_noticed_and_recorded(optimizer, log_every):
 
 def test_divergence_seen_first_on_all_rows_is_divergence_not_a_crash():
     # The first step's loss is finite; the update after it is not, and the check of the target meets it first.
-    result = train(TrainConfig(base_learning_rate=(1e200, 1e200), target_excess=0.1, log_every=1))
+    result = train(TrainConfig.of(base_learning_rate=(1e200, 1e200), target_excess=0.1, log_every=1))
     assert (result.stopped_by, result.diverged_at_step) == ("divergence", 0)
 
 
 def test_runs_without_a_name_in_the_same_second_do_not_collide():
-    runs = {train(TrainConfig(max_steps=1)).run_dir for _ in range(4)}
+    runs = {train(TrainConfig.of(max_steps=1)).run_dir for _ in range(4)}
     assert len(runs) == 4
 
 
 def test_divergence_in_the_very_last_update_is_noticed():
-    result = train(TrainConfig(base_learning_rate=(1e9, 1e9), max_steps=1))
+    result = train(TrainConfig.of(base_learning_rate=(1e9, 1e9), max_steps=1))
     assert result.diverged
 
 
 def test_rates_above_the_limit_are_warned_of_with_limit_and_world_size():
-    config = TrainConfig(
+    config = TrainConfig.of(
         standardize=False,
         base_learning_rate=(4e-7, 4e-1),
         max_steps=1,
@@ -137,12 +137,12 @@ def test_rates_above_the_limit_are_warned_of_with_limit_and_world_size():
     # theory.md: 64 rows at (1e-7, 1e-1) are stable up to a factor of 3.14, so 4 is 4 / 3.14 = 1.27 limits.
     with pytest.raises(ValueError, match=r"1\.27 times the stability limit .* largest stable world size is 0"):
         train(config)
-    result = train(replace(config, on_unstable="warn"))
+    result = train(config.replace(on_unstable="warn"))
     assert "expect divergence" in json.loads((Path(result.run_dir) / "record.json").read_text())["warnings"][0]
 
 
 def test_capped_rates_converge():
-    config = TrainConfig(base_learning_rate=(3.0, 3.0), lr_scaling="none", on_unstable="cap", epochs=30)
+    config = TrainConfig.of(base_learning_rate=(3.0, 3.0), lr_scaling="none", on_unstable="cap", epochs=30)
     assert not train(config).diverged
 
 
@@ -150,21 +150,21 @@ def test_capped_rates_converge():
 def test_the_default_recipe_is_stable_at_any_world_size_that_the_data_allows(world_size):
     from torchreg.runs.setup import prepare
 
-    for config in (TrainConfig(), TrainConfig(num_features=12, num_rows=64 * world_size)):
+    for config in (TrainConfig(), TrainConfig.of(num_features=12, num_rows=64 * world_size)):
         state, _ = prepare(config, world_size)
         assert state.forecast.stability_limit >= 2 - 1e-6
         assert state.warnings == ()
 
 
 def test_a_run_leaves_whole_records():
-    result = train(TrainConfig(name="first", max_steps=9))
+    result = train(TrainConfig.of(name="first", max_steps=9))
     run = Path("runs/first")
     assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.json", "metrics.jsonl", "record.json"]
     record = json.loads((run / "record.json").read_text())
     assert record["schema_version"] == 2
     assert record["result"]["weight"] == list(result.weight)
     assert record["distributed"]["placements"][0]["rank"] == 0
-    assert from_json(json.loads((run / "config.json").read_text())) == TrainConfig(name="first", max_steps=9)
+    assert from_json(json.loads((run / "config.json").read_text())) == TrainConfig.of(name="first", max_steps=9)
     lines = read_metrics(run)
     assert [line["step"] for line in lines] == list(range(9))
     # 551 rows in steps of 64: eight of them and one of 39.
@@ -181,26 +181,26 @@ def test_logged_losses_are_the_losses_before_each_update():
 
 
 def test_a_second_run_loses_nothing_of_the_first():
-    train(TrainConfig(name="twice", max_steps=3))
+    train(TrainConfig.of(name="twice", max_steps=3))
     before = Path("runs/twice/record.json").read_text()
     with pytest.raises(AgreedError, match=r"'twice'.*exists already.*--overwrite"):
-        train(TrainConfig(name="twice", max_steps=4))
+        train(TrainConfig.of(name="twice", max_steps=4))
     assert Path("runs/twice/record.json").read_text() == before
-    train(TrainConfig(name="twice", max_steps=4, overwrite=True))
+    train(TrainConfig.of(name="twice", max_steps=4, overwrite=True))
     assert json.loads(Path("runs/twice/record.json").read_text())["result"]["num_steps"] == 4
 
 
 def test_bad_input_leaves_an_earlier_run_alone_even_with_overwrite():
-    train(TrainConfig(name="kept", max_steps=3))
+    train(TrainConfig.of(name="kept", max_steps=3))
     with pytest.raises(AgreedError, match="600"):
-        train(TrainConfig(name="kept", overwrite=True, global_batch_size=600))
+        train(TrainConfig.of(name="kept", overwrite=True, global_batch_size=600))
     assert Path("runs/kept/record.json").is_file()
 
 
 def test_secrets_of_the_environment_stay_out_of_the_record(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "secret-of-the-user")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    result = train(TrainConfig(max_steps=1))
+    result = train(TrainConfig.of(max_steps=1))
     text = (Path(result.run_dir) / "record.json").read_text()
     assert "secret-of-the-user" not in text
     assert json.loads(text)["provenance"]["environment"]["OMP_NUM_THREADS"] == "1"
@@ -231,7 +231,7 @@ def test_the_record_has_what_decides_numbers_below_python(monkeypatch):
         return read_text(path, *args, **options)
 
     monkeypatch.setattr(Path, "read_text", drivers)
-    result = train(TrainConfig(max_steps=1))
+    result = train(TrainConfig.of(max_steps=1))
     facts = json.loads((Path(result.run_dir) / "record.json").read_text())["machine_facts"]
     assert facts.keys() == {"driver", "cuda", "rocm", "oneccl", "libfabric", "kernel", "tf32"}
     assert facts["driver"] == "nvidia 580.159.04"
@@ -278,7 +278,7 @@ def test_results_are_in_the_datas_own_units_whatever_the_model_sees():
     raw = train(with_recipe("lesson", name="raw"))
     x = Moments.of(*_houses())
     assert raw.loss == pytest.approx(x.loss(np.array(raw.weight), raw.bias), rel=1e-12)
-    standard = train(replace(RECIPES["lesson"], standardize=True, base_learning_rate=(0.1, 0.1), name="standard"))
+    standard = train(RECIPES["lesson"].replace(standardize=True, base_learning_rate=(0.1, 0.1), name="standard"))
     assert standard.loss == pytest.approx(x.loss(np.array(standard.weight), standard.bias), rel=1e-12)
 
 
@@ -293,7 +293,7 @@ def _houses():
 @pytest.mark.parametrize("optimizer", ["sgd", "manual"])
 def test_a_device_is_started_without_a_trace_in_the_parameters(optimizer, reduction, monkeypatch):
     # On a GPU two steps at a learning rate of 0 come before the clock: they must not be training.
-    config = TrainConfig(optimizer=optimizer, reduction=reduction, device="cpu", max_steps=5, name="plain")
+    config = TrainConfig.of(optimizer=optimizer, reduction=reduction, device="cpu", max_steps=5, name="plain")
     plain = train(config)
     steps = []
 
@@ -301,7 +301,7 @@ def test_a_device_is_started_without_a_trace_in_the_parameters(optimizer, reduct
         return lambda batch, learning_rates: (steps.append(learning_rates), step(batch, learning_rates))[1]
 
     monkeypatch.setattr("torchreg.runs.run.STARTS_ON_FIRST_USE", {"cpu"})
-    started = train(replace(config, name="started"), seams=Seams(step=recorded))
+    started = train(config.replace(name="started"), seams=Seams(step=recorded))
     assert steps[:2] == [(0.0, 0.0)] * 2
     assert len(steps) == 7
     assert (started.weight, started.bias, started.loss) == (plain.weight, plain.bias, plain.loss)

@@ -13,8 +13,9 @@ import pandas as pd
 import pytest
 
 from torchreg.cli import main
-from torchreg.runs.config import SWEEP_DEFAULTS, from_json
+from torchreg.runs.config import from_json
 from torchreg.runs.logger import Logger
+from torchreg.runs.recipes import SWEEP_DEFAULTS
 from torchreg.runs.run import train
 from torchreg.runs.setup import LeastSquares, prepare, scale_at
 from torchreg.sweeps.sweep_tables import curves_table, summary, trials_table
@@ -66,8 +67,8 @@ def record_of(trial):
 
 def test_a_trial_is_an_ordinary_run(swept):
     record = record_of(swept / "trials/batch-64-seed-1")
-    config = from_json({**record["config"], "name": "alone", "runs_dir": "runs"})
-    assert (config.global_batch_size, config.seed, config.log_full_loss) == (64, 1, True)
+    config = from_json(record["config"]).replace(name="alone", runs_dir="runs")
+    assert (config.batch.global_batch_size, config.batch.seed, config.run.log_full_loss) == (64, 1, True)
     alone = train(config)
     assert record["result"]["weight"] == list(alone.weight)
     assert record["result"]["loss"] == alone.loss
@@ -213,7 +214,7 @@ def test_overwrite_runs_all_trials_again(swept, capsys):
 def test_an_option_that_is_newer_than_the_record_does_not_make_it_another_run(swept, capsys):
     path = swept / "trials/batch-64-seed-0/record.json"
     record = json.loads(path.read_text())
-    del record["config"]["decay_to"]
+    del record["config"]["optimizer"]["decay_to"]
     path.write_text(json.dumps(record))
     assert main(BATCH) == 0
     assert "4 of them finished before" in capsys.readouterr().out
@@ -292,7 +293,9 @@ def all_trials():
 @pytest.mark.parametrize("order", ["simultaneous", "sequential"])
 def test_the_multipliers_double_up_to_divergence_and_lie_close_around_the_limit(standardize, order, all_trials):
     trials = [
-        trial for trial in all_trials if (trial.config.standardize, trial.config.update_order) == (standardize, order)
+        trial
+        for trial in all_trials
+        if (trial.config.data.standardize, trial.config.optimizer.update_order) == (standardize, order)
     ]
     config = trials[0].config
     data = LeastSquares.of(config)
@@ -305,16 +308,16 @@ def test_the_multipliers_double_up_to_divergence_and_lie_close_around_the_limit(
     assert around == pytest.approx([0.97, 1.03], abs=0.005)  # a batch has a whole number of samples
     # The limit is that of the batch which the sweep has there: 64 samples times it, up to whole multiples of 64.
     batch_size = min(round(64 * limit), 512)
-    learning_rates = config.base_learning_rate
+    learning_rates = config.optimizer.base_learning_rate
     per_batch = Dynamics.of(data.rows, learning_rates, batch_size, order).largest_multiplier()
     assert limit == pytest.approx(per_batch, rel=1e-3)
     for trial in trials:
         # Learning rates and batch grow together to 512 samples; then only the learning rates do.
-        assert trial.config.global_batch_size == min(round(64 * trial.multiplier), 512)
-        scale = scale_at(trial.config, trial.config.global_batch_size)
-        scaled = [learning_rate * scale for learning_rate in trial.config.base_learning_rate]
+        assert trial.config.batch.global_batch_size == min(round(64 * trial.multiplier), 512)
+        scale = scale_at(trial.config, trial.config.batch.global_batch_size)
+        scaled = [learning_rate * scale for learning_rate in trial.config.optimizer.base_learning_rate]
         assert scaled == pytest.approx([learning_rate * trial.multiplier for learning_rate in learning_rates], rel=1e-9)
-    assert {trial.config.warmup_steps for trial in trials} == {0, 100}
+    assert {trial.config.optimizer.warmup_steps for trial in trials} == {0, 100}
 
 
 def test_an_lr_scaling_sweep_diverges_above_the_limit_and_not_below(pictures, capsys):

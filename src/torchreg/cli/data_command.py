@@ -41,13 +41,14 @@ def run(argv: list[str]) -> int:
     action, output, overwrite = (values.pop(name) for name in ("action", "output", "overwrite"))
     from torchreg.console import show_lines
     from torchreg.data.fetching import fetch_ames
-    from torchreg.data.table import load_table, write_table
+    from torchreg.data.table import write_table
+    from torchreg.runs.setup import read
 
     if action == "fetch":
         show_lines([str(fetch_ames())])
         return 0
-    config = TrainConfig(**values)  # which checks them
-    table = load_table(config.data, **config.data_options())
+    config = TrainConfig.of(**values)  # which checks them
+    table = read(config.data)
     if action == "show":
         _show(table)
         return 0

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from torchreg.runs.config import TrainConfig, with_recipe
+from torchreg.runs.config import TrainConfig
+from torchreg.runs.recipes import with_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,7 @@ class ConfigOptions:
     """The options of a training run, and of a command that prints a result."""
 
     json: bool = False  # Print the result as one JSON object on stdout, and nothing else there.
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    config: Annotated[TrainConfig, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,8 @@ def parse(kind: type[T], program: str, argv: list[str], default: T | None = None
     lines = re.sub(r"\x1b\[[0-9;]*m", "", box.getvalue()).splitlines()
     lines = [line.strip("│─ \t") for line in lines if line[:1] not in ("╭", "╰")]
     text = " ".join(line for line in lines if line and not line.startswith("For full helptext"))
-    raise ValueError(re.sub(r" (Got errors|Argument helptext): .*", "", text).removeprefix("Error parsing "))
+    text = re.sub(r" (Got errors|Argument helptext): .*", "", text)
+    raise ValueError(re.sub(r"^Error parsing (config(\.\w+)?: )?", "", text))
 
 
 def parse_config(kind: type[C], program: str, argv: list[str], default: TrainConfig | None = None) -> C:
@@ -62,9 +64,9 @@ def parse_config(kind: type[C], program: str, argv: list[str], default: TrainCon
         default = with_recipe(recipe)
         flags = [word.replace("_", "-") for word in words]
         if "--local-batch-size" in flags or "--sampling full" in " ".join(flags):
-            default = replace(default, global_batch_size=None)
+            default = default.replace(global_batch_size=None)
     options = parse(kind, program, argv, kind(config=default))
-    if options.config.plot:
+    if options.config.run.plot:
         from torchreg.plots.style import require_matplotlib
 
         require_matplotlib()

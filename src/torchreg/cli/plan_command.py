@@ -29,10 +29,10 @@ def run(argv: list[str]) -> int:
     from torchreg.runs.record import PLAN_FILE, create_run_folder, to_json, write_json
 
     planned, pictures = plan(config, world_sizes), []
-    if config.plot:
+    if config.run.plot:
         from torchreg.plots.plan_figure import draw_plan
 
-        folder = create_run_folder(config.runs_dir, config.name, "plan", overwrite=config.overwrite)
+        folder = create_run_folder(config.run.runs_dir, config.run.name, "plan", overwrite=config.run.overwrite)
         write_json(folder / PLAN_FILE, asdict(planned))
         pictures = draw_plan(folder)
     if options.json:

@@ -32,7 +32,7 @@ def open_ranks(config: TrainConfig) -> Communicator:
         raise
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         _leave(error)
-    warning = why_not_a_gpu(config.device, os.environ)
+    warning = why_not_a_gpu(config.run.device, os.environ)
     if warning and communicator.is_main and communicator.device.type == "cpu":
         print(f"torchreg: warning: {warning}", file=sys.stderr)
     return communicator

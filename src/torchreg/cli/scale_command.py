@@ -248,7 +248,7 @@ class Measure:
         folder = Path(self.dir, LAUNCHES_FOLDER, launch.id)
         options = {name: getattr(campaign, name) for name in ("dtype", "distributed", "timeout_s")}
         device = MACHINES[campaign.machine].device if campaign.device == "auto" else campaign.device
-        communicator = open_ranks(TrainConfig(optimizer="manual", device=device, **options))
+        communicator = open_ranks(TrainConfig.of(optimizer="manual", device=device, **options))
         start_up_s = time.time() - self.launched_at
         measured = on_all_ranks(communicator, lambda: measure_launch(campaign, launch, communicator, folder))
         if communicator.is_main:

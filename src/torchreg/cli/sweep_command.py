@@ -8,7 +8,7 @@ from functools import partial
 
 from torchreg.cli import EXIT_STOPPED
 from torchreg.cli.options import ConfigOptions, parse_config, whole_numbers
-from torchreg.runs.config import SWEEP_DEFAULTS
+from torchreg.runs.recipes import SWEEP_DEFAULTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def run(argv: list[str]) -> int:
     make_trials, make_rows = (batch_trials, batch_rows) if kind == "batch" else (lr_scaling_trials, lr_scaling_rows)
     communicator = open_ranks(config)
     reporter = Terminal(stderr=options.json, counts="run") if communicator.is_main else Reporter()
-    with StopRequest(config.time_limit_s, nothing_to_save=True) as stop:
+    with StopRequest(config.run.time_limit_s, nothing_to_save=True) as stop:
         sweep = partial(run_sweep, kind, config, partial(make_trials, config, values, num_seeds))
         folder = on_all_ranks(communicator, lambda: sweep(communicator, reporter, stop, farm=options.farm))
     if folder is None:

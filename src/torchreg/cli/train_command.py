@@ -31,12 +31,12 @@ def run(argv: list[str]) -> int:
 
     communicator = open_ranks(config)
     terminal = Terminal(stderr=options.json) if communicator.is_main else None
-    with StopRequest(config.time_limit_s, nothing_to_save=True) as stop:
+    with StopRequest(config.run.time_limit_s, nothing_to_save=True) as stop:
         result = on_all_ranks(communicator, lambda: train(config, communicator, terminal, stop))
     is_stopped = result.stopped_by == "request"
     if communicator.is_main:
         pictures = []
-        if config.plot and not (is_stopped or result.diverged):
+        if config.run.plot and not (is_stopped or result.diverged):
             from torchreg.plots.training_figure import draw_training
 
             pictures = draw_training(Path(result.run_dir))

@@ -30,7 +30,7 @@ class VerifyOptions:
 def run(argv: list[str]) -> int:
     """Check, and print the table."""
     options = parse(VerifyOptions, "torchreg verify", argv)
-    config = TrainConfig(distributed=options.distributed, device=options.device, timeout_s=options.timeout_s)
+    config = TrainConfig.of(distributed=options.distributed, device=options.device, timeout_s=options.timeout_s)
 
     from torchreg.cli.ranks import on_all_ranks, open_ranks
     from torchreg.console import show_lines, show_table

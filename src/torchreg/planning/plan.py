@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torchreg.core.batches import DEFAULT_LOCAL_BATCH_SIZE
 from torchreg.runs import setup
@@ -113,10 +113,12 @@ def plan(config: TrainConfig, world_sizes: Sequence[int]) -> Plan:
     if first is None:
         raise ValueError(rows[0].reason)
     learning_rates = setup.base_learning_rates(config, least_squares)
-    rules = {rule: replace(config, lr_scaling=rule) for rule in _RULES}
+    rules = {rule: config.replace(lr_scaling=rule) for rule in _RULES}
     local_batch_size = _local_batch_size(config)
     largest: dict[LRScaling, int] = {}
-    if config.global_batch_size is None and config.sampling != "full":  # the global batch grows with the ranks
+    if (
+        config.batch.global_batch_size is None and config.batch.sampling != "full"
+    ):  # the global batch grows with the ranks
         largest = {r: setup.stable_world_size(c, least_squares, local_batch_size) for r, c in rules.items()}
 
     def fraction(scaled: TrainConfig, row: WorldSize) -> float | None:
@@ -126,15 +128,15 @@ def plan(config: TrainConfig, world_sizes: Sequence[int]) -> Plan:
     critical, target = None, first.target_excess * best.loss
     if first.criterion == "mean square" and target > 0:
         start = least_squares.start_error
-        critical = critical_batch_size(least_squares.rows, learning_rates, start, target, config.update_order)
+        critical = critical_batch_size(least_squares.rows, learning_rates, start, target, config.optimizer.update_order)
     return Plan(
-        source=config.data,
+        source=config.data.data,
         num_rows=table.num_rows,
         num_features=table.num_features,
         best_loss=best.loss,
         r_squared=best.r_squared,
         curvature=(float(curvature[0]), float(curvature[-1])),
-        lr_scaling=config.lr_scaling,
+        lr_scaling=config.optimizer.lr_scaling,
         target_excess=first.target_excess,
         rows=rows,
         fraction_of_stability_limit={
@@ -149,9 +151,9 @@ def plan(config: TrainConfig, world_sizes: Sequence[int]) -> Plan:
 
 def _forecast(config: TrainConfig, least_squares: LeastSquares, world_size: int) -> WorldSize:
     try:
-        state, _ = setup.prepare(replace(config, on_unstable="warn"), world_size, least_squares)
+        state, _ = setup.prepare(config.replace(on_unstable="warn"), world_size, least_squares)
     except ValueError as error:
-        size = config.global_batch_size or _local_batch_size(config) * world_size
+        size = config.batch.global_batch_size or _local_batch_size(config) * world_size
         return WorldSize(world_size, size, reason=str(error))
     forecast, size = state.forecast, state.plan.global_batch_size
     samples = None if forecast.steps_to_target is None else forecast.steps_to_target * size
@@ -162,7 +164,7 @@ def _verdict(config: TrainConfig, rows: Sequence[WorldSize], largest: dict[LRSca
     """Whether training is stable, up to which world size, and the remedies, in one line."""
     unstable = [row for row in rows if row.is_stable is False]
     omit = "standardise and omit base_learning_rate"
-    lower = f"{'' if config.standardize else f'{omit}, '}lower base_learning_rate, or use --on-unstable cap"
+    lower = f"{'' if config.data.standardize else f'{omit}, '}lower base_learning_rate, or use --on-unstable cap"
     if not largest:
         name = f"every step takes {rows[0].global_batch_size} samples at any world size, and these learning rates"
         if not (unstable and unstable[0].forecast):
@@ -172,16 +174,16 @@ def _verdict(config: TrainConfig, rows: Sequence[WorldSize], largest: dict[LRSca
     def up_to(world_size: int) -> str:
         return f"stable up to {_count(world_size, 'rank')}{', the most for this data' * (world_size == most_ranks)}"
 
-    name, stable = f"{_RULES[config.lr_scaling]} these learning rates", largest[config.lr_scaling]
+    name, stable = f"{_RULES[config.optimizer.lr_scaling]} these learning rates", largest[config.optimizer.lr_scaling]
     if not unstable:
         return f"{name} is {up_to(max(stable, *(row.world_size for row in rows if row.forecast)))}"
     if stable == 0:
         return f"{name} diverges at every world size: {lower}"
     remedies = [f"stay at {stable}, or use --on-unstable cap to lower the learning rates"]
-    if config.lr_scaling == "linear" and largest["sqrt"] > stable:
+    if config.optimizer.lr_scaling == "linear" and largest["sqrt"] > stable:
         remedies.insert(0, f"use --lr-scaling sqrt ({up_to(largest['sqrt'])})")
-    if not config.standardize:
-        standardized = replace(config, standardize=True, base_learning_rate=None)
+    if not config.data.standardize:
+        standardized = config.replace(standardize=True, base_learning_rate=None)
         most = setup.stable_world_size(standardized, LeastSquares.of(standardized), _local_batch_size(config))
         if most > stable:
             remedies.insert(0, f"{omit} ({up_to(most)})")
@@ -194,7 +196,7 @@ def _notes(config: TrainConfig, forecast: Forecast, least_squares: LeastSquares)
     """Approximations and limits of the forecasts."""
     num_features, best = least_squares.table.num_features, least_squares.closed_form
     error = forecast.stability_limit_error / forecast.stability_limit
-    is_mean, is_sequential = forecast.criterion == "mean", config.update_order == "sequential"
+    is_mean, is_sequential = forecast.criterion == "mean", config.optimizer.update_order == "sequential"
     is_shuffled = not is_mean and forecast.sampling == "shuffle"
     shuffle = "predicted to a few percent, with the noise floor at the end of an epoch"
     if is_sequential:
@@ -212,7 +214,7 @@ def _notes(config: TrainConfig, forecast: Forecast, least_squares: LeastSquares)
 
 
 def _local_batch_size(config: TrainConfig) -> int:
-    return config.local_batch_size or DEFAULT_LOCAL_BATCH_SIZE
+    return config.batch.local_batch_size or DEFAULT_LOCAL_BATCH_SIZE
 
 
 def _count(number: int, noun: str) -> str:

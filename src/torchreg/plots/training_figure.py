@@ -35,7 +35,7 @@ def training_figure(run_dir: Path) -> Figure:
     result = record["result"]
     figure = Figure(figsize=(7.5, 3.7), layout="constrained")
     left, right = figure.subplots(1, 2)
-    _draw_data(left, read(from_json(record["config"])), result)
+    _draw_data(left, read(from_json(record["config"]).data), result)
     _draw_loss(right, read_metrics(run_dir), record)
     steps = f"{result['num_steps']} steps of {result['global_batch_size']} samples"
     figure.suptitle(f"{_plain(run_dir.name)}: {steps} on {ranks(result['world_size'])}")

@@ -1,39 +1,24 @@
-"""The configuration of a training run: one documented dataclass, and the recipes that fill it.
-
-The command line, the record of a run and the README's table of options are made from `TrainConfig`; it
-imports no torch, so that `torchreg train --help` answers at once.
-"""
+"""The configuration of a training run, nested by owner: the command line, records and README are made from it."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from torchreg.runs.files import check_name
 
-Optimizer = Literal["sgd", "manual"]
 Sampling = Literal["shuffle", "random", "full"]
 UpdateOrder = Literal["simultaneous", "sequential"]
 LRScaling = Literal["linear", "sqrt", "none"]
 
 DEFAULT_EPOCHS = 30
-
-_AT_LEAST_ONE = (
-    "num_rows", "num_features", "global_batch_size", "local_batch_size", "micro_batch_size",
-    "reference_batch_size", "decay_every", "max_steps", "log_every", "checkpoint_every", "keep_checkpoints",
-)  # fmt: skip
-_POSITIVE = ("epochs", "target_excess", "timeout_s", "checkpoint_every_s", "time_limit_s")
 _LARGEST = 10**12  # of any count or duration: more is a slip, and would overflow somewhere
-_NOT_NEGATIVE = ("data_seed", "seed", "warmup_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """One training run, from the data to the record.
-
-    Raises `ValueError`, naming the field, its value and the remedy, for values that no data could make right.
-    """
+class DataConfig:
+    """The table that is trained on."""
 
     data: str = "synthetic"
     """Where the rows come from: `synthetic` (rows with the real table's moments), `ames` (the real table, fetched
@@ -60,21 +45,25 @@ class TrainConfig:
     drop_missing: bool = False
     """Drop rows with missing values instead of refusing the table."""
 
-    optimizer: Optimizer = "sgd"
-    """`sgd`: autograd and torch.optim.SGD. `manual`: gradient and update written out."""
+    def __post_init__(self) -> None:
+        _check_counts(self, "num_rows", "num_features")
+        if not 0 <= self.data_seed < 2**32:
+            raise ValueError(f"data_seed is {self.data_seed}: give 0 or more, and less than 2³²")
+        if self.data != "synthetic" and (self.num_rows or self.num_features):
+            size = f"num_rows is {self.num_rows}" if self.num_rows else f"num_features is {self.num_features}"
+            raise ValueError(
+                f"{size} and data is {self.data}: only the synthetic table has a size to choose; omit it or choose "
+                "--data synthetic"
+            )
+        if self.data == "synthetic" and (self.features or self.target):
+            raise ValueError(
+                "features or target are given for the synthetic table, whose columns are fixed: name a file with --data"
+            )
 
-    sync: Literal["auto", "ddp", "allreduce", "mpi"] = "auto"
-    """What averages gradients over ranks: `ddp` (with sgd), `allreduce` (with manual), `mpi` (with both, on the CPU).
-    `auto` is `ddp` for sgd and `allreduce` for manual."""
 
-    reduction: Literal["fast", "reproducible"] = "fast"
-    """`reproducible` sums gradients in an order that does not depend on the world size: the same `global_batch_size`
-    and `micro_batch_size` then give the same bits on any number of ranks. It takes longer messages and one thread on
-    each rank."""
-
-    update_order: UpdateOrder = "simultaneous"
-    """`sequential` updates the weight first and the bias with the new weight, as the lesson does; it needs
-    `--optimizer manual`."""
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """The samples of a step, and how their gradients are summed."""
 
     sampling: Sampling = "shuffle"
     """`shuffle`: a new permutation each epoch. `random`: each step draws its samples without replacement. `full`:
@@ -90,8 +79,44 @@ class TrainConfig:
     """Samples of one forward and backward; larger shards accumulate gradients. Default: one pass, or with
     `--reduction reproducible` an eighth of the global batch."""
 
+    reduction: Literal["fast", "reproducible"] = "fast"
+    """`reproducible` sums gradients in an order that does not depend on the world size: the same `global_batch_size`
+    and `micro_batch_size` then give the same bits on any number of ranks. It takes longer messages and one thread on
+    each rank."""
+
     seed: int = 0
     """Seed of the order of samples. A step has the same samples at every world size."""
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "global_batch_size", "local_batch_size", "micro_batch_size")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}: give 0 or more, and less than 2³²")
+        if self.global_batch_size is not None and self.local_batch_size is not None:
+            raise ValueError(
+                f"global_batch_size is {self.global_batch_size} and local_batch_size is {self.local_batch_size}: "
+                "give one of them; the world size makes the other"
+            )
+        if self.sampling == "full" and (self.global_batch_size or self.local_batch_size):
+            raise ValueError(
+                "sampling is full, which takes all rows in every step, and a batch size is given: "
+                "omit the batch size, or choose --sampling shuffle or random"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The update, its learning rates, and the initial parameters."""
+
+    optimizer: Literal["sgd", "manual"] = "sgd"
+    """`sgd`: autograd and torch.optim.SGD. `manual`: gradient and update written out."""
+
+    sync: Literal["auto", "ddp", "allreduce", "mpi"] = "auto"
+    """What averages gradients over ranks: `ddp` (with sgd), `allreduce` (with manual), `mpi` (with both, on the CPU).
+    `auto` is `ddp` for sgd and `allreduce` for manual."""
+
+    update_order: UpdateOrder = "simultaneous"
+    """`sequential` updates the weight first and the bias with the new weight, as the lesson does; it needs
+    `--optimizer manual`."""
 
     base_learning_rate: tuple[float, float] | None = None
     """Learning rates of the weight and of the bias at `reference_batch_size`. Default: 0.05 for
@@ -128,6 +153,41 @@ class TrainConfig:
 
     initial_bias: float = 0.0
     """Initial value of the bias, in the data's own units."""
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "reference_batch_size", "decay_every")
+        if not 0 <= self.warmup_steps <= _LARGEST:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}: give 0 or more, and at most {_LARGEST:,}")
+        for parameter, learning_rate in zip(("weight", "bias"), self.base_learning_rate or (), strict=False):
+            if not (learning_rate > 0 and math.isfinite(learning_rate)):
+                raise ValueError(f"base_learning_rate of the {parameter} is {learning_rate}: give a number above 0")
+        for name in ("decay_to", "decay_factor"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: give a fraction from 0 to 1")
+        for name in ("initial_weight", "initial_bias"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}: give a finite number")
+        if self.effective_sync not in (("ddp", "mpi") if self.optimizer == "sgd" else ("allreduce", "mpi")):
+            raise ValueError(
+                f"sync is {self.sync} and optimizer is {self.optimizer}: sgd goes with ddp or mpi, "
+                "manual with allreduce or mpi"
+            )
+        if self.update_order == "sequential" and self.optimizer == "sgd":
+            raise ValueError(
+                "update_order is sequential and optimizer is sgd, which updates all parameters at once: "
+                "add --optimizer manual"
+            )
+
+    @property
+    def effective_sync(self) -> Literal["ddp", "allreduce", "mpi"]:
+        """`sync` with `auto` resolved."""
+        default: Literal["ddp", "allreduce"] = "ddp" if self.optimizer == "sgd" else "allreduce"
+        return default if self.sync == "auto" else self.sync
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Length, devices, files and checkpoints of a run."""
 
     max_steps: int | None = None
     """Stop after this many steps."""
@@ -185,60 +245,11 @@ class TrainConfig:
     """Draw data, fit, closed form and loss as PNG and SVG in the run's folder."""
 
     def __post_init__(self) -> None:
-        for field in _AT_LEAST_ONE:
-            value = getattr(self, field)
-            if value is not None and not 1 <= value <= _LARGEST:
-                raise ValueError(f"{field} is {value}: give a whole number of at least 1 and at most {_LARGEST:,}")
-        for field in _POSITIVE:
-            value = getattr(self, field)
+        _check_counts(self, "max_steps", "log_every", "checkpoint_every", "keep_checkpoints")
+        for name in ("epochs", "target_excess", "timeout_s", "checkpoint_every_s", "time_limit_s"):
+            value = getattr(self, name)
             if value is not None and not 0 < value <= _LARGEST:
-                raise ValueError(f"{field} is {value}: give a number above 0 and at most {_LARGEST:,}")
-        for field in _NOT_NEGATIVE:
-            if not 0 <= getattr(self, field) < 2**32:
-                raise ValueError(f"{field} is {getattr(self, field)}: give 0 or more, and less than 2³²")
-        if self.base_learning_rate is not None:
-            for parameter, learning_rate in zip(("weight", "bias"), self.base_learning_rate, strict=True):
-                if not (learning_rate > 0 and math.isfinite(learning_rate)):
-                    raise ValueError(f"base_learning_rate of the {parameter} is {learning_rate}: give a number above 0")
-        for field in ("decay_to", "decay_factor"):
-            if not 0 <= getattr(self, field) <= 1:
-                raise ValueError(f"{field} is {getattr(self, field)}: give a fraction from 0 to 1")
-        for field in ("initial_weight", "initial_bias"):
-            if not math.isfinite(getattr(self, field)):
-                raise ValueError(f"{field} is {getattr(self, field)}: give a finite number")
-        self._check_combinations()
-
-    def _check_combinations(self) -> None:
-        if self.global_batch_size is not None and self.local_batch_size is not None:
-            raise ValueError(
-                f"global_batch_size is {self.global_batch_size} and local_batch_size is {self.local_batch_size}: "
-                "give one of them; the world size makes the other"
-            )
-        if self.sampling == "full" and (self.global_batch_size or self.local_batch_size):
-            raise ValueError(
-                "sampling is full, which takes all rows in every step, and a batch size is given: "
-                "omit the batch size, or choose --sampling shuffle or random"
-            )
-        if self.effective_sync not in (("ddp", "mpi") if self.optimizer == "sgd" else ("allreduce", "mpi")):
-            raise ValueError(
-                f"sync is {self.sync} and optimizer is {self.optimizer}: sgd goes with ddp or mpi, "
-                "manual with allreduce or mpi"
-            )
-        if self.update_order == "sequential" and self.optimizer == "sgd":
-            raise ValueError(
-                "update_order is sequential and optimizer is sgd, which updates all parameters at once: "
-                "add --optimizer manual"
-            )
-        if self.data != "synthetic" and (self.num_rows or self.num_features):
-            field = "num_rows" if self.num_rows else "num_features"
-            raise ValueError(
-                f"{field} is {getattr(self, field)} and data is {self.data}: only the synthetic table has a "
-                "size to choose; omit it or choose --data synthetic"
-            )
-        if self.data == "synthetic" and (self.features or self.target):
-            raise ValueError(
-                "features or target are given for the synthetic table, whose columns are fixed: name a file with --data"
-            )
+                raise ValueError(f"{name} is {value}: give a number above 0 and at most {_LARGEST:,}")
         if self.resume == "auto" and self.name is None:
             raise ValueError("resume is auto and name is None: name the run to resume with --name")
         if self.resume == "auto" and self.overwrite:
@@ -246,55 +257,44 @@ class TrainConfig:
         if self.name is not None:
             check_name("name", self.name)
 
-    def data_options(self) -> dict[str, Any]:
-        """What `load_table` needs besides the source."""
-        names = ("features", "target", "num_rows", "num_features", "data_seed", "drop_missing")
-        return {name: getattr(self, name) for name in names}
 
-    @property
-    def effective_sync(self) -> Literal["ddp", "allreduce", "mpi"]:
-        """`sync` with `auto` resolved."""
-        if self.sync == "auto":
-            return "ddp" if self.optimizer == "sgd" else "allreduce"
-        return self.sync
+def _check_counts(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 1 <= value <= _LARGEST:
+            raise ValueError(f"{name} is {value}: give a whole number of at least 1 and at most {_LARGEST:,}")
 
 
-RECIPES: dict[str, TrainConfig] = {
-    "default": TrainConfig(),
-    "lesson": TrainConfig(
-        standardize=False,
-        optimizer="manual",
-        update_order="sequential",
-        sampling="full",
-        base_learning_rate=(1e-7, 1e-1),
-        lr_scaling="none",
-        initial_weight=5.0,
-        initial_bias=1000.0,
-        epochs=30,
-        dtype="float64",
-    ),
-}
-RECIPES["homework"] = replace(RECIPES["lesson"], sampling="random", global_batch_size=64)
-"""`default` is safe at any world size that the data allows; `lesson` is the original lesson to the digit, and
-`homework` its exercise: batches of 64 rows that each step draws afresh."""
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run. Its parts raise `ValueError`, with field, value and remedy, for what no data makes right."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @classmethod
+    def of(cls, **options: Any) -> TrainConfig:
+        """A configuration from options of any part: `TrainConfig.of(optimizer="manual", max_steps=30)`."""
+        return cls().replace(**options)
+
+    def replace(self, **options: Any) -> TrainConfig:
+        """The configuration with some options of any part replaced."""
+        parts = {}
+        for part in fields(self):
+            value = getattr(self, part.name)
+            parts[part.name] = replace(value, **{name: options.pop(name) for name in vars(value) if name in options})
+        if options:
+            raise TypeError(f"no option of a TrainConfig: {', '.join(options)}")
+        return TrainConfig(**parts)
+
+    def options(self) -> dict[str, Any]:
+        """All options by name, of all parts."""
+        return {name: value for part in fields(self) for name, value in vars(getattr(self, part.name)).items()}
 
 
-SWEEP_DEFAULTS: dict[Literal["batch", "lr-scaling"], TrainConfig] = {
-    "batch": replace(RECIPES["homework"], name="sweep-batch", global_batch_size=None),
-    "lr-scaling": replace(
-        RECIPES["homework"], name="sweep-lr-scaling", global_batch_size=None, epochs=None, max_steps=1_000
-    ),
-}
-"""The defaults of the runs of a sweep: the lesson's homework."""
-
-
-def with_recipe(recipe: str, **overrides: object) -> TrainConfig:
-    """A recipe with some of its values replaced."""
-    if recipe not in RECIPES:
-        raise ValueError(f"recipe is {recipe}: the recipes are {', '.join(RECIPES)}")
-    return replace(RECIPES[recipe], **overrides)  # type: ignore[arg-type]
-
-
-def from_json(values: dict[str, object]) -> TrainConfig:
+def from_json(values: dict[str, dict[str, Any]]) -> TrainConfig:
     """The configuration that a record holds."""
-    return TrainConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})  # type: ignore[arg-type]
+    options = {name: value for part in values.values() for name, value in part.items()}
+    return TrainConfig.of(**{name: tuple(v) if isinstance(v, list) else v for name, v in options.items()})

@@ -95,7 +95,7 @@ class Logger:
         self._directory = directory
         self._reporter = reporter
         self._loss_on_all_rows = loss_on_all_rows
-        self._log_full_loss = config.log_full_loss or config.target_excess is not None
+        self._log_full_loss = config.run.log_full_loss or config.run.target_excess is not None
         self._buffer = LossBuffer(communicator, num_signals=1 + self.rule.num_signals)
         self._flush_step = 0
         self.wants_checkpoint: Callable[[], bool] = bool

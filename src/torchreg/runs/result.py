@@ -141,7 +141,7 @@ def make_record(
         "forecast": asdict(state.forecast),
         "warnings": state.warnings,
         "run_signature": state.run_signature,
-        "distributed": communicator.describe_environment(config.distributed),
+        "distributed": communicator.describe_environment(config.run.distributed),
         "sessions": list(sessions),
         "machine_facts": machine_facts(),
         "provenance": provenance(str(sessions[-1]["started_utc"])),

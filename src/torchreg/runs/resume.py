@@ -26,10 +26,12 @@ def open_run(
     """
     state, table = prepare(config, world_size)
     state = replace(state, run_signature=state.run_signature | {"dtype": dtype})
-    directory = RunDirectory(config.runs_dir, config.name, overwrite=config.overwrite, resume=config.resume == "auto")
+    directory = RunDirectory(
+        config.run.runs_dir, config.run.name, overwrite=config.run.overwrite, resume=config.run.resume == "auto"
+    )
     try:
         state = replace(state, run_dir=str(directory.path))
-        if config.resume == "auto":
+        if config.run.resume == "auto":
             state = _resume(config, state, directory, device_type)
         if not state.finished:
             if state.checkpoint:
@@ -96,26 +98,30 @@ def _finished(run: Path, config: TrainConfig, state: RunState) -> Result | None:
 def _differences(before: Mapping[str, Any], config: TrainConfig, state: RunState) -> str | None:
     """What differs between the signatures of a run so far and now, and the field that causes it; None if nothing."""
     now, plan = state.run_signature, state.plan
-    if config.dtype == "auto" and before.get("dtype") in ("float32", "float64"):
+    if config.run.dtype == "auto" and before.get("dtype") in ("float32", "float64"):
         now = now | {"dtype": before["dtype"]}
     differs = differences(before, now)
-    if differs is None or before.get("decay") != config.decay:
+    if differs is None or before.get("decay") != config.optimizer.decay:
         return differs
     length = _length(config, state)
     if "num_steps was" in differs:
-        differs += f", because {length}, and {config.decay} decay depends on it: leave it as it was"
-    if "decay_every was" in differs and config.decay_every is None:
+        differs += f", because {length}, and {config.optimizer.decay} decay depends on it: leave it as it was"
+    if "decay_every was" in differs and config.optimizer.decay_every is None:
         differs += f", because {length}, and a third of it is the default: give --decay-every {before['decay_every']}"
-    if "global_batch_size was" in differs and config.global_batch_size is None and config.sampling != "full":
+    if (
+        "global_batch_size was" in differs
+        and config.batch.global_batch_size is None
+        and config.batch.sampling != "full"
+    ):
         differs += f", because local_batch_size is {plan.local_batch_size} on {plan.world_size} ranks"
     return differs
 
 
 def _length(config: TrainConfig, state: RunState) -> str:
     """What decides the number of steps."""
-    if config.max_steps == state.num_steps:
-        return f"max_steps is {config.max_steps}"
-    return f"epochs is {config.epochs or DEFAULT_EPOCHS:g}, which is {state.num_steps} steps"
+    if config.run.max_steps == state.num_steps:
+        return f"max_steps is {config.run.max_steps}"
+    return f"epochs is {config.run.epochs or DEFAULT_EPOCHS:g}, which is {state.num_steps} steps"
 
 
 def _refuse_fewer_steps(done: int, run: Path, config: TrainConfig, state: RunState) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -80,12 +80,12 @@ def train(
 
         x, y = to_device(table, state, communicator)
         model = seams.model(make_model(*state.start, device=communicator.device, dtype=x.dtype))
-        optimizer = make_sgd(model, state.schedule(0)) if config.optimizer == "sgd" else None
+        optimizer = make_sgd(model, state.schedule(0)) if config.optimizer.optimizer == "sgd" else None
         saved = state.checkpoint
         if saved:
             load_tensors(saved.tensors, model, optimizer)
-        carrier = communicator.using(config.effective_sync)
-        sequential = config.update_order == "sequential"
+        carrier = communicator.using(config.optimizer.effective_sync)
+        sequential = config.optimizer.update_order == "sequential"
         step = seams.step(make_step(model, optimizer, state.plan, carrier, sequential=sequential))
         loader = seams.loader(state.plan, communicator.rank, *((x, y) if optimizer else manual_samples(x, y)))
         first_step = saved.step if saved else 0
@@ -112,18 +112,18 @@ def train(
 def init_ranks(config: TrainConfig) -> Communicator:
     """Initialise this rank among the others, which must have the same configuration."""
     return init_distributed(
-        distributed=config.distributed,
-        device=config.device,
-        sync=config.effective_sync,
-        dtype=config.dtype,
-        timeout_s=config.timeout_s,
-        run=asdict(config),
+        distributed=config.run.distributed,
+        device=config.run.device,
+        sync=config.optimizer.effective_sync,
+        dtype=config.run.dtype,
+        timeout_s=config.run.timeout_s,
+        run=config.options(),
     )
 
 
 def set_up(config: TrainConfig, communicator: Communicator) -> tuple[RunState, Table | None, RunDirectory | None]:
     """Set a run up on the main rank, which alone has the table and the directory, and send its state to all ranks."""
-    dtype = torch_dtype(config.dtype, communicator.device)
+    dtype = torch_dtype(config.run.dtype, communicator.device)
     main: list[Any] = [None, None]
 
     def on_main() -> RunState:

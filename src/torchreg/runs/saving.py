@@ -35,8 +35,8 @@ class RunCheckpoints:
         logger: Logger,
         sessions: Sequence[Mapping[str, Any]],
     ) -> None:
-        self._every, self._every_s = config.checkpoint_every, config.checkpoint_every_s
-        self._keep = config.keep_checkpoints
+        self._every, self._every_s = config.run.checkpoint_every, config.run.checkpoint_every_s
+        self._keep = config.run.keep_checkpoints
         self._run_signature = state.run_signature
         self._directory = directory
         self._model = model

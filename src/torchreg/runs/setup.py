@@ -15,7 +15,7 @@ from torchreg.core.batches import BatchPlan
 from torchreg.core.schedule import Schedule, lr_scale
 from torchreg.data.standardizer import Standardizer
 from torchreg.data.table import Table, load_table
-from torchreg.runs.config import DEFAULT_EPOCHS, TrainConfig
+from torchreg.runs.config import DEFAULT_EPOCHS, DataConfig, TrainConfig
 from torchreg.runs.forecast import Forecast, forecast
 from torchreg.theory import (
     MAX_SEQUENTIAL,
@@ -61,12 +61,12 @@ class LeastSquares:
     @classmethod
     def of(cls, config: TrainConfig) -> LeastSquares:
         """Read the table and solve it. Raises `ValueError` for data that cannot be trained on."""
-        table = read(config)
+        table = read(config.data)
         moments = _moments(table)
         best = moments.closed_form()
-        standardizer = Standardizer.of(table.features, standardize=config.standardize)
-        weight = np.full(table.num_features, config.initial_weight)
-        error = standardizer.parameters_in(weight - best.weight, config.initial_bias - best.bias)
+        standardizer = Standardizer.of(table.features, standardize=config.data.standardize)
+        weight = np.full(table.num_features, config.optimizer.initial_weight)
+        error = standardizer.parameters_in(weight - best.weight, config.optimizer.initial_bias - best.bias)
         mean = moments.mean
         residual = table.target - mean[-1] - (table.features - mean[:-1]) @ best.weight[:, None]
         return cls(
@@ -75,7 +75,7 @@ class LeastSquares:
             moments=moments,
             closed_form=best,
             rows=RowGradients.of(standardizer.apply(table.features), residual),
-            start=standardizer.parameters_in(weight, config.initial_bias),
+            start=standardizer.parameters_in(weight, config.optimizer.initial_bias),
             start_error=np.append(*error),
         )
 
@@ -123,26 +123,26 @@ def prepare(config: TrainConfig, world_size: int, least_squares: LeastSquares | 
     """
     least_squares = least_squares or LeastSquares.of(config)
     table, best = least_squares.table, least_squares.closed_form
-    if config.target_excess is not None and best.loss == 0:
+    if config.run.target_excess is not None and best.loss == 0:
         raise ValueError(
-            f"target_excess is {config.target_excess}, a fraction of the closed form's loss, which is 0 for this data: "
-            "omit it"
+            f"target_excess is {config.run.target_excess}, a fraction of the closed form's loss, which is 0 for this "
+            "data: omit it"
         )
     plan = BatchPlan.derive(
         table.num_rows,
         world_size,
-        global_batch_size=config.global_batch_size,
-        local_batch_size=config.local_batch_size,
-        micro_batch_size=config.micro_batch_size,
-        sampling=config.sampling,
-        seed=config.seed,
-        reproducible=config.reduction == "reproducible",
+        global_batch_size=config.batch.global_batch_size,
+        local_batch_size=config.batch.local_batch_size,
+        micro_batch_size=config.batch.micro_batch_size,
+        sampling=config.batch.sampling,
+        seed=config.batch.seed,
+        reproducible=config.batch.reduction == "reproducible",
     )
     num_steps = _num_steps(config, plan)
     schedule, dynamics, warnings = _learning_rates(config, least_squares, plan, num_steps)
     # One step sees at most num_rows / global_batch_size times the loss on all rows.
     at_start = best.loss + least_squares.moments.excess(
-        np.full(table.num_features, config.initial_weight), config.initial_bias
+        np.full(table.num_features, config.optimizer.initial_weight), config.optimizer.initial_bias
     )
     worst_start = max(at_start, float(table.target.var()))
     state = RunState(
@@ -156,13 +156,13 @@ def prepare(config: TrainConfig, world_size: int, least_squares: LeastSquares | 
         moments=least_squares.moments,
         closed_form=best,
         forecast=forecast(
-            dynamics, schedule, least_squares.start_error, best.loss, plan.sampling, config.target_excess
+            dynamics, schedule, least_squares.start_error, best.loss, plan.sampling, config.run.target_excess
         ),
         num_steps=num_steps,
-        log_every=config.log_every or min(_MAX_LOG_EVERY, math.ceil(num_steps / _LOG_LINES)),
+        log_every=config.run.log_every or min(_MAX_LOG_EVERY, math.ceil(num_steps / _LOG_LINES)),
         start=least_squares.start,
         divergence_threshold=_DIVERGENCE_FACTOR * worst_start * table.num_rows / plan.global_batch_size,
-        target_loss=None if config.target_excess is None else best.loss * (1 + config.target_excess),
+        target_loss=None if config.run.target_excess is None else best.loss * (1 + config.run.target_excess),
         warnings=(*warnings, *([best.warning] if best.warning else [])),
         run_signature={},
     )
@@ -181,11 +181,12 @@ def _run_signature(config: TrainConfig, state: RunState) -> dict[str, Any]:
         "standardize", "optimizer", "update_order", "reduction", "sampling", "seed", "initial_weight", "initial_bias",
         "target_excess", "log_full_loss", "dtype",
     )  # fmt: skip
+    options = config.options()
     return {
         "data_fingerprint": state.fingerprint,
         "global_batch_size": plan.global_batch_size,
         "micro_batch_size": plan.micro_batch_size if plan.reproducible else None,  # else it changes only the rounding
-        **{name: getattr(config, name) for name in same},
+        **{name: options[name] for name in same},
         "base_learning_rate": list(schedule.base),
         "learning_rate_scale": schedule.scale,
         "warmup_steps": schedule.warmup_steps,
@@ -194,14 +195,15 @@ def _run_signature(config: TrainConfig, state: RunState) -> dict[str, Any]:
     }
 
 
-def read(config: TrainConfig) -> Table:
+def read(data: DataConfig) -> Table:
     """The table that a configuration names."""
-    return load_table(config.data, **config.data_options())
+    names = ("features", "target", "num_rows", "num_features", "data_seed", "drop_missing")
+    return load_table(data.data, **{name: getattr(data, name) for name in names})
 
 
 def scale_at(config: TrainConfig, global_batch_size: int) -> float:
     """The factor of the base learning rates at a global batch size."""
-    return lr_scale(config.lr_scaling, global_batch_size, config.reference_batch_size)
+    return lr_scale(config.optimizer.lr_scaling, global_batch_size, config.optimizer.reference_batch_size)
 
 
 def base_learning_rates(config: TrainConfig, least_squares: LeastSquares) -> tuple[float, float]:
@@ -210,7 +212,7 @@ def base_learning_rates(config: TrainConfig, least_squares: LeastSquares) -> tup
     By default the same fraction of the curvature in the weight's and in the bias's direction.
     """
     mean_square = float(np.sum(least_squares.rows.feature_unit**2))
-    return config.base_learning_rate or (DEFAULT_LEARNING_RATE / mean_square, DEFAULT_LEARNING_RATE)
+    return config.optimizer.base_learning_rate or (DEFAULT_LEARNING_RATE / mean_square, DEFAULT_LEARNING_RATE)
 
 
 def stable_world_size(config: TrainConfig, least_squares: LeastSquares, local_batch_size: int) -> int:
@@ -220,8 +222,8 @@ def stable_world_size(config: TrainConfig, least_squares: LeastSquares, local_ba
         base_learning_rates(config, least_squares),
         local_batch_size,
         lambda global_batch_size: scale_at(config, global_batch_size),
-        config.update_order,
-        config.sampling,
+        config.optimizer.update_order,
+        config.batch.sampling,
     )
 
 
@@ -235,8 +237,8 @@ def _moments(table: Table) -> Moments:
 
 
 def _num_steps(config: TrainConfig, plan: BatchPlan) -> int:
-    epochs = config.epochs if config.epochs or config.max_steps else DEFAULT_EPOCHS
-    limits = [config.max_steps, None if epochs is None else math.ceil(epochs * plan.steps_per_epoch)]
+    epochs = config.run.epochs if config.run.epochs or config.run.max_steps else DEFAULT_EPOCHS
+    limits = [config.run.max_steps, None if epochs is None else math.ceil(epochs * plan.steps_per_epoch)]
     return min(limit for limit in limits if limit is not None)
 
 
@@ -246,16 +248,18 @@ def _learning_rates(
     """The schedule, the dynamics of its base learning rates, and warnings."""
     scale = scale_at(config, plan.global_batch_size)
     base = base_learning_rates(config, least_squares)
-    dynamics = Dynamics.of(least_squares.rows, base, plan.global_batch_size, config.update_order, plan.sampling)
+    dynamics = Dynamics.of(
+        least_squares.rows, base, plan.global_batch_size, config.optimizer.update_order, plan.sampling
+    )
     limit = dynamics.largest_multiplier() / scale
 
-    warnings: tuple[str, ...] = () if dynamics.order == config.update_order else (SEQUENTIAL_NOT_PREDICTED,)
-    lower = not config.base_learning_rate and limit * _SAFE_FRACTION < 1
-    if config.base_learning_rate and limit < 1:
+    warnings: tuple[str, ...] = () if dynamics.order == config.optimizer.update_order else (SEQUENTIAL_NOT_PREDICTED,)
+    lower = not config.optimizer.base_learning_rate and limit * _SAFE_FRACTION < 1
+    if config.optimizer.base_learning_rate and limit < 1:
         reason = _unstable(config, least_squares, plan, limit, dynamics.criterion)
-        if config.on_unstable == "refuse":
+        if config.optimizer.on_unstable == "refuse":
             raise ValueError(f"{reason}; lower base_learning_rate, or train regardless with --on-unstable warn")
-        lower = config.on_unstable == "cap"
+        lower = config.optimizer.on_unstable == "cap"
         warnings += (f"{reason}; {'lowered to half the limit' if lower else 'expect divergence'}",)
     if lower:
         base = (base[0] * limit * _SAFE_FRACTION, base[1] * limit * _SAFE_FRACTION)
@@ -264,11 +268,11 @@ def _learning_rates(
         base,
         scale,
         num_steps,
-        warmup_steps=config.warmup_steps,
-        decay=config.decay,
-        decay_to=config.decay_to,
-        decay_factor=config.decay_factor,
-        decay_every=config.decay_every,
+        warmup_steps=config.optimizer.warmup_steps,
+        decay=config.optimizer.decay,
+        decay_to=config.optimizer.decay_to,
+        decay_factor=config.optimizer.decay_factor,
+        decay_every=config.optimizer.decay_every,
     )
     return schedule, dynamics, warnings
 
@@ -282,7 +286,7 @@ def _unstable(config: TrainConfig, least_squares: LeastSquares, plan: BatchPlan,
         f"{plan.global_batch_size}, {1 / limit:.3g} times the stability limit ({criterion}) of {weight * limit:.4g} "
         f"and {bias * limit:.4g}"
     )
-    if config.lr_scaling == "none" or plan.sampling == "full" or config.global_batch_size:
+    if config.optimizer.lr_scaling == "none" or plan.sampling == "full" or config.batch.global_batch_size:
         return reason
     most = stable_world_size(config, least_squares, plan.local_batch_size)
     return f"{reason}; at {plan.local_batch_size} samples on each rank the largest stable world size is {most}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ def run_to_target(
     """
     if setting.num_features > _MOST_FEATURES:
         return {}
-    config = TrainConfig(
+    config = TrainConfig.of(
         num_rows=campaign.effective_num_rows,
         num_features=setting.num_features,
         optimizer=setting.optimizer,
@@ -67,9 +66,9 @@ def run_to_target(
     log_every = max(1, predicted // _NUM_LINES)
     if log_every > MOST_WAITING:
         log_every -= log_every % MOST_WAITING  # losses are summed over ranks then anyway
-    train(replace(config, max_steps=log_every, log_every=log_every), communicator, seams=seams)  # first uses cost more
+    train(config.replace(max_steps=log_every, log_every=log_every), communicator, seams=seams)  # first uses cost more
     # Half as many steps again, so that a run that is late reaches the target too.
-    config = replace(config, max_steps=math.ceil(1.5 * predicted) + 10, log_every=log_every)
+    config = config.replace(max_steps=math.ceil(1.5 * predicted) + 10, log_every=log_every)
     reached: list[tuple[float, float]] = []
     while sum(time_s for _, time_s in reached) < _LEAST_FRACTION * campaign.window_s and len(reached) < _MOST_RUNS:
         result = train(config, communicator, seams=seams)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from torchreg.console import Reporter
@@ -13,7 +13,7 @@ from torchreg.core.checkpoint import read_regular
 from torchreg.distributed.communicator import Communicator
 from torchreg.distributed.rendezvous import AgreedError
 from torchreg.runs import environment, record
-from torchreg.runs.config import TrainConfig
+from torchreg.runs.config import TrainConfig, from_json
 from torchreg.runs.run import train
 from torchreg.runs.setup import prepare
 from torchreg.runs.stopping import StopRequest
@@ -45,23 +45,23 @@ def run_sweep(
     """
     started = record.utc_now()
     workers = communicator.alone() if farm else communicator
-    folder = Path(config.runs_dir) / (config.name or f"sweep-{kind}")
+    folder = Path(config.run.runs_dir) / (config.run.name or f"sweep-{kind}")
 
     def begin() -> tuple[int, list[Trial]]:
         trials = make_trials()
-        for some in {trial.config.global_batch_size: trial.config for trial in trials}.values():
+        for some in {trial.config.batch.global_batch_size: trial.config for trial in trials}.values():
             _, table = prepare(some, workers.world_size)  # raises for bad input before the first run
         before = kind
         with contextlib.suppress(*_UNREADABLE):
             before = sweep_tables.read_sweep(folder)["kind"]
-        if before != kind and not config.overwrite:
+        if before != kind and not config.run.overwrite:
             raise ValueError(
                 f"name is {folder.name!r}, and {folder} is a {before} sweep, whose tables a {kind} sweep would "
                 "replace: choose another --name, or replace them with --overwrite"
             )
         fingerprint = table.fingerprint()
-        pending = [trial for trial in trials if config.overwrite or not _is_finished(folder, trial, fingerprint)]
-        record.create_run_folder(config.runs_dir, folder.name, "sweep", overwrite=True)
+        pending = [trial for trial in trials if config.run.overwrite or not _is_finished(folder, trial, fingerprint)]
+        record.create_run_folder(config.run.runs_dir, folder.name, "sweep", overwrite=True)
         content = {
             "schema_version": record.SCHEMA_VERSION,
             "kind": kind,
@@ -77,7 +77,7 @@ def run_sweep(
     reporter.info(f"sweep        {num_trials} runs, {num_trials - len(pending)} of them finished before")
     is_stopped = False
     for done, trial in enumerate(communicator.deal(pending) if farm else pending, start=1):
-        own = replace(trial.config, name=trial.name, runs_dir=str(folder / sweep_tables.TRIALS_FOLDER))
+        own = trial.config.replace(name=trial.name, runs_dir=str(folder / sweep_tables.TRIALS_FOLDER))
         try:
             result = train(own, workers, stop=stop)
         except AgreedError as error:
@@ -103,11 +103,11 @@ def _is_finished(folder: Path, trial: Trial, fingerprint: str) -> bool:
     run = folder / sweep_tables.TRIALS_FOLDER / trial.name
     try:
         found = json.loads(read_regular(run / record.RECORD_FILE))
-        before, data = asdict(TrainConfig()) | found["config"], found["derived"]["data_fingerprint"]
+        before, data = from_json(found["config"]).options(), found["derived"]["data_fingerprint"]
         record.read_metrics(run)
     except _UNREADABLE:
         return False
-    now = json.loads(json.dumps(asdict(trial.config)))
+    now = trial.config.options()
     compared = [key for key in now if key not in _NOT_COMPARED]
     differs = [f"{key} was {before[key]} and is {now[key]}" for key in compared if before[key] != now[key]]
     differs += ["the data's fingerprint is another"] * (data != fingerprint)

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from torchreg.core.checkpoint import read_regular
+from torchreg.runs.config import from_json
 from torchreg.runs.record import RECORD_FILE, read_metrics
 
 SWEEP_FILE, TRIALS_FILE, CURVES_FILE, TRIALS_FOLDER = "sweep.json", "trials.csv", "curves.csv", "trials"
@@ -31,7 +32,7 @@ def trials_table(folder: Path) -> pd.DataFrame:
     rows = []
     for trial in read_sweep(folder)["trials"]:
         record = json.loads(read_regular(folder / TRIALS_FOLDER / trial["name"] / RECORD_FILE))
-        config, result, forecast = record["config"], record["result"], record["forecast"]
+        config, result, forecast = from_json(record["config"]).options(), record["result"], record["forecast"]
         ends = {name: values[-1] for name, values in (forecast["curve"] or {}).items()}
         weights = zip(result["feature_names"], result["weight"], strict=True)
         rows.append(

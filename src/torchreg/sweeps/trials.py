@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from torchreg.runs.config import TrainConfig
@@ -31,7 +30,7 @@ def batch_trials(config: TrainConfig, batch_sizes: Iterable[int], num_seeds: int
     """
     config, trials = _common(config, "--batch-sizes"), []
     for size, i in itertools.product(sorted(set(batch_sizes)), range(num_seeds)):
-        trial = replace(config, global_batch_size=size, seed=config.seed + i)
+        trial = config.replace(global_batch_size=size, seed=config.batch.seed + i)
         trials.append(Trial(f"batch-{size}-seed-{i}", trial, scale_at(config, size)))
     return trials
 
@@ -46,18 +45,18 @@ def lr_scaling_trials(config: TrainConfig, multipliers: Sequence[float], num_see
     raw ones would hardly move them. Raises `ValueError` for a configuration with a batch size of its own.
     """
     config, trials = _common(config, "--reference-batch-size"), []
-    warmups = (0, config.warmup_steps or _LR_SCALING_WARMUP_STEPS)
+    warmups = (0, config.optimizer.warmup_steps or _LR_SCALING_WARMUP_STEPS)
     for standardize in (False, True):
-        variant = replace(config, standardize=standardize, lr_scaling="linear", on_unstable="warn")
+        variant = config.replace(standardize=standardize, lr_scaling="linear", on_unstable="warn")
         data = LeastSquares.of(variant)
-        base = base_learning_rates(replace(variant, base_learning_rate=None) if standardize else variant, data)
+        base = base_learning_rates(variant.replace(base_learning_rate=None) if standardize else variant, data)
         for order in ("simultaneous", "sequential"):
-            variant = replace(variant, update_order=order, base_learning_rate=base)
+            variant = variant.replace(update_order=order, base_learning_rate=base)
             for wanted in multipliers or _default_multipliers(lr_scaling_limit(variant, data)):
                 scaled, multiplier = _scaled(variant, wanted, data)
                 name = f"{'standardised' if standardize else 'raw'}-{order}-{multiplier:.5g}"
                 for warmup_steps, i in itertools.product(warmups, range(num_seeds)):
-                    trial = replace(scaled, warmup_steps=warmup_steps, seed=config.seed + i)
+                    trial = scaled.replace(warmup_steps=warmup_steps, seed=config.batch.seed + i)
                     trials.append(Trial(f"{name}-warmup-{warmup_steps}-seed-{i}", trial, multiplier))
     return trials
 
@@ -66,10 +65,10 @@ def lr_scaling_limit(config: TrainConfig, data: LeastSquares) -> float:
     """The multiplier at the stability limit of the batch size that an lr-scaling sweep has there."""
     limit, learning_rates = 1.0, base_learning_rates(config, data)
     for _ in range(8):  # a fixed point: the limit hardly depends on the batch size
-        batch_size = _scaled(config, limit, data)[0].global_batch_size
+        batch_size = _scaled(config, limit, data)[0].batch.global_batch_size
         assert batch_size
         before = limit
-        limit = Dynamics.of(data.rows, learning_rates, batch_size, config.update_order).largest_multiplier()
+        limit = Dynamics.of(data.rows, learning_rates, batch_size, config.optimizer.update_order).largest_multiplier()
         if abs(limit - before) < 1e-6 * limit:
             break
     return limit
@@ -82,26 +81,26 @@ def _default_multipliers(limit: float) -> list[float]:
 
 def _scaled(config: TrainConfig, multiplier: float, data: LeastSquares) -> tuple[TrainConfig, float]:
     """The configuration at a multiplier, and the multiplier at which the batch is a whole number of samples."""
-    reference = config.reference_batch_size
+    reference = config.optimizer.reference_batch_size
     batch_size = max(1, round(multiplier * reference))
     largest = max(1, data.table.num_rows // reference) * reference
     if batch_size <= largest:
-        return replace(config, global_batch_size=batch_size), batch_size / reference
+        return config.replace(global_batch_size=batch_size), batch_size / reference
     batch_size = min(largest, data.table.num_rows)
     factor = multiplier * reference / batch_size
     weight, bias = base_learning_rates(config, data)
-    scaled = replace(config, global_batch_size=batch_size, base_learning_rate=(weight * factor, bias * factor))
+    scaled = config.replace(global_batch_size=batch_size, base_learning_rate=(weight * factor, bias * factor))
     return scaled, multiplier
 
 
 def _common(config: TrainConfig, remedy: str) -> TrainConfig:
     """What all trials have in common; their batch sizes are chosen by the option `remedy`."""
     for field in ("global_batch_size", "local_batch_size"):
-        if value := getattr(config, field):
+        if value := getattr(config.batch, field):
             raise ValueError(f"{field} is {value}, and the sweep chooses the batch of each trial: give {remedy}")
-    if config.sampling == "full":
+    if config.batch.sampling == "full":
         raise ValueError(
             "sampling is full, which takes all rows in every step, and the sweep varies the batch: choose --sampling "
             "random or shuffle"
         )
-    return replace(config, name=None, log_full_loss=True, plot=False, overwrite=True, resume="never")
+    return config.replace(name=None, log_full_loss=True, plot=False, overwrite=True, resume="never")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from itertools import product
 from typing import Any
@@ -26,7 +26,7 @@ def training_checks(communicator: Communicator, seams: Seams, *, quick: bool) ->
     """Short trainings on the synthetic data; their records are written to a temporary folder."""
     num_rows = max(551, 4 * communicator.world_size + 1)  # odd: two equal batches leave one sample
     with tempfile.TemporaryDirectory(prefix="torchreg-verify-") as runs_dir:
-        base = TrainConfig(
+        base = TrainConfig.of(
             num_rows=num_rows,
             base_learning_rate=(0.02, 0.03),
             lr_scaling="none",
@@ -38,10 +38,10 @@ def training_checks(communicator: Communicator, seams: Seams, *, quick: bool) ->
         yield from _initial_state(communicator, seams, base)
         # Two large batches and one of a single sample are an epoch. So shards are uneven, all but one are empty in the
         # last batch, which is short, and gradients accumulate.
-        hard = replace(base, global_batch_size=(num_rows - 1) // 2, micro_batch_size=20, max_steps=4)
+        hard = base.replace(global_batch_size=(num_rows - 1) // 2, micro_batch_size=20, max_steps=4)
         yield from _invariance(communicator, seams, hard)
         if quick:
-            base = replace(base, optimizer="manual", sync="mpi" if communicator.over_mpi else "allreduce")
+            base = base.replace(optimizer="manual", sync="mpi" if communicator.over_mpi else "allreduce")
         yield from _closed_form(communicator, seams, base)
 
 
@@ -49,7 +49,7 @@ def _initial_state(communicator: Communicator, seams: Seams, config: TrainConfig
     state, table = communicator.from_main(partial(prepare, config, communicator.world_size))
     x, y = to_device(table if communicator.is_main else None, state, communicator)
     model = seams.model(make_model(*state.start, device=communicator.device, dtype=x.dtype))
-    configuration = json.dumps([asdict(replace(config, runs_dir="")), state.run_signature])
+    configuration = json.dumps([asdict(config.replace(runs_dir="")), state.run_signature])
     contents = {
         "data": [x.cpu().numpy().tobytes(), y.cpu().numpy().tobytes()],
         "parameters": [parameter.detach().cpu().numpy().tobytes() for parameter in model.parameters()],
@@ -69,14 +69,14 @@ def _invariance(communicator: Communicator, seams: Seams, base: TrainConfig) -> 
     combinations: list[tuple[Any, Any]] = [("sgd", "ddp"), ("manual", "allreduce")]
     if communicator.over_mpi:
         combinations += [("sgd", "mpi"), ("manual", "mpi")]
-    fast = replace(base, reduction="fast"), 1e-10 if base.dtype == "float64" else 1e-4
-    reproducible = replace(base, reduction="reproducible"), 0.0
+    fast = base.replace(reduction="fast"), 1e-10 if base.run.dtype == "float64" else 1e-4
+    reproducible = base.replace(reduction="reproducible"), 0.0
     alone: dict[tuple[str, str], Result] = {}
     for (config, tolerance), (optimizer, sync) in product((fast, reproducible), combinations):
-        config, reduction = replace(config, optimizer=optimizer, sync=sync), config.reduction
+        config, reduction = config.replace(optimizer=optimizer, sync=sync), config.batch.reduction
         together = train(config, communicator, seams=seams)
         if (reduction, optimizer) not in alone:
-            own = replace(config, name="verify-alone", sync="auto")
+            own = config.replace(name="verify-alone", sync="auto")
             alone[reduction, optimizer] = train(own, communicator.alone())
         one = alone[reduction, optimizer]
         pairs = zip((*together.weight, together.bias, together.loss), (*one.weight, one.bias, one.loss), strict=True)
@@ -93,9 +93,9 @@ def _invariance(communicator: Communicator, seams: Seams, base: TrainConfig) -> 
 
 def _closed_form(communicator: Communicator, seams: Seams, base: TrainConfig) -> Iterator[Check]:
     """Full-batch training converges to the closed form; on mini-batches it ends in the predicted 95 % interval."""
-    rounding = 1e-12 if base.dtype == "float64" else 1e-5
-    full = replace(base, sampling="full", base_learning_rate=(0.3, 0.3), max_steps=60)
-    mini = replace(base, sampling="random", global_batch_size=64, base_learning_rate=(0.1, 0.1), max_steps=200)
+    rounding = 1e-12 if base.run.dtype == "float64" else 1e-5
+    full = base.replace(sampling="full", base_learning_rate=(0.3, 0.3), max_steps=60)
+    mini = base.replace(sampling="random", global_batch_size=64, base_learning_rate=(0.1, 0.1), max_steps=200)
     for name, config in (("full batch", full), ("mini-batches", mini)):
         low, high = communicator.from_main(partial(_expected_end, config))
         low, high = low - rounding, high + rounding

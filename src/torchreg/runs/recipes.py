@@ -1,0 +1,42 @@
+"""Configurations with a name."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torchreg.runs.config import TrainConfig
+
+RECIPES: dict[str, TrainConfig] = {
+    "default": TrainConfig(),
+    "lesson": TrainConfig.of(
+        standardize=False,
+        optimizer="manual",
+        update_order="sequential",
+        sampling="full",
+        base_learning_rate=(1e-7, 1e-1),
+        lr_scaling="none",
+        initial_weight=5.0,
+        initial_bias=1000.0,
+        epochs=30,
+        dtype="float64",
+    ),
+}
+RECIPES["homework"] = RECIPES["lesson"].replace(sampling="random", global_batch_size=64)
+"""`default` is safe at any world size that the data allows; `lesson` is the original lesson to the digit, and
+`homework` its exercise: batches of 64 rows that each step draws afresh."""
+
+
+SWEEP_DEFAULTS: dict[Literal["batch", "lr-scaling"], TrainConfig] = {
+    "batch": RECIPES["homework"].replace(name="sweep-batch", global_batch_size=None),
+    "lr-scaling": RECIPES["homework"].replace(
+        name="sweep-lr-scaling", global_batch_size=None, epochs=None, max_steps=1_000
+    ),
+}
+"""The defaults of the runs of a sweep: the lesson's homework."""
+
+
+def with_recipe(recipe: str, **overrides: object) -> TrainConfig:
+    """A recipe with some of its values replaced."""
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe is {recipe}: the recipes are {', '.join(RECIPES)}")
+    return RECIPES[recipe].replace(**overrides)
