@@ -22,8 +22,8 @@ LESSON_WEIGHT, LESSON_BIAS, LESSON_LOSS = 88.890079, 32912.241402, 1478200827.64
 BEST_WEIGHT, BEST_BIAS, BEST_LOSS = 87.688145, 34754.077892, 1477781671.3558
 
 
-# What one worker of xdist runs is a file, or all files that share launches. The longest come first, so that no worker is
-# left with one at the end.
+# What one worker of xdist runs is a file, or all files that share launches. The longest come first, so that no worker
+# is left with one at the end.
 SHARE_LAUNCHES = "golden", "ranks", "resume", "scale", "sweeps", "verify"
 LONGEST = (
     "mpi", "test_readme.py", "test_jobs.py", "mpi/test_faults.py", "mpi/test_meeting.py", "test_setup.py",
