@@ -70,7 +70,9 @@ def in_one_process(block):
 @pytest.mark.parametrize("block", BLOCKS, ids=[block.split("\n")[0][:30] for block in BLOCKS])
 def test_commands_run_as_they_stand(block, run, tmp_path, after_the_demo):
     """T6's start-up: a newcomer has run the demo and activated .venv, and types the next line."""
-    done = run("bash", "-euo", "pipefail", "-c", in_one_process(block), cwd=tmp_path, PYTHONPATH=after_the_demo)
+    done = run(
+        "bash", "-euo", "pipefail", "-c", in_one_process(block), cwd=tmp_path, timeout_s=240, PYTHONPATH=after_the_demo
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
