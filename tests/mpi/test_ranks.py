@@ -1,6 +1,7 @@
 """If these fail, ranks speak over each other, or a failed rank leaves the others hanging."""
 
 import json
+import re
 import signal
 import socket
 import sys
@@ -112,7 +113,8 @@ def test_torchrun_with_mpi_averaging_is_refused(run, tmp_path):
     done = run(*launch("torchrun", 2), "-m", "torchreg", "train", "--sync", "mpi", cwd=tmp_path)
     assert done.returncode != 0
     assert done.stderr.count("torchreg: error:") == 1
-    assert "torchrun started rank 0 of 2, but MPI" in done.stderr
+    # On a busy machine rank 1 may have imported torch seconds before rank 0, and then reports.
+    assert re.search("torchrun started rank [01] of 2, but MPI", done.stderr), done.stderr
 
 
 LISTENING = """
