@@ -7,6 +7,7 @@ bash scripts/setup.sh dev
 export PATH="$PWD/.venv/bin:$PATH"
 ruff format --check .
 ruff check .
-mypy
+mypy & types=$! # beside tests, many of which wait
 lint-imports
-python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder "$@"
+wait "$types"

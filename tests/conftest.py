@@ -22,6 +22,27 @@ LESSON_WEIGHT, LESSON_BIAS, LESSON_LOSS = 88.890079, 32912.241402, 1478200827.64
 BEST_WEIGHT, BEST_BIAS, BEST_LOSS = 87.688145, 34754.077892, 1477781671.3558
 
 
+# What one worker of xdist runs is a file, or all files that share launches. The longest come first, so that no worker
+# is left with one at the end.
+SHARE_LAUNCHES = "golden", "ranks", "resume", "scale", "sweeps", "verify"
+LONGEST = (
+    "mpi", "test_readme.py", "test_jobs.py", "mpi/test_faults.py", "mpi/test_meeting.py", "test_setup.py",
+    "hosts/test_hosts.py", "test_notebook.py",
+)  # fmt: skip
+
+
+def group_of(item: pytest.Item) -> str:
+    path = item.path.relative_to(ROOT / "tests").as_posix()
+    return "mpi" if path in {f"mpi/test_{name}.py" for name in SHARE_LAUNCHES} else path
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist adds the group to the test's name
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    items.sort(key=lambda item: LONGEST.index(group) if (group := group_of(item)) in LONGEST else len(LONGEST))
+
+
 def data_sources() -> list[str]:
     """The built-in data, and the real table where a copy lies beside the checkout."""
     return ["synthetic", *([str(REAL_TABLE)] if REAL_TABLE.is_file() else [])]

@@ -160,43 +160,12 @@ def checkout(tmp_path):
     return Checkout(tmp_path)
 
 
-def test_two_at_once_and_what_is_there_already(checkout):
-    """Else one of two first starts dies in pip; or each start takes minutes, or loses what an earlier one installed."""
-    hold = checkout.folder / "hold"
-    hold.touch()
-    first = checkout.start("mpi")
-    checkout.wait_for(lambda: checkout.num_builds)
-    second = checkout.start("mpi")
-    assert second.stderr.readline() == "another set-up of .venv is running; waiting for it\n"
-    hold.unlink()
-    _, err = first.communicate()
-    assert first.returncode == 0, err
-    assert second.wait() == 0
-    assert second.stderr.read() == ""
-    second.stdout.close(), second.stderr.close()
-    assert checkout.num_builds == 1
-    assert checkout.works()
-
-    assert checkout.set_up("mpi") == (0, "")
-    assert checkout.num_builds == 1, "installed without need"
-    assert checkout.set_up("dev")[0] == 0
-    assert checkout.num_builds == 2
-    assert checkout.set_up("plot,mpi") == (0, ""), "both are in dev"
-    (checkout.folder / "scripts/constraints.txt").write_text("torch<3\n")
-    assert checkout.set_up("mpi")[0] == 0
-    assert checkout.num_builds == 3, "other versions are wanted"
-    assert checkout.set_up("dev") == (0, ""), "dev has been lost"
-
-    code, err = checkout.set_up("rare")
-    assert code == 1
-    assert err.splitlines()[-1].startswith("setup.sh: error: ")
-    assert checkout.works(), "an extra that cannot be had took the others along"
-    assert checkout.set_up("dev") == (0, "")
-
-
 @pytest.mark.timeout(600)
-def test_an_interrupted_set_up_is_made_anew(checkout):
-    """Else `No module named pip` for ever after, or a package of which half the files are there."""
+def test_an_interrupted_set_up_is_made_anew_two_at_once_wait_and_what_is_there_stays(checkout):
+    """Else `No module named pip` for ever after, or a package of which half the files are there.
+
+    Or one of two first starts dies in pip; or each start takes minutes, or loses what an earlier one installed.
+    """
     venv = checkout.folder / ".venv"
     half = checkout.start("mpi")
     checkout.wait_for(lambda: (venv / "bin/python").exists())
@@ -214,10 +183,36 @@ def test_an_interrupted_set_up_is_made_anew(checkout):
     assert err.splitlines()[-1] == "setup.sh: error: interrupted; start it again"
     assert "Traceback" not in err
     assert not venv.exists()
-    (checkout.folder / "hold").unlink()
 
-    assert checkout.set_up("mpi")[0] == 0
+    num_builds = checkout.num_builds
+    first = checkout.start("mpi")
+    checkout.wait_for(lambda: checkout.num_builds > num_builds)
+    second = checkout.start("mpi")
+    assert second.stderr.readline() == "another set-up of .venv is running; waiting for it\n"
+    (checkout.folder / "hold").unlink()
+    _, err = first.communicate()
+    assert first.returncode == 0, err
+    assert second.wait() == 0
+    assert second.stderr.read() == ""
+    second.stdout.close(), second.stderr.close()
+    assert checkout.num_builds == num_builds + 1
     assert checkout.works()
+
+    assert checkout.set_up("mpi") == (0, "")
+    assert checkout.num_builds == num_builds + 1, "installed without need"
+    assert checkout.set_up("dev")[0] == 0
+    assert checkout.num_builds == num_builds + 2
+    assert checkout.set_up("plot,mpi") == (0, ""), "both are in dev"
+    (checkout.folder / "scripts/constraints.txt").write_text("torch<3\n")
+    assert checkout.set_up("mpi")[0] == 0
+    assert checkout.num_builds == num_builds + 3, "other versions are wanted"
+    assert checkout.set_up("dev") == (0, ""), "dev has been lost"
+
+    code, err = checkout.set_up("rare")
+    assert code == 1
+    assert err.splitlines()[-1].startswith("setup.sh: error: ")
+    assert checkout.works(), "an extra that cannot be had took the others along"
+    assert checkout.set_up("dev") == (0, "")
 
 
 def test_no_network_is_one_line_and_leaves_nothing(checkout):

@@ -140,7 +140,7 @@ def in_pseudo_terminal(*command, **variables):
     return written.decode()
 
 
-TRAINING = ["train", "--device", "cpu", "--max-steps", "40"]
+TRAINING = ["train", "--device", "cpu", "--optimizer", "manual", "--max-steps", "40"]
 
 
 def test_a_bar_on_a_terminal():
@@ -200,7 +200,7 @@ def test_every_command_prints_in_every_encoding(run, tmp_path):
 
 def test_the_progress_of_a_run_prints_in_ascii(run, tmp_path):
     """T1."""
-    done = run("torchreg", "train", "--max-steps", "2", cwd=tmp_path, PYTHONIOENCODING="ascii")
+    done = run("torchreg", "train", "--optimizer", "manual", "--max-steps", "2", cwd=tmp_path, PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (0, "")
     assert "1 rank on 1 node ? launcher none" in done.stdout
 

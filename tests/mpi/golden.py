@@ -1,4 +1,4 @@
-"""Fixed runs whose numbers are frozen in golden.json: `mpiexec -n N python -m tests.mpi.golden OUTPUT`.
+"""Fixed runs whose numbers are frozen in golden.json; `mpiexec -n N python -m tests.mpi.golden numbers` prints them.
 
 `python -m tests.mpi.golden` alone runs them at 1, 2 and 3 ranks and writes golden.json anew: only for a change that is
 meant to change numbers, and that the changelog names.
@@ -94,7 +94,7 @@ def numbers_of_runs(folder: Path, communicator) -> dict[str, dict]:
     return found
 
 
-def main(output: Path) -> None:
+def main() -> None:
     with (
         tempfile.TemporaryDirectory() as own,
         init_distributed(sync="mpi", device="cpu", distributed="torch") as communicator,
@@ -104,17 +104,16 @@ def main(output: Path) -> None:
             write_table(folder / "table.csv")
         found = numbers_of_runs(folder, communicator)
         if communicator.is_main:
-            output.write_text(json.dumps(found))
+            print(json.dumps(found))
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        main(Path(sys.argv[1]))
+        main()
     else:
         frozen = {"machine": machine(), "runs": {}}
         for world_size in WORLD_SIZES:
-            with tempfile.NamedTemporaryFile() as output:
-                command = ["mpiexec", "-n", str(world_size), sys.executable, "-m", "tests.mpi.golden", output.name]
-                subprocess.run(command, check=True)
-                frozen["runs"][str(world_size)] = json.loads(Path(output.name).read_text())
+            command = ["mpiexec", "-n", str(world_size), sys.executable, "-m", "tests.mpi.golden", "numbers"]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+            frozen["runs"][str(world_size)] = json.loads(done.stdout)
         GOLDEN.write_text(json.dumps(frozen, indent=1) + "\n")

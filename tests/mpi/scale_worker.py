@@ -1,7 +1,6 @@
 """A launch measured with each of the given defects: its points, one JSON line a defect, on the main rank's stdout."""
 
 import json
-import sys
 from pathlib import Path
 
 from torchreg.distributed.init import init_distributed
@@ -19,9 +18,11 @@ CAMPAIGN = Campaign(
     distributed="torch",
 )
 
-with init_distributed(sync="mpi", device="cpu", distributed="torch") as communicator:
-    for defect in sys.argv[1:]:
-        broken, seams = inject(defect, communicator)
-        measured = measure_launch(CAMPAIGN, launches(CAMPAIGN)[0], broken, Path("launch"), seams)
-        if communicator.is_main:
-            print(json.dumps(measured["points"]))
+
+def main(*defects: str) -> None:
+    with init_distributed(sync="mpi", device="cpu", distributed="torch") as communicator:
+        for defect in defects:
+            broken, seams = inject(defect, communicator)
+            measured = measure_launch(CAMPAIGN, launches(CAMPAIGN)[0], broken, Path("launch"), seams)
+            if communicator.is_main:
+                print(json.dumps(measured["points"]))

@@ -1,22 +1,12 @@
-"""If these fail, the number of ranks changes what is learned, or a failed rank leaves the others hanging."""
+"""If these fail, ranks speak over each other, or a failed rank leaves the others hanging."""
 
 import json
+import re
 import signal
 import socket
 import sys
-import time
-from pathlib import Path
 
-import numpy as np
 import pytest
-
-from torchreg.distributed.init import init_distributed
-from torchreg.runs.run import train
-
-from .worker import bits, configurations, ordered_configurations
-
-WORKER = str(Path(__file__).parent / "worker.py")
-RTOL = 1e-10
 
 
 def launch(launcher, num_ranks):
@@ -25,133 +15,63 @@ def launch(launcher, num_ranks):
     return ["torchrun", "--standalone", "--local-addr", "localhost", "--nproc-per-node", str(num_ranks)]
 
 
-@pytest.fixture(scope="module")
-def one_rank(tmp_path_factory):
-    """The weights of one process, to which every world size is held."""
-    runs_dir = str(tmp_path_factory.mktemp("one"))
-    with init_distributed(device="cpu") as communicator:
-        return {key: train(config, communicator) for key, config in configurations(runs_dir, with_mpi=True)}
+TRAIN = ["train", "--distributed", "torch"]
+BAD_INPUT = {
+    "data": (["--data", "nowhere.csv"], "nowhere.csv, which does not exist"),
+    "batch": (["--global-batch-size", "0"], "global_batch_size is 0"),
+    "world size": (["--local-batch-size", "200"], "200 samples × 3 ranks"),
+}
+JSON = {"json": {"arguments": [*TRAIN, "--json", "--max-steps", "4"]}}
+FAILING = {"failing": {"program": "tests.mpi.failing:main", "last": True}}
+ON_THREE_RANKS = {
+    **JSON,
+    **{f"bad {name}": {"arguments": [*TRAIN, *options]} for name, (options, _) in BAD_INPUT.items()},
+    "divergence": {"arguments": [*TRAIN, "--base-learning-rate", "9", "9", "--name", "gone"]},
+    **FAILING,
+}
+ON_TORCHRUN = {name: entry | {"world_size": 3} for name, entry in (JSON | FAILING).items()}
 
 
-@pytest.mark.parametrize(("launcher", "num_ranks"), [("mpiexec", 3), ("torchrun", 4), ("torchrun", 8)])
-def test_the_same_global_batch_gives_the_same_weights_at_every_world_size(launcher, num_ranks, one_rank, run, tmp_path):
-    output = tmp_path / "results.json"
-    sync = "mpi" if launcher == "mpiexec" else "torch"
-    done = run(*launch(launcher, num_ranks), WORKER, str(output), str(tmp_path / "runs"), sync, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(output.read_text())
-    assert answer["world_size"] == num_ranks
-    assert len(answer["results"]) == len([*configurations("", with_mpi=sync == "mpi")])
-    for key, result in answer["results"].items():
-        expected = one_rank[key]
-        np.testing.assert_allclose(result["weight"], expected.weight, rtol=RTOL, err_msg=key)
-        np.testing.assert_allclose(result["bias"], expected.bias, rtol=RTOL, err_msg=key)
-        np.testing.assert_allclose(result["loss"], expected.loss, rtol=RTOL, err_msg=key)
-        assert result["num_samples"] == expected.num_samples
+@pytest.fixture(params=["on_three_ranks", "on_torchrun"], ids=["mpiexec", "torchrun"])
+def launched(request):
+    return request.getfixturevalue(request.param)
 
 
-@pytest.fixture(scope="module")
-def one_rank_bits(tmp_path_factory):
-    runs_dir = str(tmp_path_factory.mktemp("reproducible"))
-    with init_distributed(device="cpu") as communicator:
-        return {
-            key: bits(train(config, communicator)) for key, config in ordered_configurations(runs_dir, with_mpi=True)
-        }
+def test_the_command_speaks_once_and_only_json_on_stdout(launched):
+    main, *others = launched["json"]
+    assert main.code == 0
+    assert json.loads(main.out)["world_size"] == 3
+    assert main.err.count("3 ranks on 1 node · launcher") == 1
+    assert [(end.code, end.out, end.err) for end in others] == [(0, "", "")] * 2
+    assert len(list((launched.folder / "json/runs").iterdir())) == 1
 
 
-@pytest.mark.parametrize(("launcher", "num_ranks"), [("torchrun", 6)])  # 1 to 3 under mpiexec: test_golden.py
-def test_ordered_reduction_gives_the_same_bits_at_every_world_size(launcher, num_ranks, one_rank_bits, run, tmp_path):
-    output = tmp_path / "results.json"
-    sync = "mpi" if launcher == "mpiexec" else "torch"
-    done = run(
-        *launch(launcher, num_ranks), WORKER, str(output), str(tmp_path / "runs"), sync, "reproducible", cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(output.read_text())
-    assert answer["world_size"] == num_ranks
-    assert len(answer["results"]) == len([*ordered_configurations("", with_mpi=sync == "mpi")])
-    for key, numbers in answer["results"].items():
-        assert numbers == one_rank_bits[key], key
+def test_divergence_ends_every_rank_with_exit_code_3_and_a_record(on_three_ranks):
+    ends = on_three_ranks["divergence"]
+    assert [end.code for end in ends] == [3] * 3
+    assert "".join(end.out for end in ends).count("diverged at step") == 1
+    record = on_three_ranks.folder / "divergence/runs/gone/record.json"
+    assert json.loads(record.read_text())["result"]["stopped_by"] == "divergence"
 
 
-def test_ordered_reduction_of_all_combinations_agrees_to_rounding(one_rank_bits):
-    for name in ("shuffle", "random"):
-        ends = [
-            [float.fromhex(number) for number in numbers]
-            for key, numbers in one_rank_bits.items()
-            if key.endswith(name) and "sequential" not in key
-        ]
-        assert len(ends) == 4
-        for end in ends:
-            np.testing.assert_allclose(end, ends[0], rtol=1e-9)
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_told_once_and_ends_all_ranks_with_exit_code_2(name, on_three_ranks):
+    ends = on_three_ranks[f"bad {name}"]
+    assert [end.code for end in ends] == [2] * 3
+    (error,) = [end.err for end in ends if end.err]
+    assert error.count("torchreg: error:") == 1
+    assert BAD_INPUT[name][1] in error
+    assert "Traceback" not in error
+    assert "error" not in "".join(end.out for end in ends)
+    assert not (on_three_ranks.folder / f"bad {name}/runs").exists()
 
 
-@pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
-def test_the_command_speaks_once_and_only_json_on_stdout(launcher, run, tmp_path):
-    done = run(
-        *launch(launcher, 3),
-        "-m",
-        "torchreg",
-        "train",
-        "--json",
-        "--distributed",
-        "torch",
-        "--max-steps",
-        "4",
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["world_size"] == 3
-    assert done.stderr.count("3 ranks on 1 node · launcher") == 1
-    assert len(list((tmp_path / "runs").iterdir())) == 1
-
-
-def test_divergence_ends_every_rank_with_exit_code_3_and_a_record(run, tmp_path):
-    options = ["--base-learning-rate", "9", "9", "--name", "gone", "--distributed", "torch"]
-    done = run(*launch("mpiexec", 3), "-m", "torchreg", "train", *options, cwd=tmp_path)
-    assert done.returncode == 3, done.stderr
-    assert done.stdout.count("diverged at step") == 1
-    assert json.loads((tmp_path / "runs/gone/record.json").read_text())["result"]["stopped_by"] == "divergence"
-
-
-@pytest.mark.parametrize(
-    ("options", "part"),
-    [
-        (["--data", "nowhere.csv"], "nowhere.csv, which does not exist"),
-        (["--global-batch-size", "0"], "global_batch_size is 0"),
-        (["--local-batch-size", "200"], "200 samples × 3 ranks"),
-    ],
-)
-def test_bad_input_is_told_once_and_ends_all_ranks_with_exit_code_2(options, part, run, tmp_path):
-    done = run(*launch("mpiexec", 3), "-m", "torchreg", "train", "--distributed", "torch", *options, cwd=tmp_path)
-    assert done.returncode == 2
-    assert (done.stdout + done.stderr).count("torchreg: error:") == 1
-    assert part in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "runs").exists()
-
-
-FAILING = """
-import sys
-from torchreg.distributed.init import init_distributed
-with init_distributed(sync="ddp", device="cpu", distributed="torch") as communicator:
-    if communicator.rank == 1:
-        raise OSError("the disk of rank 1 is gone")
-    communicator.barrier()
-    communicator.barrier()
-"""
-
-
-@pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
-def test_a_failure_on_one_rank_ends_all_with_its_reason_once(launcher, run, tmp_path):
-    script = tmp_path / "failing.py"
-    script.write_text(FAILING)
-    started = time.monotonic()
-    done = run(*launch(launcher, 3), str(script), cwd=tmp_path)
-    assert done.returncode != 0
-    assert time.monotonic() - started < 60, "the others must not wait for the time-out of 300 s"
-    assert done.stderr.count("torchreg: error on rank") == 1, done.stderr
-    assert "OSError: the disk of rank 1 is gone" in done.stderr
+def test_a_failure_on_one_rank_ends_all_with_its_reason_once(launched):
+    end = launched["failing"][0]
+    assert end.code != 0
+    assert launched.seconds_of_last < 60, "the others must not wait for the time-out of 300 s"
+    assert end.err.count("torchreg: error on rank") == 1, end.err
+    assert "OSError: the disk of rank 1 is gone" in end.err
 
 
 KILLED = """
@@ -168,7 +88,7 @@ with init_distributed(sync="ddp", device="cpu", distributed="torch") as communic
 def test_a_killed_rank_ends_all(launcher, run, tmp_path):
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
-    done = run(*launch(launcher, 3), str(script), cwd=tmp_path, timeout_s=120)
+    done = run(*launch(launcher, 2), str(script), cwd=tmp_path, timeout_s=120)
     assert done.returncode not in (0, -signal.SIGKILL)
 
 
@@ -193,7 +113,8 @@ def test_torchrun_with_mpi_averaging_is_refused(run, tmp_path):
     done = run(*launch("torchrun", 2), "-m", "torchreg", "train", "--sync", "mpi", cwd=tmp_path)
     assert done.returncode != 0
     assert done.stderr.count("torchreg: error:") == 1
-    assert "torchrun started rank 0 of 2, but MPI" in done.stderr
+    # On a busy machine rank 1 may have imported torch seconds before rank 0, and then reports.
+    assert re.search("torchrun started rank [01] of 2, but MPI", done.stderr), done.stderr
 
 
 LISTENING = """

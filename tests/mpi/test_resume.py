@@ -4,6 +4,7 @@ What happens to a rank happens at a known step (`accident.py`), so that the step
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,31 @@ def options(config):
     return given
 
 
+SIGNALS = {  # the combination, the signal, the ranks that it hits, the number of ranks that resume
+    "SIGINT": ("manual-allreduce", "SIGINT", "0,1", 1),
+    "SIGHUP": ("manual-mpi", "SIGHUP", "1", 3),
+    "SIGTERM": ("sgd-ddp", "SIGTERM", "0,1", 1),
+}
+STEPS = ["train", "--distributed", "torch", "--log-every", "1", "--global-batch-size", "100", "--name"]
+LENGTHS = {
+    "first steps": ["run", "--epochs", "4"],
+    "more steps": ["run", "--max-steps", "48", "--resume", "auto"],
+    "whole": ["whole", "--max-steps", "48"],
+}
+ON_TWO_RANKS = {
+    "time limit": {"arguments": ["train", *options(of("manual-mpi", max_steps=1_000_000_000, time_limit_s=1.0))]},
+    **{name: {"arguments": [*STEPS, *length], "folder": "steps"} for name, length in LENGTHS.items()},
+    **{
+        name: {
+            "arguments": ["train", *options(of(combination, checkpoint_every=1000))],
+            "accident": [signal, hit, "70"],
+            "last": name == "SIGTERM",
+        }
+        for name, (combination, signal, hit, _) in SIGNALS.items()
+    },
+}
+
+
 def one_process(config):
     """The same run in this process, which has no MPI: `sync` changes no bit of an ordered run."""
     return train(config.replace(sync="auto"))
@@ -75,35 +101,30 @@ def checkpoints(run):
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize(
-    ("combination", "signal", "hit", "num_ranks_then"),
-    [("sgd-ddp", "SIGTERM", "0,1", 1), ("manual-mpi", "SIGHUP", "1", 3), ("manual-allreduce", "SIGINT", "0,1", 1)],
-)
-def test_a_signal_stops_all_ranks_at_one_step_and_any_number_goes_on(
-    combination, signal, hit, num_ranks_then, uninterrupted, run, tmp_path
-):
-    config = of(combination, checkpoint_every=1000)
-    done = run(
-        *launch("mpiexec", 2), ACCIDENT, signal, hit, "70", "train", *options(config), cwd=tmp_path, timeout_s=60
-    )
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_signal_stops_all_ranks_at_one_step_and_any_number_goes_on(name, uninterrupted, on_two_ranks, run, tmp_path):
+    combination, signal, _, num_ranks_then = SIGNALS[name]
+    stopped = on_two_ranks[name]
     # T3, T7. The signal comes in the 71st step; ranks hear of each other when the next line is due, after the 90th.
-    assert done.returncode == 75, done.stderr
-    assert done.stdout.count("stopped after 90 steps, and saved: resume with --resume auto") == 1
-    assert f"reason       {signal}\n" in done.stdout
-    assert done.stderr == ""
-    assert checkpoints(tmp_path / "runs/run") == ["step-0000000090.pt"]
-    assert not (tmp_path / "runs/run/record.json").exists()
+    assert [(end.code, end.err) for end in stopped] == [(75, "")] * 2
+    assert (
+        "".join(end.out for end in stopped).count("stopped after 90 steps, and saved: resume with --resume auto") == 1
+    )
+    assert f"reason       {signal}\n" in stopped[0].out
+    folder = Path(shutil.copytree(on_two_ranks.folder / name, tmp_path / "resumed"))
+    assert checkpoints(folder / "runs/run") == ["step-0000000090.pt"]
+    assert not (folder / "runs/run/record.json").exists()
 
-    again = config.replace(resume="auto")
+    again = of(combination, checkpoint_every=1000, resume="auto")
     if num_ranks_then == 1:
-        one_process(again)
+        one_process(again.replace(runs_dir=str(folder / "runs")))
     else:
         command = launch("mpiexec", num_ranks_then)
-        done = run(*command, "-m", "torchreg", "train", *options(again), cwd=tmp_path, timeout_s=60)
+        done = run(*command, "-m", "torchreg", "train", *options(again), cwd=folder, timeout_s=60)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("resumed      after 90 steps") == 1
-    assert ends(tmp_path / "runs/run") == uninterrupted[combination]
-    sessions = json.loads((tmp_path / "runs/run/record.json").read_text())["sessions"]
+    assert ends(folder / "runs/run") == uninterrupted[combination]
+    sessions = json.loads((folder / "runs/run/record.json").read_text())["sessions"]
     assert [(session["world_size"], session["first_step"]) for session in sessions] == [(2, 0), (num_ranks_then, 90)]
 
 
@@ -128,18 +149,10 @@ def test_a_signal_to_ranks_that_leave_changes_nothing(run, tmp_path):
     assert "stopped after 90 steps" in done.stdout
 
 
-def test_two_ranks_go_on_to_more_steps_than_they_were_asked_for_first(run, tmp_path):
+def test_two_ranks_go_on_to_more_steps_than_they_were_asked_for_first(on_two_ranks):
     # T4, in the fast reduction too: its bits depend on the number of ranks alone.
-    train = [*launch("mpiexec", 2), "-m", "torchreg", "train", "--distributed", "torch", "--log-every", "1"]
-    lengths = (
-        ["run", "--epochs", "4"],
-        ["run", "--max-steps", "48", "--resume", "auto"],
-        ["whole", "--max-steps", "48"],
-    )
-    for length in lengths:
-        done = run(*train, "--global-batch-size", "100", "--name", *length, cwd=tmp_path, timeout_s=60)
-        assert done.returncode == 0, done.stderr
-    assert ends(tmp_path / "runs/run") == ends(tmp_path / "runs/whole")
+    assert [end.code for length in LENGTHS for end in on_two_ranks[length]] == [0] * 6
+    assert ends(on_two_ranks.folder / "steps/runs/run") == ends(on_two_ranks.folder / "steps/runs/whole")
 
 
 def test_a_terminal_that_is_closed_saves_a_run_of_torchrun(uninterrupted, run, tmp_path):
@@ -164,18 +177,17 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(uninterrupted, 
     assert ends(tmp_path / "runs/run") == uninterrupted["sgd-mpi"]
 
 
-def test_a_time_limit_stops_all_ranks_in_time(run, tmp_path):
-    config = of("manual-mpi", max_steps=1_000_000_000, time_limit_s=1.0)
-    done = run(*launch("mpiexec", 2), "-m", "torchreg", "train", *options(config), cwd=tmp_path, timeout_s=60)
-    assert done.returncode == 75, done.stderr
-    assert "reason       the time limit is near" in done.stdout
-    (name,) = checkpoints(tmp_path / "runs/run")
-    assert f"stopped after {int(name[5:15])} steps, and saved" in done.stdout
+def test_a_time_limit_stops_all_ranks_in_time(on_two_ranks):
+    main, other = on_two_ranks["time limit"]
+    assert (main.code, other.code) == (75, 75)
+    assert "reason       the time limit is near" in main.out
+    (name,) = checkpoints(on_two_ranks.folder / "time limit/runs/run")
+    assert f"stopped after {int(name[5:15])} steps, and saved" in main.out
     assert int(name[5:15]) % 30 == 0
 
 
 def test_a_folder_that_is_removed_ends_all_ranks_with_its_reason(run, tmp_path):
-    config = of("sgd-ddp", checkpoint_every=50)
+    config = of("manual-allreduce", checkpoint_every=50)
     command = [*launch("mpiexec", 2), ACCIDENT, "remove", "0", "110", "train", *options(config)]
     done = run(*command, cwd=tmp_path, timeout_s=60)
     assert done.returncode not in (0, 75)
@@ -215,7 +227,7 @@ def test_a_full_disk_ends_all_ranks_and_leaves_only_whole_files(small_disk, unin
 
 def test_two_jobs_on_one_run_do_not_mix(run, tmp_path):
     # Both are started at once; whichever comes second is told so, and the first is whole.
-    config = of("sgd-ddp", max_steps=3000, resume="auto")
+    config = of("manual-allreduce", max_steps=3000, resume="auto")
     one = " ".join([sys.executable, "-m", "torchreg", "train", *options(config)])
     both = f"{one} >first 2>first.err & {one} >second 2>second.err; echo $?; wait $!; echo $?"
     done = run("bash", "-c", both, cwd=tmp_path, timeout_s=60)

@@ -78,12 +78,13 @@ def test_a_record_has_what_decides_its_numbers_and_one_name_for_the_machine(camp
         assert launch["campaign"]["machine"] == re.sub(r"\d", "", socket.gethostname().split(".")[0]).strip("-_")
 
 
-def test_under_mpiexec_it_is_refused_once(run, tmp_path):
+def test_under_mpiexec_it_is_refused_once(on_two_ranks):
     # L9: both ranks made a campaign, on the same cores, and both were recorded as done.
-    done = run("mpiexec", "-n", "2", "torchreg", "scale", "run", "--dir", "out", cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.count("scale run starts ranks itself, and MPICH mpiexec has started this process") == 1
-    assert not (tmp_path / "out").exists()
+    main, other = on_two_ranks["under mpiexec"]
+    assert (main.code, other.code) == (2, 2)
+    assert main.err.count("scale run starts ranks itself, and MPICH mpiexec has started this process") == 1
+    assert other.err == ""
+    assert not (on_two_ranks.folder / "under mpiexec/out").exists()
 
 
 def test_ranks_end_when_scale_run_is_killed(tmp_path):
@@ -129,13 +130,16 @@ def test_steps_to_the_target_are_those_of_theory(campaign):
         assert point["stability_limit"] > 1
 
 
-def test_a_fast_wrong_run_is_no_result(run, tmp_path):
-    worker = str(Path(__file__).parent / "scale_worker.py")
-    done = run("mpiexec", "-n", "2", sys.executable, worker, "wrong-average", "stale-rank", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+ON_TWO_RANKS = {
+    "broken points": {"program": "tests.mpi.scale_worker:main", "arguments": ["wrong-average", "stale-rank"]},
+    "under mpiexec": {"arguments": ["scale", "run", "--dir", "out"]},
+}
+
+
+def test_a_fast_wrong_run_is_no_result(on_two_ranks):
     average, stale = [
         [point["check_message"] for point in points if not point["check_passed"]]
-        for points in map(json.loads, done.stdout.splitlines())
+        for points in map(json.loads, on_two_ranks["broken points"][0].out.splitlines())
     ]
     assert len(average) == 4
     assert "do not end at the closed form" in average[0]

@@ -1,27 +1,31 @@
 """If these fail, `torchreg verify` passes a stack that trains wrongly, or fails one that is right."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from torchreg.cli import main
 
-from .test_ranks import launch
-
-QUICK = ("-m", "torchreg", "verify", "--quick", "--distributed", "torch")
-WORKER = str(Path(__file__).parent / "verify_worker.py")
+QUICK = ["verify", "--quick", "--distributed", "torch"]
+RIGHT = {"right stack": {"arguments": [*QUICK, "--json"]}}
+ON_TWO_RANKS = {
+    "defects": {"program": "tests.mpi.verify_worker:main"},
+    "table": {"arguments": [*QUICK, "--inject", "skewed-start"]},
+}
+ON_THREE_RANKS = RIGHT
+ON_TORCHRUN = {"right stack": RIGHT["right stack"] | {"world_size": 3}}
 
 
 def status_of(checks):
     return {(check["area"], check["name"]): check["status"] for check in checks}
 
 
-@pytest.mark.parametrize(("launcher", "num_ranks"), [("mpiexec", 3), ("torchrun", 2)])
-def test_a_right_stack_passes(launcher, num_ranks, run, tmp_path):
-    done = run(*launch(launcher, num_ranks), *QUICK, "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    content = json.loads(done.stdout)
+@pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
+def test_a_right_stack_passes(launcher, request):
+    launched = request.getfixturevalue("on_three_ranks" if launcher == "mpiexec" else "on_torchrun")
+    ends = launched["right stack"]
+    assert [end.code for end in ends] == [0] * 3, ends[0].out
+    content = json.loads(ends[0].out)
     assert content["passed"] is True
     status = status_of(content["checks"])
     assert set(status.values()) == {"PASS", "SKIP"}
@@ -30,15 +34,13 @@ def test_a_right_stack_passes(launcher, num_ranks, run, tmp_path):
     assert status["closed form", "full batch"] == "PASS"
     assert status["files", "shared checkpoint"] == "PASS"
     assert (("invariance", "manual × mpi, fast") in status) == (launcher == "mpiexec")
-    assert not any((tmp_path / "runs").iterdir()), "the checks leave nothing behind"
+    assert not any((launched.folder / "right stack/runs").iterdir()), "the checks leave nothing behind"
 
 
 @pytest.fixture(scope="module")
-def status_with(run, tmp_path_factory):
+def status_with(on_two_ranks):
     """The status of each check with each defect, on two ranks."""
-    done = run(*launch("mpiexec", 2), WORKER, cwd=tmp_path_factory.mktemp("defects"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    return {defect: status_of(checks) for defect, checks in json.loads(done.stdout).items()}
+    return {defect: status_of(checks) for defect, checks in json.loads(on_two_ranks["defects"][0].out).items()}
 
 
 TRAINED = {
@@ -65,12 +67,13 @@ def test_an_injected_defect_fails_the_right_checks_and_no_others(defect, failing
     assert status["initial state", "data"] == "PASS"
 
 
-def test_the_table_names_what_fails(run, tmp_path):
-    done = run(*launch("mpiexec", 2), *QUICK, "--inject", "skewed-start", cwd=tmp_path)
-    assert done.returncode == 1
-    assert "does NOT train correctly" in done.stdout
-    assert "initial state: parameters" in done.stdout
-    assert done.stdout.count("verdict") == 1, "the main rank alone prints"
+def test_the_table_names_what_fails(on_two_ranks):
+    main, other = on_two_ranks["table"]
+    assert (main.code, other.code) == (1, 1)
+    assert "does NOT train correctly" in main.out
+    assert "initial state: parameters" in main.out
+    assert main.out.count("verdict") == 1
+    assert other.out == "", "the main rank alone prints"
 
 
 def test_one_process_needs_no_others(capsys):

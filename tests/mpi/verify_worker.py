@@ -6,7 +6,9 @@ from dataclasses import asdict
 from torchreg.distributed.init import init_distributed
 from torchreg.verification.verify import DEFECTS, verify
 
-with init_distributed(sync="mpi", device="cpu", distributed="torch") as communicator:
-    checks = {defect: list(verify(communicator, "runs", quick=True, defect=defect)) for defect in DEFECTS}
-    if communicator.is_main:
-        print(json.dumps({defect: [asdict(check) for check in found] for defect, found in checks.items()}))
+
+def main() -> None:
+    with init_distributed(sync="mpi", device="cpu", distributed="torch") as communicator:
+        checks = {defect: list(verify(communicator, "runs", quick=True, defect=defect)) for defect in DEFECTS}
+        if communicator.is_main:
+            print(json.dumps({defect: [asdict(check) for check in found] for defect, found in checks.items()}))

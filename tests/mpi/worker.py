@@ -1,8 +1,7 @@
-"""What each rank of `test_ranks.py` runs: many short trainings in one bring-up, their weights as JSON on rank 0."""
+"""What ranks of `test_golden.py` run: many short trainings in one bring-up; rank 0 prints their weights as JSON."""
 
 import itertools
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -57,21 +56,17 @@ def bits(result: Result) -> list[str]:
     return [float(number).hex() for number in (*result.weight, result.bias, result.loss, *logged)]
 
 
-def main() -> None:
-    output, runs_dir, with_mpi, ordered = (
-        Path(sys.argv[1]),
-        sys.argv[2],
-        sys.argv[3] == "mpi",
-        "reproducible" in sys.argv,
-    )
+def main(sync: str, *, is_reproducible: bool = False) -> None:
     results = {}
-    with init_distributed(sync="mpi" if with_mpi else "ddp", device="cpu", distributed="torch") as communicator:
-        for key, config in (ordered_configurations if ordered else configurations)(runs_dir, with_mpi=with_mpi):
+    with init_distributed(sync=sync, device="cpu", distributed="torch") as communicator:
+        for key, config in (ordered_configurations if is_reproducible else configurations)(
+            "runs", with_mpi=sync == "mpi"
+        ):
             result = train(config, communicator)
-            results[key] = (bits(result) if communicator.is_main else []) if ordered else asdict(result)
+            results[key] = (bits(result) if communicator.is_main else []) if is_reproducible else asdict(result)
         if communicator.is_main:
-            output.write_text(json.dumps({"world_size": communicator.world_size, "results": results}))
+            print(json.dumps({"world_size": communicator.world_size, "results": results}))
 
 
-if __name__ == "__main__":
-    main()
+def reproducible(sync: str) -> None:
+    main(sync, is_reproducible=True)
