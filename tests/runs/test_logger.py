@@ -17,8 +17,8 @@ def test_errors_keep_their_order_and_a_signal_is_heard_once():
         buffer.restore([1.0, 2.0], [64, 64])  # of an earlier process
         buffer.append(batch_of(39), torch.tensor(3.0))
         errors, signals = buffer.all_reduce((False, True))
-        assert (errors.tolist(), signals.tolist(), buffer.num_samples) == ([1, 2, 3], [0, 1], [64, 64, 39])
+        assert (errors, signals, buffer.num_samples) == ([1, 2, 3], [0, 1], [64, 64, 39])
         buffer.clear()
         buffer.append(batch_of(64), torch.tensor(4.0))
         errors, signals = buffer.all_reduce((False, False))
-        assert (errors.tolist(), signals.tolist()) == ([4], [0, 0])
+        assert (errors, signals) == ([4], [0, 0])

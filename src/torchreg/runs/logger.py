@@ -9,9 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from torchreg.console import Reporter
@@ -46,7 +44,7 @@ class LossBuffer:
         self.errors.append(squared_error)
         self.num_samples.append(batch.num_samples)
 
-    def all_reduce(self, signals: Sequence[float] = ()) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def all_reduce(self, signals: Sequence[float] = ()) -> tuple[list[float], list[float]]:
         """Summed over ranks: the squared error of each waiting step, and `signals`. All ranks call it together."""
         num_reduced, count = len(self.reduced), len(self.num_samples)
         self._sums.zero_()
@@ -58,7 +56,7 @@ class LossBuffer:
             if signal:
                 self._sums[index] = signal
         self._communicator.all_reduce(self._sums)
-        sums: NDArray[np.float64] = self._sums.cpu().double().numpy()
+        sums: list[float] = self._sums.tolist()
         return sums[:count], sums[MOST_WAITING:]
 
     def restore(self, reduced: Sequence[float], num_samples: Sequence[int]) -> None:
@@ -69,7 +67,8 @@ class LossBuffer:
 
     def clear(self) -> None:
         """Forget all steps."""
-        self.restore([], [])
+        for waiting in (self.errors, self.reduced, self.num_samples):
+            waiting.clear()
 
 
 class Clock:
@@ -116,25 +115,24 @@ class StopRule:
         reason = self.request.reason if self.request and self.request.is_due() else None
         return [reason == each for each in REASONS]
 
-    def agree(self, num_ranks: NDArray[np.float64]) -> None:
+    def agree(self, num_ranks: Sequence[float]) -> None:
         """Stop if any rank requests it; `num_ranks` counts them by reason."""
-        if num_ranks.any() and self.stopped_by == "steps":
+        if any(num_ranks) and self.stopped_by == "steps":
             self.stopped_by = "request"
             if self.request:
-                self.request.reason = REASONS[int((num_ranks > 0).argmax())]
+                self.request.reason = next(each for each, num in zip(REASONS, num_ranks, strict=True) if num)
 
-    def check(self, losses: NDArray[np.float64], first_step: int) -> int | None:
+    def check(self, losses: Sequence[float], first_step: int) -> int | None:
         """The index of the first loss that is not finite or beyond the threshold; the run then stops."""
-        is_fine = losses <= self.divergence_threshold
-        if is_fine.all():
-            return None
-        index = int(is_fine.argmin())
-        self.stopped_by, self.diverged_at_step = "divergence", first_step + index
-        return index
+        for index, loss in enumerate(losses):
+            if not loss <= self.divergence_threshold:
+                self.stopped_by, self.diverged_at_step = "divergence", first_step + index
+                return index
+        return None
 
     def check_full_loss(self, loss: float, step: int) -> None:
         """Stop if the loss on all rows after `step` is at the target or beyond the threshold."""
-        if self.check(np.array([loss]), step) is None and self.target_loss is not None and loss <= self.target_loss:
+        if self.check([loss], step) is None and self.target_loss is not None and loss <= self.target_loss:
             self.stopped_by = "target"
 
 
@@ -184,13 +182,13 @@ class Logger:
         self.train_time_s = self.communicator.largest(self.clock.elapsed_s())
         self.loss = self.loss_on_all_rows()
         if self.rule.stopped_by in ("steps", "target"):
-            self.rule.check(np.array([self.loss]), self.num_steps - 1)
+            self.rule.check([self.loss], self.num_steps - 1)
 
     @contextmanager
     def saving(self) -> Iterator[dict[str, Any]]:
         """What a checkpoint needs for `start`; the body saves it. Sums the waiting errors over ranks."""
         with self.clock.paused():
-            errors = self._all_reduce().tolist()
+            errors = self._all_reduce()
             self._buffer.restore(errors, self._buffer.num_samples)
             yield {
                 "waiting_errors": [error.hex() for error in errors],  # may be infinite, which JSON cannot express
@@ -212,7 +210,7 @@ class Logger:
         full = first - len(self._buffer.num_samples) + MOST_WAITING - 1
         self._flush_step = min(next_line, self.state.schedule.num_steps - 1, full)
 
-    def _all_reduce(self) -> NDArray[np.float64]:
+    def _all_reduce(self) -> list[float]:
         """The squared errors of the waiting steps over all ranks; the ranks agree on whether to save and to stop."""
         every_s = self.config.checkpoint_every_s
         save = every_s is not None and self.communicator.is_main and time.perf_counter() - self._saved_s >= every_s
@@ -224,7 +222,7 @@ class Logger:
     def _flush(self, step: int) -> bool:
         num_steps, counts = self.state.schedule.num_steps, self._buffer.num_samples
         is_logged = (step + 1) % self.state.log_every == 0 or step == num_steps - 1
-        losses = self._all_reduce() / counts
+        losses = [error / count for error, count in zip(self._all_reduce(), counts, strict=True)]
         first, index = step + 1 - len(counts), len(counts) - 1
         self.num_steps = step + 1
         self.num_samples += sum(counts)
@@ -240,8 +238,8 @@ class Logger:
                     full_loss = self.loss_on_all_rows()
                 self.rule.check_full_loss(full_loss, step)
             if self.directory:
-                self.directory.append_metrics(self._line(first + index, float(losses[index]), full_loss))
-                self.reporter.progress(step + 1, num_steps, float(losses[index]))
+                self.directory.append_metrics(self._line(first + index, losses[index], full_loss))
+                self.reporter.progress(step + 1, num_steps, losses[index])
         return self.rule.stopped_by != "steps"
 
     def _line(self, step: int, loss: float, full_loss: float | None) -> dict[str, float | int | None]:
