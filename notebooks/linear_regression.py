@@ -17,7 +17,7 @@
 # the prices of houses. You will
 #
 # 1. see what "learning from examples" means, and what a language model shares with a straight line;
-# 2. compute the best line with pencil-and-paper sums, so that you know the right answer beforehand;
+# 2. compute the best line with pencil-and-paper sums, so that you know the closed-form solution beforehand;
 # 3. write the training loop yourself, and watch it find that answer step by step;
 # 4. do two homeworks, on batches and on learning rates;
 # 5. write the same training in PyTorch;
@@ -229,7 +229,7 @@ plt.show()
 # | fine-tuning | more steps from trained parameters | start from our line, go on with another town's houses |
 # | processes | thousands of GPUs | 1, then 2 and 4, then Polaris |
 #
-# What this lesson has and they do not: **we can compute the right answer beforehand**, and so see whether training
+# What this lesson has and they do not: **we can compute the solution beforehand**, and so see whether training
 # finds it.
 
 # %% [markdown]
@@ -290,7 +290,7 @@ plt.show()
 # Larger houses cost more, roughly along a line, and the larger the house the wider the scatter. *Which* line?
 
 # %% [markdown]
-# ## 3. The right answer, from five sums
+# ## 3. The closed-form solution, from five sums
 #
 # Call the area $x$ and the price $y$. A line predicts $\hat y = w\,x + b$, with the slope $w$, which
 # this lesson calls the **weight**, and the intercept $b$, the **bias**. The best line is the one whose predictions
@@ -429,12 +429,12 @@ plt.show()
 
 # %% [markdown]
 # Both are parabolas, but look at the bottom. One house can be guessed perfectly; 551 houses cannot all lie on one line,
-# so the right-hand curve never touches zero. The best possible loss is what the closed form has, and no training can
+# so the right-hand curve never touches zero. The lowest loss is the closed form's, and no training can
 # get below it.
 #
 # ### The gradient
 #
-# We stand somewhere on the curve and want to go down. The *slope of the loss* tells which way. There is one
+# We stand somewhere on the curve and want to go down. The *slope of the loss* shows which way. There is one
 # for each parameter, the partial derivative; together they are the **gradient**. At the bottom both are zero.
 #
 # For one house $L_i = e_i^2$ with $e_i = w x_i + b - y_i$. The chain rule takes the derivative of the square, times the
@@ -642,7 +642,7 @@ for step in range(1, NUM_STEPS + 1):
     bias = bias - BIAS_RATE * gradient_of_bias(area, price, weight, bias)
     loss_history.append(squared_error(area, price, weight, bias).mean())
 
-    # From here on only the picture: it is drawn anew after each step, in the place of the last one.
+    # From here on only the picture: it is drawn again after each step, in the place of the last one.
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.2))
     draw_houses(left)
     draw_line(left, weight, bias, f"step {step}")
@@ -661,7 +661,7 @@ print(f"after {NUM_STEPS} steps: price = {weight:.6f} × area + {bias:.6f}, loss
 print(f"closed form:    price = {best_weight:.6f} × area + {best_bias:.6f}, loss {best_loss:,.1f}")
 
 # %% [markdown]
-# The loss falls steeply for a few steps, then creeps. After 30 steps it is within 0.03 % of the best possible one. The
+# The loss falls steeply for a few steps, then creeps. After 30 steps it is within 0.03 % of the optimum. The
 # parameters themselves are further off (88.9 in place of 87.7): along the valley's floor a steeper line with a lower
 # bias is nearly as good, and the slope there is too flat to hurry.
 #
@@ -752,12 +752,12 @@ plt.show()
 # %%
 largest_factor = 1
 for factor in (1,):  # ← your change here: 1, 2, 4, 8, ... until it diverges
-    # ← your change here: train with 64 * factor houses a step, and rates of factor * 1e-7 and factor * 1e-1
-    ladder_weight, ladder_bias, ladder_losses = homework_training(64)
+    # ← your change here: train with 64 * factor houses a step, and learning rates of factor * 1e-7 and factor * 1e-1
+    scaled_weight, scaled_bias, scaled_losses = homework_training(64)
     largest_factor = factor
-    print(f"× {factor}: weight {ladder_weight:.2f}, bias {ladder_bias:.2f}, last loss {ladder_losses[-1]:,.0f}")
+    print(f"× {factor}: weight {scaled_weight:.2f}, bias {scaled_bias:.2f}, last loss {scaled_losses[-1]:,.0f}")
 
-if ladder_losses[-1] < ladder_losses[0]:
+if scaled_losses[-1] < scaled_losses[0]:
     print(f"not yet: training still converges at × {largest_factor}, so climb on")
 else:
     print(f"well done: it diverges at × {largest_factor}")
@@ -820,7 +820,7 @@ assert np.isclose(weight, model.weight.item(), rtol=1e-9)
 assert np.isclose(bias, model.bias.item(), rtol=1e-9)
 
 # %% [markdown]
-# torchreg's own training has both. Its recipe `lesson` is the loop of section 6: hand-written gradient, sequential
+# torchreg's own training has both. Its recipe `lesson` is the loop of section 6: manual gradient, sequential
 # order. The other calculation below is autograd again.
 
 # %%
@@ -914,7 +914,7 @@ for axes, (size, (_, _, losses)) in zip(panels.flat, runs_by_batch_size.items(),
     axes.set(title=f"batches of {size}", yscale="log", ylim=(5e8, 3e10))
     axes.legend(fontsize=10)
 
-together = panels.flat[-1]  # all five: how far above the best loss they are, on average over each epoch
+together = panels.flat[-1]  # all five: how far above the optimum they are, on average over each epoch
 for size, (_, _, losses) in runs_by_batch_size.items():
     epoch = np.arange(1, len(losses) + 1) * size / len(houses)
     excess = pd.Series(100 * (losses[:, 1] / best_loss - 1)).groupby(np.ceil(epoch)).mean()
@@ -942,7 +942,7 @@ plt.show()
 # ### Homework 2
 
 # %%
-ladder = []
+sweep = []
 for factor in (1, 2, 4, 8):
     row = {"factor": f"× {factor}", "global_batch_size": 64 * factor}
     for order in ("sequential", "simultaneous"):
@@ -953,8 +953,8 @@ for factor in (1, 2, 4, 8):
             row[order] = f"diverged, after {len(losses)} steps"
         else:
             row[order] = f"{weight:.2f} × area + {bias:,.0f}, {losses[-1, 1] / best_loss - 1:.2%} above the best"
-    ladder.append(row)
-pd.DataFrame(ladder).set_index("factor")
+    sweep.append(row)
+pd.DataFrame(sweep).set_index("factor")
 
 # %% [markdown]
 # The rule holds for a while and then breaks at once: no slow decline, but a cliff. For our order of updates it comes at
@@ -965,7 +965,7 @@ pd.DataFrame(ladder).set_index("factor")
 # one of them moves this cliff. The next section computes where the cliff is, and then it is easy to see which, and why.
 
 # %% [markdown]
-# ## 10. Why the ladder breaks where it does, predicted
+# ## 10. Where linear scaling fails, predicted
 #
 # A cliff between × 2 and × 4, or between × 4 and × 8: could we have known, before the first step? Yes, to three digits.
 #
@@ -1046,15 +1046,15 @@ plt.show()
 print("eigenvalues at k = 1, simultaneous:", np.linalg.eigvals(matrix_of_a_step(1, "simultaneous")).round(4))
 
 # %% [markdown]
-# - **The narrow ravine.** With our own rates one part of the error shrinks to 0.37 of itself in every step, the other
+# - **The narrow ravine.** With our own learning rates one part of the error shrinks to 0.37 of itself in every step, the other
 #   only to 0.98. Across the ravine the walls are steep; along its floor it is nearly flat. The steep direction
-#   sets the limit for the rates, and the flat one has to live with it. This is the creeping of section 6.
+#   sets the limit for the learning rates, and the flat one has to live with it. This is the creeping of section 6.
 # - **Simultaneous: × 3.15.** Beyond it, each step across the ravine lands higher on the other wall.
 # - **Sequential: × 7.2.** In the simultaneous order weight and bias both answer for the same error, and together they
 #   overshoot. In the sequential order the bias sees what the weight has corrected already. (Where its dashed
 #   and full line run together, the eigenvalues are complex numbers: the error circles around the bottom.)
 #
-# So the ladder breaks between × 2 and × 4 in the one order and between × 4 and × 8 in the other, as you measured. A
+# So linear scaling fails between × 2 and × 4 in the one order and between × 4 and × 8 in the other, as you measured. A
 # small detail decides, and one that hardly anybody writes down.
 #
 # ### Batches add noise
@@ -1070,9 +1070,9 @@ print("eigenvalues at k = 1, simultaneous:", np.linalg.eigvals(matrix_of_a_step(
 #
 # $$ v = \frac{s}{1 - r} $$
 #
-# This is why homework 1 ended above the best loss: there is a **noise floor**. Larger batches give smaller kicks
-# (less than half for twice the batch, and none at all for all rows). Smaller rates help too: $s$ falls with their
-# square, $1 - r$ only in proportion, and so the floor falls with the rate. That is what a decaying rate is for.
+# This is why homework 1 ended above the optimum: there is a **noise floor**. Larger batches give smaller kicks
+# (less than half for twice the batch, and none at all for all rows). Smaller learning rates help too: $s$ falls with their
+# square, $1 - r$ only in proportion, and so the noise floor falls with the learning rate. That is what decay is for.
 #
 # For two parameters $v$ becomes a matrix and $r$ a matrix of matrices, which is no fun by hand.
 # `torchreg.theory.Dynamics` does it from the table alone, without training. First it must agree with our NumPy; then we
@@ -1112,9 +1112,9 @@ for size, (_, _, losses) in runs_by_batch_size.items():
 pd.DataFrame(floors).set_index("global_batch_size")
 
 # %% [markdown]
-# The limits hardly depend on the batch; the floor does. (It is that of homework 1's sequential order, and given as
+# The limits hardly depend on the batch; the noise floor does. (It is that of homework 1's sequential order, and given as
 # there: how far the loss on all houses is above the best, now as a mean over the second half of training. The run with
-# batches of 512 takes only 32 steps, and is still creeping towards its floor.) Prediction and measurement do not agree
+# batches of 512 takes only 32 steps, and is still creeping towards its noise floor.) Prediction and measurement do not agree
 # to the last digit: the prediction is for the *mean* over all runs that could be, and you measured one.
 #
 # How far may one run be from the mean? The same matrices tell that too. So here is the whole learning curve, before
@@ -1146,20 +1146,20 @@ print(f"inside the band: {inside.mean():.1%} of all points of the eight runs")
 assert inside.mean() > 0.85
 
 # %% [markdown]
-# The blue line and the band were computed from the table and the rates, without a single step of training. (They take
+# The blue line and the band were computed from the table and the learning rates, without a single step of training. (They take
 # the errors to be spread like a bell curve. They are so only nearly, which is why a few more points than 5 % fall out.)
 #
-# ### The ladder again
+# ### Linear scaling again
 #
-# Now the real test: predict the cliff, and then train just below it and just above it. On the ladder the batch grows
-# with the rates, so the limit is the $k$ at which batches of $64k$ allow just that $k$. To the rungs 1, 2, 4, 8 we add
-# one at 97 % and one at 103 % of each limit. Every rung takes about 400 steps, enough to decide.
+# Now the real test: predict the cliff, and then train just below it and just above it. In homework 2 the batch grows
+# with the learning rates, so the limit is the $k$ at which batches of $64k$ allow just that $k$. To the factors 1, 2, 4, 8
+# we add one at 97 % and one at 103 % of each limit. Each takes about 400 steps, enough to decide.
 
 # %%
 ORDERS = {"simultaneous": (BLUE, "o", "-"), "sequential": (ORANGE, "s", "--")}
 
 
-def limit_on_the_ladder(order):
+def largest_factor_of(order):
     """The k that is the largest stable one at a batch of 64 k."""
     k = 1.0
     for _ in range(6):  # the limit depends on the batch so weakly that it has settled after two
@@ -1167,13 +1167,13 @@ def limit_on_the_ladder(order):
     return k
 
 
-cliffs = {order: limit_on_the_ladder(order) for order in ORDERS}
-rungs = sorted([1, 2, 4, 8, *(side * cliff for cliff in cliffs.values() for side in (0.97, 1.03))])
+cliffs = {order: largest_factor_of(order) for order in ORDERS}
+factors = sorted([1, 2, 4, 8, *(side * cliff for cliff in cliffs.values() for side in (0.97, 1.03))])
 TOP = 2e4  # where the picture puts what diverged, in percent
 
 figure, axes = plt.subplots(figsize=(7, 5))
 for order, (colour, marker, linestyle) in ORDERS.items():
-    for k in rungs:
+    for k in factors:
         size = min(round(64 * k), len(houses))
         epochs = 1 + 400 * size // len(houses)
         _, _, losses = train_on_batches(size, epochs, k * WEIGHT_RATE, k * BIAS_RATE, order)
@@ -1196,11 +1196,11 @@ axes.set(ylim=(1e-2, 6e4), xlim=(0.8, 10), xticks=[1, 2, 4, 8], xticklabels=["1"
 axes.set_title("lines: predicted; marks: trained")
 axes.legend(loc="lower left", fontsize=10)
 plt.show()
-print(f"{2 * len(rungs)} runs: each diverged, or did not, as predicted")
+print(f"{2 * len(factors)} runs: each diverged, or did not, as predicted")
 
 # %% [markdown]
 # Three percent below the limit training converges, three percent above it diverges, in both orders. That is the cliff
-# from homework 2, and it was known beforehand. So were the floors in front of it. The blue one climbs as the cliff
+# from homework 2, and it was known beforehand. So were the noise floors below it. The blue one climbs as the cliff
 # comes near: stable is not yet good, and half the limit is a sensible distance.
 #
 # ### Why warm-up does not move the limit
