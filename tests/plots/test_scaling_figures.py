@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from torchreg.plots import rendering
-from torchreg.plots.pictures import best_model, draw_estimates, power_of_two, scopes_of, styles_of
+from torchreg.plots.pictures import best_model, draw_estimates, power_of_two, styled
 from torchreg.plots.quantities import count, in_unit, number
 from torchreg.plots.scaling_figures import draw_allreduce, draw_breakdown, draw_models, draw_scaling
 from torchreg.plots.target_figures import draw_steps, draw_targets, unstable_from
@@ -115,10 +115,9 @@ def test_a_number_read_back_is_the_number(value):
 
 
 def test_scopes_are_apart_and_within_a_node_comes_first(group):
-    assert scopes_of(reversed(group["series"]))[0] == WITHIN
-    assert set(scopes_of(group["series"])) == {
+    assert list(dict.fromkeys(one["scope"] for one in group["series"])) == [
         WITHIN, "across nodes, 1 rank a node", "across nodes, 2 ranks a node", "across nodes, 4 ranks a node",
-    }  # fmt: skip
+    ]  # fmt: skip
 
 
 def test_strong_scaling_has_a_panel_for_each_measure_and_size_and_a_line_for_each_combination(group):
@@ -167,7 +166,7 @@ def test_intervals_are_drawn_from_low_to_high_and_only_where_they_are():
     none = {"value": 3.0, "low": None, "high": None, "num_launches": 3}
     half = {"value": 3.0, "low": 2.0, "high": None, "num_launches": 6}  # too many launches missed the target
     axes = Figure(figsize=(3, 3)).add_subplot()
-    style = styles_of(["sgd/ddp"])["sgd/ddp"]
+    style = styled([{"optimizer": "sgd", "sync": "ddp"}])[0]["style"]
     rows = [
         {"ranks": 1, "time": full},
         {"ranks": 2, "time": none},
@@ -241,7 +240,7 @@ def test_a_model_is_dashed_beyond_what_was_measured_and_the_best_one_is_drawn(gr
 
 
 def test_models_that_the_points_do_not_determine_are_not_drawn(group):
-    assert draw_models(group, 1, "strong", "across nodes, 4 ranks a node") is None  # two world sizes
+    assert not draw_models(group, 1, "strong", "across nodes, 4 ranks a node").panels  # two world sizes
 
 
 def test_the_allreduce_line_is_alpha_plus_beta_m(group):

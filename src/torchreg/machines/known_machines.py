@@ -26,12 +26,9 @@ class Machine:
 # as Python does not. torchreg passes no device memory to MPI.
 _CRAY_MPICH = {"MPICH_GPU_SUPPORT_ENABLED": "0"}
 _SLINGSHOT = {
-    "NCCL_NET_GDR_LEVEL": "PHB",
-    "NCCL_CROSS_NIC": "1",
-    "FI_CXI_DISABLE_HOST_REGISTER": "1",
-    "FI_CXI_DEFAULT_CQ_SIZE": "131072",
-    **_CRAY_MPICH,
-}
+    "NCCL_NET_GDR_LEVEL": "PHB", "NCCL_CROSS_NIC": "1",
+    "FI_CXI_DISABLE_HOST_REGISTER": "1", "FI_CXI_DEFAULT_CQ_SIZE": "131072", **_CRAY_MPICH,
+}  # fmt: skip
 
 MACHINES: dict[MachineName, Machine] = {
     "generic": Machine(),

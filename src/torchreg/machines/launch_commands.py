@@ -50,7 +50,21 @@ def launch_command(
     Raises `ValueError` if the numbers do not fit each other or the machine.
     """
     needs, num_ranks = MACHINES[machine], num_nodes * ranks_per_node
-    _check(machine, num_nodes, ranks_per_node, hosts)
+    for name, value in (("num_nodes", num_nodes), ("ranks_per_node", ranks_per_node)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}: give a whole number of at least 1")
+    if (num_devices := needs.ranks_per_node) is not None and ranks_per_node > num_devices:
+        raise ValueError(
+            f"ranks_per_node is {ranks_per_node}, and a node of {machine} has {num_devices} devices: give at most "
+            f"{num_devices}, or choose machine generic"
+        )
+    for host, count in Counter(hosts).items():
+        if count > 1:
+            raise ValueError(f"hosts names {host} {count} times: give each host once, and ranks_per_node")
+        if not host or re.search(r"[\s,:]", host):
+            raise ValueError(f"hosts has {host!r}: give the names of hosts, separated by commas")
+    if hosts and len(hosts) != num_nodes:
+        raise ValueError(f"num_nodes is {num_nodes}, and hosts names {len(hosts)}: give as many hosts as nodes")
     if launcher == "none" and num_ranks > 1:
         raise ValueError(
             f"num_ranks is {num_ranks} and launcher is none, which starts one process: name another, or put an mpiexec "
@@ -86,29 +100,9 @@ def launch_command(
     return commands[launcher]
 
 
-def _check(machine: MachineName, num_nodes: int, ranks_per_node: int, hosts: Sequence[str]) -> None:
-    for name, value in (("num_nodes", num_nodes), ("ranks_per_node", ranks_per_node)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}: give a whole number of at least 1")
-    num_devices = MACHINES[machine].ranks_per_node
-    if num_devices is not None and ranks_per_node > num_devices:
-        raise ValueError(
-            f"ranks_per_node is {ranks_per_node}, and a node of {machine} has {num_devices} devices: give at most "
-            f"{num_devices}, or choose machine generic"
-        )
-    for host, count in Counter(hosts).items():
-        if count > 1:
-            raise ValueError(f"hosts names {host} {count} times: give each host once, and ranks_per_node")
-        if not host or re.search(r"[\s,:]", host):
-            raise ValueError(f"hosts has {host!r}: give the names of hosts, separated by commas")
-    if hosts and len(hosts) != num_nodes:
-        raise ValueError(f"num_nodes is {num_nodes}, and hosts names {len(hosts)}: give as many hosts as nodes")
-
-
 def _variables(
     machine: MachineName, num_nodes: int, env: Mapping[str, str], without: Sequence[str], library_path: str
 ) -> list[str]:
-    """NAME=VALUE of each variable."""
     needs = MACHINES[machine]
     variables = {**needs.environment, **needs.environment_across_nodes}
     if needs.library_path:

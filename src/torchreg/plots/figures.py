@@ -47,11 +47,12 @@ draw_training = partial(save, training_figure, name=TRAINING_FIGURE)
 
 def _draw_data(axes: Axes, table: Table, result: dict[str, Any]) -> None:
     """The target over the one feature with both fitted lines, or over its prediction from several features."""
-    target, unit, is_line = table.target[:, 0], _label(table.target_name), table.num_features == 1
+    target, is_line = table.target[:, 0], table.num_features == 1
+    unit, feature = (_UNITS.get(name) or _plain(name) for name in (table.target_name, table.feature_names[0]))
     x = table.features[:, 0] if is_line else table.features @ np.array(result["weight"]) + result["bias"]
     axes.scatter(x, target, s=14, color=SKY, edgecolor="white", linewidth=0.3, label=f"{table.num_rows} samples")
     if is_line:
-        ends, label, title = np.array([x.min(), x.max()]), _label(table.feature_names[0]), "data and fit"
+        ends, label, title = np.array([x.min(), x.max()]), feature, "data and fit"
         axes.plot(ends, result["weight"][0] * ends + result["bias"], color=ORANGE, linewidth=2.5, label="trained")
         best, name = result["closed_form_weight"][0] * ends + result["closed_form_bias"], "closed-form solution"
     else:
@@ -87,10 +88,6 @@ def _draw_loss(axes: Axes, metrics: list[dict[str, Any]], record: dict[str, Any]
     loss = f"mean squared error{' ' if len(unit) <= 16 else chr(10)}({unit}²)"
     axes.set(yscale="log", xlabel="step (optimizer updates)", ylabel=loss, title="loss")
     axes.legend(fontsize=8)
-
-
-def _label(column: str) -> str:
-    return _UNITS.get(column) or _plain(column)
 
 
 def _plain(name: str) -> str:
@@ -196,7 +193,6 @@ def _batch_figure(folder: Path, trials: pd.DataFrame) -> Figure:
 
 
 def _draw_curves(axes: Axes, folder: Path, group: pd.DataFrame, curves: pd.DataFrame) -> None:
-    """Single runs, their mean, and the prediction with its band, over epochs."""
     for name, run in curves.groupby("name"):
         label = "one run" if name == curves["name"].min() else None
         axes.plot(run["epoch"], 100 * run["excess"], color=SKY, linewidth=0.7, alpha=0.7, label=label)
@@ -211,7 +207,6 @@ def _draw_curves(axes: Axes, folder: Path, group: pd.DataFrame, curves: pd.DataF
 
 
 def _draw_ends(axes: Axes, table: pd.DataFrame) -> None:
-    """The end of training, by batch size."""
     axes.set_title("at the end, ± std. error", fontsize=10)
     if table["excess"].isna().all():
         axes.text(0.5, 0.5, "all diverged", transform=axes.transAxes, ha="center")
@@ -233,8 +228,25 @@ def _lr_scaling_figure(trials: pd.DataFrame) -> Figure:
     for axes, standardize in zip(panels, (False, True), strict=True):
         part = table[table["standardize"] == standardize]
         axes.axhspan(top, 100 * top, color=GREY, alpha=0.25, linewidth=0)
-        for order in _ORDERS:
-            _draw_order(axes, part[part["update_order"] == order], top, order)
+        for order, (colour, marker, dashes, label_at) in _ORDERS.items():
+            own = part[part["update_order"] == order]  # without (filled) and with warm-up (hollow)
+            for warmup_steps, some in own.groupby("warmup_steps"):
+                height = np.where(some["num_diverged"] > 0, 5 * top, 100 * some["excess"])
+                size, face, name = (10, "none", "warmed up") if warmup_steps else (5, colour, "measured")
+                looks: Any = {"color": colour, "markersize": size, "markerfacecolor": face}
+                axes.plot(some["multiplier"], height, marker, **looks, label=f"{order}, {name}")
+            stable = own[(own["fraction_of_stability_limit"] < 1) & (own["warmup_steps"] == 0)]
+            mean, low, high = (100 * stable[f"predicted_{name}"].astype(float) for name in ("excess", "low", "high"))
+            axes.fill_between(stable["multiplier"], low, high, color=colour, alpha=0.12, linewidth=0)
+            name = f"{order}, predicted mean and 95 % of runs"
+            axes.plot(stable["multiplier"], mean, dashes, color=colour, linewidth=1.2, label=name)
+            nearest = own.iloc[(own["fraction_of_stability_limit"] - 1).abs().argmin()]
+            limit = nearest["multiplier"] / nearest["fraction_of_stability_limit"]
+            axes.axvline(limit, color=colour, linestyle=dashes, linewidth=2)
+            axes.annotate(
+                f"limit\n× {limit:.3g}", (limit, label_at), xycoords=axes.get_xaxis_transform(), xytext=(-4, 0),
+                textcoords="offset points", ha="right", va="top", fontsize=9, color=colour,
+            )  # fmt: skip
         axes.set(xscale=LogScale(axes.xaxis, base=2), yscale="log", xlabel="learning rate and batch × (1: reference)")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_title("standardised features" if standardize else "raw units", fontsize=10)
@@ -243,25 +255,3 @@ def _lr_scaling_figure(trials: pd.DataFrame) -> Figure:
     panels[0].set_ylabel("end of training, above the optimum (%)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=9)
     return figure
-
-
-def _draw_order(axes: Axes, trials: pd.DataFrame, top: float, order: str) -> None:
-    """The trials of one update order, without (filled) and with warm-up (hollow), and the predictions."""
-    colour, marker, dashes, label_at = _ORDERS[order]
-    for warmup_steps, some in trials.groupby("warmup_steps"):
-        height = np.where(some["num_diverged"] > 0, 5 * top, 100 * some["excess"])
-        size, face, name = (10, "none", "warmed up") if warmup_steps else (5, colour, "measured")
-        looks: Any = {"color": colour, "markersize": size, "markerfacecolor": face}
-        axes.plot(some["multiplier"], height, marker, **looks, label=f"{order}, {name}")
-    stable = trials[(trials["fraction_of_stability_limit"] < 1) & (trials["warmup_steps"] == 0)]
-    mean, low, high = (100 * stable[f"predicted_{name}"].astype(float) for name in ("excess", "low", "high"))
-    axes.fill_between(stable["multiplier"], low, high, color=colour, alpha=0.12, linewidth=0)
-    name = f"{order}, predicted mean and 95 % of runs"
-    axes.plot(stable["multiplier"], mean, dashes, color=colour, linewidth=1.2, label=name)
-    nearest = trials.iloc[(trials["fraction_of_stability_limit"] - 1).abs().argmin()]
-    limit = nearest["multiplier"] / nearest["fraction_of_stability_limit"]
-    axes.axvline(limit, color=colour, linestyle=dashes, linewidth=2)
-    axes.annotate(
-        f"limit\n× {limit:.3g}", (limit, label_at), xycoords=axes.get_xaxis_transform(), xytext=(-4, 0),
-        textcoords="offset points", ha="right", va="top", fontsize=9, color=colour,
-    )  # fmt: skip

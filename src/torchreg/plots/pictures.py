@@ -42,7 +42,7 @@ class Style:
 
 @dataclass(frozen=True)
 class Picture:
-    """Panels with one legend, of a group's number; `height` of the axes and `margin` at their left are in inches."""
+    """Panels (none without data) with one legend; `height` of the axes and `margin` at their left are in inches."""
 
     number: int
     kind: str
@@ -60,22 +60,16 @@ class Picture:
         return slug(f"figure {self.number} {self.kind} {self.scope}")
 
 
-def styles_of(names: Iterable[str]) -> dict[str, Style]:
-    """One style for each combination or backend; unknown ones have styles of their own."""
-    more = iter(_MORE_STYLES)
-    known = {name: _STYLES.get(_ALIKE.get(name, name)) for name in names}
-    return {name: Style(printable(name), *(found or next(more, _MORE_STYLES[-1]))) for name, found in known.items()}
-
-
 def combination_of(thing: Mapping[str, Any]) -> str:
     """Optimizer and sync, separated by a slash."""
     return f"{thing['optimizer']}/{thing['sync']}"
 
 
 def styled(things: Iterable[Json], name_of: Callable[[Json], str] = combination_of) -> list[Json]:
-    """Series, or fits of a backend, each with the `style` of its name."""
-    named = [(name_of(thing), thing) for thing in things]
-    styles = styles_of(name for name, _ in named)
+    """Series, or fits of a backend, each with the `style` of its name; unknown names have styles of their own."""
+    named, more = [(name_of(thing), thing) for thing in things], iter(_MORE_STYLES)
+    known = {name: _STYLES.get(_ALIKE.get(name, name)) for name, _ in named}
+    styles = {name: Style(printable(name), *(look or next(more, _MORE_STYLES[-1]))) for name, look in known.items()}
     return [{**thing, "style": styles[name]} for name, thing in named]
 
 
@@ -96,11 +90,6 @@ def best_model(series: Json) -> Json | None:
     """The identifiable model with the smallest held-out error, which is the one that is drawn."""
     fits = [fit for fit in series["models"] if fit["identifiable"] and fit["curve"]]
     return min(fits, key=lambda fit: math.inf if fit["held_out_error"] is None else fit["held_out_error"], default=None)
-
-
-def scopes_of(series: Iterable[Json]) -> list[str]:
-    """The scopes of some series, within a node first."""
-    return sorted(dict.fromkeys(one["scope"] for one in series), key=lambda scope: scope != "within a node")
 
 
 def placement_text(thing: Mapping[str, Any]) -> str:

@@ -105,9 +105,8 @@ def _add_panel(figure: Figure, picture: Picture, panel: Panel, left: float, bott
     """Axes whose box with its margins begins at `left` and `bottom` (inches)."""
     title, draw = panel
     width, height = figure.get_size_inches()
-    axes_width = (
-        _PANEL_WIDTH - picture.margin - _RIGHT - 0.5 * (picture.margin > 1)
-    )  # bars have a number at their right
+    bar_number = 0.5 * (picture.margin > 1)  # bars have a number at their right
+    axes_width = _PANEL_WIDTH - picture.margin - _RIGHT - bar_number
     corner = ((left + picture.margin) / width, (bottom + _BOTTOM) / height)
     axes = figure.add_axes((*corner, axes_width / width, picture.height / height))
     middle = (_PANEL_WIDTH / 2 - picture.margin) / axes_width  # of the panel, so that a long title has room

@@ -1,7 +1,6 @@
 """The pictures of a scaling report: one panel for each batch and message size, one line for each combination.
 
-Series with the same scope and kind (strong, weak) share a picture; each combination of optimizer and sync has the same
-style in all of them. A page shows the panels one by one, readable on a phone; a file shows them all.
+Series with the same scope and kind share a picture. A page shows the panels one by one, a file shows them all.
 """
 
 from __future__ import annotations
@@ -31,9 +30,8 @@ _PARTS = {  # of a step; a hatched one is contained in the others
     "undivided": Style("compute and communication", GREEN),
     "imbalance_time_s": Style("slowest minus median rank", BLACK, hatch="///"),
 }
-_MEASURES: dict[
-    str, tuple[str, dict[float, Style]]
-] = {  # what is drawn: the label of its axis, and the lines to compare with
+# What is drawn: the label of its axis, and the lines to compare with.
+_MEASURES: dict[str, tuple[str, dict[float, Style]]] = {
     "throughput": ("throughput (samples/s)", {}),
     "speedup": ("speedup over p0", {}),
     "efficiency": ("efficiency", {1: _IDEAL, 0.8: _EFFICIENT}),
@@ -41,11 +39,9 @@ _MEASURES: dict[
 }
 
 
-def draw_scaling(group: Json, number: int, kind: str, scope: str) -> Picture | None:
+def draw_scaling(group: Json, number: int, kind: str, scope: str) -> Picture:
     """Throughput, efficiency and, in strong scaling, speedup and Karp–Flatt over world sizes."""
     panels = _panels(group, kind, scope)
-    if not panels:
-        return None
     series = [*itertools.chain(*panels.values())]
     drawn = tuple(
         (title, partial(_draw_measure, part, measure, _shared_limits(series, measure)))
@@ -78,7 +74,6 @@ def _draw_measure(series: Sequence[Json], measure: str, limits: tuple[float, flo
 
 
 def _shared_limits(series: Sequence[Json], measure: str) -> tuple[float, float]:
-    """The y limits of all panels of a measure: all values with their intervals, and the lines to compare with."""
     points = [point[measure] for one in series for point in one["points"] if point[measure]]
     ends = [point[end] for point in points for end in ("low", "value", "high") if point[end] is not None]
     if measure in ("throughput", "speedup"):
@@ -96,7 +91,7 @@ def _padded(values: Sequence[float]) -> tuple[float, float]:
     return low / margin, high * margin
 
 
-def draw_breakdown(group: Json, number: int, kind: str, scope: str) -> Picture | None:
+def draw_breakdown(group: Json, number: int, kind: str, scope: str) -> Picture:
     """The parts of a step, as fractions of its time."""
     points = {point["id"]: point for point in group["points"]}
     panels = {
@@ -104,12 +99,13 @@ def draw_breakdown(group: Json, number: int, kind: str, scope: str) -> Picture |
                 for one in part for row in one["points"]}
         for title, part in _panels(group, kind, scope).items()
     }  # fmt: skip
-    if not panels:
-        return None
     bars = [point for part in panels.values() for point in part.values()]
     legend = tuple(style for name, style in _PARTS.items() if any(_part(point, name) for point in bars))
     drawn = tuple((title, partial(_draw_bars, part)) for title, part in panels.items())
-    title, height = f"Parts of a step's time, {kind} scaling, {scope}", 0.3 + 0.2 * max(map(len, panels.values()))
+    title, height = (
+        f"Parts of a step's time, {kind} scaling, {scope}",
+        0.3 + 0.2 * max(map(len, panels.values()), default=0),
+    )
     return Picture(number, f"breakdown {kind}", scope, title, legend, drawn, _columns(panels), height, margin=1.22)
 
 
@@ -139,11 +135,9 @@ def _draw_bars(points: Mapping[str, Json], axes: Axes) -> None:
     axes.tick_params(axis="y", length=0)
 
 
-def draw_models(group: Json, number: int, kind: str, scope: str) -> Picture | None:
+def draw_models(group: Json, number: int, kind: str, scope: str) -> Picture:
     """Measured step times, and the model with the smallest held-out error, dashed where it is extrapolated."""
     panels = _panels(group, kind, scope, is_fitted=True)
-    if not panels:
-        return None
     legend = pictures.legend_of(itertools.chain(*panels.values()), _FIT, _EXTRAPOLATED)
     drawn = tuple((title, partial(_draw_fits, part)) for title, part in panels.items())
     title = f"Models of the step time, {kind} scaling, {scope}"
@@ -171,19 +165,17 @@ def _draw_fits(series: Sequence[Json], axes: Axes) -> None:
     axes.set_ylabel("step time")
 
 
-def draw_allreduce(group: Json, number: int) -> Picture | None:
+def draw_allreduce(group: Json, number: int) -> Picture:
     """Time of one all-reduce over the message size, with α + β m."""
     measured = pictures.styled((one for one in group["allreduce"] if one["sizes"]), lambda one: one["backend"])
-    if not measured:
-        return None
     ordered = sorted(measured, key=lambda one: (one["num_nodes"], one["world_size"]))
     panels = pictures.by_title((pictures.placement_text(one), one) for one in ordered)
-    limits = _padded([size["time_s"]["value"] for one in measured for size in one["sizes"]])
-    drawn = tuple((title, partial(_draw_times, part, limits)) for title, part in panels.items())
+    times = [size["time_s"]["value"] for one in measured for size in one["sizes"]]
+    drawn = tuple((title, partial(_draw_times, part, times)) for title, part in panels.items())
     return Picture(number, "allreduce", "", "All-reduce", pictures.legend_of(measured), drawn, min(3, len(panels)))
 
 
-def _draw_times(part: Sequence[Json], limits: tuple[float, float], axes: Axes) -> None:
+def _draw_times(part: Sequence[Json], all_times: Sequence[float], axes: Axes) -> None:
     for one, offset in with_offsets(part):
         style, sizes = one["style"], [size["message_bytes"] for size in one["sizes"]]
         draw_estimates(axes, one["sizes"], "message_bytes", "time_s", style, offset)
@@ -193,7 +185,7 @@ def _draw_times(part: Sequence[Json], limits: tuple[float, float], axes: Axes) -
             axes.plot(at, found["α"] + found["β"] * at, color=style.colour, linestyle=style.dashes, linewidth=1.2)
     pictures.size_axis(axes, {size["message_bytes"] for one in part for size in one["sizes"]}, "message size", 4, 1.6)
     axes.xaxis.set_major_formatter(pictures.ticks("B"))
-    axes.set(ylim=limits, ylabel="time of an all-reduce")
+    axes.set(ylim=_padded(all_times), ylabel="time of an all-reduce")
     pictures.log_axis(axes, "s")
 
 

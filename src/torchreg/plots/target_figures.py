@@ -20,11 +20,9 @@ _PREDICTED = Style("predicted", BLACK, dashes="-", width=1)
 _BOTH = Style("line: predicted; marker: measured", GREY, dashes="-", width=1)
 
 
-def draw_steps(group: Json, number: int) -> Picture | None:
+def draw_steps(group: Json, number: int) -> Picture:
     """Statistical efficiency: steps to the target and the fraction of the stability limit by global batch."""
     parts = _targets(group)
-    if not parts:
-        return None
     legend = pictures.legend_of(itertools.chain(*parts.values()), _PREDICTED, _UNSTABLE)
     draws = (_draw_steps, _draw_limits)
     drawn = tuple((title, partial(draw, part)) for title, part in parts.items() for draw in draws)
@@ -55,7 +53,7 @@ def _draw_limits(targets: Sequence[Json], axes: Axes) -> None:
     _finish(axes, limits, "global batch (samples)", "fraction of the stability limit")
 
 
-def draw_targets(group: Json, number: int, scope: str) -> Picture | None:
+def draw_targets(group: Json, number: int, scope: str) -> Picture:
     """Statistical × hardware efficiency: time and node-hours to the target by world size."""
     parts = by_title(
         (f"{one['kind']}, {title}, {batch_text(one)}", one)
@@ -63,8 +61,6 @@ def draw_targets(group: Json, number: int, scope: str) -> Picture | None:
         for one in targets
         if one["scope"] == scope
     )
-    if not parts:
-        return None
     legend = pictures.legend_of(itertools.chain(*parts.values()), _BOTH, _UNSTABLE)
     draws = (partial(_draw_by_ranks, is_time=True), partial(_draw_by_ranks, is_time=False))
     drawn = tuple((title, partial(draw, part)) for title, part in parts.items() for draw in draws)
@@ -73,7 +69,6 @@ def draw_targets(group: Json, number: int, scope: str) -> Picture | None:
 
 
 def _draw_by_ranks(targets: Sequence[Json], axes: Axes, is_time: bool) -> None:
-    """Predicted times as lines and measured ones as markers; or node-hours as lines with markers."""
     for target, offset in pictures.with_offsets(targets):
         style, rows, name = target["style"], target["rows"], "predicted_time_s" if is_time else "node_hours"
         found = [(row["world_size"] * offset, row[name]) for row in rows if row[name]]

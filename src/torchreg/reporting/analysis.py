@@ -1,7 +1,4 @@
-"""Turn launch records into one dictionary of numbers, from which all pages and figures of a report are made.
-
-Beside the numbers of the groups it has where they come from: sources, cost, what launches have in common, failures.
-"""
+"""Turn launch records into one dictionary of numbers, from which all pages and figures of a report are made."""
 
 from __future__ import annotations
 
@@ -27,9 +24,7 @@ from torchreg.scaling.records import Records, allreduce_table, launches_table, p
 KIND = "scaling-report"
 SCHEMA_VERSION = 2
 
-_OF_ONE_LAUNCH = re.compile(
-    r"(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|SLURM_(JOB_NUM_NODES|NTASKS)|TORCHELASTIC_.*"
-)
+_OF_ONE_LAUNCH = r"(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|SLURM_(JOB_NUM_NODES|NTASKS)|TORCHELASTIC_.*"
 _OF_SEVERAL_RANKS = ("backend", "effective", "mpi_library", "nccl_version", "ezpz_version")
 _NOT_OF_ONE_RANK = frozenset(f"distributed.{field}" for field in _OF_SEVERAL_RANKS)
 _DISTRIBUTED = (*_OF_SEVERAL_RANKS, "launcher", "requested", "device_name", "cpus_per_rank")
@@ -138,10 +133,8 @@ def provenance(records: Records) -> Json:
     launches = [(launch.content["launch"]["world_size"] > 1, _fields(launch.content)) for launch in records.launches]
     same, differs = {}, []
     for field in sorted({field for _, fields in launches for field in fields}):
-        counts = Counter(
-            fields.get(field) for is_several, fields in launches if is_several or field not in _NOT_OF_ONE_RANK
-        )
-        found = sorted(counts.items(), key=lambda pair: (pair[0] is None, pair[0] or ""))
+        values = (one.get(field) for is_several, one in launches if is_several or field not in _NOT_OF_ONE_RANK)
+        found = sorted(Counter(values).items(), key=lambda pair: (pair[0] is None, pair[0] or ""))
         if len(found) > 1:
             differs.append({"field": field, "values": [{"value": value, "launches": n} for value, n in found]})
         elif found and found[0][0] is not None:
@@ -157,7 +150,7 @@ def _fields(content: Mapping[str, Any]) -> dict[str, str | None]:
         "distributed.": {key: communicator[key] for key in _DISTRIBUTED},
         "source.": origin["source"],
         "libraries.": origin["libraries"],
-        "environment.": {k: v for k, v in origin["environment"].items() if not _OF_ONE_LAUNCH.fullmatch(k)},
+        "environment.": {k: v for k, v in origin["environment"].items() if not re.fullmatch(_OF_ONE_LAUNCH, k)},
         "machine_facts.": content["machine_facts"],
         "": {key: origin[key] for key in ("python", "platform", "job_id")} | {"dtype": content["dtype"]},
     }
@@ -193,16 +186,13 @@ def write_data(report: Mapping[str, Any], records: Records, folder: Path) -> lis
     except OSError as error:
         raise ValueError(f"out is {folder}, which cannot be made ({error.strerror}): give another --out") from error
     write_json(folder / "report.json", report)
-    files = {}
-    tables = {
-        "points": points_table(records),
-        "allreduce": allreduce_table(records),
-        "launches": launches_table(records),
-    }
-    for name, table in tables.items():
-        files[f"{name}.csv"] = table.to_csv(index=False, lineterminator="\n").encode()
+    paths = [folder / "report.json"]
+    for name, table_of in {"points": points_table, "allreduce": allreduce_table, "launches": launches_table}.items():
+        table = table_of(records)
+        files = {"csv": table.to_csv(index=False, lineterminator="\n").encode()}
         if name != "launches":
-            files[f"{name}.parquet"] = table.to_parquet(index=False)
-    for file, content in files.items():
-        write_atomically(folder / file, content)
-    return [folder / name for name in ("report.json", *files)]
+            files["parquet"] = table.to_parquet(index=False)
+        for ending, content in files.items():
+            paths.append(folder / f"{name}.{ending}")
+            write_atomically(paths[-1], content)
+    return paths

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from torchreg.core.checkpoint import write_atomically
-from torchreg.plots.pictures import Picture, by_title, scopes_of, slug
+from torchreg.plots.pictures import Picture, by_title, slug
 from torchreg.plots.quantities import count, counted, features, in_unit, ranks
 from torchreg.plots.rendering import inline_legend, inline_panels, picture_files
 from torchreg.plots.scaling_figures import draw_allreduce, draw_breakdown, draw_models, draw_scaling
@@ -116,15 +116,15 @@ def _parts(group: Json, number: int) -> dict[str, list[Json]]:
     """The parts of a group that have anything to show, by scope ("" is all)."""
     parts: dict[str, list[Json]] = {}
 
-    def add(name: str, scope: str, pictures: Iterable[Picture | None], found: Iterable[tables.Table]) -> None:
-        drawn, filled = [one for one in pictures if one], [one for one in found if one.rows]
+    def add(name: str, scope: str, pictures: Iterable[Picture], found: Iterable[tables.Table]) -> None:
+        drawn, filled = [one for one in pictures if one.panels], [one for one in found if one.rows]
         if drawn or filled:
             parts.setdefault(name, []).append({"scope": scope, "pictures": drawn, "tables": filled})
 
     add("points", "", [], tables.points_tables(group))
     add("allreduce", "", [draw_allreduce(group, number)], tables.allreduce_tables(group))
     add("targets", "", [draw_steps(group, number)], [])
-    for scope in scopes_of(group["series"]):
+    for scope in dict.fromkeys(one["scope"] for one in group["series"]):  # within a node first
         scaling, models, targets = zip(*(tables.series_tables(group, kind, scope) for kind in _KINDS), strict=True)
         for kind, table in zip(_KINDS, scaling, strict=True):
             add(kind, scope, [draw_scaling(group, number, kind, scope)], [table])

@@ -5,12 +5,12 @@ A series has the same global batch (strong scaling) or the same local batch (wea
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from operator import itemgetter
 from statistics import median
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,7 +25,6 @@ _CONSTANT = {"strong": "global_batch_size", "weak": "local_batch_size"}
 _FURTHER = 8  # curves end at this multiple of the largest measured world size
 _CURVE_POINTS = 24
 _ALLREDUCE_KEY = ["backend", "sync", "num_nodes", "ranks_per_node", "world_size"]
-Size = TypeVar("Size")
 
 
 def series_of(group: str, points: Sequence[Json], launches: Mapping[str, pd.DataFrame]) -> list[Json]:
@@ -34,8 +33,13 @@ def series_of(group: str, points: Sequence[Json], launches: Mapping[str, pd.Data
     A campaign of strong and weak series measures points that also form other, shorter series by coincidence. These are
     excluded where each of their points is in a series of full length.
     """
+    # Within a node ranks communicate through its memory, across nodes through a network: the two are kept apart.
+    scopes = {"within a node": [point for point in points if point["num_nodes"] == 1]}
+    for per_node in sorted({point["ranks_per_node"] for point in points if point["num_nodes"] > 1}):
+        inside = [point for point in points if point["ranks_per_node"] == per_node]
+        scopes[f"across nodes, {per_node} rank{'s' * (per_node > 1)} a node"] = inside
     found = []
-    for scope, inside in _scopes(points):
+    for scope, inside in scopes.items():
         settings = [itemgetter(*_SETTING)(point) for point in inside]
         for optimizer, sync, num_features in dict.fromkeys(setting for setting in settings if setting[1] != "none"):
             alike = ((optimizer, sync, num_features), (optimizer, "none", num_features))
@@ -52,14 +56,6 @@ def series_of(group: str, points: Sequence[Json], launches: Mapping[str, pd.Data
                 if len(chosen) > 1 and is_new:
                     found.append(_series(group, kind, scope, chosen, launches))
     return found
-
-
-def _scopes(points: Sequence[Json]) -> Iterator[tuple[str, list[Json]]]:
-    """Within a node ranks communicate through its memory, across nodes through a network: the two are kept apart."""
-    yield "within a node", [point for point in points if point["num_nodes"] == 1]
-    for per_node in sorted({point["ranks_per_node"] for point in points if point["num_nodes"] > 1}):
-        scope = f"across nodes, {per_node} rank{'s' * (per_node > 1)} a node"
-        yield scope, [point for point in points if point["ranks_per_node"] == per_node]
 
 
 def _series(group: str, kind: str, scope: str, points: Sequence[Json], launches: Mapping[str, pd.DataFrame]) -> Json:
@@ -114,11 +110,8 @@ def models_of(series: Json, launches: Mapping[str, pd.DataFrame], others: Sequen
     sizes = zip(rows["world_size"], rows["global_batch_size"], strict=True)
     works = [models.Work(p, batch / p, message) for p, batch in sizes]
     local_batches = global_batch / ranks if series["kind"] == "strong" else np.full_like(ranks, local_batch)
-    predicted = [(fit, ranks) for fit in fits]
-    predicted.append((
-        models.fit_mechanistic(_times(works, rows["step_time_s"])),
-        np.stack([ranks, local_batches, np.full_like(ranks, series["message_bytes"])], 1),
-    ))  # fmt: skip
+    mechanistic = models.fit_mechanistic(_times(works, rows["step_time_s"]))
+    at_works = np.stack([ranks, local_batches, np.full_like(ranks, series["message_bytes"])], 1)
     return [
         {
             **_fit(fit),
@@ -128,13 +121,13 @@ def models_of(series: Json, launches: Mapping[str, pd.DataFrame], others: Sequen
                 if fit.identifiable
             ],
         }
-        for fit, at in predicted
+        for fit, at in (*((fit, ranks) for fit in fits), (mechanistic, at_works))
     ]
 
 
-def _times(sizes: Iterable[Size], seconds: pd.Series[float]) -> dict[Hashable, dict[Size, float]]:
+def _times(sizes: Iterable[Any], seconds: pd.Series[float]) -> dict[Hashable, dict[Any, float]]:
     """{block: {size: seconds}}, as fits need them; the index of `seconds` is the block."""
-    times: dict[Hashable, dict[Size, float]] = {}
+    times: dict[Hashable, dict[Any, float]] = {}
     for size, (block, value) in zip(sizes, seconds.items(), strict=True):
         times.setdefault(block, {})[size] = value
     return times
@@ -148,12 +141,11 @@ def allreduce_of(table: pd.DataFrame) -> list[Json]:
     """Time and bandwidth (B/s) by message size for each backend and world size, with a fit."""
     found = []
     for _, rows in table.groupby(_ALLREDUCE_KEY, sort=True):
-        times = rows.set_index("block")["time_s"]
         sizes = [
             {"message_bytes": size, "time_s": over_launches(own), "bandwidth": size / median(own)}
             for size, own in rows.groupby("message_bytes")["time_s"]
         ]
         key = {name: rows[name].tolist()[0] for name in _ALLREDUCE_KEY}
-        fit = models.fit_allreduce(_times(rows["message_bytes"], times))
-        found.append({**key, "sizes": sizes, "fit": _fit(fit)})
+        fit = _fit(models.fit_allreduce(_times(rows["message_bytes"], rows.set_index("block")["time_s"])))
+        found.append({**key, "sizes": sizes, "fit": fit})
     return found

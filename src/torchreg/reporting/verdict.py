@@ -84,8 +84,7 @@ def targets_of(series: Sequence[Json], launches: Mapping[str, pd.DataFrame]) -> 
     for one in series:
         by_size = [(row, launches[row["point"]]) for row in one["points"]]
         for target in sorted({value for _, own in by_size for value in own["target_excess"].dropna()}):
-            tried = [(row, own[own["target_excess"] == target]) for row, own in by_size]
-            rows = [_row(row, own) for row, own in tried if len(own)]
+            rows = [_row(row, tried) for row, own in by_size if len(tried := own[own["target_excess"] == target])]
             stable = [row["world_size"] for row in takewhile(lambda row: row["is_stable"], rows)]
             heading = {"series": one["id"], "target_excess": target}
             found.append({**heading, "stable_up_to_world_size": max(stable, default=None), "rows": rows})

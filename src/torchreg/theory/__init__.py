@@ -2,7 +2,7 @@
 
 - `moments`: the closed-form solution, from sums that chunks and ranks can merge; the moments of row gradients;
 - `dynamics`: the mean and the mean square of the error under SGD: stability limit, noise floor, learning curve and
-  steps to a target. Its parts: `steps` (a step, an epoch), `maps` (linear maps of second moments), `curve` (the band);
+  steps to a target. Its parts: `steps` (a step, an epoch) and `maps` (of second moments, and the band of single runs);
 - `critical_batch`: the largest stable world size and the critical batch size.
 
 Notation: n rows, a_i = (x_i, 1) ∈ R^p, G = (1/n) Σ a_i a_iᵀ, θ = (weight, bias), θ* the optimum, δ = θ − θ*,
@@ -11,8 +11,7 @@ of the learning rates.
 """
 
 from torchreg.theory.critical_batch import CriticalBatch, critical_batch_size, largest_stable_world_size
-from torchreg.theory.curve import LearningCurve
-from torchreg.theory.dynamics import MOST_STEPS, Dynamics
+from torchreg.theory.dynamics import MOST_STEPS, Dynamics, LearningCurve
 from torchreg.theory.moments import MAX_FEATURES, ClosedForm, Matrix, Moments, RowGradients
 from torchreg.theory.steps import MAX_SEQUENTIAL, Order
 

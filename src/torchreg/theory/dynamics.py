@@ -23,11 +23,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from torchreg.theory.curve import LearningCurve, Steps, band
-from torchreg.theory.maps import first_reached, is_contraction, polynomial, spectral_radius, symmetric_basis
+from torchreg.theory.maps import band, first_reached, is_contraction, polynomial, spectral_radius, symmetric_basis
 from torchreg.theory.moments import Matrix, RowGradients
 from torchreg.theory.steps import MAX_SEQUENTIAL, IndependentSteps, Order, ShuffledEpochs, square_maps, units
 
+Steps = NDArray[np.int64]
 Sampling = Literal["random", "shuffle", "full"]
 
 MOST_STEPS = 10**9
@@ -35,6 +35,21 @@ MOST_STEPS = 10**9
 
 _MOST_SHUFFLED_FEATURES = 4
 _MOST_SHUFFLED_STEPS = 512
+
+
+@dataclass(frozen=True)
+class LearningCurve:
+    """The expected excess loss L − L* after `steps` steps, and bounds of single runs.
+
+    `excess` is exact where the dynamics are. `low` and `high` enclose 95 % of runs if δ is normal with its exact mean
+    and covariance: good for small learning rates and large batches; near the stability limit the true tails are
+    heavier. They are NaN where only the mean is predicted. All are (len(steps),); losses are in the loss's own units.
+    """
+
+    steps: Steps
+    excess: Matrix
+    low: Matrix
+    high: Matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +96,7 @@ class Dynamics:
 
         Raises `ValueError` for learning rates that are too far apart or too extreme for float64.
         """
-        num_rows, num_features = rows.num_rows, len(rows.feature_unit)
+        num_features = len(rows.feature_unit)
         key = (learning_rates, order, *(() if rows.covariance is None else (global_batch_size, sampling, seed)))
         if key in rows.known:
             return rows.known[key]
@@ -95,10 +110,10 @@ class Dynamics:
             maps, of_groups = square_maps(b, mean_q, covariance, global_batch_size, order, seed)
             groups = tuple(cls("mean square", order, *common, IndependentSteps(group)) for group in of_groups)
             steps: IndependentSteps | ShuffledEpochs = IndependentSteps(maps)
-            num_steps, remainder = math.ceil(num_rows / global_batch_size), num_rows % global_batch_size
+            num_steps, remainder = math.ceil(rows.num_rows / global_batch_size), rows.num_rows % global_batch_size
             is_small = num_features <= _MOST_SHUFFLED_FEATURES and 1 < num_steps <= _MOST_SHUFFLED_STEPS
             if sampling == "shuffle" and order == "simultaneous" and is_small:
-                steps = ShuffledEpochs(num_rows, global_batch_size, mean_q, covariance.reshape(scaling.shape * 2))
+                steps = ShuffledEpochs(rows.num_rows, global_batch_size, mean_q, covariance.reshape(scaling.shape * 2))
             elif sampling == "shuffle" and remainder:
                 short, _ = square_maps(b, mean_q, covariance, remainder, order, seed)
                 steps = IndependentSteps(maps, short, num_steps)
@@ -131,21 +146,13 @@ class Dynamics:
             change = change[np.ix_(of_mean, of_mean)]
         return spectral_radius(np.eye(p) + change)
 
-    def radius(self, k: float = 1.0) -> float:
-        """The spectral radius of what `criterion` names; training converges if and only if it is below 1.
-
-        In `shuffle` sampling it is the geometric mean over the steps of an epoch.
-        """
-        if self.criterion == "mean":
-            return self.contraction(k)
-        change = self._inner_change(k)
-        return spectral_radius(np.eye(len(change)) + change) ** (1 / self.steps.num_steps)
-
     def is_stable(self, k: float = 1.0) -> bool:
-        """Whether training converges with the learning rates times k: whether `radius` is below 1, at lower cost."""
+        """Whether training converges with the learning rates times k: whether `criterion` shrinks."""
         if self.criterion == "mean":
             return self.contraction(k) < 1
-        return is_contraction(self._inner_change(k), self.gram)
+        with np.errstate(over="ignore", invalid="ignore"):
+            change = self.steps.change(k * self.lr_unit)
+        return is_contraction(change[np.ix_(self._inner, self._inner)], self.gram)
 
     def largest_multiplier(self) -> float:
         """The stability limit: the k from which training with the learning rates times k no longer converges.
@@ -226,11 +233,8 @@ class Dynamics:
                     return step
             if not hold:
                 return None
-            x, weights = factors[-1] * self.lr_unit, None
-            if self.criterion == "mean":
-                change = self.steps.change(x)
-            else:
-                change, weights = self.steps.cycle(x, self._weights)
+            x, is_mean = factors[-1] * self.lr_unit, self.criterion == "mean"
+            change, weights = (self.steps.change(x), None) if is_mean else self.steps.cycle(x, self._weights)
 
             def reached(states: Matrix) -> NDArray[np.bool_]:  # (len(states), period): in which steps of a cycle
                 return np.asarray((self._excess(states)[:, None] if weights is None else states @ weights.T) <= excess)
@@ -247,7 +251,6 @@ class Dynamics:
         return float(np.std(values, ddof=1) / math.sqrt(len(values))) if values else 0.0
 
     def _states(self, start: Matrix, factors: Sequence[float]) -> Iterator[Matrix]:
-        """The states before each step and after the last, from a known error δ."""
         state = self.scale * start
         if self.criterion == "mean square":
             z = np.append(state, 1.0)
@@ -255,11 +258,6 @@ class Dynamics:
         elif self.modes is not None:
             state = state @ self.modes
         return self.steps.states(state, [k * self.lr_unit for k in factors])
-
-    def _inner_change(self, k: float) -> Matrix:
-        """The part of E[A⊗A] − I, over one step or an epoch, that maps the second moment of δ to itself."""
-        with np.errstate(over="ignore", invalid="ignore"):
-            return self.steps.change(k * self.lr_unit)[np.ix_(self._inner, self._inner)]
 
     @cached_property
     def _inner(self) -> NDArray[np.intp]:

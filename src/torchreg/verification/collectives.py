@@ -33,8 +33,7 @@ def collective_checks(communicator: Communicator, *, quick: bool) -> Iterator[Ch
     for dtype, size in cases:
         pattern = (torch.arange(size, device=communicator.device) % 7 + 1).to(dtype)
         for name, off in _deviations(communicator, syncs, pattern):
-            errors.setdefault(name, None)
-            if errors[name] is None and len(wrong := off.nonzero()):
+            if errors.setdefault(name, None) is None and len(wrong := off.nonzero()):
                 index = int(wrong[0])
                 errors[name] = f"{size} × {str(dtype).removeprefix('torch.')}: off by {off[index].item():g} at {index}"
     for name, error in errors.items():

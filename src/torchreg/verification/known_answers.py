@@ -27,14 +27,9 @@ def training_checks(communicator: Communicator, seams: Seams, *, quick: bool) ->
     num_rows = max(551, 4 * communicator.world_size + 1)  # odd: two equal batches leave one sample
     with tempfile.TemporaryDirectory(prefix="torchreg-verify-") as runs_dir:
         base = TrainConfig.of(
-            num_rows=num_rows,
-            base_learning_rate=(0.02, 0.03),
-            lr_scaling="none",
-            dtype="float64" if communicator.device.type == "cpu" else "float32",
-            runs_dir=runs_dir,
-            name="verify",
-            overwrite=True,
-        )
+            num_rows=num_rows, base_learning_rate=(0.02, 0.03), lr_scaling="none", runs_dir=runs_dir, name="verify",
+            overwrite=True, dtype="float64" if communicator.device.type == "cpu" else "float32",
+        )  # fmt: skip
         yield from _initial_state(communicator, seams, base)
         # Two large batches and one of a single sample are an epoch. So shards are uneven, all but one are empty in the
         # last batch, which is short, and gradients accumulate.
@@ -65,7 +60,6 @@ def _initial_state(communicator: Communicator, seams: Seams, config: TrainConfig
 
 
 def _invariance(communicator: Communicator, seams: Seams, base: TrainConfig) -> Iterator[Check]:
-    """Each combination against one process."""
     combinations: list[tuple[Any, Any]] = [("sgd", "ddp"), ("manual", "allreduce")]
     if communicator.over_mpi:
         combinations += [("sgd", "mpi"), ("manual", "mpi")]
@@ -93,17 +87,11 @@ def _closed_form(communicator: Communicator, seams: Seams, base: TrainConfig) ->
     full = base.replace(sampling="full", base_learning_rate=(0.3, 0.3), max_steps=60)
     mini = base.replace(sampling="random", global_batch_size=64, base_learning_rate=(0.1, 0.1), max_steps=200)
     for name, config in (("full batch", full), ("mini-batches", mini)):
-        low, high = communicator.from_main(partial(_expected_end, config))
-        low, high = low - rounding, high + rounding
+        curve = communicator.from_main(partial(prepare, config, 1))[0].forecast.curve
+        assert curve
+        low, high = curve.low[-1] - rounding, curve.high[-1] + rounding
         excess = train(config, communicator, seams=seams).excess
         measured = "diverged" if excess is None else f"{percent(excess)} above the optimum"
         error = None if excess is not None and low <= excess <= high else measured
         expected = f"at most {percent(high)}" if low <= 0 else f"{percent(low)} to {percent(high)}"
         yield agree(communicator, "closed form", name, error, measured, expected)
-
-
-def _expected_end(config: TrainConfig) -> tuple[float, float]:
-    """The excess losses between which 95 % of runs are predicted to end; one number for a full batch."""
-    curve = prepare(config, 1)[0].forecast.curve
-    assert curve
-    return curve.low[-1], curve.high[-1]

@@ -57,8 +57,7 @@ def _cpu_masks(communicator: Communicator) -> Check:
         is_bound = True
     masks = communicator.gather((communicator.placements[communicator.rank].host, frozenset(mask), is_bound))
     if not any(bound for _, _, bound in masks):
-        reason = f"ranks are not bound; {len(mask)} CPUs for those of this host"
-        return Check("topology", "CPU masks", "SKIP", reason)
+        return Check("topology", "CPU masks", "SKIP", f"ranks are not bound; {len(mask)} CPUs for those of this host")
     overlapping = (
         f"ranks {a} and {b} on {masks[a][0]} share CPU {min(masks[a][1] & masks[b][1])}"
         for a, b in combinations(range(len(masks)), 2)
