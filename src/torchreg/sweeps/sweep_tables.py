@@ -23,8 +23,7 @@ GROUP = ["standardize", "update_order", "global_batch_size", "multiplier", "warm
 
 def read_sweep(folder: Path) -> dict[str, Any]:
     """The kind, configuration, trials and provenance of a sweep."""
-    content: dict[str, Any] = json.loads(read_regular(folder / SWEEP_FILE))
-    return content
+    return json.loads(read_regular(folder / SWEEP_FILE))
 
 
 def trials_table(folder: Path) -> pd.DataFrame:
@@ -78,47 +77,46 @@ def summary(trials: pd.DataFrame) -> pd.DataFrame:
     return table.assign(excess_error=error, num_runs=sizes, num_diverged=diverged).reset_index()
 
 
-def batch_rows(summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """Human-readable columns and rows of a batch sweep; rows with diverged runs begin with `!`."""
-    weights = [column for column in summary.columns if column.startswith("weight_")]
-    rows = []
-    for row in summary.to_dict("records"):
-        diverged, predicted = bool(row["num_diverged"]), _predicted(row)
-        fitted = {"weight": row[weights[0]], "bias": row["bias"]} if len(weights) == 1 else {}
-        low, high = _percent(row["predicted_low"]), _percent(row["predicted_high"])
-        rows.append(
-            {
-                "batch": "!" * diverged + str(row["global_batch_size"]),
-                "lr": f"× {row['multiplier']:.4g}",
-                "steps": f"{row['num_steps']}",
-                "lr / limit": f"{row['fraction_of_stability_limit']:.3g}",
-                **{name: "" if diverged else f"{x:.5g}" for name, x in (fitted | {"loss": row["loss"]}).items()},
-                "above best, %": _measured(row),
-                "predicted": predicted,
-                "95 % of runs": f"{low} to {high}" if predicted != _DIVERGES and low else "",
-            }
-        )
+def table(kind: str, summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Human-readable columns and rows of a sweep; rows with diverged runs begin with `!`."""
+    configurations = summary.to_dict("records")
+    if kind == "batch":
+        rows = [_batch_row(row) for row in configurations]
+    else:  # the summary is sorted, `warmup_steps` last
+        rows = [_lr_scaling_row(*pair) for pair in zip(configurations[::2], configurations[1::2], strict=True)]
     return list(rows[0]), [list(row.values()) for row in rows]
 
 
-def lr_scaling_rows(summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """The same of an lr-scaling sweep: a row per multiplier, without and with warm-up."""
-    rows = []
-    for (standardize, order, batch, multiplier), trials in summary.groupby(GROUP[:-1], sort=False):
-        cold, warm = trials.sort_values("warmup_steps").to_dict("records")
-        rows.append(
-            {
-                "features": "!" * any(trials["num_diverged"]) + ("standardised" if standardize else "raw"),
-                "order": str(order),
-                "lr": f"× {multiplier:.4g}",
-                "batch": f"{batch}",
-                "lr / limit": f"{cold['fraction_of_stability_limit']:.3g}",
-                "predicted, % above best": _predicted(cold),
-                "measured": _measured(cold),
-                "with warm-up": _measured(warm),
-            }
-        )
-    return list(rows[0]), [list(row.values()) for row in rows]
+def _batch_row(row: Mapping[Any, Any]) -> dict[str, str]:
+    diverged, predicted = bool(row["num_diverged"]), _predicted(row)
+    weights = [value for name, value in row.items() if name.startswith("weight_")]
+    fitted = {"weight": weights[0], "bias": row["bias"]} if len(weights) == 1 else {}
+    low, high = _percent(row["predicted_low"]), _percent(row["predicted_high"])
+    return {
+        "batch": "!" * diverged + str(row["global_batch_size"]),
+        "lr": f"× {row['multiplier']:.4g}",
+        "steps": f"{row['num_steps']}",
+        "lr / limit": f"{row['fraction_of_stability_limit']:.3g}",
+        **{name: "" if diverged else f"{x:.5g}" for name, x in (fitted | {"loss": row["loss"]}).items()},
+        "above best, %": _measured(row),
+        "predicted": predicted,
+        "95 % of runs": f"{low} to {high}" if predicted != _DIVERGES and low else "",
+    }
+
+
+def _lr_scaling_row(cold: Mapping[Any, Any], warm: Mapping[Any, Any]) -> dict[str, str]:
+    """The configurations without and with warm-up."""
+    diverged = bool(cold["num_diverged"] or warm["num_diverged"])
+    return {
+        "features": "!" * diverged + ("standardised" if cold["standardize"] else "raw"),
+        "order": cold["update_order"],
+        "lr": f"× {cold['multiplier']:.4g}",
+        "batch": f"{cold['global_batch_size']}",
+        "lr / limit": f"{cold['fraction_of_stability_limit']:.3g}",
+        "predicted, % above best": _predicted(cold),
+        "measured": _measured(cold),
+        "with warm-up": _measured(warm),
+    }
 
 
 def _predicted(row: Mapping[Any, Any]) -> str:
