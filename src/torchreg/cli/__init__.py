@@ -18,6 +18,7 @@ from importlib import import_module
 from types import FrameType
 from typing import Any
 
+from torchreg import __version__
 from torchreg.distributed.launcher import detect_launcher
 from torchreg.runs.stopping import ignore_signals
 
@@ -76,9 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         _report(str(error))
     except ModuleNotFoundError as error:
-        if error.name not in _PACKAGES:
+        if not (package := _PACKAGES.get(error.name or "")):
             raise
-        package = _PACKAGES[error.name]
         _report(f"{arguments[0]} needs the package {package}, which is not installed: pip install {package}")
     except KeyboardInterrupt:
         _report("interrupted")
@@ -95,7 +95,6 @@ class _Stream(io.FileIO):
     error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write, or drop."""
         try:
             return super().write(data)
         except OSError as error:
@@ -105,10 +104,7 @@ class _Stream(io.FileIO):
 
 
 def _protect_streams() -> _Stream:
-    """Replace stdout and stderr by streams that never raise and print `?` for what their encoding lacks.
-
-    Returns the raw stream of stdout.
-    """
+    """Replace stdout (returned raw) and stderr by streams that never raise, and print `?` where they lack a letter."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -128,8 +124,6 @@ def _protect_streams() -> _Stream:
 
 def _dispatch(arguments: list[str]) -> int:
     if arguments[:1] == ["--version"]:
-        from torchreg import __version__
-
         print(f"torchreg {__version__}")
         return 0
     if not arguments or arguments[0] in ("-h", "--help"):

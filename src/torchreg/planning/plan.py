@@ -111,9 +111,7 @@ def plan(config: TrainConfig, world_sizes: Sequence[int]) -> Plan:
     if first is None:
         raise ValueError(rows[0].reason)
     learning_rates = setup.base_learning_rates(config, least_squares)
-    limits = [
-        r.scaled_learning_rate[1] * r.forecast.stability_limit if r.forecast else None for r in rows
-    ]  # of the bias
+    limits = [row.scaled_learning_rate[1] * row.forecast.stability_limit if row.forecast else None for row in rows]
     largest: dict[LRScaling, int] = {}
     fractions: dict[str, tuple[tuple[int, float | None], ...]] = {}
     for rule in _RULES:

@@ -181,9 +181,8 @@ def run_sweep(
         if is_stopped := result.stopped_by == "request":
             break
         reporter.progress(done, len(pending), result.loss)
-    is_stopped = any(communicator.gather(is_stopped))
     reporter.close()
-    if is_stopped:
+    if any(communicator.gather(is_stopped)):
         return None
     if communicator.is_main:
         sweep_tables.trials_table(folder).to_csv(folder / sweep_tables.TRIALS_FILE, index=False)

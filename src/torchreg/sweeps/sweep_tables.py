@@ -17,8 +17,7 @@ from torchreg.runs.record import RECORD_FILE, read_metrics
 SWEEP_FILE, TRIALS_FILE, CURVES_FILE, TRIALS_FOLDER = "sweep.json", "trials.csv", "curves.csv", "trials"
 _DIVERGES = "diverges"
 
-GROUP = ["standardize", "update_order", "global_batch_size", "multiplier", "warmup_steps"]
-"""The columns that trials of one configuration have in common; they differ in `seed`."""
+GROUP = ["standardize", "update_order", "global_batch_size", "multiplier", "warmup_steps"]  # equal but for `seed`
 
 
 def read_sweep(folder: Path) -> dict[str, Any]:
@@ -69,10 +68,9 @@ def curves_table(folder: Path) -> pd.DataFrame:
 def summary(trials: pd.DataFrame) -> pd.DataFrame:
     """One row per configuration: means over its seeds, the standard error of the mean excess, and the prediction."""
     weights = [column for column in trials.columns if column.startswith("weight_")]
-    same = ["num_steps", "fraction_of_stability_limit", "noise_floor"]
-    same += ["predicted_excess", "predicted_low", "predicted_high"]
+    predicted = ["fraction_of_stability_limit", "noise_floor", "predicted_excess", "predicted_low", "predicted_high"]
     groups = trials.groupby(GROUP, sort=True)
-    table = groups[[*weights, "bias", "loss", "excess"]].mean().join(groups[same].first())
+    table = groups[[*weights, "bias", "loss", "excess"]].mean().join(groups[["num_steps", *predicted]].first())
     error, sizes, diverged = groups["excess"].sem(), groups.size(), groups["diverged"].sum()
     return table.assign(excess_error=error, num_runs=sizes, num_diverged=diverged).reset_index()
 
