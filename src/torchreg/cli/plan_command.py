@@ -21,17 +21,17 @@ class PlanOptions(ConfigOptions):
 def run(argv: list[str]) -> int:
     """Print the plan, and draw it if asked."""
     options = parse_config(PlanOptions, "torchreg plan", argv)
-    run, world_sizes = options.config.run, whole_numbers("world_sizes", options.world_sizes)
+    config, world_sizes = options.config.run, whole_numbers("world_sizes", options.world_sizes)
 
     from torchreg.console import show_lines, show_table
     from torchreg.planning.plan import plan
     from torchreg.runs.record import PLAN_FILE, create_run_folder, to_json, write_json
 
     planned, pictures = plan(options.config, world_sizes), []
-    if run.plot:
+    if config.plot:
         from torchreg.plots.figures import draw_plan
 
-        folder = create_run_folder(run.runs_dir, run.name, "plan", overwrite=run.overwrite)
+        folder = create_run_folder(config.runs_dir, config.name, "plan", overwrite=config.overwrite)
         write_json(folder / PLAN_FILE, asdict(planned))
         pictures = draw_plan(folder)
     if options.json:

@@ -39,8 +39,7 @@ class Table:
     target_name: str
     source: str
     num_dropped: int = 0
-    definition: str = ""
-    """What synthetic rows are computed from. Their last bits depend on the machine's linear algebra."""
+    definition: str = ""  # of synthetic rows, whose last bits depend on the machine's linear algebra
 
     @property
     def num_rows(self) -> int:

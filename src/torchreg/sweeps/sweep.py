@@ -50,10 +50,9 @@ def batch_trials(config: TrainConfig, batch_sizes: Sequence[int], num_seeds: int
 
 
 def lr_scaling_trials(config: TrainConfig, multipliers: Sequence[float], num_seeds: int) -> list[Trial]:
-    """(reference batch, base learning rates) × each multiplier: raw and standardised, both update orders, with and
-    without warm-up.
+    """The trials of each multiplier: raw and standardised, in both update orders, with and without warm-up.
 
-    The batch grows with the learning rates up to the last multiple of the reference batch that the data has rows for;
+    The reference batch grows with the base learning rates up to the last multiple of the reference batch that the data has rows for;
     beyond it only the learning rates grow. The default multipliers are 1, 2, 4, 8, … up to the first that is predicted
     to diverge, and 3 % below and above the predicted limit. Standardised features have the default learning rates: the
     raw ones would hardly move them.
@@ -103,8 +102,7 @@ def _scaled(config: TrainConfig, multiplier: float, data: LeastSquares) -> tuple
     batch_size = min(largest, data.table.num_rows)
     factor = multiplier * reference / batch_size
     weight, bias = base_learning_rates(config, data)
-    scaled = config.replace(global_batch_size=batch_size, base_learning_rate=(weight * factor, bias * factor))
-    return scaled, multiplier
+    return config.replace(global_batch_size=batch_size, base_learning_rate=(weight * factor, bias * factor)), multiplier
 
 
 def _common(config: TrainConfig, remedy: str) -> TrainConfig:

@@ -15,7 +15,6 @@ from torchreg.runs.config import from_json
 from torchreg.runs.record import RECORD_FILE, read_metrics
 
 SWEEP_FILE, TRIALS_FILE, CURVES_FILE, TRIALS_FOLDER = "sweep.json", "trials.csv", "curves.csv", "trials"
-_DIVERGES = "diverges"
 
 GROUP = ["standardize", "update_order", "global_batch_size", "multiplier", "warmup_steps"]  # equal but for `seed`
 
@@ -86,7 +85,7 @@ def table(kind: str, summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]
 
 
 def _batch_row(row: Mapping[Any, Any]) -> dict[str, str]:
-    diverged, predicted = bool(row["num_diverged"]), _predicted(row)
+    diverged = bool(row["num_diverged"])
     weights = [value for name, value in row.items() if name.startswith("weight_")]
     fitted = {"weight": weights[0], "bias": row["bias"]} if len(weights) == 1 else {}
     low, high = _percent(row["predicted_low"]), _percent(row["predicted_high"])
@@ -97,16 +96,16 @@ def _batch_row(row: Mapping[Any, Any]) -> dict[str, str]:
         "lr / limit": f"{row['fraction_of_stability_limit']:.3g}",
         **{name: "" if diverged else f"{x:.5g}" for name, x in (fitted | {"loss": row["loss"]}).items()},
         "above best, %": _measured(row),
-        "predicted": predicted,
-        "95 % of runs": f"{low} to {high}" if predicted != _DIVERGES and low else "",
+        "predicted": _predicted(row),
+        "95 % of runs": f"{low} to {high}" if low else "",  # of stable configurations
     }
 
 
 def _lr_scaling_row(cold: Mapping[Any, Any], warm: Mapping[Any, Any]) -> dict[str, str]:
-    """The configurations without and with warm-up."""
-    diverged = bool(cold["num_diverged"] or warm["num_diverged"])
+    """Of the configurations without and with warm-up."""
     return {
-        "features": "!" * diverged + ("standardised" if cold["standardize"] else "raw"),
+        "features": "!" * bool(cold["num_diverged"] or warm["num_diverged"])
+        + ("standardised" if cold["standardize"] else "raw"),
         "order": cold["update_order"],
         "lr": f"× {cold['multiplier']:.4g}",
         "batch": f"{cold['global_batch_size']}",
@@ -118,7 +117,7 @@ def _lr_scaling_row(cold: Mapping[Any, Any], warm: Mapping[Any, Any]) -> dict[st
 
 
 def _predicted(row: Mapping[Any, Any]) -> str:
-    return _percent(row["predicted_excess"]) if row["fraction_of_stability_limit"] < 1 else _DIVERGES
+    return _percent(row["predicted_excess"]) if row["fraction_of_stability_limit"] < 1 else "diverges"
 
 
 def _measured(row: Mapping[Any, Any]) -> str:
