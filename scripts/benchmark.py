@@ -286,8 +286,7 @@ def set_up(communicator: Any, dtype: str, excluded: dict[str, str]) -> dict[str,
     import numpy as np
     import torch
 
-    from torchreg.data.standardizer import Standardizer
-    from torchreg.data.table import load_table
+    from torchreg.data.table import Standardizer, load_table
 
     table = load_table("synthetic")
     features = Standardizer.of(table.features, standardize=True).apply(table.features).astype(dtype)

@@ -27,19 +27,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 RANK = """
-import os, sys
+import functools, os, sys
+import torchreg.runs.run as run
 from torchreg.cli import main
-from torchreg.runs.logger import Metrics
 
-note = Metrics.note
 reached = os.open("reached", os.O_WRONLY | os.O_CREAT) if os.environ["PMI_RANK"] == "0" else None
 
-def note_and_tell(self, step, *rest):
-    if reached is not None:
-        os.pwrite(reached, b"%9d" % (step + 1), 0)
-    return note(self, step, *rest)
+def counting(step):
+    def counted(batch, learning_rates):
+        error = step(batch, learning_rates)
+        if reached is not None:
+            os.pwrite(reached, b"%9d" % (batch.step + 1), 0)
+        return error
+    return counted
 
-Metrics.note = note_and_tell
+run.train = functools.partial(run.train, seams=run.Seams(step=counting))
 sys.exit(main(sys.argv[1:]))
 """
 COMBINATIONS = (

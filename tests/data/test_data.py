@@ -21,9 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchreg.cli import main
-from torchreg.data.standardizer import Standardizer
 from torchreg.data.synthetic import make_houses
-from torchreg.data.table import AMES_SHA256, Table, fetch_ames, load_table, write_table
+from torchreg.data.table import AMES_SHA256, Standardizer, Table, fetch_ames, load_table, write_table
 
 from ..conftest import REAL_TABLE
 

@@ -5,8 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchreg.data.standardizer import Standardizer
-from torchreg.data.table import load_table
+from torchreg.data.table import Standardizer, load_table
 from torchreg.distributed import timing
 from torchreg.distributed.init import init_distributed
 from torchreg.runs.config import TrainConfig

@@ -18,8 +18,8 @@ from torchreg.runs.logger import Logger
 from torchreg.runs.recipes import SWEEP_DEFAULTS
 from torchreg.runs.run import train
 from torchreg.runs.setup import LeastSquares, prepare, scale_at
+from torchreg.sweeps.sweep import lr_scaling_limit, lr_scaling_trials
 from torchreg.sweeps.sweep_tables import curves_table, summary, trials_table
-from torchreg.sweeps.trials import lr_scaling_limit, lr_scaling_trials
 from torchreg.theory import Dynamics
 
 SWEEP = ["sweep", "batch", "--update-order", "simultaneous"]  # which is predicted at less cost than the default

@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from torchreg.data.standardizer import Standardizer
-from torchreg.data.table import load_table
+from torchreg.data.table import Standardizer, load_table
 from torchreg.theory import Moments, RowGradients
 
 

@@ -1,12 +1,14 @@
 """The `torchreg` command: one table of subcommands. Each is a module that is imported when it runs.
 
-`options` has what commands share, `ranks` starts and ends the ranks, `streams` never raise.
+`options` has what commands share, `ranks` starts and ends the ranks.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
+import io
 import os
 import signal
 import sys
@@ -14,8 +16,9 @@ import time
 from collections.abc import Sequence
 from importlib import import_module
 from types import FrameType
+from typing import Any
 
-from torchreg.cli.streams import protect_streams
+from torchreg import __version__
 from torchreg.distributed.launcher import detect_launcher
 from torchreg.runs.stopping import ignore_signals
 
@@ -38,21 +41,20 @@ _ON_ALL_RANKS = {"train", "sweep", "verify", "scale measure", "scale run"}  # th
 # The modules of the extras, and their packages.
 _PACKAGES = {name: name for name in ("jinja2", "matplotlib", "msgspec", "pyarrow", "scipy")} | {"yaml": "pyyaml"}
 _FORWARDED_WITHIN_S = 0.3  # a launcher drops output that it has not forwarded when the first rank ends the others
-_USAGE = """\
-usage: torchreg [-h] [--version] {commands} ...
+_USAGE = f"""\
+usage: torchreg [-h] [--version] {{{",".join(COMMANDS)}}} ...
 
 Train one linear layer across many ranks, with the right answer known beforehand.
 
 commands:
-{descriptions}
-
+{"".join(f"  {name:6}  {what}{chr(10)}" for name, what in COMMANDS.items())}
 `torchreg COMMAND --help` shows the options of a command.
 """
 
 
 def command() -> int:
     """`main` as a process, which ends after it. Closed or broken output streams lose the output, not the run."""
-    stdout = protect_streams()
+    stdout = _protect_streams()
     os.environ["MPLBACKEND"] = "agg"  # a notebook's kernel sets its own
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else a lost connection prints pages of C++ frames
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
@@ -75,9 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         _report(str(error))
     except ModuleNotFoundError as error:
-        if error.name not in _PACKAGES:
+        if not (package := _PACKAGES.get(error.name or "")):
             raise
-        package = _PACKAGES[error.name]
         _report(f"{arguments[0]} needs the package {package}, which is not installed: pip install {package}")
     except KeyboardInterrupt:
         _report("interrupted")
@@ -88,15 +89,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_BAD_INPUT
 
 
+class _Stream(io.FileIO):
+    """A standard stream that drops what cannot be written. `error` is why, unless only the reader is gone."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO, errno.EBADF):  # a closed pipe, terminal, descriptor
+                self.error = error
+            return len(data)
+
+
+def _protect_streams() -> _Stream:
+    """Replace stdout (returned raw) and stderr by streams that never raise, and print `?` where they lack a letter."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed by `>&-`: the next file that is opened would take its number
+            os.open(os.devnull, os.O_RDWR)
+    raw = {name: _Stream(descriptor, "w", closefd=False) for descriptor, name in ((1, "stdout"), (2, "stderr"))}
+    for name, stream in raw.items():
+        before = getattr(sys, name) or open(stream.fileno(), "w", closefd=False)  # noqa: SIM115
+        with contextlib.suppress(OSError):
+            before.flush()
+        raises = before.errors == "strict" or (before.errors == "surrogateescape" and before.encoding != "utf-8")
+        options = {option: getattr(before, option) for option in ("encoding", "line_buffering", "write_through")}
+        errors = "replace" if raises else before.errors
+        setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(stream), errors=errors, **options))
+    return raw["stdout"]
+
+
 def _dispatch(arguments: list[str]) -> int:
     if arguments[:1] == ["--version"]:
-        from torchreg import __version__
-
         print(f"torchreg {__version__}")
         return 0
     if not arguments or arguments[0] in ("-h", "--help"):
-        descriptions = "\n".join(f"  {name:6}  {what}" for name, what in COMMANDS.items())
-        print(_USAGE.format(commands="{" + ",".join(COMMANDS) + "}", descriptions=descriptions), end="")
+        print(_USAGE, end="")
         return 0 if arguments else EXIT_BAD_INPUT
     name, *options = arguments
     if name not in COMMANDS:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import tyro
 
 from torchreg.cli.options import parse
 from torchreg.runs.config import DataConfig
-
-if TYPE_CHECKING:
-    from torchreg.data.table import Table
 
 _MAX_FEATURES = 24  # rows of the table of columns
 
@@ -33,32 +30,24 @@ def run(argv: list[str]) -> int:
     """Show, fetch or make."""
     options = parse(DataOptions, "torchreg data", argv)
     output = options.output
-    from torchreg.console import show_lines
+    from torchreg.console import digits, equation, show_lines, show_table
     from torchreg.data.table import fetch_ames, write_table
     from torchreg.runs.setup import read
+    from torchreg.theory import Moments
 
     if options.action == "fetch":
         show_lines([str(fetch_ames())])
         return 0
     table = read(options)
-    if options.action == "show":
-        _show(table)
+    if options.action == "make":
+        if output.is_dir() or not output.parent.is_dir():
+            what = "is a folder" if output.is_dir() else "lies in no folder that exists"
+            raise ValueError(f"output is {output}, which {what}: give the path of a file")
+        if output.exists() and not options.overwrite:
+            raise ValueError(f"output is {output}, which exists already: choose another, or --overwrite")
+        write_table(table, output)
+        show_lines([str(output)])
         return 0
-    if output.is_dir() or not output.parent.is_dir():
-        what = "is a folder" if output.is_dir() else "lies in no folder that exists"
-        raise ValueError(f"output is {output}, which {what}: give the path of a file")
-    if output.exists() and not options.overwrite:
-        raise ValueError(f"output is {output}, which exists already: choose another, or --overwrite")
-    write_table(table, output)
-    show_lines([str(output)])
-    return 0
-
-
-def _show(table: Table) -> None:
-    """Print the source of the table, its columns, and for one feature the six sums that determine all."""
-    from torchreg.console import digits, equation, show_lines, show_table
-    from torchreg.theory import Moments
-
     dropped = f", {table.num_dropped} with missing values excluded" * bool(table.num_dropped)
     show_lines([f"source       {table.source}: {table.num_rows} rows{dropped}", f"fingerprint  {table.fingerprint()}"])
     x, y = table.features, table.target[:, 0]
@@ -77,3 +66,4 @@ def _show(table: Table) -> None:
     best = Moments.of(table.features, table.target).closed_form()
     line = equation(table.target_name, table.feature_names, best.weight.tolist(), best.bias)
     show_lines([f"closed form  {line}, mean squared error {digits(best.loss)}"])
+    return 0

@@ -20,12 +20,6 @@ class ConfigOptions:
 
     json: bool = False  # Print the result as one JSON object on stdout, and nothing else there.
     config: Annotated[TrainConfig, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecipeOptions(ConfigOptions):
-    """The options of a training run, and where their defaults come from."""
-
     # Where the defaults of the other options come from: `default` is safe at any world size that the data allows,
     # `lesson` is the original lesson to the digit, `homework` its exercise with batches of 64 samples.
     recipe: Literal["default", "lesson", "homework"] = "default"
@@ -53,10 +47,10 @@ def parse(kind: type[T], program: str, argv: list[str], default: T | None = None
 
 
 def parse_config(kind: type[C], program: str, argv: list[str], default: TrainConfig | None = None) -> C:
-    """Parse a command's options with these defaults, else with those of the recipe that the options name.
+    """Parse a command's options with these defaults, else with those of the recipe that the options name, whose
+    batch size is dropped where the options choose the batch in another way.
 
-    A recipe's batch size is dropped where the options choose the batch in another way. Raises `ValueError` where --plot
-    lacks matplotlib.
+    Raises `ValueError` where --plot lacks matplotlib.
     """
     if default is None:
         words = " ".join(argv).replace("=", " ").split()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from torchreg.cli.options import RecipeOptions, parse_config, whole_numbers
+from torchreg.cli.options import ConfigOptions, parse_config, whole_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanOptions(RecipeOptions):
+class PlanOptions(ConfigOptions):
     """Predict, without training, what each of several world sizes would do: stable or not, steps and samples to the
     target, noise floor.
 
@@ -21,18 +21,17 @@ class PlanOptions(RecipeOptions):
 def run(argv: list[str]) -> int:
     """Print the plan, and draw it if asked."""
     options = parse_config(PlanOptions, "torchreg plan", argv)
-    config = options.config
-    world_sizes = whole_numbers("world_sizes", options.world_sizes)
+    config, world_sizes = options.config.run, whole_numbers("world_sizes", options.world_sizes)
 
     from torchreg.console import show_lines, show_table
     from torchreg.planning.plan import plan
     from torchreg.runs.record import PLAN_FILE, create_run_folder, to_json, write_json
 
-    planned, pictures = plan(config, world_sizes), []
-    if config.run.plot:
+    planned, pictures = plan(options.config, world_sizes), []
+    if config.plot:
         from torchreg.plots.figures import draw_plan
 
-        folder = create_run_folder(config.run.runs_dir, config.run.name, "plan", overwrite=config.run.overwrite)
+        folder = create_run_folder(config.runs_dir, config.name, "plan", overwrite=config.overwrite)
         write_json(folder / PLAN_FILE, asdict(planned))
         pictures = draw_plan(folder)
     if options.json:

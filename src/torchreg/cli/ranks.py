@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 from torchreg.cli import EXIT_BAD_INPUT, EXIT_FAILED, own_rank
 from torchreg.distributed.communicator import Communicator
@@ -21,8 +21,6 @@ from torchreg.runs.stopping import ignore_signals
 
 T = TypeVar("T")
 
-_MAIN_RANK_FIRST_S = 2.0
-
 
 def open_ranks(config: TrainConfig) -> Communicator:
     """Initialise this rank among the others. An error here, of all ranks or of one, is reported once and ends all."""
@@ -31,25 +29,21 @@ def open_ranks(config: TrainConfig) -> Communicator:
     except AgreedError:
         raise
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
-        _leave(error)
+        # This rank ends without MPI_Finalize, which would wait for ranks that are not there.
+        code, where, what = EXIT_BAD_INPUT, "", ""
+        if not isinstance(error, ValueError):
+            code, where = EXIT_FAILED, f" on rank {own_rank()} ({socket.gethostname()})"
+            what = "the ranks did not connect: "
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(code))  # srun sends it when another rank has left
+        if own_rank() > 0:
+            time.sleep(2)  # the main rank most likely reports the same, and the launcher then ends this rank
+        print(f"torchreg: error{where}: {what}{one_line(error)}", file=sys.stderr, flush=True)
+        time.sleep(FORWARDED_WITHIN_S)
+        os._exit(code)
     warning = why_not_a_gpu(config.run.device, os.environ)
     if warning and communicator.is_main and communicator.device.type == "cpu":
         print(f"torchreg: warning: {warning}", file=sys.stderr)
     return communicator
-
-
-def _leave(error: Exception) -> NoReturn:
-    """Report the error and end this rank without MPI_Finalize, which would wait for ranks that are not there."""
-    code, where, what = EXIT_BAD_INPUT, "", ""
-    if not isinstance(error, ValueError):
-        code, where = EXIT_FAILED, f" on rank {own_rank()} ({socket.gethostname()})"
-        what = "the ranks did not connect: "
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(code))  # srun sends it when another rank has left
-    if own_rank() > 0:
-        time.sleep(_MAIN_RANK_FIRST_S)  # which most likely reports the same, and the launcher then ends this rank
-    print(f"torchreg: error{where}: {what}{one_line(error)}", file=sys.stderr, flush=True)
-    time.sleep(FORWARDED_WITHIN_S)
-    os._exit(code)
 
 
 def on_all_ranks(communicator: Communicator, work: Callable[[], T]) -> T:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
+
+import tyro
 
 from torchreg.cli import EXIT_STOPPED
 from torchreg.cli.options import ConfigOptions, parse_config, whole_numbers
@@ -13,6 +16,7 @@ from torchreg.runs.recipes import SWEEP_DEFAULTS
 
 @dataclass(frozen=True, kw_only=True)
 class _SweepOptions(ConfigOptions):
+    recipe: tyro.conf.Suppress[tyro.conf.Fixed[Literal["default", "lesson", "homework"]]] = "homework"
     num_seeds: int = 5  # Runs of each configuration, with seeds that count up from --seed.
     farm: bool = False  # Run one configuration on each rank, instead of each configuration on all ranks.
 
@@ -44,18 +48,15 @@ class LRScalingOptions(_SweepOptions):
 def run(argv: list[str]) -> int:
     """Run the trials that are not finished, print the summary, draw it."""
     kind, *argv = argv or ["missing"]
-    options: BatchOptions | LRScalingOptions
     if kind in ("-h", "--help"):
         print("usage: torchreg sweep {batch,lr-scaling} ...\n\n`torchreg sweep batch --help` shows the options.")
         return 0
-    if kind == "batch":
-        options = parse_config(BatchOptions, "torchreg sweep batch", argv, SWEEP_DEFAULTS["batch"])
-        values = whole_numbers("batch_sizes", options.batch_sizes)
-    elif kind == "lr-scaling":
-        options = parse_config(LRScalingOptions, "torchreg sweep lr-scaling", argv, SWEEP_DEFAULTS["lr-scaling"])
-        values = whole_numbers("multipliers", options.multipliers) if options.multipliers else []
-    else:
+    if kind not in SWEEP_DEFAULTS:
         raise ValueError(f"sweep is {kind}: give batch or lr-scaling, as in `torchreg sweep batch`")
+    options_of_kind, field = (BatchOptions, "batch_sizes") if kind == "batch" else (LRScalingOptions, "multipliers")
+    options = parse_config(options_of_kind, f"torchreg sweep {kind}", argv, SWEEP_DEFAULTS[kind])
+    text = getattr(options, field)
+    values = whole_numbers(field, text) if text or kind == "batch" else []
     config, num_seeds = options.config, options.num_seeds
     if num_seeds < 1:
         raise ValueError(f"num_seeds is {num_seeds}: give a whole number of at least 1")
@@ -64,15 +65,13 @@ def run(argv: list[str]) -> int:
     from torchreg.console import Reporter, Terminal, show_files, show_table
     from torchreg.runs.record import to_json
     from torchreg.runs.stopping import StopRequest
+    from torchreg.sweeps import sweep_tables
     from torchreg.sweeps.sweep import run_sweep
-    from torchreg.sweeps.sweep_tables import batch_rows, lr_scaling_rows, summary, trials_table
-    from torchreg.sweeps.trials import batch_trials, lr_scaling_trials
 
-    make_trials, make_rows = (batch_trials, batch_rows) if kind == "batch" else (lr_scaling_trials, lr_scaling_rows)
     communicator = open_ranks(config)
     reporter = Terminal(stderr=options.json, counts="run") if communicator.is_main else Reporter()
     with StopRequest(config.run.time_limit_s, nothing_to_save=True) as stop:
-        sweep = partial(run_sweep, kind, config, partial(make_trials, config, values, num_seeds))
+        sweep = partial(run_sweep, kind, config, values, num_seeds)
         folder = on_all_ranks(communicator, lambda: sweep(communicator, reporter, stop, farm=options.farm))
     if folder is None:
         reporter.info(f"stopped by {stop.reason or 'another rank'}; finished runs are kept: run the same sweep again")
@@ -84,10 +83,10 @@ def run(argv: list[str]) -> int:
         from torchreg.plots.figures import draw_sweep
 
         pictures = draw_sweep(folder)
-    table = summary(trials_table(folder))
+    summary = sweep_tables.summary(sweep_tables.trials_table(folder))
     if options.json:
-        print(to_json(table.to_dict("records")))
+        print(to_json(summary.to_dict("records")))
     else:
-        show_table(*make_rows(table))
+        show_table(*sweep_tables.table(kind, summary))
         show_files(folder, pictures)
     return 0

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torchreg.cli import EXIT_DIVERGED, EXIT_STOPPED
-from torchreg.cli.options import RecipeOptions, parse_config
+from torchreg.cli.options import ConfigOptions, parse_config
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(RecipeOptions):
+class TrainOptions(ConfigOptions):
     """Train nn.Linear on house prices; end with the fitted line, the closed form, and how far apart they are.
 
     Runs as one process, or as many ranks under mpiexec, torchrun, srun or ezpz launch.
@@ -30,13 +30,12 @@ def run(argv: list[str]) -> int:
     from torchreg.runs.stopping import StopRequest
 
     communicator = open_ranks(config)
-    terminal = Terminal(stderr=options.json) if communicator.is_main else None
     with StopRequest(config.run.time_limit_s, nothing_to_save=True) as stop:
-        result = on_all_ranks(communicator, lambda: train(config, communicator, terminal, stop))
-    is_stopped = result.stopped_by == "request"
+        result = on_all_ranks(communicator, lambda: train(config, communicator, Terminal(stderr=options.json), stop))
+    code = {"request": EXIT_STOPPED, "divergence": EXIT_DIVERGED}.get(result.stopped_by, 0)
     if communicator.is_main:
         pictures = []
-        if config.run.plot and not (is_stopped or result.diverged):
+        if config.run.plot and code == 0:
             from torchreg.plots.figures import draw_training
 
             pictures = draw_training(Path(result.run_dir))
@@ -45,6 +44,6 @@ def run(argv: list[str]) -> int:
         else:
             show_lines(result.lines())
             show_files(result.run_dir, pictures)
-        if is_stopped:
+        if code == EXIT_STOPPED:
             print(f"reason       {stop.reason}", file=sys.stderr if options.json else sys.stdout)
-    return EXIT_STOPPED if is_stopped else EXIT_DIVERGED if result.diverged else 0
+    return code

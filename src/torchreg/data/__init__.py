@@ -1,7 +1,6 @@
 """Tables in, matrices out.
 
-- `table`: the `Table` that is trained on, `load_table` with its checks, and the real table from its pinned address;
+- `table`: `load_table` with its checks, the real table, and the `Standardizer` between the data's and model's units;
 - `table_files`: columns of CSV and Parquet files;
-- `synthetic`: the synthetic table, whose sums are those of the real one;
-- `standardizer`: features and parameters in the data's and in the model's units.
+- `synthetic`: the synthetic table, whose sums are those of the real one.
 """

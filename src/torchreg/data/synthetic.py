@@ -23,7 +23,6 @@ def make_houses(num_rows: int, num_features: int, seed: int) -> tuple[NDArray[np
     Areas are skewed, the spread of prices grows with the area, all prices are positive. At 551 rows and one
     feature the six sums are the real table's to rounding; at other sizes the means of the same quantities are.
     Further features are standardised, and correlated with the area as bathrooms or garage spaces would be.
-
     The random stream is NumPy's frozen `RandomState` (NEP 19), so a seed gives the same rows in every release.
     """
     if num_rows < num_features + 2:

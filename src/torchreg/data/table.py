@@ -1,7 +1,4 @@
-"""The table of a training run: the synthetic one, the real one, or the user's own file.
-
-pandas, pooch and pyarrow are imported by the functions that need them.
-"""
+"""The table of a training run: the synthetic one, the real one, or the user's own file."""
 
 from __future__ import annotations
 
@@ -12,18 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from torchreg.core.checkpoint import write_atomically
-from torchreg.data.standardizer import Matrix
 from torchreg.data.synthetic import REAL_NUM_ROWS, make_houses
 from torchreg.data.table_files import PARQUET_EXTENSIONS, file_errors, read_columns
+
+Matrix = NDArray[np.float64]
 
 DEFAULT_FEATURE = "GrLivArea"
 DEFAULT_TARGET = "SalePrice"
 AMES_URL = (
     "https://raw.githubusercontent.com/argonne-lcf/ai-science-training-series/"
-    "e7d9e727010650b0b8757d0bcbc3ef41c96681d7/old/2024-Spring/01_intro_AI_on_Supercomputer/"
-    "slimmed_realestate_data.csv"
+    "e7d9e727010650b0b8757d0bcbc3ef41c96681d7/old/2024-Spring/01_intro_AI_on_Supercomputer/slimmed_realestate_data.csv"
 )
 AMES_SHA256 = "5e7578a8e9bc0f1e2eac9711621f4d0d129e9fe36e3f4e655947a0652b3b05cc"
 
@@ -41,8 +39,7 @@ class Table:
     target_name: str
     source: str
     num_dropped: int = 0
-    definition: str = ""
-    """What synthetic rows are computed from. Their last bits depend on the machine's linear algebra."""
+    definition: str = ""  # of synthetic rows, whose last bits depend on the machine's linear algebra
 
     @property
     def num_rows(self) -> int:
@@ -55,12 +52,40 @@ class Table:
         return self.features.shape[1]
 
     def fingerprint(self) -> str:
-        """SHA-256 of the numbers that are trained on, row by row, or of what they are computed from.
-
-        It is the same for a CSV and its Parquet copy, and for the synthetic table on every machine.
-        """
+        """SHA-256 of the rows' numbers, the same for a CSV and its Parquet copy, or of the synthetic `definition`."""
         content = self.definition.encode() or np.hstack([self.features, self.target]).astype("<f8", order="C").data
         return "sha256:" + hashlib.sha256(content).hexdigest()
+
+
+@dataclass(frozen=True)
+class Standardizer:
+    """Features shifted to mean 0 and scaled to variance 1: x ↦ (x − mean) / scale, both (num_features,).
+
+    With mean 0 and scale 1 it is the identity. Parameters are mapped so that they describe the same line.
+    """
+
+    mean: Matrix
+    scale: Matrix
+
+    @classmethod
+    def of(cls, features: Matrix, *, standardize: bool) -> Standardizer:
+        """The standardizer of features (num_rows, num_features), or the identity."""
+        if standardize:
+            return cls(features.mean(axis=0), features.std(axis=0))
+        return cls(np.zeros(features.shape[1]), np.ones(features.shape[1]))
+
+    def apply(self, features: Matrix) -> Matrix:
+        """Features (rows, num_features) in the model's units."""
+        return (features - self.mean) / self.scale
+
+    def parameters_in(self, weight: Matrix, bias: float) -> tuple[Matrix, float]:
+        """Parameters in the model's units, from those in the data's units."""
+        return weight * self.scale, float(bias + weight @ self.mean)
+
+    def parameters_out(self, weight: Matrix, bias: float) -> tuple[Matrix, float]:
+        """Parameters in the data's units, from those in the model's units."""
+        with np.errstate(over="ignore", invalid="ignore"):  # after divergence
+            return weight / self.scale, float(bias - (weight / self.scale) @ self.mean)
 
 
 def load_table(
@@ -116,9 +141,8 @@ def load_table(
 
 
 def fetch_ames(url: str = AMES_URL, sha256: str = AMES_SHA256) -> Path:
-    """The path of the real table: downloaded once, its checksum verified, then cached.
-
-    The cache folder is the user's (TORCHREG_CACHE overrides it). Raises `ValueError` when it cannot be fetched.
+    """The path of the real table: downloaded once, its checksum verified, then cached in the user's folder for caches
+    (TORCHREG_CACHE overrides it). Raises `ValueError` when it cannot be fetched.
     """
     import pooch
     import requests  # pooch's own transport
@@ -138,10 +162,7 @@ def fetch_ames(url: str = AMES_URL, sha256: str = AMES_SHA256) -> Path:
 
 
 def write_table(table: Table, path: Path) -> None:
-    """Write the table as CSV or Parquet, by the file's extension; every number is kept to the last bit.
-
-    The file appears whole or not at all.
-    """
+    """Write CSV or Parquet, by the file's extension, whole or not at all; every number is kept to the last bit."""
     import pandas as pd
     from pandas.io.common import infer_compression
 

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from torchreg.data.standardizer import Matrix
+from numpy.typing import NDArray
 
 PARQUET_EXTENSIONS = (".parquet", ".pq")
 _ENCODING = "utf-8-sig"  # with or without a byte order mark
@@ -38,7 +37,7 @@ def file_errors(path: Path, kind: str) -> Iterator[None]:
         raise ValueError(f"{path} cannot be read or written as {kind}: {first_line}") from error
 
 
-def read_columns(path: Path, wanted: Sequence[str]) -> Matrix:
+def read_columns(path: Path, wanted: Sequence[str]) -> NDArray[np.float64]:
     """The wanted columns, (num_rows, num_columns), with NaN for missing values. The last is the target."""
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
@@ -46,7 +45,7 @@ def read_columns(path: Path, wanted: Sequence[str]) -> Matrix:
     return (_read_parquet if path.suffix.lower() in PARQUET_EXTENSIONS else _read_csv)(path, wanted)
 
 
-def _read_parquet(path: Path, wanted: Sequence[str]) -> Matrix:
+def _read_parquet(path: Path, wanted: Sequence[str]) -> NDArray[np.float64]:
     with file_errors(path, "Parquet"):
         import pyarrow as pa
         from pyarrow.parquet import ParquetFile
@@ -66,7 +65,7 @@ def _read_parquet(path: Path, wanted: Sequence[str]) -> Matrix:
         return np.column_stack([read[field.name].cast(pa.float64(), safe=False).to_numpy() for field in fields])
 
 
-def _read_csv(path: Path, wanted: Sequence[str]) -> Matrix:
+def _read_csv(path: Path, wanted: Sequence[str]) -> NDArray[np.float64]:
     """Refuses rows that are not as wide as the header, which pandas shifts or fills; but R's begin with a name."""
     import pandas as pd
 
@@ -153,7 +152,6 @@ def _have_names(rows: Sequence[Sequence[str]]) -> bool:
 
 
 def _indices(names: Sequence[str], wanted: Sequence[str], path: Path, separator: str = "") -> list[int]:
-    """The index of each wanted column among the names of a file."""
     for field, name in zip([*["features"] * (len(wanted) - 1), "target"], wanted, strict=True):
         if (count := names.count(name)) > 1:
             raise ValueError(f"{field} is {name!r}: {path} has {count} columns of this name: rename them")

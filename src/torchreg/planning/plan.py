@@ -102,24 +102,26 @@ class Plan:
 
 
 def plan(config: TrainConfig, world_sizes: Sequence[int]) -> Plan:
-    """The forecasts of a configuration at these world sizes (all at least 1).
-
-    Raises `ValueError` with the reason if the smallest of them is impossible.
-    """
+    """The forecasts at these world sizes, all at least 1. Raises `ValueError` where the smallest is impossible."""
     least_squares = LeastSquares.of(config)
     table, best, curvature = least_squares.table, least_squares.closed_form, least_squares.rows.curvature()
-    rows = tuple(_forecast(config, least_squares, world_size) for world_size in sorted(set(world_sizes)))
+    local_batch_size = config.batch.local_batch_size or DEFAULT_LOCAL_BATCH_SIZE
+    rows = tuple(_forecast(config, least_squares, local_batch_size, size) for size in sorted(set(world_sizes)))
     first = rows[0].forecast
     if first is None:
         raise ValueError(rows[0].reason)
     learning_rates = setup.base_learning_rates(config, least_squares)
+    limits = [row.scaled_learning_rate[1] * row.forecast.stability_limit if row.forecast else None for row in rows]
     largest: dict[LRScaling, int] = {}
     fractions: dict[str, tuple[tuple[int, float | None], ...]] = {}
     for rule in _RULES:
         scaled = config.replace(lr_scaling=rule)
         if not config.batch.global_batch_size and config.batch.sampling != "full":  # the batch grows with the ranks
-            largest[rule] = setup.stable_world_size(scaled, least_squares, _local_batch_size(config))
-        fractions[rule] = tuple((row.world_size, _fraction(row, scaled, learning_rates[1])) for row in rows)
+            largest[rule] = setup.stable_world_size(scaled, least_squares, local_batch_size)
+        fractions[rule] = tuple(
+            (row.world_size, limit and learning_rates[1] * setup.scale_at(scaled, row.global_batch_size) / limit)
+            for row, limit in zip(rows, limits, strict=True)
+        )
     critical, target = None, first.target_excess * best.loss
     if first.criterion == "mean square" and target > 0:
         start = least_squares.start_error
@@ -137,40 +139,38 @@ def plan(config: TrainConfig, world_sizes: Sequence[int]) -> Plan:
         fraction_of_stability_limit=fractions,
         largest_stable=largest,
         critical=critical,
-        verdict=_verdict(config, rows, largest, table.num_rows // _local_batch_size(config)),
+        verdict=_verdict(config, rows, largest, local_batch_size, table.num_rows),
         notes=_notes(config, first, least_squares),
     )
 
 
-def _fraction(row: WorldSize, config: TrainConfig, bias: float) -> float | None:
-    bias *= setup.scale_at(config, row.global_batch_size)
-    return bias / (row.scaled_learning_rate[1] * row.forecast.stability_limit) if row.forecast else None
-
-
-def _forecast(config: TrainConfig, least_squares: LeastSquares, world_size: int) -> WorldSize:
+def _forecast(config: TrainConfig, least_squares: LeastSquares, local_batch_size: int, world_size: int) -> WorldSize:
     try:
         state, _ = setup.prepare(config.replace(on_unstable="warn"), world_size, least_squares)
     except ValueError as error:
-        size = config.batch.global_batch_size or _local_batch_size(config) * world_size
+        size = config.batch.global_batch_size or local_batch_size * world_size
         return WorldSize(world_size, size, reason=str(error))
     forecast, size = state.forecast, state.plan.global_batch_size
     samples = None if forecast.steps_to_target is None else forecast.steps_to_target * size
     return WorldSize(world_size, size, state.schedule.scaled, forecast, None, forecast.is_stable, samples)
 
 
-def _verdict(config: TrainConfig, rows: Sequence[WorldSize], largest: dict[LRScaling, int], most_ranks: int) -> str:
+def _verdict(
+    config: TrainConfig, rows: Sequence[WorldSize], largest: dict[LRScaling, int], local_batch_size: int, num_rows: int
+) -> str:
     """Whether training is stable, up to which world size, and the remedies, in one line."""
-    unstable = [row for row in rows if row.is_stable is False]
+    unstable = [(row.world_size, row.forecast) for row in rows if row.forecast and not row.is_stable]
     omit = "standardise and omit base_learning_rate"
     lower = f"{'' if config.data.standardize else f'{omit}, '}lower base_learning_rate, or use --on-unstable cap"
     if not largest:
         name = f"every step takes {rows[0].global_batch_size} samples at any world size, and these learning rates"
-        if not (unstable and unstable[0].forecast):
+        if not unstable:
             return f"{name} are stable"
-        return f"{name} diverge: they are {1 / unstable[0].forecast.stability_limit:.3g} times the limit; {lower}"
+        return f"{name} diverge: they are {1 / unstable[0][1].stability_limit:.3g} times the limit; {lower}"
 
     def up_to(world_size: int) -> str:
-        return f"stable up to {_count(world_size, 'rank')}{', the most for this data' * (world_size == most_ranks)}"
+        is_most = world_size == num_rows // local_batch_size
+        return f"stable up to {_count(world_size, 'rank')}{', the most for this data' * is_most}"
 
     name, stable = f"{_RULES[config.optimizer.lr_scaling]} these learning rates", largest[config.optimizer.lr_scaling]
     if not unstable:
@@ -182,16 +182,15 @@ def _verdict(config: TrainConfig, rows: Sequence[WorldSize], largest: dict[LRSca
         remedies.insert(0, f"use --lr-scaling sqrt ({up_to(largest['sqrt'])})")
     if not config.data.standardize:
         standardized = config.replace(standardize=True, base_learning_rate=None)
-        most = setup.stable_world_size(standardized, LeastSquares.of(standardized), _local_batch_size(config))
+        most = setup.stable_world_size(standardized, LeastSquares.of(standardized), local_batch_size)
         if most > stable:
             remedies.insert(0, f"{omit} ({up_to(most)})")
-    first = unstable[0].world_size
+    first = unstable[0][0]
     node = ", one Polaris node," * (first == 4)  # one rank a GPU
     return f"{name} is {up_to(stable)}; at {first}{node} it diverges: {'; or '.join(remedies)}"
 
 
 def _notes(config: TrainConfig, forecast: Forecast, least_squares: LeastSquares) -> tuple[str, ...]:
-    """Approximations and limits of the forecasts."""
     num_features, best = least_squares.table.num_features, least_squares.closed_form
     error = forecast.stability_limit_error / forecast.stability_limit
     is_mean, is_sequential = forecast.criterion == "mean", config.optimizer.update_order == "sequential"
@@ -209,10 +208,6 @@ def _notes(config: TrainConfig, forecast: Forecast, least_squares: LeastSquares)
         "the closed form's loss is 0, so no excess can be given as a fraction of it": best.loss == 0,
     }
     return tuple(note for note, applies in notes.items() if note and applies)
-
-
-def _local_batch_size(config: TrainConfig) -> int:
-    return config.batch.local_batch_size or DEFAULT_LOCAL_BATCH_SIZE
 
 
 def _count(number: int, noun: str) -> str:

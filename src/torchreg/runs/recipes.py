@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torchreg.runs.config import TrainConfig
 
 RECIPES: dict[str, TrainConfig] = {
@@ -26,7 +24,7 @@ RECIPES["homework"] = RECIPES["lesson"].replace(sampling="random", global_batch_
 `homework` its exercise: batches of 64 rows that each step draws afresh."""
 
 
-SWEEP_DEFAULTS: dict[Literal["batch", "lr-scaling"], TrainConfig] = {
+SWEEP_DEFAULTS: dict[str, TrainConfig] = {
     "batch": RECIPES["homework"].replace(name="sweep-batch", global_batch_size=None),
     "lr-scaling": RECIPES["homework"].replace(
         name="sweep-lr-scaling", global_batch_size=None, epochs=None, max_steps=1_000

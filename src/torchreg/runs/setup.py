@@ -14,8 +14,7 @@ import numpy as np
 from torchreg import theory
 from torchreg.core.batches import BatchPlan
 from torchreg.core.schedule import Schedule, lr_scale
-from torchreg.data.standardizer import Standardizer
-from torchreg.data.table import Table, load_table
+from torchreg.data.table import Standardizer, Table, load_table
 from torchreg.runs.config import DEFAULT_EPOCHS, DataConfig, TrainConfig
 from torchreg.runs.forecast import Forecast, forecast
 from torchreg.theory import MAX_SEQUENTIAL, ClosedForm, Dynamics, Matrix, Moments, RowGradients

@@ -17,8 +17,7 @@ from torch.nn.utils import parameters_to_vector
 from torchreg.core.batches import Batch, BatchLoader, BatchPlan
 from torchreg.core.model import make_model
 from torchreg.core.train import fit, make_sgd, manual_samples
-from torchreg.data.standardizer import Standardizer
-from torchreg.data.table import load_table
+from torchreg.data.table import Standardizer, load_table
 from torchreg.distributed.communicator import Communicator
 from torchreg.runs.logger import MOST_WAITING, LossBuffer
 from torchreg.runs.run import Seams, make_step

@@ -3,7 +3,6 @@
 A sweep is a folder: `sweep.json` (its kind, configuration and trials), `trials/<name>/` (the record of one run each),
 and `trials.csv` and `curves.csv`, which are computed from the records. A finished trial is not run again.
 
-- `trials`: the trials of a sweep;
-- `sweep`: running those that are not finished;
+- `sweep`: the trials of a sweep, and running those that are not finished;
 - `sweep_tables`: the tables, from records alone.
 """

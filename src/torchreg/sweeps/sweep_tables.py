@@ -15,16 +15,13 @@ from torchreg.runs.config import from_json
 from torchreg.runs.record import RECORD_FILE, read_metrics
 
 SWEEP_FILE, TRIALS_FILE, CURVES_FILE, TRIALS_FOLDER = "sweep.json", "trials.csv", "curves.csv", "trials"
-_DIVERGES = "diverges"
 
-GROUP = ["standardize", "update_order", "global_batch_size", "multiplier", "warmup_steps"]
-"""The columns that trials of one configuration have in common; they differ in `seed`."""
+GROUP = ["standardize", "update_order", "global_batch_size", "multiplier", "warmup_steps"]  # equal but for `seed`
 
 
 def read_sweep(folder: Path) -> dict[str, Any]:
     """The kind, configuration, trials and provenance of a sweep."""
-    content: dict[str, Any] = json.loads(read_regular(folder / SWEEP_FILE))
-    return content
+    return json.loads(read_regular(folder / SWEEP_FILE))
 
 
 def trials_table(folder: Path) -> pd.DataFrame:
@@ -70,59 +67,57 @@ def curves_table(folder: Path) -> pd.DataFrame:
 def summary(trials: pd.DataFrame) -> pd.DataFrame:
     """One row per configuration: means over its seeds, the standard error of the mean excess, and the prediction."""
     weights = [column for column in trials.columns if column.startswith("weight_")]
-    same = ["num_steps", "fraction_of_stability_limit", "noise_floor"]
-    same += ["predicted_excess", "predicted_low", "predicted_high"]
+    predicted = ["fraction_of_stability_limit", "noise_floor", "predicted_excess", "predicted_low", "predicted_high"]
     groups = trials.groupby(GROUP, sort=True)
-    table = groups[[*weights, "bias", "loss", "excess"]].mean().join(groups[same].first())
+    table = groups[[*weights, "bias", "loss", "excess"]].mean().join(groups[["num_steps", *predicted]].first())
     error, sizes, diverged = groups["excess"].sem(), groups.size(), groups["diverged"].sum()
     return table.assign(excess_error=error, num_runs=sizes, num_diverged=diverged).reset_index()
 
 
-def batch_rows(summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """Human-readable columns and rows of a batch sweep; rows with diverged runs begin with `!`."""
-    weights = [column for column in summary.columns if column.startswith("weight_")]
-    rows = []
-    for row in summary.to_dict("records"):
-        diverged, predicted = bool(row["num_diverged"]), _predicted(row)
-        fitted = {"weight": row[weights[0]], "bias": row["bias"]} if len(weights) == 1 else {}
-        low, high = _percent(row["predicted_low"]), _percent(row["predicted_high"])
-        rows.append(
-            {
-                "batch": "!" * diverged + str(row["global_batch_size"]),
-                "lr": f"× {row['multiplier']:.4g}",
-                "steps": f"{row['num_steps']}",
-                "lr / limit": f"{row['fraction_of_stability_limit']:.3g}",
-                **{name: "" if diverged else f"{x:.5g}" for name, x in (fitted | {"loss": row["loss"]}).items()},
-                "above best, %": _measured(row),
-                "predicted": predicted,
-                "95 % of runs": f"{low} to {high}" if predicted != _DIVERGES and low else "",
-            }
-        )
+def table(kind: str, summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Human-readable columns and rows of a sweep; rows with diverged runs begin with `!`."""
+    configurations = summary.to_dict("records")
+    if kind == "batch":
+        rows = [_batch_row(row) for row in configurations]
+    else:  # the summary is sorted, `warmup_steps` last
+        rows = [_lr_scaling_row(*pair) for pair in zip(configurations[::2], configurations[1::2], strict=True)]
     return list(rows[0]), [list(row.values()) for row in rows]
 
 
-def lr_scaling_rows(summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """The same of an lr-scaling sweep: a row per multiplier, without and with warm-up."""
-    rows = []
-    for (standardize, order, batch, multiplier), trials in summary.groupby(GROUP[:-1], sort=False):
-        cold, warm = trials.sort_values("warmup_steps").to_dict("records")
-        rows.append(
-            {
-                "features": "!" * any(trials["num_diverged"]) + ("standardised" if standardize else "raw"),
-                "order": str(order),
-                "lr": f"× {multiplier:.4g}",
-                "batch": f"{batch}",
-                "lr / limit": f"{cold['fraction_of_stability_limit']:.3g}",
-                "predicted, % above best": _predicted(cold),
-                "measured": _measured(cold),
-                "with warm-up": _measured(warm),
-            }
-        )
-    return list(rows[0]), [list(row.values()) for row in rows]
+def _batch_row(row: Mapping[Any, Any]) -> dict[str, str]:
+    diverged = bool(row["num_diverged"])
+    weights = [value for name, value in row.items() if name.startswith("weight_")]
+    fitted = {"weight": weights[0], "bias": row["bias"]} if len(weights) == 1 else {}
+    low, high = _percent(row["predicted_low"]), _percent(row["predicted_high"])
+    return {
+        "batch": "!" * diverged + str(row["global_batch_size"]),
+        "lr": f"× {row['multiplier']:.4g}",
+        "steps": f"{row['num_steps']}",
+        "lr / limit": f"{row['fraction_of_stability_limit']:.3g}",
+        **{name: "" if diverged else f"{x:.5g}" for name, x in (fitted | {"loss": row["loss"]}).items()},
+        "above best, %": _measured(row),
+        "predicted": _predicted(row),
+        "95 % of runs": f"{low} to {high}" if low else "",  # of stable configurations
+    }
+
+
+def _lr_scaling_row(cold: Mapping[Any, Any], warm: Mapping[Any, Any]) -> dict[str, str]:
+    """Of the configurations without and with warm-up."""
+    return {
+        "features": "!" * bool(cold["num_diverged"] or warm["num_diverged"])
+        + ("standardised" if cold["standardize"] else "raw"),
+        "order": cold["update_order"],
+        "lr": f"× {cold['multiplier']:.4g}",
+        "batch": f"{cold['global_batch_size']}",
+        "lr / limit": f"{cold['fraction_of_stability_limit']:.3g}",
+        "predicted, % above best": _predicted(cold),
+        "measured": _measured(cold),
+        "with warm-up": _measured(warm),
+    }
 
 
 def _predicted(row: Mapping[Any, Any]) -> str:
-    return _percent(row["predicted_excess"]) if row["fraction_of_stability_limit"] < 1 else _DIVERGES
+    return _percent(row["predicted_excess"]) if row["fraction_of_stability_limit"] < 1 else "diverges"
 
 
 def _measured(row: Mapping[Any, Any]) -> str:
