@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from torchreg import __version__
-from torchreg.distributed.launcher import detect_launcher
+from torchreg.distributed.launcher import FORWARDED_WITHIN_S, detect_launcher
 from torchreg.runs.stopping import ignore_signals
 
 EXIT_FAILED = 1
@@ -40,7 +40,6 @@ COMMANDS = {
 _ON_ALL_RANKS = {"train", "sweep", "verify", "scale measure", "scale run"}  # the last refuses to run on ranks
 # The modules of the extras, and their packages.
 _PACKAGES = {name: name for name in ("jinja2", "matplotlib", "msgspec", "pyarrow", "scipy")} | {"yaml": "pyyaml"}
-_FORWARDED_WITHIN_S = 0.3  # a launcher drops output that it has not forwarded when the first rank ends the others
 _USAGE = f"""\
 usage: torchreg [-h] [--version] {{{",".join(COMMANDS)}}} ...
 
@@ -144,7 +143,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     if frame is None:
         raise KeyboardInterrupt
     _report("interrupted")
-    time.sleep(_FORWARDED_WITHIN_S)
+    time.sleep(FORWARDED_WITHIN_S)
     os._exit(EXIT_INTERRUPTED)
 
 

@@ -13,7 +13,8 @@ from typing import TypeVar
 from torchreg.cli import EXIT_BAD_INPUT, EXIT_FAILED, own_rank
 from torchreg.distributed.communicator import Communicator
 from torchreg.distributed.devices import why_not_a_gpu
-from torchreg.distributed.failure import FORWARDED_WITHIN_S, one_line
+from torchreg.distributed.failure import one_line
+from torchreg.distributed.launcher import FORWARDED_WITHIN_S
 from torchreg.distributed.rendezvous import AgreedError
 from torchreg.runs.config import TrainConfig
 from torchreg.runs.run import init_ranks

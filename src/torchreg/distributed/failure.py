@@ -7,9 +7,6 @@ import re
 import torch
 import torch.distributed as dist
 
-FORWARDED_WITHIN_S = 0.3
-"""A launcher drops a rank's output that it has not yet forwarded when that rank ends all others."""
-
 _GLOO_SOURCE = re.compile(r"^\[\S*/gloo/\S+] ")  # the start of gloo's errors; the event and advice follow
 _NCCL_ERROR = "NCCL error in: "
 _NCCL_CAUSE = re.compile(r"Last error:\s+(?P<cause>\S.*)|(?P<kind>nccl\w+: .*)")

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+FORWARDED_WITHIN_S = 0.3  # a launcher drops a rank's output that it has not forwarded when that rank ends all others
+
 
 @dataclass(frozen=True)
 class Launcher:

@@ -19,7 +19,8 @@ from typing import Any, NoReturn, TypeVar
 
 from torch._C._distributed_c10d import Store
 
-from torchreg.distributed.failure import FORWARDED_WITHIN_S, is_expected, is_lost_contact, one_line
+from torchreg.distributed.failure import is_expected, is_lost_contact, one_line
+from torchreg.distributed.launcher import FORWARDED_WITHIN_S
 
 T = TypeVar("T")
 
