@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -64,35 +64,18 @@ exec "$@"
 State = Literal["done", "failed", "running", "open"]
 
 
-class Status(NamedTuple):
-    """Of a launch. The message is the time that it took, why it failed, or which process runs it."""
-
-    state: State
-    wall_s: float | None = None
-    message: str = ""
-
-
-def status_of(folder: Path) -> Status:
-    """The status of the launch of a folder. An invalid record is a failure."""
+def status_of(folder: Path) -> tuple[State, float | None, str]:
+    """State, seconds and message of a launch: its time, why it failed (as with an invalid record), or who runs it."""
     try:
         record = check((folder / LAUNCH_FILE).read_bytes())
     except FileNotFoundError:
         owner = locks.locked_by(folder)
-        return Status("running", message=owner) if owner else Status("open")
+        return "running" if owner else "open", None, owner or ""
     except (OSError, ValueError) as error:
-        return Status("failed", message=f"{LAUNCH_FILE} is not a record: {error}")
+        return "failed", None, f"{LAUNCH_FILE} is not a record: {error}"
     if record["status"] == "failed":
-        return Status("failed", message=record["reason"])
-    return Status("done", record["wall_s"], f"{record['wall_s']:.0f} s")
-
-
-def status(folder: Path) -> list[dict[str, Any]]:
-    """The fields of every `Launch` of a campaign's folder and of its `Status`.
-
-    Raises `ValueError` if the folder has no campaign.
-    """
-    todo = launches(campaign_of(folder))
-    return [asdict(launch) | status_of(folder / LAUNCHES_FOLDER / launch.id)._asdict() for launch in todo]
+        return "failed", None, record["reason"]
+    return "done", record["wall_s"], f"{record['wall_s']:.0f} s"
 
 
 def open_campaign(campaign: Campaign, folder: Path) -> Campaign:
@@ -119,8 +102,9 @@ def open_campaign(campaign: Campaign, folder: Path) -> Campaign:
         write_atomically(temporary, msgspec.yaml.encode(named))
         temporary.replace(path)
     except OSError as error:
-        reason = f"which cannot be written ({error.strerror})"
-        raise ValueError(f"dir is {folder}, {reason}: choose another --dir") from error
+        raise ValueError(
+            f"dir is {folder}, which cannot be written ({error.strerror}): choose another --dir"
+        ) from error
     return named
 
 
@@ -132,7 +116,8 @@ def run_campaign(
     Returns the number of launches in each state, and why it stopped early, or None. A launch that is likely to take
     longer than the time left is not started.
     """
-    hosts, launcher = launch_commands.allocated_hosts(), launcher_of(campaign)
+    hosts = launch_commands.allocated_hosts()
+    launcher = launch_commands.available_launcher() if campaign.launcher == "auto" else campaign.launcher
     if hosts and max(campaign.nodes) > len(hosts):
         raise ValueError(
             f"nodes has {max(campaign.nodes)}, and the job has {len(hosts)}: ask for more nodes, or for fewer here"
@@ -146,16 +131,15 @@ def run_campaign(
             "--launcher"
         )
     campaign = open_campaign(campaign, folder)
-    folders = {launch.id: folder / LAUNCHES_FOLDER / launch.id for launch in todo}
     durations_s = {one.world_size: campaign.estimated_s(one.world_size) for one in todo}  # later as measured
     finished = ("done",) if retry_failed else ("done", "failed")
-    stopped = None
-    with locks.host_lock(folder / LAUNCHES_FOLDER, stop.is_due) as fd:
+    stopped, launches_folder = None, folder / LAUNCHES_FOLDER
+    with locks.host_lock(launches_folder, stop.is_due) as fd:
         if fd is None:
             stopped = stop.reason or f"another `scale run` measures in {folder} on this host, or its ranks still end"
         for number, launch in enumerate(todo, start=1):
-            where, expected_s, left_s = folders[launch.id], durations_s[launch.world_size], stop.left_s()
-            if status_of(where).state in finished:
+            where, expected_s, left_s = launches_folder / launch.id, durations_s[launch.world_size], stop.left_s()
+            if status_of(where)[0] in finished:
                 continue
             if stop.is_due():
                 stopped = stop.reason
@@ -167,7 +151,7 @@ def run_campaign(
                 if renew is None:
                     report(f"elsewhere    {launch.id}: {locks.locked_by(where)}")
                     continue
-                if status_of(where).state == "done":  # by another job, just before the lock was taken
+                if status_of(where)[0] == "done":  # by another job, just before the lock was taken
                     continue
                 record = run_launch(campaign, launch, commands[launch.id], where, stop, renew, fd)
             if record is None:
@@ -176,7 +160,7 @@ def run_campaign(
             durations_s[launch.world_size] = record["wall_s"]
             message = f"failed: {record['reason']}" if record["status"] == "failed" else f"{record['wall_s']:.0f} s"
             report(f"{number:4}/{len(todo)}    {launch.id}: {message}")
-    return Counter(status_of(each).state for each in folders.values()), stopped
+    return Counter(status_of(launches_folder / launch.id)[0] for launch in todo), stopped
 
 
 def command_of(
@@ -199,11 +183,6 @@ def command_of(
     return [*tokens, sys.executable, "-m", "torchreg", "scale", "measure", str(folder), launch.id]
 
 
-def launcher_of(campaign: Campaign) -> LauncherName:
-    """The launcher of a campaign, with `auto` resolved."""
-    return launch_commands.available_launcher() if campaign.launcher == "auto" else campaign.launcher
-
-
 def run_launch(
     campaign: Campaign, launch: Launch, command: list[str], folder: Path, stop: StopRequest, renew: locks.Renew, fd: int
 ) -> dict[str, Any] | None:
@@ -212,7 +191,7 @@ def run_launch(
     The ranks inherit the file descriptor `fd`. The record of an earlier failure is kept beside the new one.
     """
     if (folder / LAUNCH_FILE).exists():
-        number = 1 + sum(1 for _ in folder.glob("launch.failed-*.json"))
+        number = 1 + len(list(folder.glob("launch.failed-*.json")))
         (folder / LAUNCH_FILE).rename(folder / f"launch.failed-{number}.json")
     for left in folder.glob("measured-*.json"):
         left.unlink()

@@ -38,8 +38,7 @@ def host_lock(folder: Path, give_up: Callable[[], bool]) -> Iterator[int | None]
     Waits for the ranks of an earlier process that are about to end, until `give_up`; gives None if the lock is held
     longer. A file system without locks never refuses.
     """
-    path = _host_lock_file(folder, _identity())
-    end_s = time.monotonic() + _RANKS_END_WITHIN_S
+    path, end_s = _host_lock_file(folder, _identity()), time.monotonic() + _RANKS_END_WITHIN_S
     while (descriptor := _try_host_lock(path)) is None and not give_up() and time.monotonic() < end_s:
         time.sleep(_POLL_S)
     try:

@@ -1,7 +1,6 @@
 """The launch records of campaigns: which can be used, which are excluded and why, and the tables of them.
 
-Reading never fails because of what a record holds: what cannot be used is listed with its reason. Several directories
-can be read as one.
+Reading never fails because of what a record holds: what cannot be used is listed with its reason.
 """
 
 from __future__ import annotations
@@ -81,11 +80,10 @@ def read_records(folders: Sequence[Path]) -> Records:
                     numbers = (point["check_difference"], point["check_tolerance"])
                     difference, tolerance = ("not a number" if one is None else f"{one:.3g}" for one in numbers)
                     what = (
-                        f"point {point['optimizer']}/{point['sync']}, num_features {point['num_features']}, "
-                        f"global_batch_size {point['global_batch_size']} of {name}"
+                        "point {optimizer}/{sync}, num_features {num_features}, global_batch_size {global_batch_size}"
                     )
                     reason = f"wrong result: {point['check_message']} (difference {difference}, allowed {tolerance})"
-                    records.excluded.append(Excluded(path, what, reason, is_wrong_result=True))
+                    records.excluded.append(Excluded(path, f"{what.format(**point)} of {name}", reason, True))
     return records
 
 

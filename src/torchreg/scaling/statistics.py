@@ -48,8 +48,7 @@ def median_interval(values: Iterable[float]) -> Estimate:
     if count < FEWEST_LAUNCHES:
         return Estimate(value, None, None, count)
     rank, fraction = _median_rank(count)
-    low = (1 - fraction) * ordered[rank - 1] + fraction * ordered[rank]
-    high = (1 - fraction) * ordered[-rank] + fraction * ordered[-rank - 1]
+    low, high = ((1 - fraction) * end[rank - 1] + fraction * end[rank] for end in (ordered, ordered[::-1]))
     return Estimate(value, float(low), float(high), count)
 
 
@@ -94,12 +93,10 @@ def karp_flatt(speedup: Estimate, ratio_of_ranks: float) -> Estimate:
     if not (math.isfinite(ratio_of_ranks) and ratio_of_ranks > 1):
         raise ValueError(f"ratio_of_ranks is {ratio_of_ranks}: Karp–Flatt compares with fewer ranks, give more than 1")
 
-    def fraction(value: float) -> float:
-        if not (math.isfinite(value) and value > 0):
+    for value in (speedup.value, speedup.low, speedup.high):
+        if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"speedup is {value}: it must be positive")
-        return (1 / value - 1 / ratio_of_ranks) / (1 - 1 / ratio_of_ranks)
-
-    return _transformed(speedup, fraction)
+    return _transformed(speedup, lambda value: (1 / value - 1 / ratio_of_ranks) / (1 - 1 / ratio_of_ranks))
 
 
 def _checked(name: str, values: Iterable[float]) -> Vector:
