@@ -85,19 +85,17 @@ def open_campaign(campaign: Campaign, folder: Path) -> Campaign:
     """
     path = folder / CAMPAIGN_FILE
     host = re.sub(r"\d+", "", socket.gethostname().split(".")[0]).strip("-_") or "unnamed"
-    default_name = host if campaign.machine == "generic" else campaign.machine
+    name = campaign.machine_name or (host if campaign.machine == "generic" else campaign.machine)
     try:
         (folder / LAUNCHES_FOLDER).mkdir(parents=True, exist_ok=True)
-        create(path, msgspec.yaml.encode(replace(campaign, machine_name=campaign.machine_name or default_name)))
+        create(path, msgspec.yaml.encode(replace(campaign, machine_name=name)))
         before = campaign_of(folder)
-        before = replace(before, machine_name=before.machine_name or campaign.machine_name or default_name)
+        before = replace(before, machine_name=before.machine_name or name)
         named = replace(campaign, machine_name=campaign.machine_name or before.machine_name)
-        for name, value in asdict(named).items():
-            if name not in MAY_CHANGE and getattr(before, name) != value:
-                raise ValueError(
-                    f"{name} is {value}, and {path} has {getattr(before, name)}: choose another --dir, and combine the "
-                    "two with `torchreg scale merge`"
-                )
+        for field, value in asdict(named).items():
+            if field not in MAY_CHANGE and (old := getattr(before, field)) != value:
+                remedy = "choose another --dir, and combine the two with `torchreg scale merge`"
+                raise ValueError(f"{field} is {value}, and {path} has {old}: {remedy}")
         temporary = path.with_name(f"{CAMPAIGN_FILE}-{uuid.uuid4().hex}")  # two jobs may start at once
         write_atomically(temporary, msgspec.yaml.encode(named))
         temporary.replace(path)
@@ -126,10 +124,8 @@ def run_campaign(
     commands = {launch.id: command_of(campaign, launch, folder, launcher, hosts) for launch in todo}
     program = commands[todo[0].id][0]
     if shutil.which(program) is None:
-        raise ValueError(
-            f"launcher is {launcher}, and there is no {program} on the PATH: pip install mpich, or choose another "
-            "--launcher"
-        )
+        remedy = "pip install mpich, or choose another --launcher"
+        raise ValueError(f"launcher is {launcher}, and there is no {program} on the PATH: {remedy}")
     campaign = open_campaign(campaign, folder)
     durations_s = {one.world_size: campaign.estimated_s(one.world_size) for one in todo}  # later as measured
     finished = ("done",) if retry_failed else ("done", "failed")

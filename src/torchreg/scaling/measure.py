@@ -190,8 +190,7 @@ def run_to_target(
     train(config.replace(max_steps=log_every, log_every=log_every), communicator, seams=seams)  # first uses cost more
     # Half as many steps again, so that a run that is late reaches the target too.
     config = config.replace(max_steps=math.ceil(1.5 * predicted) + 10, log_every=log_every)
-    num_steps: float = 0
-    times_s: list[float] = []
+    num_steps, times_s = 0.0, list[float]()
     while sum(times_s) < _LEAST_FRACTION * campaign.window_s and len(times_s) < _MOST_RUNS:
         result = train(config, communicator, seams=seams)
         lines = communicator.from_main(partial(read_metrics, Path(result.run_dir)))

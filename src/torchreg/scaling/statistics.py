@@ -55,16 +55,15 @@ def median_interval(values: Iterable[float]) -> Estimate:
 def ratio_interval(numerator: Mapping[Block, float], denominator: Mapping[Block, float]) -> Estimate:
     """The typical ratio of the numerator to the denominator; both are {block: positive value}.
 
-    Launches of one block ran one after the other, so each shared block gives one ratio, free of the disturbances of the
-    whole block. The value is the Hodges–Lehmann estimate of the ratios' logarithms (the median of the means of all
-    pairs), the interval that of Wilcoxon's signed ranks (Hollander and Wolfe, "Nonparametric statistical methods",
-    chapter 3), which is exact if the logarithms are symmetric about the truth. Fewer than 6 launches: no interval.
+    If at least 6 blocks are shared, or all of one side, each gives one ratio, free of the disturbances of the block.
+    The value is the Hodges–Lehmann estimate of their logarithms (the median of the means of all pairs), the interval
+    that of Wilcoxon's signed ranks (Hollander and Wolfe, "Nonparametric statistical methods", chapter 3), which is
+    exact if the logarithms are symmetric about the truth. Fewer than 6 launches: no interval.
 
-    Pairs are made where at least 6 blocks are shared, or all blocks of one side; a block of one side alone is then
-    excluded. Otherwise the sides count as independent: the value is the ratio of their medians, and the squared arms of
-    the two intervals are summed, as logarithms (Price and Bonett, "Distribution-free confidence intervals for
-    difference and ratio of medians", Journal of Statistical Computation and Simulation 72, 2002; Zou and Donner,
-    Statistics in Medicine 27, 2008). That needs no equal spread on both sides, and covers 95 to 98 %.
+    Otherwise the sides count as independent: the value is the ratio of their medians, and the squared arms of the two
+    intervals are summed, as logarithms (Price and Bonett, "Distribution-free confidence intervals for difference and
+    ratio of medians", Journal of Statistical Computation and Simulation 72, 2002; Zou and Donner, Statistics in
+    Medicine 27, 2008). That covers 95 to 98 %.
     """
     for name, side in (("numerator", numerator), ("denominator", denominator)):
         if (least := _checked(name, side.values()).min()) <= 0:
