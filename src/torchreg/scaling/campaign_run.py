@@ -37,8 +37,7 @@ from torchreg.scaling.campaign import CAMPAIGN_FILE, MAY_CHANGE, Campaign, Launc
 from torchreg.scaling.launch_record import KIND, SCHEMA_VERSION, check, checksummed
 from torchreg.scaling.sources import LAUNCH_FILE, LAUNCHES_FOLDER
 
-MEASURED_FILE = "measured-{}.json"
-"""What a launch's ranks write; named by the time of their start, so that those of an earlier one are not taken."""
+MEASURED_FILE = "measured-{}.json"  # of the ranks; with the time of their start, so that no earlier one is taken
 
 _POLL_S = 0.1
 _END_WITHIN_S = 8.0  # a scheduler kills ten seconds after its signal
@@ -111,8 +110,8 @@ def run_campaign(
 ) -> tuple[Counter[State], str | None]:
     """Run open launches, block after block, until all are done or `stop` is due; `report` gets a line for each.
 
-    Returns the number of launches in each state, and why it stopped early, or None. A launch that is likely to take
-    longer than the time left is not started.
+    A launch likely to take longer than the time left is not started. Returns the number in each state, and why it
+    stopped early, or None.
     """
     hosts = launch_commands.allocated_hosts()
     launcher = launch_commands.available_launcher() if campaign.launcher == "auto" else campaign.launcher

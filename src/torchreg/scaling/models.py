@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from torchreg.scaling.regression import FEWEST_BLOCKS, Array, Indices, Observations, observe, regress
+from torchreg.scaling.regression import FEWEST_BLOCKS, Array, Observations, observe, regress
 from torchreg.scaling.statistics import Block
 
 Collective: TypeAlias = Literal["recursive doubling", "Rabenseifner", "ring"]
@@ -102,15 +102,13 @@ def fit_model(
     observations: Observations,
     at: Array,
     sizes: str,
-    together: Indices | None = None,
 ) -> Fit:
     """Fit a model, its name, formula and source, to the `sizes` at which it was measured, (num_sizes, …).
 
-    `columns` maps sizes (n,) or works (n, 3) to shapes (n, p), all >= 0. Sizes of one number in `together` are held out
-    as one.
+    `columns` maps sizes (n,) or works (n, 3) to shapes (n, p), all >= 0. Works of one world size are held out together.
     """
     shapes, needed = columns(at), len(quantities) + 1
-    found = regress(observations, shapes, np.arange(len(at)) if together is None else together)
+    found = regress(observations, shapes, np.unique(at.reshape(len(at), -1)[:, 0], return_inverse=True)[1])
     num_blocks = len(found.without_block)
     is_divided = any(quantity.kind != "coefficient" for quantity in quantities)
 
@@ -274,8 +272,7 @@ def fit_mechanistic(times: Mapping[Block, Mapping[Work, float]], collective: Col
     formula = f"T(p) = {compute} + {communication} ({collective})"
     model = "mechanistic", formula, "Thakur, Rabenseifner and Gropp 2005; Hockney 1994"
     quantities = [Quantity(column, *name, can_vanish=True) for column, name in enumerate(named)]
-    together = np.unique(ranks, return_inverse=True)[1]
-    return fit_model(model, quantities, columns, observations, measured, "points", together)
+    return fit_model(model, quantities, columns, observations, measured, "points")
 
 
 def _observe_whole(times: Mapping[Block, Mapping[int, float]], what: str) -> tuple[Observations, Array]:

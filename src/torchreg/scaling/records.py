@@ -87,8 +87,7 @@ def read_records(folders: Sequence[Path]) -> Records:
     return records
 
 
-FACTS = ("driver", "cuda", "rocm", "oneccl", "libfabric", "kernel", "tf32")
-"""The keys of `torchreg.runs.record.machine_facts`, which decide a number; None where a record has no such key."""
+FACTS = ("driver", "cuda", "rocm", "oneccl", "libfabric", "kernel", "tf32")  # of `torchreg.runs.environment`
 
 _PLACEMENT = re.compile(
     r"\w*(VISIBLE_DEVICES|DEVICE_(ORDER|ORDINAL|SELECTOR|HIERARCHY)|AFFINITY|NUMA|(CPU|GPU|MEM|PROC)_BIND|PLACES)\w*"

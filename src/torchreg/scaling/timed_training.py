@@ -161,7 +161,6 @@ def _reference_of(features: Matrix, target: Matrix) -> Reference:
     else:
         largest = float(svds(a, k=1, v0=np.ones(min(a.shape)), return_singular_vectors=False)[0])
         learning_rate = 0.4 * num_rows / largest**2  # of a stability limit of 1 over the largest curvature
-
     path = [np.zeros(num_features + 1)]
     for step_size in [learning_rate / 2] * _EARLY_STEPS + [learning_rate] * num_steps:
         path.append(path[-1] - 2 * step_size / num_rows * (a.T @ (a @ path[-1] - target)))
