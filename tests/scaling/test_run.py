@@ -23,7 +23,7 @@ from torchreg.cli import main
 from torchreg.runs.stopping import StopRequest
 from torchreg.scaling import campaign_run, locks
 from torchreg.scaling.campaign import Campaign, campaign_of, launches
-from torchreg.scaling.campaign_run import open_campaign, run_campaign, status, status_of
+from torchreg.scaling.campaign_run import open_campaign, run_campaign, status_of
 
 from .synthetic_records import SyntheticCampaign
 
@@ -101,9 +101,8 @@ def test_an_invalid_record_is_a_failure_and_no_result(play, tmp_path):
     play()
     path = tmp_path / "campaign/launches" / FIRST / "launch.json"
     path.write_text(path.read_text().replace('"block": 0', '"block": 7'))
-    assert status_of(path.parent).state == "failed"
-    (message,) = [each["message"] for each in status(tmp_path / "campaign") if each["state"] == "failed"]
-    assert "damaged" in message
+    assert status_of(path.parent)[0] == "failed"
+    assert "damaged" in status_of(path.parent)[2]
     assert play() == {"done": 1, "failed": 1}
     assert play(retry_failed=True) == {"done": 2}
 
@@ -271,10 +270,10 @@ def test_a_stale_lock_is_removed(stale, play, locked, monkeypatch):
 def test_a_lock_of_another_host_holds_until_it_is_not_renewed(play, locked):
     path = locked()
     assert play() == {"done": 1, "running": 1}
-    assert status_of(path.parent).state == "running"
+    assert status_of(path.parent)[0] == "running"
     for damage in (b"", b"{", b"[]", b"[" * 10_000):  # it may just be being written
         path.write_bytes(damage)
-        assert status_of(path.parent).state == "running"
+        assert status_of(path.parent)[0] == "running"
         assert play()["running"] == 1
     os.utime(path, (time.time() - 1e4,) * 2)
     assert play() == {"done": 2}
@@ -470,10 +469,10 @@ def test_launches_on_some_of_the_nodes_use_them_all_over_the_campaign():
 
 def test_a_folder_without_a_campaign_is_reported_with_the_command_to_run(tmp_path):
     with pytest.raises(ValueError, match=r"torchreg scale run CAMPAIGN.yaml --dir"):
-        status(tmp_path)
+        campaign_of(tmp_path)
     (tmp_path / "campaign.yaml").write_text("nodes: x\n")
     with pytest.raises(ValueError, match="Expected `int`, got `str`"):
-        status(tmp_path)
+        campaign_of(tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_is_reported(tmp_path):

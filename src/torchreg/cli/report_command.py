@@ -11,7 +11,10 @@ import tyro
 from torchreg.cli import EXIT_FAILED
 from torchreg.cli.options import parse
 from torchreg.console import show_lines, show_table
+from torchreg.plots.style import require_libraries
 from torchreg.runs.record import to_json
+
+_LIBRARIES = ("jinja2", "matplotlib", "msgspec", "pyarrow", "scipy")
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def run(argv: list[str]) -> int:
     if arguments.out is None and len(arguments.dirs) > 1:
         raise ValueError(f"report got {len(arguments.dirs)} directories: give the directory of their report with --out")
 
-    _require_libraries()
+    require_libraries("report", *_LIBRARIES)
 
     from torchreg.reporting.analysis import analyse, write_data
     from torchreg.scaling.records import read_records
@@ -75,16 +78,10 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _require_libraries() -> None:
-    from torchreg.plots.style import require_libraries
-
-    require_libraries("report", "jinja2", "matplotlib", "msgspec", "pyarrow", "scipy")
-
-
 def _compare(argv: list[str]) -> int:
     arguments = parse(CompareArguments, "torchreg report compare", argv)
 
-    _require_libraries()
+    require_libraries("report", *_LIBRARIES)
 
     from torchreg.reporting.comparison import compare, conclusion, table
 

@@ -55,9 +55,10 @@ class _Plan:
     json: bool = False  # Print the plan as one JSON object on stdout, and nothing else there.
 
     def run(self) -> int:
-        from torchreg.scaling.campaign_run import command_of, launcher_of
+        from torchreg.scaling.campaign_run import command_of
 
-        campaign, launcher = self.campaign, launcher_of(self.campaign)
+        campaign = self.campaign
+        launcher = launch_commands.available_launcher() if campaign.launcher == "auto" else campaign.launcher
         content = [
             {
                 **asdict(launch),
@@ -74,10 +75,8 @@ class _Plan:
         for (nodes, ranks), launch in sorted(first.items()):
             each_s = campaign.estimated_s(ranks)
             batches = ", ".join(map(str, sorted({each["global_batch_size"] for each in launch["settings"]})))
-            counts = (nodes, launch["ranks_per_node"], ranks, campaign.repeats, len(launch["settings"]))
-            rows.append(
-                [*map(str, counts), batches, f"{each_s:.0f}", f"{campaign.repeats * each_s * nodes / 3600:.2f}"]
-            )
+            counts = (nodes, launch["ranks_per_node"], ranks, campaign.repeats, len(launch["settings"]), batches)
+            rows.append([*map(str, counts), f"{each_s:.0f}", f"{campaign.repeats * each_s * nodes / 3600:.2f}"])
             commands.append(f"command      {shlex.join(launch['command'])}")
         columns = ["nodes", "ranks a node", "ranks", "launches", "points each", "global batches", "s each"]
         show_table([*columns, "node-hours"], rows)
@@ -135,9 +134,12 @@ class _Status:
     json: bool = False  # Print the status as one JSON array on stdout, and nothing else there.
 
     def run(self) -> int:
-        from torchreg.scaling.campaign_run import status
+        from torchreg.scaling.campaign_run import status_of
 
-        found = status(Path(self.dir))
+        found = []
+        for launch in launches(campaign_of(Path(self.dir))):
+            state, wall_s, message = status_of(Path(self.dir, LAUNCHES_FOLDER, launch.id))
+            found.append({**asdict(launch), "state": state, "wall_s": wall_s, "message": message})
         if self.json:
             print(to_json(found))
             return 0
@@ -229,9 +231,8 @@ class _Measure:
         campaign = campaign_of(Path(self.dir))
         launch = {launch.id: launch for launch in launches(campaign)}.get(self.launch)
         if launch is None:
-            raise ValueError(
-                f"launch is {self.launch!r}, which is not in {self.dir}: see `torchreg scale status {self.dir}`"
-            )
+            why = f"which is not in {self.dir}: see `torchreg scale status {self.dir}`"
+            raise ValueError(f"launch is {self.launch!r}, {why}")
         folder = Path(self.dir, LAUNCHES_FOLDER, launch.id)
         options = {name: getattr(campaign, name) for name in ("dtype", "distributed", "timeout_s")}
         device = MACHINES[campaign.machine].device if campaign.device == "auto" else campaign.device
@@ -243,9 +244,7 @@ class _Measure:
         return 0
 
 
-_COMMANDS: dict[str, type[Any]] = {
-    kind.__name__[1:].lower(): kind for kind in (_Plan, _Run, _Status, _Merge, _Command, _Measure)
-}
+_COMMANDS = {kind.__name__[1:].lower(): kind for kind in (_Plan, _Run, _Status, _Merge, _Command, _Measure)}
 
 
 def run(argv: list[str]) -> int:
@@ -264,9 +263,9 @@ def run(argv: list[str]) -> int:
                 f"scale run starts ranks itself, and {who} has started this process as rank {launcher.rank} of "
                 f"{launcher.world_size}: run it once, in the job's own shell, without a launcher"
             )
-    kind, default = _COMMANDS[name], None
+    kind: Any = _COMMANDS[name]
+    default = None
     if kind in (_Plan, _Run):
         has_file = options and not options[0].startswith("-")
         default = kind(read_campaign(Path(options.pop(0))) if has_file else Campaign())
-    code: int = parse(kind, f"torchreg scale {name}", options, default).run()
-    return code
+    return int(parse(kind, f"torchreg scale {name}", options, default).run())

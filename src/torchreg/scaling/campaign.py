@@ -101,7 +101,7 @@ class Campaign:
             if len(set(values)) < len(values):
                 raise ValueError(f"{field} is {', '.join(map(str, values))}: give each number once")
         split_options("launcher_args", self.launcher_args)
-        num_ranks = self._max_world_size
+        num_ranks = max(self.nodes) * max(self.ranks_per_node)
         if (smallest := min(self.global_batch_sizes, default=num_ranks)) < num_ranks:
             raise ValueError(
                 f"global_batch_sizes has {smallest}, and the largest world size is {num_ranks}: some ranks would have "
@@ -113,12 +113,9 @@ class Campaign:
             )
 
     @property
-    def _max_world_size(self) -> int:
-        return max(self.nodes) * max(self.ranks_per_node)
-
-    @property
     def _max_batch_size(self) -> int:
-        return max((*self.global_batch_sizes, *(size * self._max_world_size for size in self.local_batch_sizes)))
+        weak = max(self.nodes) * max(self.ranks_per_node) * max(self.local_batch_sizes, default=0)
+        return max((*self.global_batch_sizes, weak))
 
     @property
     def effective_num_rows(self) -> int:
@@ -152,7 +149,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Launch:
-    """One start of ranks in one block: it measures every setting, in an order of its own."""
+    """One start of ranks in one block: it measures every setting, in its own order."""
 
     id: str  # the name of its folder
     block: int
@@ -182,12 +179,8 @@ def settings(campaign: Campaign, world_size: int, *, by_mpi: bool = True) -> lis
     available = [c for c in get_args(Combination) if by_mpi or not c.endswith("/mpi")]
     chosen = available if "all" in campaign.combinations else sorted(set(campaign.combinations))
     pairs = dict.fromkeys(tuple(c.split("/")) if world_size > 1 else (c.split("/")[0], "none") for c in chosen)
-    return [
-        Setting(optimizer, sync, num_features, batch)
-        for num_features in campaign.num_features
-        for batch in batches
-        for optimizer, sync in pairs
-    ]
+    sizes = itertools.product(campaign.num_features, batches, pairs)
+    return [Setting(optimizer, sync, num_features, batch) for num_features, batch, (optimizer, sync) in sizes]
 
 
 def node_hours(campaign: Campaign) -> float:

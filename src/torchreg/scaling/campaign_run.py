@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -37,8 +37,7 @@ from torchreg.scaling.campaign import CAMPAIGN_FILE, MAY_CHANGE, Campaign, Launc
 from torchreg.scaling.launch_record import KIND, SCHEMA_VERSION, check, checksummed
 from torchreg.scaling.sources import LAUNCH_FILE, LAUNCHES_FOLDER
 
-MEASURED_FILE = "measured-{}.json"
-"""What a launch's ranks write; named by the time of their start, so that those of an earlier one are not taken."""
+MEASURED_FILE = "measured-{}.json"  # of the ranks; with the time of their start, so that no earlier one is taken
 
 _POLL_S = 0.1
 _END_WITHIN_S = 8.0  # a scheduler kills ten seconds after its signal
@@ -64,35 +63,18 @@ exec "$@"
 State = Literal["done", "failed", "running", "open"]
 
 
-class Status(NamedTuple):
-    """Of a launch. The message is the time that it took, why it failed, or which process runs it."""
-
-    state: State
-    wall_s: float | None = None
-    message: str = ""
-
-
-def status_of(folder: Path) -> Status:
-    """The status of the launch of a folder. An invalid record is a failure."""
+def status_of(folder: Path) -> tuple[State, float | None, str]:
+    """State, seconds and message of a launch: its time, why it failed (as with an invalid record), or who runs it."""
     try:
         record = check((folder / LAUNCH_FILE).read_bytes())
     except FileNotFoundError:
         owner = locks.locked_by(folder)
-        return Status("running", message=owner) if owner else Status("open")
+        return "running" if owner else "open", None, owner or ""
     except (OSError, ValueError) as error:
-        return Status("failed", message=f"{LAUNCH_FILE} is not a record: {error}")
+        return "failed", None, f"{LAUNCH_FILE} is not a record: {error}"
     if record["status"] == "failed":
-        return Status("failed", message=record["reason"])
-    return Status("done", record["wall_s"], f"{record['wall_s']:.0f} s")
-
-
-def status(folder: Path) -> list[dict[str, Any]]:
-    """The fields of every `Launch` of a campaign's folder and of its `Status`.
-
-    Raises `ValueError` if the folder has no campaign.
-    """
-    todo = launches(campaign_of(folder))
-    return [asdict(launch) | status_of(folder / LAUNCHES_FOLDER / launch.id)._asdict() for launch in todo]
+        return "failed", None, record["reason"]
+    return "done", record["wall_s"], f"{record['wall_s']:.0f} s"
 
 
 def open_campaign(campaign: Campaign, folder: Path) -> Campaign:
@@ -102,25 +84,24 @@ def open_campaign(campaign: Campaign, folder: Path) -> Campaign:
     """
     path = folder / CAMPAIGN_FILE
     host = re.sub(r"\d+", "", socket.gethostname().split(".")[0]).strip("-_") or "unnamed"
-    default_name = host if campaign.machine == "generic" else campaign.machine
+    name = campaign.machine_name or (host if campaign.machine == "generic" else campaign.machine)
     try:
         (folder / LAUNCHES_FOLDER).mkdir(parents=True, exist_ok=True)
-        create(path, msgspec.yaml.encode(replace(campaign, machine_name=campaign.machine_name or default_name)))
+        create(path, msgspec.yaml.encode(replace(campaign, machine_name=name)))
         before = campaign_of(folder)
-        before = replace(before, machine_name=before.machine_name or campaign.machine_name or default_name)
+        before = replace(before, machine_name=before.machine_name or name)
         named = replace(campaign, machine_name=campaign.machine_name or before.machine_name)
-        for name, value in asdict(named).items():
-            if name not in MAY_CHANGE and getattr(before, name) != value:
-                raise ValueError(
-                    f"{name} is {value}, and {path} has {getattr(before, name)}: choose another --dir, and combine the "
-                    "two with `torchreg scale merge`"
-                )
+        for field, value in asdict(named).items():
+            if field not in MAY_CHANGE and (old := getattr(before, field)) != value:
+                remedy = "choose another --dir, and combine the two with `torchreg scale merge`"
+                raise ValueError(f"{field} is {value}, and {path} has {old}: {remedy}")
         temporary = path.with_name(f"{CAMPAIGN_FILE}-{uuid.uuid4().hex}")  # two jobs may start at once
         write_atomically(temporary, msgspec.yaml.encode(named))
         temporary.replace(path)
     except OSError as error:
-        reason = f"which cannot be written ({error.strerror})"
-        raise ValueError(f"dir is {folder}, {reason}: choose another --dir") from error
+        raise ValueError(
+            f"dir is {folder}, which cannot be written ({error.strerror}): choose another --dir"
+        ) from error
     return named
 
 
@@ -129,10 +110,11 @@ def run_campaign(
 ) -> tuple[Counter[State], str | None]:
     """Run open launches, block after block, until all are done or `stop` is due; `report` gets a line for each.
 
-    Returns the number of launches in each state, and why it stopped early, or None. A launch that is likely to take
-    longer than the time left is not started.
+    A launch likely to take longer than the time left is not started. Returns the number in each state, and why it
+    stopped early, or None.
     """
-    hosts, launcher = launch_commands.allocated_hosts(), launcher_of(campaign)
+    hosts = launch_commands.allocated_hosts()
+    launcher = launch_commands.available_launcher() if campaign.launcher == "auto" else campaign.launcher
     if hosts and max(campaign.nodes) > len(hosts):
         raise ValueError(
             f"nodes has {max(campaign.nodes)}, and the job has {len(hosts)}: ask for more nodes, or for fewer here"
@@ -141,21 +123,18 @@ def run_campaign(
     commands = {launch.id: command_of(campaign, launch, folder, launcher, hosts) for launch in todo}
     program = commands[todo[0].id][0]
     if shutil.which(program) is None:
-        raise ValueError(
-            f"launcher is {launcher}, and there is no {program} on the PATH: pip install mpich, or choose another "
-            "--launcher"
-        )
+        remedy = "pip install mpich, or choose another --launcher"
+        raise ValueError(f"launcher is {launcher}, and there is no {program} on the PATH: {remedy}")
     campaign = open_campaign(campaign, folder)
-    folders = {launch.id: folder / LAUNCHES_FOLDER / launch.id for launch in todo}
     durations_s = {one.world_size: campaign.estimated_s(one.world_size) for one in todo}  # later as measured
     finished = ("done",) if retry_failed else ("done", "failed")
-    stopped = None
-    with locks.host_lock(folder / LAUNCHES_FOLDER, stop.is_due) as fd:
+    stopped, launches_folder = None, folder / LAUNCHES_FOLDER
+    with locks.host_lock(launches_folder, stop.is_due) as fd:
         if fd is None:
             stopped = stop.reason or f"another `scale run` measures in {folder} on this host, or its ranks still end"
         for number, launch in enumerate(todo, start=1):
-            where, expected_s, left_s = folders[launch.id], durations_s[launch.world_size], stop.left_s()
-            if status_of(where).state in finished:
+            where, expected_s, left_s = launches_folder / launch.id, durations_s[launch.world_size], stop.left_s()
+            if status_of(where)[0] in finished:
                 continue
             if stop.is_due():
                 stopped = stop.reason
@@ -167,7 +146,7 @@ def run_campaign(
                 if renew is None:
                     report(f"elsewhere    {launch.id}: {locks.locked_by(where)}")
                     continue
-                if status_of(where).state == "done":  # by another job, just before the lock was taken
+                if status_of(where)[0] == "done":  # by another job, just before the lock was taken
                     continue
                 record = run_launch(campaign, launch, commands[launch.id], where, stop, renew, fd)
             if record is None:
@@ -176,7 +155,7 @@ def run_campaign(
             durations_s[launch.world_size] = record["wall_s"]
             message = f"failed: {record['reason']}" if record["status"] == "failed" else f"{record['wall_s']:.0f} s"
             report(f"{number:4}/{len(todo)}    {launch.id}: {message}")
-    return Counter(status_of(each).state for each in folders.values()), stopped
+    return Counter(status_of(launches_folder / launch.id)[0] for launch in todo), stopped
 
 
 def command_of(
@@ -199,11 +178,6 @@ def command_of(
     return [*tokens, sys.executable, "-m", "torchreg", "scale", "measure", str(folder), launch.id]
 
 
-def launcher_of(campaign: Campaign) -> LauncherName:
-    """The launcher of a campaign, with `auto` resolved."""
-    return launch_commands.available_launcher() if campaign.launcher == "auto" else campaign.launcher
-
-
 def run_launch(
     campaign: Campaign, launch: Launch, command: list[str], folder: Path, stop: StopRequest, renew: locks.Renew, fd: int
 ) -> dict[str, Any] | None:
@@ -212,7 +186,7 @@ def run_launch(
     The ranks inherit the file descriptor `fd`. The record of an earlier failure is kept beside the new one.
     """
     if (folder / LAUNCH_FILE).exists():
-        number = 1 + sum(1 for _ in folder.glob("launch.failed-*.json"))
+        number = 1 + len(list(folder.glob("launch.failed-*.json")))
         (folder / LAUNCH_FILE).rename(folder / f"launch.failed-{number}.json")
     for left in folder.glob("measured-*.json"):
         left.unlink()

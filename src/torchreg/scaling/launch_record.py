@@ -165,8 +165,6 @@ class _LaunchId(Struct, kw_only=True):  # see `torchreg.scaling.campaign.Launch`
 
 
 class _LaunchRecord(Struct, kw_only=True, tag_field="status"):  # what every launch has, however it ended
-    schema_version: Literal[2]
-    kind: Literal["scale-launch"]
     campaign: _CampaignId
     launch: _LaunchId
     command: list[str]
@@ -221,10 +219,7 @@ class OkLaunch(_LaunchRecord, kw_only=True, tag="ok"):
 
 
 def checksummed(record: dict[str, Any]) -> dict[str, Any]:
-    """The record as JSON will return it, with the SHA-256 of its content: what a `launch.json` holds.
-
-    A flipped bit can turn 0.0012 into 0.0082, which is as plausible a time as any other.
-    """
+    """The record as JSON will return it, with the SHA-256 of its content: what a `launch.json` holds."""
     content = json.loads(to_json(record))
     content.pop(CHECKSUM, None)
     return {**content, CHECKSUM: _digest(content)}

@@ -38,35 +38,32 @@ def host_lock(folder: Path, give_up: Callable[[], bool]) -> Iterator[int | None]
     Waits for the ranks of an earlier process that are about to end, until `give_up`; gives None if the lock is held
     longer. A file system without locks never refuses.
     """
-    path = _host_lock_file(folder, _identity())
-    end_s = time.monotonic() + _RANKS_END_WITHIN_S
-    while (descriptor := _try_host_lock(path)) is None and not give_up() and time.monotonic() < end_s:
+    path, end_s = _host_lock_file(folder, _identity()), time.monotonic() + _RANKS_END_WITHIN_S
+    while True:
+        low = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, _MIN_DESCRIPTOR)
+        os.close(low)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.stat().st_ino == os.fstat(descriptor).st_ino:  # else its last owner has just removed it
+                for lock in folder.glob(f"*/{LOCK_FILE}"):  # of an earlier process of this job, which has ended
+                    if _identity().items() <= _read(lock).items():
+                        lock.unlink(missing_ok=True)
+                break
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        except OSError:  # no locks
+            break
+        os.close(descriptor)
+        if give_up() or time.monotonic() >= end_s:
+            yield None
+            return
         time.sleep(_POLL_S)
     try:
         yield descriptor
     finally:
-        if descriptor is not None:
-            path.unlink(missing_ok=True)
-            os.close(descriptor)
-
-
-def _try_host_lock(path: Path) -> int | None:
-    low = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    descriptor = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, _MIN_DESCRIPTOR)
-    os.close(low)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if path.stat().st_ino == os.fstat(descriptor).st_ino:  # else its last owner has just removed it
-            for lock in path.parent.glob(f"*/{LOCK_FILE}"):  # of an earlier process of this job, which has ended
-                if _identity().items() <= _read(lock).items():
-                    lock.unlink(missing_ok=True)
-            return descriptor
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    except OSError:  # no locks
-        return descriptor
-    os.close(descriptor)
-    return None
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -151,11 +148,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _identity() -> dict[str, str | None]:
-    boot = None
-    with contextlib.suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    boot = Path("/proc/sys/kernel/random/boot_id")
     job_id = os.environ.get("PBS_JOBID") or os.environ.get("SLURM_JOB_ID")
-    return {"host": socket.gethostname(), "boot": boot, "job_id": job_id}
+    return {"host": socket.gethostname(), "boot": boot.read_text().strip() if boot.exists() else None, "job_id": job_id}
 
 
 def _host_lock_file(launches: Path, identity: Mapping[str, Any]) -> Path:

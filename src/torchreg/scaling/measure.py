@@ -61,9 +61,8 @@ def measure_launch(
     }
     points = []
     for order, index in enumerate(np.random.default_rng(launch.seed).permutation(len(chosen)).tolist()):
-        setting = chosen[index]
+        setting, given = chosen[index], samples[chosen[index].num_features]
         run = partial(run_to_target, campaign, launch, setting, communicator, folder, seams)
-        given = samples[setting.num_features]
         points.append(measure_point(setting, order, given, communicator, campaign.window_s, run, seams))
     allreduce = _all_reduce(communicator, dtype, launch.seed, by_mpi=by_mpi)
     facts = communicator.gather(machine_facts())  # where they differ between hosts, all values are recorded
@@ -191,15 +190,12 @@ def run_to_target(
     train(config.replace(max_steps=log_every, log_every=log_every), communicator, seams=seams)  # first uses cost more
     # Half as many steps again, so that a run that is late reaches the target too.
     config = config.replace(max_steps=math.ceil(1.5 * predicted) + 10, log_every=log_every)
-    num_steps: float = 0
-    times_s: list[float] = []
+    num_steps, times_s = 0.0, list[float]()
     while sum(times_s) < _LEAST_FRACTION * campaign.window_s and len(times_s) < _MOST_RUNS:
         result = train(config, communicator, seams=seams)
-        if result.stopped_by != "target":
-            return answer
         lines = communicator.from_main(partial(read_metrics, Path(result.run_dir)))
         reached = crossing(lines, result.closed_form_loss, campaign.target_excess)
-        if reached is None:
+        if result.stopped_by != "target" or reached is None:
             return answer
         num_steps, time_s = reached
         times_s.append(time_s)
@@ -230,7 +226,6 @@ def _all_reduce(communicator: Communicator, dtype: torch.dtype, seed: int, *, by
         once_s = time_all_reduce(communicator, sync, num_bytes, 3, dtype)
         num_repeats = max(10, min(_MOST_REPEATS, int(_ALL_REDUCE_S / once_s)))
         time_s = time_all_reduce(communicator, sync, num_bytes, num_repeats, dtype)
-        backend = "MPI" if sync == "mpi" else communicator.backend
-        one = {"backend": backend, "sync": sync, "message_bytes": num_bytes, "num_repeats": num_repeats}
-        measured.append({**one, "time_s": time_s})
+        one = {"sync": sync, "message_bytes": num_bytes, "num_repeats": num_repeats, "time_s": time_s}
+        measured.append({"backend": "MPI" if sync == "mpi" else communicator.backend, **one})
     return measured

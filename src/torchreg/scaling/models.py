@@ -1,8 +1,7 @@
 """Models of scaling, fitted to launches: which parameters the points determine, and how well.
 
 Every model is a sum of known shapes with unknown coefficients, fitted by `regression`, which states the assumptions. A
-model whose parameters the points do not determine is refused as not identifiable, with the reason. The report marks
-where a curve is extrapolated.
+model whose parameters the points do not determine is refused as not identifiable, with the reason.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from torchreg.scaling.regression import FEWEST_BLOCKS, Array, Indices, Observations, observe, regress
+from torchreg.scaling.regression import FEWEST_BLOCKS, Array, Observations, observe, regress
 from torchreg.scaling.statistics import Block
 
 Collective: TypeAlias = Literal["recursive doubling", "Rabenseifner", "ring"]
@@ -103,15 +102,13 @@ def fit_model(
     observations: Observations,
     at: Array,
     sizes: str,
-    together: Indices | None = None,
 ) -> Fit:
     """Fit a model, its name, formula and source, to the `sizes` at which it was measured, (num_sizes, …).
 
-    `columns` maps sizes (n,) or works (n, 3) to shapes (n, p), all >= 0. Sizes of one number in `together` are held out
-    as one.
+    `columns` maps sizes (n,) or works (n, 3) to shapes (n, p), all >= 0. Works of one world size are held out together.
     """
     shapes, needed = columns(at), len(quantities) + 1
-    found = regress(observations, shapes, np.arange(len(at)) if together is None else together)
+    found = regress(observations, shapes, np.unique(at.reshape(len(at), -1)[:, 0], return_inverse=True)[1])
     num_blocks = len(found.without_block)
     is_divided = any(quantity.kind != "coefficient" for quantity in quantities)
 
@@ -171,9 +168,7 @@ def fit_allreduce(times: Mapping[Block, Mapping[int, float]]) -> Fit:
     larger = f"latency hides it up to {sizes[-1]:.0f} bytes, measure larger ones"
     quantities = Quantity(0, "latency", "α", "s", smaller), Quantity(1, "time per byte", "β", "s/byte", larger)
     model = "α–β", "T(m) = α + β m", "Hockney 1994"
-    return fit_model(
-        model, quantities, lambda m: np.column_stack([np.ones_like(m), m]), observations, sizes, "message sizes"
-    )
+    return fit_model(model, quantities, lambda m: np.column_stack([m**0, m]), observations, sizes, "message sizes")
 
 
 def fit_amdahl(times: Mapping[Block, Mapping[int, float]]) -> Fit:
@@ -208,7 +203,8 @@ def fit_usl(
     given = {name: size for name, size in batch.items() if size is not None}
     if len(given) != 1:
         raise ValueError(f"fit_usl takes {' (strong scaling) or '.join(batch)} (weak): give one of them")
-    _check_whole(**given)
+    for name, size in given.items():
+        _check_whole(name, size)
     quantities = (
         Quantity(0, "throughput of one rank", "λ", "samples/s", kind="inverse"),
         Quantity(1, "contention", "σ", "", kind="relative", is_fraction=True),
@@ -245,17 +241,16 @@ def fit_mechanistic(times: Mapping[Block, Mapping[Work, float]], collective: Col
     """
     observations, works = observe(times, "work")
     for work in works:
-        _check_whole(world_size=work.world_size, message_bytes=work.message_bytes)
+        _check_whole("world_size", work.world_size)
+        _check_whole("message_bytes", work.message_bytes)
         if not (math.isfinite(work.samples_per_rank) and work.samples_per_rank > 0):
             raise ValueError(f"samples_per_rank is {work.samples_per_rank}: give a positive number")
     measured = np.array(works, dtype=np.float64)
     ranks, samples, messages = measured.T
     is_weak, is_one_size = np.ptp(samples) == 0, np.ptp(messages) == 0
     communication, rounds, transfers = _COLLECTIVES[collective]
-    if is_weak:
-        compute, named = "c", [("compute", "c", "s")]
-    else:
-        compute, named = "c₀ + c₁·samples", [("fixed time", "c₀", "s"), ("time per sample", "c₁", "s/sample")]
+    named = [("compute", "c", "s")] if is_weak else [("fixed time", "c₀", "s"), ("time per sample", "c₁", "s/sample")]
+    compute = "c" if is_weak else "c₀ + c₁·samples"
     is_one_round = is_one_size and collective == "recursive doubling"
     if is_one_round:
         communication = "τ log₂ p"
@@ -266,9 +261,8 @@ def fit_mechanistic(times: Mapping[Block, Mapping[Work, float]], collective: Col
     def columns(at: Array) -> Array:
         if at.ndim == 1:  # world sizes, of the series that was measured
             if not (is_one_size and (is_weak or np.ptp(ranks * samples) == 0)):
-                raise ValueError(
-                    "points are of several series: give predict rows of world_size, samples_per_rank, bytes"
-                )
+                rows = "world_size, samples_per_rank, bytes"
+                raise ValueError(f"points are of several series: give predict rows of {rows}")
             local = samples[0] if is_weak else ranks[0] * samples[0] / at
             at = np.column_stack(np.broadcast_arrays(at, local, messages[0]))
         p, own, size = at.T
@@ -278,18 +272,16 @@ def fit_mechanistic(times: Mapping[Block, Mapping[Work, float]], collective: Col
     formula = f"T(p) = {compute} + {communication} ({collective})"
     model = "mechanistic", formula, "Thakur, Rabenseifner and Gropp 2005; Hockney 1994"
     quantities = [Quantity(column, *name, can_vanish=True) for column, name in enumerate(named)]
-    together = np.unique(ranks, return_inverse=True)[1]
-    return fit_model(model, quantities, columns, observations, measured, "points", together)
+    return fit_model(model, quantities, columns, observations, measured, "points")
 
 
 def _observe_whole(times: Mapping[Block, Mapping[int, float]], what: str) -> tuple[Observations, Array]:
     observations, sizes = observe(times, what)
-    for size in sizes:
-        _check_whole(**{what: size})
+    _check_whole(what, *sizes)
     return observations, np.array(sizes, dtype=np.float64)
 
 
-def _check_whole(**values: int) -> None:
-    for name, value in values.items():
+def _check_whole(name: str, *values: int) -> None:
+    for value in values:
         if isinstance(value, bool) or value != int(value) or value < 1:
             raise ValueError(f"{name} is {value}: give a whole number from 1 on")

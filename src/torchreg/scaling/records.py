@@ -1,7 +1,6 @@
 """The launch records of campaigns: which can be used, which are excluded and why, and the tables of them.
 
-Reading never fails because of what a record holds: what cannot be used is listed with its reason. Several directories
-can be read as one.
+Reading never fails because of what a record holds: what cannot be used is listed with its reason.
 """
 
 from __future__ import annotations
@@ -81,16 +80,14 @@ def read_records(folders: Sequence[Path]) -> Records:
                     numbers = (point["check_difference"], point["check_tolerance"])
                     difference, tolerance = ("not a number" if one is None else f"{one:.3g}" for one in numbers)
                     what = (
-                        f"point {point['optimizer']}/{point['sync']}, num_features {point['num_features']}, "
-                        f"global_batch_size {point['global_batch_size']} of {name}"
+                        "point {optimizer}/{sync}, num_features {num_features}, global_batch_size {global_batch_size}"
                     )
                     reason = f"wrong result: {point['check_message']} (difference {difference}, allowed {tolerance})"
-                    records.excluded.append(Excluded(path, what, reason, is_wrong_result=True))
+                    records.excluded.append(Excluded(path, f"{what.format(**point)} of {name}", reason, True))
     return records
 
 
-FACTS = ("driver", "cuda", "rocm", "oneccl", "libfabric", "kernel", "tf32")
-"""The keys of `torchreg.runs.record.machine_facts`, which decide a number; None where a record has no such key."""
+FACTS = ("driver", "cuda", "rocm", "oneccl", "libfabric", "kernel", "tf32")  # of `torchreg.runs.environment`
 
 _PLACEMENT = re.compile(
     r"\w*(VISIBLE_DEVICES|DEVICE_(ORDER|ORDINAL|SELECTOR|HIERARCHY)|AFFINITY|NUMA|(CPU|GPU|MEM|PROC)_BIND|PLACES)\w*"

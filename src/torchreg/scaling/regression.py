@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,14 +35,7 @@ _NOT_CONVERGED = 1e-2  # a fit whose last change was larger has no result
 Array: TypeAlias = npt.NDArray[np.float64]
 Indices: TypeAlias = npt.NDArray[np.int64]
 Key = TypeVar("Key", bound=Hashable)
-
-
-class Observations(NamedTuple):
-    """Times in seconds, and the indices of the block and of the size of each; all have shape (n,)."""
-
-    times: Vector
-    blocks: Indices
-    sizes: Indices
+Observations: TypeAlias = tuple[Vector, Indices, Indices]  # seconds, and the indices of block and size of each, (n,)
 
 
 @dataclass(frozen=True)
@@ -102,7 +95,8 @@ def observe(times: Mapping[Block, Mapping[Key, float]], what: str) -> tuple[Obse
     for value, _, index in rows:
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"times has {value:g} s at {what} {sizes[index]}: exclude launches without a valid time")
-    return Observations(*map(np.array, zip(*rows, strict=True))), sizes
+    seconds, blocks, indices = map(np.array, zip(*rows, strict=True))
+    return (seconds, blocks, indices), sizes
 
 
 def regress(observations: Observations, columns: Array, together: Indices) -> Regression:

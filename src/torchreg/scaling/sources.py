@@ -5,6 +5,7 @@ The files may come from anybody: links are not followed, pipes are not opened, a
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -43,10 +44,9 @@ class Folder:
         return re.sub(r"(~\d+)+$", "", self.path.name)
 
     @property
-    def contents(self) -> frozenset[bytes]:
+    def contents(self) -> set[bytes]:
         """Of the attempts: copies of a launch have the same, a launch that was repeated has one more."""
-        contents = frozenset(attempt for attempt in self.attempts.values() if isinstance(attempt, bytes))
-        return contents or frozenset([os.fsencode(self.path)])
+        return {each for each in self.attempts.values() if isinstance(each, bytes)} or {os.fsencode(self.path)}
 
 
 def name_folders(folders: Sequence[Path]) -> dict[str, Folder]:
@@ -73,10 +73,8 @@ def name_folders(folders: Sequence[Path]) -> dict[str, Folder]:
                     break
             else:
                 new.append(folder)
-        number = 1
-        while any(folder.path.name + suffix in named for folder in new):
-            number += 1
-            suffix = f"~{number}"
+        suffixes = itertools.chain([suffix], map("~{}".format, itertools.count(2)))
+        suffix = next(one for one in suffixes if named.keys().isdisjoint(folder.path.name + one for folder in new))
         for folder in new:
             named[folder.path.name + suffix] = folder
             names_of[folder.id].append(folder.path.name + suffix)
@@ -98,10 +96,7 @@ def distinct(folders: Sequence[Path]) -> list[Path]:
 
 def _launch_folders(source: Path) -> list[Path]:
     """The entries of `launches`, without hidden and unfinished copies."""
-    try:
-        return sorted(path for path in (source / LAUNCHES_FOLDER).iterdir() if not path.name.startswith("."))
-    except OSError:
-        return []
+    return sorted(source.glob(f"{LAUNCHES_FOLDER}/[!.]*"))
 
 
 def _attempts(folder: Path) -> dict[Path, bytes | str]:
@@ -126,9 +121,9 @@ def _read(path: Path) -> bytes | str:
         content = read_regular(path, _MOST_BYTES + 1)
     except OSError as error:
         return f"unreadable: {error.strerror}"
-    return (
-        content if len(content) <= _MOST_BYTES else f"too large: {path.stat().st_size} bytes, more than {_MOST_BYTES}"
-    )
+    if len(content) <= _MOST_BYTES:
+        return content
+    return f"too large: {path.stat().st_size} bytes, more than {_MOST_BYTES}"
 
 
 def _kind_of(path: Path) -> str:

@@ -48,24 +48,22 @@ def median_interval(values: Iterable[float]) -> Estimate:
     if count < FEWEST_LAUNCHES:
         return Estimate(value, None, None, count)
     rank, fraction = _median_rank(count)
-    low = (1 - fraction) * ordered[rank - 1] + fraction * ordered[rank]
-    high = (1 - fraction) * ordered[-rank] + fraction * ordered[-rank - 1]
+    low, high = ((1 - fraction) * end[rank - 1] + fraction * end[rank] for end in (ordered, ordered[::-1]))
     return Estimate(value, float(low), float(high), count)
 
 
 def ratio_interval(numerator: Mapping[Block, float], denominator: Mapping[Block, float]) -> Estimate:
     """The typical ratio of the numerator to the denominator; both are {block: positive value}.
 
-    Launches of one block ran one after the other, so each shared block gives one ratio, free of the disturbances of the
-    whole block. The value is the Hodges–Lehmann estimate of the ratios' logarithms (the median of the means of all
-    pairs), the interval that of Wilcoxon's signed ranks (Hollander and Wolfe, "Nonparametric statistical methods",
-    chapter 3), which is exact if the logarithms are symmetric about the truth. Fewer than 6 launches: no interval.
+    If at least 6 blocks are shared, or all of one side, each gives one ratio, free of the disturbances of the block.
+    The value is the Hodges–Lehmann estimate of their logarithms (the median of the means of all pairs), the interval
+    that of Wilcoxon's signed ranks (Hollander and Wolfe, "Nonparametric statistical methods", chapter 3), which is
+    exact if the logarithms are symmetric about the truth. Fewer than 6 launches: no interval.
 
-    Pairs are made where at least 6 blocks are shared, or all blocks of one side; a block of one side alone is then
-    excluded. Otherwise the sides count as independent: the value is the ratio of their medians, and the squared arms of
-    the two intervals are summed, as logarithms (Price and Bonett, "Distribution-free confidence intervals for
-    difference and ratio of medians", Journal of Statistical Computation and Simulation 72, 2002; Zou and Donner,
-    Statistics in Medicine 27, 2008). That needs no equal spread on both sides, and covers 95 to 98 %.
+    Otherwise the sides count as independent: the value is the ratio of their medians, and the squared arms of the two
+    intervals are summed, as logarithms (Price and Bonett, "Distribution-free confidence intervals for difference and
+    ratio of medians", Journal of Statistical Computation and Simulation 72, 2002; Zou and Donner, Statistics in
+    Medicine 27, 2008). That covers 95 to 98 %.
     """
     for name, side in (("numerator", numerator), ("denominator", denominator)):
         if (least := _checked(name, side.values()).min()) <= 0:
@@ -94,12 +92,10 @@ def karp_flatt(speedup: Estimate, ratio_of_ranks: float) -> Estimate:
     if not (math.isfinite(ratio_of_ranks) and ratio_of_ranks > 1):
         raise ValueError(f"ratio_of_ranks is {ratio_of_ranks}: Karp–Flatt compares with fewer ranks, give more than 1")
 
-    def fraction(value: float) -> float:
-        if not (math.isfinite(value) and value > 0):
+    for value in (speedup.value, speedup.low, speedup.high):
+        if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"speedup is {value}: it must be positive")
-        return (1 / value - 1 / ratio_of_ranks) / (1 - 1 / ratio_of_ranks)
-
-    return _transformed(speedup, fraction)
+    return _transformed(speedup, lambda value: (1 / value - 1 / ratio_of_ranks) / (1 - 1 / ratio_of_ranks))
 
 
 def _checked(name: str, values: Iterable[float]) -> Vector:

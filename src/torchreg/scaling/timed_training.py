@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -65,17 +64,16 @@ class TimedTraining:
 
     def take_steps(self, count: int) -> None:
         """Take the next steps; their losses are summed over ranks as often as in a run."""
+        self.num_steps += count
         with self._context():
-            fit(self._next_batches(count), self.step, lambda step: self._learning_rates, self._log)
+            batches = self.loader.iterate(self.num_steps - count, self.num_steps)
+            fit(batches, self.step, lambda step: self._learning_rates, self._log)
 
     def take_samples(self, count: int) -> None:
         """Take the samples of the next steps, without an update."""
+        self.num_steps += count
         with self._context():
-            deque(self._next_batches(count), maxlen=0)
-
-    def _next_batches(self, count: int) -> Iterator[Batch]:
-        first, self.num_steps = self.num_steps, self.num_steps + count
-        return self.loader.iterate(first, self.num_steps)
+            deque(self.loader.iterate(self.num_steps - count, self.num_steps), maxlen=0)
 
     def _log(self, batch: Batch, squared_error: Tensor) -> bool:
         """As `torchreg.runs.logger.Logger` between two lines of metrics."""
@@ -162,15 +160,10 @@ def _reference_of(features: Matrix, target: Matrix) -> Reference:
     else:
         largest = float(svds(a, k=1, v0=np.ones(min(a.shape)), return_singular_vectors=False)[0])
         learning_rate = 0.4 * num_rows / largest**2  # of a stability limit of 1 over the largest curvature
-
-    def descend(theta: Matrix, count: int, learning_rate: float) -> Matrix:
-        for _ in range(count):
-            theta = theta - 2 * learning_rate / num_rows * (a.T @ (a @ theta - target))
-        return theta
-
-    early = descend(np.zeros(num_features + 1), _EARLY_STEPS, learning_rate / 2)
-    end = descend(early, num_steps, learning_rate)
-    return Reference(safe_learning_rate, learning_rate, num_steps, early, end, moments)
+    path = [np.zeros(num_features + 1)]
+    for step_size in [learning_rate / 2] * _EARLY_STEPS + [learning_rate] * num_steps:
+        path.append(path[-1] - 2 * step_size / num_rows * (a.T @ (a @ path[-1] - target)))
+    return Reference(safe_learning_rate, learning_rate, num_steps, path[_EARLY_STEPS], path[-1], moments)
 
 
 def check(training: TimedTraining, reference: Reference, communicator: Communicator) -> dict[str, Any]:
