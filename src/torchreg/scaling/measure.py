@@ -193,9 +193,11 @@ def run_to_target(
     num_steps, times_s = 0.0, list[float]()
     while sum(times_s) < _LEAST_FRACTION * campaign.window_s and len(times_s) < _MOST_RUNS:
         result = train(config, communicator, seams=seams)
+        if result.stopped_by != "target":
+            return answer
         lines = communicator.from_main(partial(read_metrics, Path(result.run_dir)))
         reached = crossing(lines, result.closed_form_loss, campaign.target_excess)
-        if result.stopped_by != "target" or reached is None:
+        if reached is None:
             return answer
         num_steps, time_s = reached
         times_s.append(time_s)
