@@ -1046,9 +1046,10 @@ plt.show()
 print("eigenvalues at k = 1, simultaneous:", np.linalg.eigvals(matrix_of_a_step(1, "simultaneous")).round(4))
 
 # %% [markdown]
-# - **The narrow ravine.** With our own learning rates one part of the error shrinks to 0.37 of itself in every step, the other
-#   only to 0.98. Across the ravine the walls are steep; along its floor it is nearly flat. The steep direction
-#   sets the limit for the learning rates, and the flat one has to live with it. This is the creeping of section 6.
+# - **The narrow ravine.** With our own learning rates one part of the error shrinks to 0.37 of itself in every step,
+#   the other only to 0.98. Across the ravine the walls are steep; along its floor it is nearly flat. The steep
+#   direction sets the limit for the learning rates, and the flat one has to live with it. This is the creeping of
+#   section 6.
 # - **Simultaneous: × 3.15.** Beyond it, each step across the ravine lands higher on the other wall.
 # - **Sequential: × 7.2.** In the simultaneous order weight and bias both answer for the same error, and together they
 #   overshoot. In the sequential order the bias sees what the weight has corrected already. (Where its dashed
@@ -1070,8 +1071,8 @@ print("eigenvalues at k = 1, simultaneous:", np.linalg.eigvals(matrix_of_a_step(
 #
 # $$ v = \frac{s}{1 - r} $$
 #
-# This is why homework 1 ended above the optimum: there is a **noise floor**. Larger batches give smaller kicks
-# (less than half for twice the batch, and none at all for all rows). Smaller learning rates help too: $s$ falls with their
+# This is why homework 1 ended above the optimum: there is a **noise floor**. Larger batches give smaller kicks (less
+# than half for twice the batch, and none at all for all rows). Smaller learning rates help too: $s$ falls with their
 # square, $1 - r$ only in proportion, and so the noise floor falls with the learning rate. That is what decay is for.
 #
 # For two parameters $v$ becomes a matrix and $r$ a matrix of matrices, which is no fun by hand.
@@ -1112,10 +1113,10 @@ for size, (_, _, losses) in runs_by_batch_size.items():
 pd.DataFrame(floors).set_index("global_batch_size")
 
 # %% [markdown]
-# The limits hardly depend on the batch; the noise floor does. (It is that of homework 1's sequential order, and given as
-# there: how far the loss on all houses is above the best, now as a mean over the second half of training. The run with
-# batches of 512 takes only 32 steps, and is still creeping towards its noise floor.) Prediction and measurement do not agree
-# to the last digit: the prediction is for the *mean* over all runs that could be, and you measured one.
+# The limits hardly depend on the batch; the noise floor does. (It is that of homework 1's sequential order, and given
+# as there: how far the loss on all houses is above the best, now as a mean over the second half of training. The run
+# with batches of 512 takes only 32 steps, and is still creeping towards its noise floor.) Prediction and measurement do
+# not agree to the last digit: the prediction is for the *mean* over all runs that could be, and you measured one.
 #
 # How far may one run be from the mean? The same matrices tell that too. So here is the whole learning curve, before
 # training: the mean, and a band in which 95 % of runs should lie, at any given step. Over it we draw eight runs.
@@ -1146,14 +1147,15 @@ print(f"inside the band: {inside.mean():.1%} of all points of the eight runs")
 assert inside.mean() > 0.85
 
 # %% [markdown]
-# The blue line and the band were computed from the table and the learning rates, without a single step of training. (They take
-# the errors to be spread like a bell curve. They are so only nearly, which is why a few more points than 5 % fall out.)
+# The blue line and the band were computed from the table and the learning rates, without a single step of training.
+# (They take the errors to be spread like a bell curve. They are so only nearly, which is why a few more points than 5 %
+# fall out.)
 #
 # ### Linear scaling again
 #
 # Now the real test: predict the cliff, and then train just below it and just above it. In homework 2 the batch grows
-# with the learning rates, so the limit is the $k$ at which batches of $64k$ allow just that $k$. To the factors 1, 2, 4, 8
-# we add one at 97 % and one at 103 % of each limit. Each takes about 400 steps, enough to decide.
+# with the learning rates, so the limit is the $k$ at which batches of $64k$ allow just that $k$. To the factors 1, 2,
+# 4, 8 we add one at 97 % and one at 103 % of each limit. Each takes about 400 steps, enough to decide.
 
 # %%
 ORDERS = {"simultaneous": (BLUE, "o", "-"), "sequential": (ORANGE, "s", "--")}
