@@ -20,6 +20,12 @@ class ConfigOptions:
 
     json: bool = False  # Print the result as one JSON object on stdout, and nothing else there.
     config: Annotated[TrainConfig, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions(ConfigOptions):
+    """The options of a training run, and where their defaults come from."""
+
     # Where the defaults of the other options come from: `default` is safe at any world size that the data allows,
     # `lesson` is the original lesson to the digit, `homework` its exercise with batches of 64 samples.
     recipe: Literal["default", "lesson", "homework"] = "default"

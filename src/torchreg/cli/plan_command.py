@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from torchreg.cli.options import ConfigOptions, parse_config, whole_numbers
+from torchreg.cli.options import RecipeOptions, parse_config, whole_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanOptions(ConfigOptions):
+class PlanOptions(RecipeOptions):
     """Predict, without training, what each of several world sizes would do: stable or not, steps and samples to the
     target, noise floor.
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
-
-import tyro
 
 from torchreg.cli import EXIT_STOPPED
 from torchreg.cli.options import ConfigOptions, parse_config, whole_numbers
@@ -16,7 +13,6 @@ from torchreg.runs.recipes import SWEEP_DEFAULTS
 
 @dataclass(frozen=True, kw_only=True)
 class _SweepOptions(ConfigOptions):
-    recipe: tyro.conf.Suppress[tyro.conf.Fixed[Literal["default", "lesson", "homework"]]] = "homework"
     num_seeds: int = 5  # Runs of each configuration, with seeds that count up from --seed.
     farm: bool = False  # Run one configuration on each rank, instead of each configuration on all ranks.
 

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torchreg.cli import EXIT_DIVERGED, EXIT_STOPPED
-from torchreg.cli.options import ConfigOptions, parse_config
+from torchreg.cli.options import RecipeOptions, parse_config
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(ConfigOptions):
+class TrainOptions(RecipeOptions):
     """Train nn.Linear on house prices; end with the fitted line, the closed form, and how far apart they are.
 
     Runs as one process, or as many ranks under mpiexec, torchrun, srun or ezpz launch.
