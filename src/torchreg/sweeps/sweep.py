@@ -54,8 +54,8 @@ def lr_scaling_trials(config: TrainConfig, multipliers: Sequence[float], num_see
 
     The batch grows from the reference batch with the learning rates, up to the last multiple of it that the data has
     rows for; beyond it only the learning rates grow. The default multipliers are 1, 2, 4, 8, … up to the first that is
-    predicted to diverge, and 3 % below and above the predicted limit. Standardised features have the default learning
-    rates: the raw ones would hardly move them.
+    predicted to diverge, and 3 % below and above the predicted limit. Standardised features have the default
+    learning rates: the raw ones would hardly move them.
     """
     config, trials = _common(config, "--reference-batch-size"), []
     warmups = (0, config.optimizer.warmup_steps or _LR_SCALING_WARMUP_STEPS)
