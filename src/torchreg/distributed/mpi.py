@@ -3,6 +3,7 @@
 # No `from __future__ import annotations`: DistributedDataParallel reads the hook's annotations as types.
 import atexit
 import os
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -47,8 +48,13 @@ def finalize_within(timeout_s: float) -> None:
 def all_reduce(comm: Any, tensor: Tensor, watchdog: Watchdog) -> None:
     """Replace a CPU tensor by its sum over ranks, in its own memory."""
     watchdog.call = object()
-    comm.Allreduce(None, tensor.numpy())  # None is MPI.IN_PLACE
+    comm.Allreduce(None, _memory(tensor))  # None is MPI.IN_PLACE
     watchdog.call = None
+
+
+@lru_cache(maxsize=2)  # of a run's gradient and losses: the view takes longer than the call. A tensor's hash is its id
+def _memory(tensor: Tensor) -> Any:
+    return tensor.numpy()
 
 
 def average_gradients(state: tuple[Any, Watchdog], bucket: GradBucket) -> torch.futures.Future[Tensor]:
