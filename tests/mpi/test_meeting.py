@@ -157,6 +157,7 @@ import os, signal, time
 from torchreg.distributed.init import init_distributed
 with init_distributed(device="cpu", distributed="torch", timeout_s=3) as communicator:
     print(communicator.from_main(lambda: time.sleep(5) or "prepared"), flush=True)
+    communicator.barrier()  # rank 0 has the store: the others must have read it before rank 0 stops
     communicator.from_main(lambda: os.kill(os.getpid(), signal.SIGSTOP))
 """
 
