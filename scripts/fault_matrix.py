@@ -101,9 +101,11 @@ class Nodes:
         probe = subprocess.run(["unshare", "--net", "--uts", "true"], capture_output=True, text=True, check=False)
         if probe.returncode != 0:
             return f"no network namespaces here: {probe.stderr.strip()}"
-        if "trg-" in subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout:
-            return "another process's simulated nodes are up: `hosts down` removes them"
         return None
+
+    def are_up(self) -> bool:
+        """Whether there are simulated nodes already: another process's, or those of a killed one."""
+        return "trg-" in subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
 
     @contextmanager
     def up(self, count: int) -> Iterator[None]:
@@ -344,6 +346,8 @@ def main() -> int:
     options = tyro.cli(Options, description=__doc__)
     nodes = Nodes()
     excluded = {"mpiexec on 2 nodes": nodes.missing()}
+    if not excluded["mpiexec on 2 nodes"] and nodes.are_up():
+        excluded["mpiexec on 2 nodes"] = "another process's simulated nodes are up: `hosts down` removes them"
     for launcher in ("mpiexec", "torchrun"):
         excluded[launcher] = None if Path(sys.executable).with_name(launcher).is_file() else f"there is no {launcher}"
     titles = ("fault", "launcher", "optimizer/sync", "what happened", "ranks ended, s", "launcher ended, s")

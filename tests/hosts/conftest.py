@@ -9,6 +9,7 @@ from ..fault_matrix import matrix
 def nodes():
     made = matrix.Nodes()
     if reason := made.missing():
-        pytest.skip(f"two nodes cannot be made of this machine: {reason}")
+        pytest.skip(f"a broken link needs two nodes, which this machine cannot simulate: {reason}")
+    assert not made.are_up(), "simulated nodes of another process, or of a killed one: `hosts down` removes them"
     with made.up(2):
         yield made

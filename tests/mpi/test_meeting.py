@@ -131,11 +131,12 @@ def test_a_rank_of_a_launcher_that_mpi_does_not_know_is_refused(run, tmp_path):
 def in_namespace(*commands):
     """A shell line with network and host name of its own, as no user of the machine sees them."""
     if shutil.which("ip") is None or shutil.which("unshare") is None:
-        pytest.skip("a host of its own is made by ip and unshare: apt install iproute2 util-linux")
-    probe = subprocess.run(["unshare", "--net", "--uts", "ip", "link", "set", "lo", "up"], check=False)
+        pytest.skip("ip and unshare make a host with other addresses or names: apt install iproute2 util-linux")
+    unshare = ["unshare", *(["--map-root-user"] if os.geteuid() else []), "--net", "--uts"]
+    probe = subprocess.run([*unshare, "ip", "link", "set", "lo", "up"], check=False, capture_output=True, text=True)
     if probe.returncode:
-        pytest.skip("a host of its own (IPv6 alone, an unknown name) is a network namespace, which takes root")
-    return ["unshare", "--net", "--uts", "bash", "-ec", "; ".join(["ip link set lo up", *commands])]
+        pytest.skip(f"the kernel refuses network namespaces, even as root of a user namespace: {probe.stderr.strip()}")
+    return [*unshare, "bash", "-ec", "; ".join(["ip link set lo up", *commands])]
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,7 @@ def small_disk(tmp_path):
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
     done = subprocess.run(mount, check=False, capture_output=True, text=True)
     if done.returncode != 0:
-        pytest.skip(f"a disk of 64 KiB, to be filled, cannot be mounted here, which takes root: {done.stderr.strip()}")
+        pytest.skip(f"only root can mount a disk small enough to fill (64 KiB of tmpfs): {done.stderr.strip()}")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 

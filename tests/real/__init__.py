@@ -12,5 +12,5 @@ STARTS = {
 
 def only_in(part, needs):
     """A mark for the tests of a part, which the tests of the checkout's own venv leave out."""
-    reason = f"needs {needs}, in a venv of its own: bash scripts/test_real.sh {part}"
+    reason = f"needs {needs}, in a venv that `bash scripts/test_real.sh {part}` makes and runs this in"
     return pytest.mark.skipif(os.environ.get("TORCHREG_REAL") != part, reason=reason)

@@ -183,7 +183,7 @@ def slurm(cluster):
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
     if SLURM is None:
-        pytest.skip("needs Slurm's daemons, unpacked where TORCHREG_SLURM says: bash scripts/test_real.sh slurm")
+        pytest.skip("needs a real Slurm, which `bash scripts/test_real.sh slurm` gets from Debian and runs this with")
     slurm = Slurm(Path(SLURM).resolve(), tmp_path_factory.mktemp("slurm"))
     try:
         slurm.start()

@@ -380,7 +380,7 @@ onload = () => {
 </script>"""
 
 
-@pytest.mark.skipif(BROWSER is None, reason="only a browser lays a page out, and none is here: apt install chromium")
+@pytest.mark.skipif(BROWSER is None, reason="only a browser lays a page out: apt install chromium")
 def test_a_browser_shows_it_on_a_phone_and_on_a_desktop_without_sideways_scrolling(written, tmp_path):
     text = html.escape((written[0] / "report.html").read_text(encoding="utf-8"))
     frames = "".join(f'<iframe style="width:{width}px;height:900px" srcdoc="{text}"></iframe>' for width in (375, 1280))

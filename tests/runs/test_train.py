@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -244,7 +245,7 @@ def test_the_record_has_what_decides_numbers_below_python(monkeypatch):
 def test_tf32_is_told_however_it_was_switched_on(is_new, run, tmp_path):
     # In a process of its own: torch refuses to read its older settings once the newer ones were used.
     if is_new and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        pytest.skip(f"torch {torch.__version__} has no fp32_precision to set: it came with 2.9")
+        pytest.skip(f"tests the setting fp32_precision of torch 2.9 and newer, and this is torch {torch.__version__}")
     switch = "fp32_precision = 'tf32'" if is_new else "allow_tf32 = True"
     code = f"import torch, torchreg.runs.environment as r; torch.backends.cuda.matmul.{switch}; "
     code += "print(r.machine_facts()['tf32'])"
@@ -309,8 +310,28 @@ def test_a_device_is_started_without_a_trace_in_the_parameters(optimizer, reduct
     assert (started.weight, started.bias, started.loss) == (plain.weight, plain.bias, plain.loss)
 
 
-def test_the_record_names_the_commit_that_was_run(run):
-    here = run("git", "-C", str(ROOT), "rev-parse", "HEAD", cwd=ROOT)
-    if here.returncode != 0:
-        pytest.skip("no checkout")
-    assert provenance("now")["source"]["commit"] == here.stdout.strip()
+def test_the_record_names_the_commit_that_was_run(run, tmp_path):
+    # In a checkout made for it: the tests may run from an archive, and a commit beside them must change nothing.
+    def git(*arguments):
+        done = run("git", "-c", "user.name=x", "-c", "user.email=x@example.org", *arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def source():
+        code = "import json, torchreg.runs.environment as r; print(json.dumps(r.provenance('now')['source']))"
+        done = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "src"))
+        return json.loads(done.stdout)
+
+    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    git("init", "--quiet")
+    git("add", "src", "pyproject.toml")
+    git("commit", "--quiet", "--message", "all")
+    (tmp_path / ".git/info/exclude").write_text("__pycache__\n")
+    commit = git("rev-parse", "HEAD")
+    assert source() == {"commit": commit, "dirty": False}
+    with (tmp_path / "src/torchreg/core/train.py").open("a") as file:
+        file.write("# another program\n")
+    assert source() == {"commit": commit, "dirty": True}
+    (tmp_path / "pyproject.toml").unlink()  # as where the package is installed inside of somebody else's repository
+    assert source() == {"commit": None, "dirty": None}
