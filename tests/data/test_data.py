@@ -17,7 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from torchreg.cli import main
@@ -341,7 +341,6 @@ FEATURES = [make_houses(50, 2, seed)[0] for seed in range(6)]
 
 
 @given(weight=st.floats(-1e3, 1e3), bias=st.floats(-1e5, 1e5), x=st.sampled_from(FEATURES))
-@settings(max_examples=50)
 def test_standardised_parameters_are_the_same_line(weight, bias, x):
     standardizer = Standardizer.of(x, standardize=True)
     inside = standardizer.parameters_in(np.array([weight, -weight]), bias)

@@ -16,3 +16,9 @@ from torchreg.distributed.rendezvous import first_slurm_node
 )
 def test_the_first_host_of_a_slurm_list_keeps_its_zeros_and_dashes(nodes, first):
     assert first_slurm_node(nodes) == first
+
+
+@pytest.mark.parametrize("nodes", [",nid001", "[1-3]nid 2", "(null)"])
+def test_what_is_no_slurm_list_is_named(nodes):
+    with pytest.raises(ValueError, match=r"SLURM_JOB_NODELIST is .*must be a Slurm node list"):
+        first_slurm_node(nodes)

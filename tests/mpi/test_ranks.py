@@ -1,7 +1,6 @@
 """If these fail, ranks speak over each other, or a failed rank leaves the others hanging."""
 
 import json
-import re
 import signal
 import socket
 import sys
@@ -88,7 +87,7 @@ with init_distributed(sync="ddp", device="cpu", distributed="torch") as communic
 def test_a_killed_rank_ends_all(launcher, run, tmp_path):
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
-    done = run(*launch(launcher, 2), str(script), cwd=tmp_path, timeout_s=120)
+    done = run(*launch(launcher, 3), str(script), cwd=tmp_path, timeout_s=120)
     assert done.returncode not in (0, -signal.SIGKILL)
 
 
@@ -113,8 +112,7 @@ def test_torchrun_with_mpi_averaging_is_refused(run, tmp_path):
     done = run(*launch("torchrun", 2), "-m", "torchreg", "train", "--sync", "mpi", cwd=tmp_path)
     assert done.returncode != 0
     assert done.stderr.count("torchreg: error:") == 1
-    # On a busy machine rank 1 may have imported torch seconds before rank 0, and then reports.
-    assert re.search("torchrun started rank [01] of 2, but MPI", done.stderr), done.stderr
+    assert "torchrun started rank 0 of 2, but MPI" in done.stderr
 
 
 LISTENING = """

@@ -187,7 +187,7 @@ def test_a_time_limit_stops_all_ranks_in_time(on_two_ranks):
 
 
 def test_a_folder_that_is_removed_ends_all_ranks_with_its_reason(run, tmp_path):
-    config = of("manual-allreduce", checkpoint_every=50)
+    config = of("sgd-ddp", checkpoint_every=50)
     command = [*launch("mpiexec", 2), ACCIDENT, "remove", "0", "110", "train", *options(config)]
     done = run(*command, cwd=tmp_path, timeout_s=60)
     assert done.returncode not in (0, 75)
@@ -227,7 +227,7 @@ def test_a_full_disk_ends_all_ranks_and_leaves_only_whole_files(small_disk, unin
 
 def test_two_jobs_on_one_run_do_not_mix(run, tmp_path):
     # Both are started at once; whichever comes second is told so, and the first is whole.
-    config = of("manual-allreduce", max_steps=3000, resume="auto")
+    config = of("sgd-ddp", max_steps=3000, resume="auto")
     one = " ".join([sys.executable, "-m", "torchreg", "train", *options(config)])
     both = f"{one} >first 2>first.err & {one} >second 2>second.err; echo $?; wait $!; echo $?"
     done = run("bash", "-c", both, cwd=tmp_path, timeout_s=60)

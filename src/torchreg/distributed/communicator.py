@@ -127,7 +127,7 @@ class Communicator:
         watchdog = cast(Watchdog, self.watchdog)
 
         def is_done() -> bool:
-            with watchdog.limit("to prepare the run"):  # until the next beat
+            with watchdog.limit("rank 0 to prepare the run"):  # until the next beat
                 beat = store.add("beat", 0)
                 poll(lambda: store.check(["done"]) or store.add("beat", 0) != beat)
                 return store.check(["done"])
@@ -141,7 +141,7 @@ class Communicator:
             return
         store, number = self._store("deal"), 0
         while True:
-            with self.watchdog.limit("to deal work"):  # the store has no time-out for this
+            with self.watchdog.limit("rank 0 to deal work"):  # the store has no time-out for this
                 number = store.add("num_dealt", 1) - 1
             if number >= len(items):
                 return
@@ -216,7 +216,7 @@ class Communicator:
             return
         if self.over_mpi:
             assert self.watchdog is not None
-            mpi.all_reduce(self.mpi_comm, tensor, self.watchdog)
+            mpi.all_reduce(self.mpi_comm, mpi.memory(tensor), self.watchdog)
         else:
             dist.all_reduce(tensor)
 
@@ -244,7 +244,7 @@ class Communicator:
         agreed = error is None or isinstance(error, AgreedError) or (isinstance(error, SystemExit) and not error.code)
         if error is not None and not agreed:
             self.watchdog.end(error)
-        with self.watchdog.limit("to end"):
+        with self.watchdog.limit("the other ranks to end"):
             if self.mpi_comm is not None and error is None:
                 self.mpi_comm.Barrier()  # MPI_Finalize would wait just as long, but report nothing
             gc.collect()  # a DDP model that outlives its process group ends the process by std::terminate

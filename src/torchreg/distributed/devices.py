@@ -66,9 +66,8 @@ def take_device(device_type: str, local_rank: int) -> tuple[torch.device, str]:
     module.set_device(index)
     device = torch.device(device_type, index)
     names = _VISIBLE_CUDA if device_type == "cuda" else _VISIBLE_XPU
-    visible = next((os.environ[name] for name in names if os.environ.get(name)), "")
-    listed = visible.split(",")
-    number = listed[index].strip() if index < len(listed) and visible else str(index)
+    visible = next((os.environ[name] for name in names if os.environ.get(name)), "").split(",")
+    number = (visible[index].strip() if index < len(visible) else "") or str(index)
     # Tiles of one XPU, and the parts of a GPU in MIG mode, may have one UUID.
     if device_type == "cuda" and not number.startswith("MIG"):
         return device, str(getattr(torch.cuda.get_device_properties(device), "uuid", number))

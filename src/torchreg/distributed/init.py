@@ -71,7 +71,7 @@ def init_distributed(
     }
     address = f" at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}" if comm is None else ""
     try:
-        with watchdog.limit(f"to connect{address}", _MAIN_RANK_FIRST_S if rank else 0.0):
+        with watchdog.limit(f"the other ranks to connect{address}", _MAIN_RANK_FIRST_S if rank else 0.0):
             watchdog.store = store = connect(launcher, comm, timeout)
             ask = partial(exchange, store, launcher, timeout_s)
             local_rank, num_threads = ask("torchreg/join", facts, _join)

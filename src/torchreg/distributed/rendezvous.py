@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -160,7 +162,9 @@ def _is_one_node(launcher: Launcher, comm: Any) -> bool:
 
 
 def _is_loopback(address: str) -> bool:
-    return re.fullmatch(r"localhost|127(\.\d+){3}|::1", address) is not None
+    with suppress(ValueError):  # a name
+        return ipaddress.ip_address(address).is_loopback
+    return address == "localhost"
 
 
 def _loopback() -> str:
@@ -170,13 +174,12 @@ def _loopback() -> str:
 
 def _is_own(address: str) -> bool:
     """Whether an address or a name is one of this host's own."""
-    try:
+    with suppress(OSError):
         family, kind, protocol, _, own = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.bind(own)
-    except OSError:
-        return False
-    return True
+        return True
+    return False
 
 
 def _serve(launcher: Launcher, address: str, port: int, timeout: timedelta) -> TCPStore:
@@ -217,8 +220,11 @@ def _address_without_mpi(launcher: Launcher, environ: Mapping[str, str]) -> tupl
 
 
 def first_slurm_node(nodes: str) -> str:
-    """The first host of a Slurm node list: nid001 of "nid[001-004,007],login1"."""
-    return re.sub(r"\[([^],-]*)[^]]*]", r"\1", nodes).split(",")[0]
+    """The first host of a Slurm node list: nid001 of "nid[001-004,007],login1". Raises `ValueError` for other text."""
+    first = re.sub(r"\[([^],-]*)[^]]*]", r"\1", nodes).split(",")[0]
+    if not re.fullmatch(r"[\w.-]+", first):
+        raise ValueError(f"SLURM_JOB_NODELIST is {nodes!r}: it must be a Slurm node list")
+    return first
 
 
 def _reachable_name() -> str:

@@ -24,7 +24,7 @@ from torchreg.distributed.launcher import FORWARDED_WITHIN_S
 
 T = TypeVar("T")
 
-_ALL_REDUCE = "in an all-reduce"
+_ALL_REDUCE = "the other ranks in an all-reduce"
 _EXIT_WITHIN_S = 10.0  # all of `end`, or the process ends without it
 _STORE_ANSWERS_WITHIN_S = 1.5
 _OTHERS_FAIL_WITHIN_S = 1.0  # ranks that wait for the same rank time out together, up to their clocks' resolution
@@ -54,7 +54,7 @@ class Watchdog:
 
     @contextmanager
     def limit(self, what: str, grace_s: float = 0.0) -> Iterator[None]:
-        """Limit the calls in the body, taken together, to the time-out; `what` completes "waited for the other ranks".
+        """Limit the calls in the body, taken together, to the time-out; `what` completes "waited for".
 
         `grace_s` is added to the time-out where another rank may report more.
         """
@@ -73,7 +73,7 @@ class Watchdog:
             call = self.call
             num_polls = num_polls + 1 if call is not None and call is seen else 0
             seen = call
-        self.end(TimeoutError(f"waited {self.timeout_s:g} s for the other ranks {self._what}"))
+        self.end(TimeoutError(f"waited {self.timeout_s:g} s for {self._what}"))
 
     def end(self, error: BaseException) -> NoReturn:
         """End this process, and with it all ranks, after reporting the reason if no other rank has reported one."""

@@ -50,10 +50,8 @@ class DataConfig:
         _check(self, "data_seed", lambda seed: 0 <= seed < 2**32, "0 or more, and less than 2³²")
         if self.data != "synthetic" and (self.num_rows or self.num_features):
             size = f"num_rows is {self.num_rows}" if self.num_rows else f"num_features is {self.num_features}"
-            names = f"{size} and data is {self.data}"
-            raise ValueError(
-                f"{names}: only the synthetic table has a size to choose; omit it or choose --data synthetic"
-            )
+            remedy = "only the synthetic table has a size to choose; omit it or choose --data synthetic"
+            raise ValueError(f"{size} and data is {self.data}: {remedy}")
         if self.data == "synthetic" and (self.features or self.target):
             raise ValueError(
                 "features or target are given for the synthetic table, whose columns are fixed: name a file with --data"

@@ -82,27 +82,24 @@ def _driver(torch: Any) -> str | None:
 
 def _libfabric() -> str | None:
     """The version of the libfabric that this process has loaded, or would."""
-    try:
+    with contextlib.suppress(OSError, AttributeError):
         version = ctypes.CDLL("libfabric.so.1").fi_version()
-    except (OSError, AttributeError):
-        return None
-    return f"{version >> 16}.{version & 0xFFFF}"
+        return f"{version >> 16}.{version & 0xFFFF}"
+    return None
 
 
 def _tf32(torch: Any) -> str:
     """Whether float32 matrix products on a GPU are rounded to TF32: `tf32` or `ieee`."""
     matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # since torch 2.9, where reading the older settings may raise
-        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
-    return "tf32" if matmul.allow_tf32 else "ieee"
+    is_new = hasattr(matmul, "fp32_precision")  # since torch 2.9, where reading the older settings may raise
+    return "tf32" if (matmul.fp32_precision == "tf32" if is_new else matmul.allow_tf32) else "ieee"
 
 
 @cache  # every checkpoint and record asks
 def _version(library: str) -> str | None:
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return None
 
 
 @cache  # git takes as long as a short trial of a sweep
@@ -110,10 +107,8 @@ def _source_version() -> dict[str, Any]:
     """Commit and dirty flag of the checkout that this package is in; nulls where it is installed without one."""
     package = Path(__file__).resolve().parents[1]
     git: Any = partial(subprocess.run, check=True, capture_output=True, text=True, timeout=10, cwd=package)
-    try:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
         if (package.parents[1] / "pyproject.toml").is_file():
             commit = git(["git", "rev-parse", "HEAD"]).stdout.strip()
             return {"commit": commit, "dirty": bool(git(["git", "status", "--porcelain", "--", "."]).stdout)}
-    except (OSError, subprocess.SubprocessError):
-        pass
     return {"commit": None, "dirty": None}

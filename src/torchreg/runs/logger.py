@@ -67,8 +67,7 @@ class LossBuffer:
 
     def clear(self) -> None:
         """Forget all steps."""
-        for waiting in (self.errors, self.reduced, self.num_samples):
-            waiting.clear()
+        self.restore([], [])
 
 
 class Clock:

@@ -115,10 +115,8 @@ def _length(config: TrainConfig, state: RunState) -> str:
 
 def _refuse_fewer_steps(done: int, run: Path, config: TrainConfig, state: RunState) -> None:
     if done > state.schedule.num_steps:
-        length = _length(config, state)
-        raise ValueError(
-            f"{length}, and {run} has taken {done} already: ask for as many at least, or choose another --name"
-        )
+        taken = f"{_length(config, state)}, and {run} has taken {done} already"
+        raise ValueError(f"{taken}: ask for as many at least, or choose another --name")
 
 
 def _lacks_metrics(saved: Checkpoint, directory: RunDirectory) -> str | None:

@@ -114,9 +114,10 @@ def train(
 
 def init_ranks(config: TrainConfig) -> Communicator:
     """Initialise this rank among the others, which must have the same configuration."""
-    names = ("distributed", "device", "dtype", "timeout_s")
-    options = {name: getattr(config.run, name) for name in names}
-    return init_distributed(sync=config.optimizer.effective_sync, run=config.options(), **options)
+    run, sync, options = config.run, config.optimizer.effective_sync, config.options()
+    return init_distributed(
+        distributed=run.distributed, device=run.device, dtype=run.dtype, timeout_s=run.timeout_s, sync=sync, run=options
+    )
 
 
 def set_up(config: TrainConfig, communicator: Communicator) -> tuple[RunState, Table | None, RunDirectory | None]:

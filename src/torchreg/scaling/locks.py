@@ -141,10 +141,9 @@ def _is_stale(path: Path) -> bool:
 
 def _read(path: Path) -> dict[str, Any]:
     """The content of a lock file; empty if it is missing or damaged."""
-    try:
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return {}
+    return {}
 
 
 def _identity() -> dict[str, str | None]:

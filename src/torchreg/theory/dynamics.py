@@ -146,13 +146,23 @@ class Dynamics:
             change = change[np.ix_(of_mean, of_mean)]
         return spectral_radius(np.eye(p) + change)
 
-    def is_stable(self, k: float = 1.0) -> bool:
-        """Whether training converges with the learning rates times k: whether `criterion` shrinks."""
+    def radius(self, k: float = 1.0) -> float:
+        """The spectral radius of what `criterion` names; training converges if and only if it is below 1.
+
+        In `shuffle` sampling it is the geometric mean over the steps of an epoch.
+        """
         if self.criterion == "mean":
-            return self.contraction(k) < 1
+            return self.contraction(k)
+        change = self._inner_change(k)
+        return spectral_radius(np.eye(len(change)) + change) ** (1 / self.steps.num_steps)
+
+    def is_stable(self, k: float = 1.0) -> bool:
+        """Whether training converges with the learning rates times k: whether `radius` is below 1, at lower cost."""
+        return self.contraction(k) < 1 if self.criterion == "mean" else is_contraction(self._inner_change(k), self.gram)
+
+    def _inner_change(self, k: float) -> Matrix:
         with np.errstate(over="ignore", invalid="ignore"):
-            change = self.steps.change(k * self.lr_unit)
-        return is_contraction(change[np.ix_(self._inner, self._inner)], self.gram)
+            return self.steps.change(k * self.lr_unit)[np.ix_(self._inner, self._inner)]
 
     def largest_multiplier(self) -> float:
         """The stability limit: the k from which training with the learning rates times k no longer converges.

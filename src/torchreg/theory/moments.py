@@ -152,6 +152,10 @@ class Moments:
         slope_part = self.factor[:-1, :-1] @ off
         return float(slope_part @ slope_part / self.num_rows + (bias - best.bias + off @ self.mean[:-1]) ** 2)
 
+    def loss(self, weight: Matrix, bias: float) -> float:
+        """The mean squared error of a line over all rows."""
+        return self.closed_form().loss + self.excess(weight, bias)
+
 
 @dataclass(frozen=True, eq=False)
 class RowGradients:
