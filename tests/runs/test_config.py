@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from torchreg.runs.config import TrainConfig
+from torchreg.runs.config import BatchConfig, RunConfig, TrainConfig
 from torchreg.runs.recipes import RECIPES, with_recipe
 
 from ..conftest import ROOT
@@ -82,3 +82,12 @@ def test_every_option_has_a_sentence():
     docs = {name: doc for part in vars(TrainConfig()).values() for name, doc in script.docs(type(part)).items()}
     assert docs.keys() == TrainConfig().options().keys()
     assert all(sentence.endswith(".") for sentence in docs.values())
+
+
+def test_an_option_has_one_owner_and_a_misspelt_one_is_named():
+    nested = TrainConfig(batch=BatchConfig(seed=3), run=RunConfig(max_steps=5))
+    assert TrainConfig.of(seed=3, max_steps=5) == nested
+    assert nested.replace(seed=4).batch.seed == 4
+    assert len(nested.options()) == sum(len(vars(part)) for part in vars(nested).values()), "two parts have one name"
+    with pytest.raises(TypeError, match="no option of a TrainConfig: max_step"):
+        TrainConfig.of(max_step=5)

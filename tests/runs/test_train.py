@@ -5,12 +5,15 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from torchreg.core import checkpoint
+from torchreg.core.train import evaluate
 from torchreg.distributed.rendezvous import AgreedError
 from torchreg.runs.config import TrainConfig, from_json
 from torchreg.runs.environment import provenance
@@ -307,6 +310,27 @@ def test_a_device_is_started_without_a_trace_in_the_parameters(optimizer, reduct
     assert steps[:2] == [(0.0, 0.0)] * 2
     assert len(steps) == 7
     assert (started.weight, started.bias, started.loss) == (plain.weight, plain.bias, plain.loss)
+
+
+def test_neither_evaluation_nor_saving_counts_as_training(monkeypatch):
+    # Throughput would be that of the file system, and of how often somebody wants to look.
+    late_s, now_s = [0.0], time.perf_counter
+    monkeypatch.setattr("torchreg.runs.logger.time.perf_counter", lambda: now_s() + late_s[0])
+
+    def slow(work):
+        def work_for_an_hour(*arguments):
+            late_s[0] += 3600
+            return work(*arguments)
+
+        return work_for_an_hour
+
+    monkeypatch.setattr("torchreg.runs.run.evaluate", slow(evaluate))
+    monkeypatch.setattr("torchreg.core.checkpoint.save", slow(checkpoint.save))
+    result = train(TrainConfig.of(max_steps=4, log_every=1, log_full_loss=True, checkpoint_every=2, name="slow"))
+    assert late_s[0] >= 6 * 3600
+    assert result.train_time_s < 3600
+    lines = read_metrics(Path(result.run_dir))
+    assert lines[-1]["time_s"] < 3600
 
 
 def test_the_record_names_the_commit_that_was_run(run, tmp_path):
