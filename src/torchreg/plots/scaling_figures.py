@@ -102,10 +102,8 @@ def draw_breakdown(group: Json, number: int, kind: str, scope: str) -> Picture:
     bars = [point for part in panels.values() for point in part.values()]
     legend = tuple(style for name, style in _PARTS.items() if any(_part(point, name) for point in bars))
     drawn = tuple((title, partial(_draw_bars, part)) for title, part in panels.items())
-    title, height = (
-        f"Parts of a step's time, {kind} scaling, {scope}",
-        0.3 + 0.2 * max(map(len, panels.values()), default=0),
-    )
+    title = f"Parts of a step's time, {kind} scaling, {scope}"
+    height = 0.3 + 0.2 * max(map(len, panels.values()), default=0)
     return Picture(number, f"breakdown {kind}", scope, title, legend, drawn, _columns(panels), height, margin=1.22)
 
 
