@@ -1,28 +1,53 @@
-"""Make notebooks/linear_regression.ipynb from the .py beside it; the same source gives the same bytes.
+"""Make the notebooks, with their outputs, from the one source notebooks/linear_regression.py.
 
-    python scripts/make_notebook.py [OUTPUT.ipynb]
+    python scripts/make_notebook.py
 
-Edit the .py, run this, commit both. Cell ids are the cells' positions, and there are no outputs.
+Edit the .py, run this, commit all three files. A cell without a tag is in the lesson, one with the tag `solution` in
+the solutions, one with the tag `both` in both. The owner's name on GitHub comes from pyproject.toml.
 """
 
 from __future__ import annotations
 
-import sys
+import re
+import tempfile
 from pathlib import Path
 
 import jupytext
+import nbclient
+import nbformat
 
-SOURCE = Path(__file__).parents[1] / "notebooks" / "linear_regression.py"
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "notebooks" / "linear_regression.py"
+TAGS = {"linear_regression.ipynb": {"", "both"}, "solutions.ipynb": {"solution", "both"}}
+_REPOSITORY = re.compile(r'^Repository = "https://github\.com/([\w.-]+/[\w.-]+)"', re.MULTILINE)
 
 
-def main(output: Path) -> None:
-    """Write the notebook."""
-    notebook = jupytext.read(SOURCE)
+def make(name: str) -> nbformat.NotebookNode:
+    """The notebook of this file name, without outputs. Cell ids are the cells' positions."""
+    text = SOURCE.read_text(encoding="utf-8")
+    if repository := _REPOSITORY.search((ROOT / "pyproject.toml").read_text(encoding="utf-8")):
+        text = text.replace("OWNER/torchreg", repository[1])
+    notebook = jupytext.reads(text, fmt="py:percent")
     del notebook.metadata["jupytext"]
+    notebook.metadata["language_info"] = {"name": "python"}
+    notebook.cells = [cell for cell in notebook.cells if cell.metadata.pop("tags", [""])[0] in TAGS[name]]
     for position, cell in enumerate(notebook.cells):
         cell.id = f"cell-{position:03d}"
-    jupytext.write(notebook, output)
+    return notebook
+
+
+def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Run all cells in an empty folder; the notebook with its outputs, without times and versions."""
+    metadata = dict(notebook.metadata)
+    with tempfile.TemporaryDirectory() as folder:
+        client = nbclient.NotebookClient(
+            notebook, timeout=300, record_timing=False, resources={"metadata": {"path": folder}}
+        )
+        client.execute()
+    notebook.metadata = nbformat.from_dict(metadata)
+    return notebook
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else SOURCE.with_suffix(".ipynb"))
+    for name in TAGS:
+        nbformat.write(execute(make(name)), SOURCE.with_name(name))
