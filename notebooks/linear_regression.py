@@ -64,7 +64,8 @@ from pathlib import Path
 
 REPOSITORY = "https://github.com/OWNER/torchreg"
 
-if importlib.util.find_spec("torchreg") is None:
+found = importlib.util.find_spec("torchreg")
+if found is None or found.origin is None:  # not installed, or only a folder of this name
     pip = [sys.executable, "-m", "pip"]
     # Every installed package keeps its version: the torch of Colab, or of a supercomputer, fits its GPUs and network.
     installed = subprocess.run([*pip, "list", "--format=freeze"], capture_output=True, text=True, check=True)
@@ -119,6 +120,7 @@ from torchreg.theory import Dynamics, Moments, RowGradients
 # Okabe and Ito's colours, which colour-blind readers can distinguish.
 SKY, ORANGE, BLACK, GREEN, BLUE, PINK = "#56B4E9", "#D55E00", "#000000", "#009E73", "#0072B2", "#CC79A7"
 
+# Draw figures once: constrained_layout fits them already.
 # %config InlineBackend.print_figure_kwargs = {"bbox_inches": None}
 plt.rcParams.update(
     {
@@ -266,6 +268,7 @@ with plt.rc_context({"figure.constrained_layout.use": False}):  # seaborn arrang
     )
 grid.set_axis_labels(AREA_LABEL, PRICE_LABEL)
 grid.ax_joint.yaxis.set_major_formatter("{x:,.0f}")
+grid.figure.tight_layout()
 plt.show()
 
 # %% [markdown]
@@ -1012,8 +1015,8 @@ else:
 # machine, in Colab too. Here they share a few CPU cores, so they are not faster than one. What we check is that the
 # result is correct.
 #
-# All ranks run the same program. This one trains three times, first with a fixed batch of 128 houses over all ranks:
-# all 128 on 1 rank, or 32 on each of 4. The other two trainings are explained below.
+# All ranks run the same program. This one trains three times with the gradient of section 4, first with a fixed batch
+# of 128 houses over all ranks: all 128 on 1 rank, or 32 on each of 4. The other two trainings are explained below.
 
 # %%
 # %%writefile ranks.py
@@ -1029,11 +1032,17 @@ trainings = {
 with init_distributed(device="cpu") as communicator:  # connects the ranks
     for name, options in trainings.items():
         config = torchreg.TrainConfig.of(
-            name=f"{name}-{communicator.world_size}", overwrite=True, device="cpu", max_steps=60, log_every=1, **options
+            name=f"{name}-{communicator.world_size}",
+            overwrite=True,
+            device="cpu",
+            optimizer="manual",
+            max_steps=60,
+            log_every=1,
+            **options,
         )
         result = torchreg.train(config, communicator)
         if communicator.is_main:  # one rank prints
-            print(f"{config.run.name}: {result.lines()[0]}")
+            print(f"{config.run.name}: stopped by {result.stopped_by}, loss {result.loss:,.0f}")
 
 # %% [markdown]
 # Started by itself, the program runs on one rank:
@@ -1056,7 +1065,7 @@ done = subprocess.run(
 )
 if done.returncode:
     raise RuntimeError(done.stderr)
-print(done.stdout)
+print(done.stdout, end="")
 
 
 # %% [markdown]
@@ -1143,7 +1152,7 @@ plan = torchreg.plan(
     ),
     world_sizes=[1, 2, 4, 8],
 )
-print(textwrap.fill(plan.verdict, 100))
+print(textwrap.fill(plan.verdict, 100, break_on_hyphens=False))
 assert plan.largest_stable["linear"] == 3
 
 pd.DataFrame(
@@ -1190,13 +1199,16 @@ pd.DataFrame(
 # mpiexec -n 8 --ppn 4 --cpu-bind list:24-31,56-63:16-23,48-55:8-15,40-47:0-7,32-39 torchreg train --device cuda
 # ```
 #
-# It is the training of section 9 with another launcher. Each process has a **rank**, from 0 to 7, and a **local rank**,
-# from 0 to 3, which numbers the ranks of its node and selects its GPU. With 64 houses on each rank the **global batch**
-# has 512 of the 551 houses, so more ranks would leave no room for linear scaling. **Linear scaling** multiplies the
-# base learning rates by 512 / 64 = 8. With standardised areas that is well below the stability limit; in square feet
-# it is far above it, and torchreg warns before it starts. `torchreg plan` with the same options shows this on the login
-# node, before you request nodes. If a stable learning rate is still too large for the first steps, as it can be in deep
-# networks, `--warmup-steps 20` raises it from the base to the scaled learning rate over 20 steps.
+# This is data-parallel training as in section 9, with another launcher, and with PyTorch's `DistributedDataParallel`,
+# which averages the gradients that autograd computes. Each process has a **rank**, from 0 to 7, and a **local rank**,
+# from 0 to 3, which numbers the ranks of its node and selects its GPU.
+#
+# With 64 houses on each rank the **global batch** has 512 of the 551 houses, so the table is too small for a ninth
+# rank. **Linear scaling** multiplies the base learning rates by 512 / 64 = 8. With standardised areas that is well
+# below the stability limit; in square feet it is far above it, and torchreg warns before it starts. `torchreg plan`
+# with the same options shows this on the login node, before you request nodes. If a stable learning rate is still too
+# large for the first steps, as it can be in deep networks, `--warmup-steps 20` raises it from the base to the scaled
+# learning rate over 20 steps.
 #
 # To show that eight GPUs compute what one does, fix the global batch: compare `--global-batch-size 128` on 1 and on 8
 # ranks, with `--dtype float64`.
@@ -1546,7 +1558,7 @@ for axes, gram, learning_rates, start, scales, edge, title in (
     axes.set(title=title, xlim=(-edge, edge), ylim=(-edge, edge), aspect="equal", ylabel="error of the bias (1000 $)")
     axes.legend(fontsize=10, loc="upper right")
 panels[0].set_xlabel("error of the weight ($ per square foot)")
-panels[1].set_xlabel("error of the weight (1000 $ per standard deviation)")
+panels[1].set_xlabel("error of the weight (1000 $ per std. dev.)")
 plt.show()
 
 # %% [markdown] tags=["solution"]

@@ -41,7 +41,11 @@ def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     metadata = dict(notebook.metadata)
     with tempfile.TemporaryDirectory() as folder:
         client = nbclient.NotebookClient(
-            notebook, timeout=300, record_timing=False, resources={"metadata": {"path": folder}}
+            notebook,
+            timeout=300,
+            record_timing=False,
+            coalesce_streams=True,  # one box of text for what a loop prints
+            resources={"metadata": {"path": folder}},
         )
         client.execute()
     notebook.metadata = nbformat.from_dict(metadata)
