@@ -129,13 +129,13 @@ run_to_end() { # COMMAND...: sets `code`; passes SIGTERM on (and Ctrl-C, as SIGT
     trap - TERM INT
 }
 
-train_on_all_ranks() { # PROGRAM, or the run NAME of torchreg train with the options TRAIN; sets `code`
+train_on_all_ranks() { # NAME TRAIN PROGRAM: PROGRAM, or run NAME of torchreg train with options TRAIN; sets `code`
     local command limit=(--time-limit-s "$TIME_LIMIT_S")
-    read -ra command <<<"${PROGRAM:-$TRAIN}"
-    if [[ -n $PROGRAM ]]; then
+    read -ra command <<<"${3:-$2}"
+    if [[ -n $3 ]]; then
         on_all_ranks "${command[@]}" "${limit[@]}"
     else
-        on_all_ranks "${torchreg[@]}" train --device "$DEVICE" --name "$NAME" --resume auto "${limit[@]}" "${command[@]}"
+        on_all_ranks "${torchreg[@]}" train --device "$DEVICE" --name "$1" --resume auto "${limit[@]}" "${command[@]}"
     fi
 }
 

@@ -55,10 +55,7 @@ def sgd_step(
 
 
 def ddp_gradient(
-    model: nn.Module,
-    world_size: int,
-    batch: Batch,
-    loss: Callable[[Tensor, Tensor], Tensor] = squared_error,
+    model: nn.Module, world_size: int, batch: Batch, loss: Callable[[Tensor, Tensor], Tensor] = squared_error
 ) -> Tensor:
     """The gradient by autograd, averaged over ranks by DistributedDataParallel in the last micro-batch's backward.
 
