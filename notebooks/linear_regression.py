@@ -421,9 +421,9 @@ plt.show()
 #
 # ### Derivatives
 #
-# To make the loss smaller we need to know in which direction it falls. That is what a derivative tells us.
+# To make the loss smaller we need to know in which direction it falls. A derivative contains this information.
 #
-# The *slope* of a curve says how much its height changes when we move to the right, divided by how far we move. Take
+# The *slope* of a curve is how much its height changes when we move to the right, divided by how far we move. Take
 # $f(x) = x^2$ and move from $x$ to $x + h$:
 #
 # $$ \frac{(x + h)^2 - x^2}{h} = \frac{2xh + h^2}{h} = 2x + h $$
@@ -580,7 +580,7 @@ plt.show()
 
 # %% [markdown]
 # With the small learning rate, training ends in the nearest minimum: a **local minimum**, which is not the lowest one.
-# Another start could have led to the lower minimum, but a method should not depend on a lucky start. With the large
+# Another start could have led to the lower minimum, but a method should not depend on the start. With the large
 # learning rate the steps cross to the lower minimum, but they keep moving around it and never end there.
 #
 # A combination of both is a *decaying* learning rate: large steps at first, then smaller and smaller ones. It is one
@@ -692,7 +692,7 @@ print(f"price = {weight:.6f} × area + {bias:.6f}: the same digits on this machi
 #
 # The loop above uses all 551 houses in every step. Real data sets have billions of samples, and it would take too long
 # to process all of them before every step. Instead each step uses a few samples drawn at random, a **batch**. Their
-# number is the batch size. torchreg calls it `global_batch_size`, because later several processes share a batch.
+# number is the batch size. torchreg calls it `global_batch_size`, because later a batch is divided among processes.
 #
 # Change the function below so that each step uses only a batch. Hints:
 #
@@ -1232,7 +1232,7 @@ pd.DataFrame(
 # ### The error after a step
 #
 # Take a parabola as in section 5 of the lesson, with the loss $h\,\delta^2$. Here $\delta$ is the error of the
-# parameter, its distance from the minimum, and $h$ says how steep the parabola is (there $h = 1$). The slope is
+# parameter, its distance from the minimum, and $h$ is its steepness (there $h = 1$). The slope is
 # $2h\,\delta$, so after one step the error is
 #
 # $$ \delta' = \delta - \eta\cdot 2h\,\delta = (1 - 2\eta h)\;\delta $$

@@ -29,7 +29,6 @@ def make(name: str) -> nbformat.NotebookNode:
         text = text.replace("OWNER/torchreg", repository[1])
     notebook = jupytext.reads(text, fmt="py:percent")
     del notebook.metadata["jupytext"]
-    notebook.metadata["language_info"] = {"name": "python"}
     notebook.cells = [cell for cell in notebook.cells if cell.metadata.pop("tags", [""])[0] in TAGS[name]]
     for position, cell in enumerate(notebook.cells):
         cell.id = f"cell-{position:03d}"
@@ -38,7 +37,6 @@ def make(name: str) -> nbformat.NotebookNode:
 
 def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """Run all cells in an empty folder; the notebook with its outputs, without times and versions."""
-    metadata = dict(notebook.metadata)
     with tempfile.TemporaryDirectory() as folder:
         client = nbclient.NotebookClient(
             notebook,
@@ -48,10 +46,10 @@ def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
             resources={"metadata": {"path": folder}},
         )
         client.execute()
-    notebook.metadata = nbformat.from_dict(metadata)
+    notebook.metadata["language_info"] = {"name": "python"}  # without the version
     return notebook
 
 
 if __name__ == "__main__":
     for name in TAGS:
-        nbformat.write(execute(make(name)), SOURCE.with_name(name))
+        jupytext.write(execute(make(name)), SOURCE.with_name(name))
