@@ -1,14 +1,19 @@
-"""The options that commands share, and their errors in one line."""
+"""The options that commands share, how they are written and documented, and their errors in one line."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import inspect
 import io
 import re
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
+from tyro import constructors
 
 from torchreg.runs.config import TrainConfig
 from torchreg.runs.recipes import with_recipe
@@ -34,14 +39,40 @@ class RecipeOptions(ConfigOptions):
 T = TypeVar("T")
 C = TypeVar("C", bound=ConfigOptions)
 
+EXAMPLES = {
+    "train": "--recipe lesson --plot --name lesson",
+    "runs": "lesson",
+    "plot": "lesson",
+    "plan": "--lr-scaling sqrt --world-sizes 1,2,4,8",
+    "sweep batch": "--batch-sizes 64,256 --num-seeds 3 --epochs 10",
+    "sweep lr-scaling": "--multipliers 2,4 --num-seeds 1 --max-steps 100",
+    "verify": "--device cpu --quick",
+    "scale plan": "--ranks-per-node 1,2 --num-features 1",
+    "scale run": "--name quick --device cpu --repeats 1",
+    "scale status": "runs/quick",
+    "scale merge": "runs/all runs/quick",
+    "scale command": "--launcher mpich --num-ranks 4",
+    "report": "runs/quick",
+    "report compare": "runs/quick runs/all",
+    "data": "show",
+}
+"""Options that work as they stand, one after the other, for each command."""
+
+REGISTRY = constructors.ConstructorRegistry()
+"""How tyro reads and documents the options of every command."""
+
 
 def parse(kind: type[T], program: str, argv: list[str], default: T | None = None) -> T:
     """Parse a command's options. Raises `ValueError` with tyro's error message, which is a box, in one line."""
     box = io.StringIO()
     options: dict[str, Any] = {} if default is None else {"default": default}
+    texts = [*str(inspect.getdoc(kind)).split("\n\n"), f"Example: {program} {EXAMPLES.get(program[9:])}"]
+    about = "\n\n".join(textwrap.fill(" ".join(text.split()), 80, subsequent_indent=" ") for text in texts)
     try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(kind, prog=program, args=argv, **options)
+        with contextlib.redirect_stderr(box), REGISTRY:
+            return tyro.cli(
+                kind, prog=program, description=about, args=argv, config=(tyro.conf.DisallowNone,), **options
+            )
     except SystemExit as error:
         if error.code in (0, None):
             raise
@@ -73,9 +104,74 @@ def parse_config(kind: type[C], program: str, argv: list[str], default: TrainCon
     return options
 
 
-def whole_numbers(field: str, text: str) -> list[int]:
-    """The numbers of a list such as 1,2,4. Raises `ValueError` for anything else."""
-    parts = [part.strip() for part in text.strip(" ,.…").split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ValueError(f"{field} is {text!r}: give whole numbers of at least 1, separated by commas, such as 1,2,4")
-    return [int(part) for part in parts]
+def check_positive(field: str, values: Sequence[int]) -> None:
+    """Raise `ValueError`, naming the field, for an empty list or a number below 1."""
+    if min(values, default=0) < 1:
+        given = ",".join(map(str, values))
+        raise ValueError(f"{field} is {given!r}: give whole numbers of at least 1, separated by commas, such as 1,2,4")
+
+
+def comments(kind: type) -> dict[str, str]:
+    """The comment of each field of a dataclass: at the end of its line, or in the lines above it."""
+    found, above = {}, ""
+    for line in "\n".join(inspect.getsource(base) for base in reversed(kind.__mro__[:-1])).splitlines():
+        code, _, comment = line.partition("# ")
+        if field := re.match(r"    (\w+): ", code):
+            found[field[1]] = comment or above.strip()
+        above = f"{above} {comment}" if not code.strip() else ""
+    return found
+
+
+@REGISTRY.struct_rule
+def _with_one_default(info: constructors.StructTypeInfo) -> constructors.StructConstructorSpec | None:
+    """The fields of a dataclass with their comments; the default of an unset one is what its comment ends with."""
+    if not dataclasses.is_dataclass(info.type):
+        return None
+    hints, texts, options = get_type_hints(info.type, include_extras=True), comments(info.type), []
+    for field in dataclasses.fields(info.type):
+        default, hint = field.default, None
+        if default is dataclasses.MISSING:
+            default = tyro.MISSING_NONPROP if field.default_factory is default else field.default_factory()
+        default = getattr(info.default, field.name, default)
+        text, _, derived = texts.get(field.name, "").partition(" Default: ")
+        if default is None or default in ((), ""):
+            hint = derived.rstrip(".") or "none"
+        elif isinstance(default, bool):
+            hint = "on" if default else "off"
+        option = tyro.conf.arg(
+            help_behavior_hint=hint and f"(default: {hint})",
+            aliases=("--lr",) if field.name == "base_learning_rate" else None,
+        )
+        kind: Any = Annotated[hints[field.name], option]
+        options.append(constructors.StructFieldSpec(field.name, kind, default, text or None))
+    return constructors.StructConstructorSpec(info.type, tuple(options))
+
+
+@REGISTRY.primitive_rule
+def _list(info: constructors.PrimitiveTypeInfo) -> constructors.PrimitiveConstructorSpec[Any] | None:
+    """Lists are written 1,2,4; separate words are understood too. An entry with a comma stands in double quotes."""
+    kind = next((kind for kind in (info.type, *get_args(info.type)) if get_origin(kind) is tuple), None)
+    if kind is None or tyro.conf.Positional in info.markers:
+        return None
+    one, *others = get_args(kind)
+    spec: Any = REGISTRY.get_primitive_spec(constructors.PrimitiveTypeInfo.make(one, info.markers))
+    length = None if others == [...] else 1 + len(others)
+
+    def read(words: list[str]) -> tuple[Any, ...]:
+        parts = [re.findall(r'"([^"]*)"|([^,]+)', word) if "," in word else [(word, "")] for word in words]
+        entries = [quoted or plain.strip() for part in parts for quoted, plain in part]
+        entries *= length if length and len(entries) == 1 else 1
+        if length not in (None, len(entries)):
+            raise ValueError(f"{len(entries)} numbers are given: give {length}, separated by commas")
+        try:
+            return tuple(spec.instance_from_str([entry]) for entry in entries)
+        except ValueError as error:
+            raise ValueError(f"{' '.join(words)!r} is no list of {spec.metavar}, separated by commas") from error
+
+    return constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=",".join([spec.metavar] * length) if length else f"{spec.metavar},…",
+        instance_from_str=read,
+        is_instance=lambda value: value is None or isinstance(value, tuple),
+        str_from_instance=lambda values: [",".join(map(str, values or ()))],
+    )

@@ -11,11 +11,11 @@ from functools import partial
 from itertools import product
 from typing import Any
 
+from torchreg.console import percent
 from torchreg.core.model import make_model
 from torchreg.distributed.communicator import Communicator
 from torchreg.runs.config import TrainConfig
 from torchreg.runs.environment import versions
-from torchreg.runs.forecast import percent
 from torchreg.runs.result import Result
 from torchreg.runs.run import Seams, to_device, train
 from torchreg.runs.setup import prepare
