@@ -1,18 +1,13 @@
 """If these fail, a user cannot see how their runs ended, or resumes and deletes the wrong one."""
 
-import json
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from torchreg.cli import main
-from torchreg.runs.record import RunDirectory
 from torchreg.runs.config import RunConfig
-
-from ..runs.test_stopping import paused
+from torchreg.runs.record import RunDirectory
 
 TRAIN = ["train", "--optimizer", "manual"]
 
@@ -42,15 +37,17 @@ def test_runs_are_listed_with_what_became_of_them(runs, capsys):
     out = capsys.readouterr().out
     rows = {row[0]: row[1:] for row in map(str.split, out.splitlines()[3:]) if row}
     assert {name: row[0] for name, row in rows.items()} == {
-        "done": "finished", "gone": "diverged", "stopped": "saved", "crashed": "failed", "going": "running", "torn": "damaged"
-    }  # fmt: skip
+        "done": "finished",
+        "gone": "diverged",
+        "stopped": "saved",
+        "crashed": "failed",
+        "going": "running",
+        "torn": "damaged",
+    }
     assert rows["done"][1:3] == ["5", "1"]
     assert rows["done"][5] == "%"
     assert rows["stopped"][1].isdecimal()
     assert max(map(len, out.splitlines())) <= 80
-    assert main(["runs", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [one["state"] for one in found if one["name"] == "done"] == ["finished"]
     assert main(["runs", str(Path("runs").absolute())]) == 0
     assert capsys.readouterr().out == out
 

@@ -30,7 +30,7 @@ def test_four_ranks_of_64_rows_diverge_with_the_lessons_rates(source):
     ]
     assert 1 / planned.rows[2].forecast.stability_limit == pytest.approx(4 / 3.14, rel=0.02)
     assert planned.largest_stable == {"linear": 3, "sqrt": 8, "none": 8}
-    assert "stable up to 3 ranks; at 4, one Polaris node, it diverges" in planned.verdict
+    assert "stable up to 3 ranks. At 4, one Polaris node, it diverges. " in planned.verdict
     assert "use --lr-scaling sqrt (stable up to 8" in planned.verdict
     assert "standardise and omit base_learning_rate (stable up to 8" in planned.verdict
 

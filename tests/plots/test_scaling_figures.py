@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
+from torchreg.console import number
 from torchreg.plots import rendering
 from torchreg.plots.pictures import best_model, draw_estimates, power_of_two, styled
 from torchreg.plots.quantities import count, in_unit

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.resources import files
 from types import FrameType
 from typing import Any
 
@@ -133,8 +134,11 @@ def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return 0 if arguments else EXIT_BAD_INPUT
+    if arguments == ["completion"]:
+        print(files("torchreg.cli").joinpath("completion.sh").read_text(encoding="utf-8"), end="")
+        return 0
     name, *options = arguments
-    if name not in COMMANDS:
+    if name not in COMMANDS or name == "completion":
         raise ValueError(f"{name!r} is no command: the commands are {', '.join(COMMANDS)}")
     if own_rank() > 0 and not _ON_ALL_RANKS & {name, " ".join(arguments[:2])}:
         return 0  # each file is written once

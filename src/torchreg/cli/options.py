@@ -8,7 +8,6 @@ import inspect
 import io
 import re
 import textwrap
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -44,8 +43,8 @@ EXAMPLES = {
     "runs": "lesson",
     "plot": "lesson",
     "plan": "--lr-scaling sqrt --world-sizes 1,2,4,8",
-    "sweep batch": "--batch-sizes 64,256 --num-seeds 3 --epochs 10",
-    "sweep lr-scaling": "--multipliers 2,4 --num-seeds 1 --max-steps 100",
+    "sweep batch": "--batch-sizes 64,256 --num-seeds 1",
+    "sweep lr-scaling": "--multipliers 2,4 --num-seeds 1",
     "verify": "--device cpu --quick",
     "scale plan": "--ranks-per-node 1,2 --num-features 1",
     "scale run": "--name quick --device cpu --repeats 1",
@@ -104,13 +103,6 @@ def parse_config(kind: type[C], program: str, argv: list[str], default: TrainCon
     return options
 
 
-def check_positive(field: str, values: Sequence[int]) -> None:
-    """Raise `ValueError`, naming the field, for an empty list or a number below 1."""
-    if min(values, default=0) < 1:
-        given = ",".join(map(str, values))
-        raise ValueError(f"{field} is {given!r}: give whole numbers of at least 1, separated by commas, such as 1,2,4")
-
-
 def comments(kind: type) -> dict[str, str]:
     """The comment of each field of a dataclass: at the end of its line, or in the lines above it."""
     found, above = {}, ""
@@ -161,12 +153,18 @@ def _list(info: constructors.PrimitiveTypeInfo) -> constructors.PrimitiveConstru
         parts = [re.findall(r'"([^"]*)"|([^,]+)', word) if "," in word else [(word, "")] for word in words]
         entries = [quoted or plain.strip() for part in parts for quoted, plain in part]
         entries *= length if length and len(entries) == 1 else 1
-        if length not in (None, len(entries)):
-            raise ValueError(f"{len(entries)} numbers are given: give {length}, separated by commas")
-        try:
-            return tuple(spec.instance_from_str([entry]) for entry in entries)
-        except ValueError as error:
-            raise ValueError(f"{' '.join(words)!r} is no list of {spec.metavar}, separated by commas") from error
+        with contextlib.suppress(ValueError):
+            values = tuple(spec.instance_from_str([entry]) for entry in entries)
+            if values and length in (None, len(values)) and not (one is int and min(values) < 1):
+                return values
+        what = (
+            "whole numbers of at least 1, such as 1,2,4"
+            if one is int
+            else f"{length} numbers"
+            if length
+            else spec.metavar
+        )
+        raise ValueError(f"the list is {' '.join(words)!r}: give {what}, separated by commas")
 
     return constructors.PrimitiveConstructorSpec(
         nargs="*",

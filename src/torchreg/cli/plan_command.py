@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from torchreg.cli.options import RecipeOptions, check_positive, parse_config
+from torchreg.cli.options import RecipeOptions, parse_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,14 +21,13 @@ class PlanOptions(RecipeOptions):
 def run(argv: list[str]) -> int:
     """Print the plan, and draw it if asked."""
     options = parse_config(PlanOptions, "torchreg plan", argv)
-    config, world_sizes = options.config.run, options.world_sizes
-    check_positive("world_sizes", world_sizes)
+    config = options.config.run
 
     from torchreg.console import show_lines, show_table
     from torchreg.planning.plan import plan
     from torchreg.runs.record import PLAN_FILE, create_run_folder, to_json, write_json
 
-    planned, pictures = plan(options.config, world_sizes), []
+    planned, pictures = plan(options.config, options.world_sizes), []
     if config.plot:
         from torchreg.plots.figures import draw_plan
 

@@ -6,15 +6,14 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tyro
 
 from torchreg.cli.options import parse
 from torchreg.console import percent, show_files, show_lines, show_table
 from torchreg.core.checkpoint import read_regular
-from torchreg.runs.record import CHECKPOINTS_FOLDER, CONFIG_FILE, RECORD_FILE, TRAINING_FIGURE, is_written, to_json
-from torchreg.runs.result import result_of_record
+from torchreg.runs.record import CHECKPOINTS_FOLDER, CONFIG_FILE, RECORD_FILE, TRAINING_FIGURE, is_written
+from torchreg.runs.result import Result, result_of_record
 
 _FILES = (RECORD_FILE, CONFIG_FILE)
 
@@ -26,7 +25,6 @@ class RunsOptions:
     """
 
     run: tyro.conf.Positional[str] = "runs"  # A folder of runs, or one run: its name in `runs`, or its folder.
-    json: bool = False  # Print what is found as one JSON array on stdout, and nothing else there.
 
 
 def folder_of(name: str, *files: str) -> Path | None:
@@ -39,52 +37,34 @@ def run(argv: list[str]) -> int:
     """List the runs, or show one."""
     options = parse(RunsOptions, "torchreg runs", argv)
     one, folder = folder_of(options.run, *_FILES), Path(options.run)
-    if one is None and not folder.is_dir():
-        raise ValueError(f"run is {options.run!r}, which is no run and no folder of runs: `torchreg runs` lists them")
-    found = sorted(
-        map(_state_of, {one} if one else {path.parent for file in _FILES for path in folder.glob(f"*/{file}")}),
-        key=lambda each: (each["written_s"], each["name"]),
-    )
-    if options.json:
-        print(to_json(found))
-    elif one:
-        result, state, num_steps = found[0]["result"], found[0]["state"], found[0]["num_steps"] or 0
-        show_lines(result_of_record(found[0]).lines() if result else [f"{state:13}{num_steps} steps are saved"])
+    if one:
+        _, (_, state, num_steps, *_), result = _look_at(one)
+        show_lines(result.lines() if result else [f"{state:13}{num_steps or 0} steps are saved"])
         show_files(one, sorted(one.glob(f"{TRAINING_FIGURE}.*")))
+    elif folder.is_dir():
+        found = sorted(
+            _look_at(run)[:2] for run in {path.parent for file in _FILES for path in folder.glob(f"*/{file}")}
+        )
+        show_table(["run", "state", "steps", "ranks", "loss", "above optimum", "written"], [row for _, row in found])
     else:
-        columns = ["run", "state", "steps", "ranks", "loss", "above optimum", "written"]
-        show_table(columns, list(map(_row, found)))
+        raise ValueError(f"run is {options.run!r}, which is no run and no folder of runs: `torchreg runs` lists them")
     return 0
 
 
-def _state_of(run: Path) -> dict[str, Any]:
-    """What the files of a run show; `written_s` is the time of the newest, in seconds since 1970."""
-    checkpoints, state, result = sorted((run / CHECKPOINTS_FOLDER).glob("step-*.pt")), "failed", None
-    if is_written(run):
-        state = "running"
-    elif (run / RECORD_FILE).exists():
+def _look_at(run: Path) -> tuple[float, list[str], Result | None]:
+    """When a run was last written, in seconds since 1970; its row of the table; and its result if it has one."""
+    checkpoints, result = sorted((run / CHECKPOINTS_FOLDER).glob("step-*.pt")), None
+    state = "running" if is_written(run) else "saved" if checkpoints else "failed"
+    if state != "running" and (run / RECORD_FILE).exists():
         try:
-            record = json.loads(read_regular(run / RECORD_FILE))
-            state = "diverged" if result_of_record(record).diverged else "finished"
-            result = record["result"]
+            result = result_of_record(json.loads(read_regular(run / RECORD_FILE)))
+            state = "diverged" if result.diverged else "finished"
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             state = "damaged"
-    elif checkpoints:
-        state = "saved"
-    num_steps = result["num_steps"] if result else int(checkpoints[-1].stem[5:]) if checkpoints else None
+    entries = [str(int(checkpoints[-1].stem[5:])) if checkpoints else "", "", "", ""]  # of step-0000000020.pt
+    if result:
+        excess = "" if result.excess is None else percent(result.excess)
+        entries = [str(result.num_steps), str(result.world_size), f"{result.loss:.5g}", excess]
     written_s = max(path.stat().st_mtime for path in (run, *checkpoints, *map(run.joinpath, _FILES)) if path.exists())
-    return {"name": run.name, "state": state, "num_steps": num_steps, "written_s": written_s, "result": result}
-
-
-def _row(found: dict[str, Any]) -> list[str]:
-    result, steps = found["result"] or {}, found["num_steps"]
-    loss, excess = result.get("loss"), result.get("excess")
-    return [
-        "!" * (found["state"] in ("failed", "diverged", "damaged")) + found["name"],
-        found["state"],
-        "" if steps is None else str(steps),
-        str(result.get("world_size", "")),
-        "" if loss is None else f"{loss:.5g}",
-        "" if excess is None else percent(excess),
-        time.strftime("%m-%d %H:%M", time.localtime(found["written_s"])),
-    ]
+    name, when = "!" * (state in ("failed", "diverged", "damaged")) + run.name, time.localtime(written_s)
+    return written_s, [name, state, *entries, time.strftime("%m-%d %H:%M", when)], result

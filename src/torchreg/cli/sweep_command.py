@@ -7,17 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from torchreg.cli import EXIT_STOPPED
-from torchreg.cli.options import ConfigOptions, check_positive, parse_config
+from torchreg.cli.options import ConfigOptions, parse_config
 from torchreg.runs.recipes import SWEEP_DEFAULTS
-
-_USAGE = """\
-usage: torchreg sweep {batch,lr-scaling} ...
-
-  batch       train with several global batch sizes, over as many epochs
-  lr-scaling  multiply batch and learning rates by 1, 2, 4, … until it diverges
-
-`torchreg sweep batch --help` shows the options, and an example.
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +45,13 @@ def run(argv: list[str]) -> int:
     """Run the trials that are not finished, print the summary, draw it."""
     kind, *argv = argv or ["missing"]
     if kind in ("-h", "--help"):
-        print(_USAGE, end="")
+        print("usage: torchreg sweep {batch,lr-scaling} ...\n\n`torchreg sweep batch --help` shows the options.")
         return 0
     if kind not in SWEEP_DEFAULTS:
         raise ValueError(f"sweep is {kind}: give batch or lr-scaling, as in `torchreg sweep batch`")
     options_of_kind, field = (BatchOptions, "batch_sizes") if kind == "batch" else (LRScalingOptions, "multipliers")
     options = parse_config(options_of_kind, f"torchreg sweep {kind}", argv, SWEEP_DEFAULTS[kind])
     values, config, num_seeds = getattr(options, field), options.config, options.num_seeds
-    if values or kind == "batch":
-        check_positive(field, values)
     if num_seeds < 1:
         raise ValueError(f"num_seeds is {num_seeds}: give a whole number of at least 1")
 

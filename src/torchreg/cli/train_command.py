@@ -16,7 +16,7 @@ class TrainOptions(RecipeOptions):
 
     Runs as one process, or as many ranks under mpiexec, torchrun, srun or ezpz launch. Ctrl-C or SIGTERM during
     training: save, and end with exit code 75; the same command with --name NAME --resume auto resumes. A second Ctrl-C
-    changes nothing; Ctrl-\\ ends at once, without saving.
+    changes nothing in one process, and makes mpiexec abort without saving; Ctrl-\\ always does.
     """
 
 

@@ -105,9 +105,8 @@ class OptimizerConfig:
     # `sequential` updates the weight first and the bias with the new weight, as the lesson does; it needs `--optimizer
     # manual`.
     update_order: UpdateOrder = "simultaneous"
-    # Learning rates of the weight and of the bias at `reference_batch_size`, separated by a comma, or one for both.
-    # Default: 0.05 for the bias and 0.05 / (mean square of the features) for the weight, less where the stability limit
-    # asks for it.
+    # Learning rates of weight and bias at `reference_batch_size`, as 1e-7,1e-1, or one for both. Default: 0.05 for the
+    # bias and 0.05 / (mean square of the features) for the weight, less where the stability limit asks for it.
     base_learning_rate: tuple[float, float] | None = None
     reference_batch_size: int = 64  # The global batch size that `base_learning_rate` is meant for.
     lr_scaling: LRScaling = "linear"  # How the learning rates grow with global_batch_size / reference_batch_size.

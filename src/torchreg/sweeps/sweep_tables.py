@@ -95,7 +95,7 @@ def _batch_row(row: Mapping[Any, Any]) -> dict[str, str]:
         "lr": f"× {row['multiplier']:.4g}",
         "steps": f"{row['num_steps']}",
         "lr / limit": number(row["fraction_of_stability_limit"]),
-        **{name: "" if diverged else f"{x:.5g}" for name, x in (fitted | {"loss": row["loss"]}).items()},
+        **{name: "" if diverged else f"{x:.5g}" for name, x in fitted.items()},
         "above best, %": _measured(row),
         "predicted": _predicted(row),
         "95 % of runs": f"{low} to {high}" if low else "",  # of stable configurations
