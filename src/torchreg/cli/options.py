@@ -76,10 +76,10 @@ def parse(kind: type[T], program: str, argv: list[str], default: T | None = None
         if error.code in (0, None):
             raise
     lines = re.sub(r"\x1b\[[0-9;]*m", "", box.getvalue()).splitlines()
-    lines = [line.strip("│─ \t") for line in lines if line[:1] not in ("╭", "╰")]
+    lines = [line.strip("│| \t") for line in lines if not re.search("─{3}|-{3}", line)]  # without the frame
     text = " ".join(line for line in lines if line and not line.startswith("For full helptext"))
     text = re.sub(r" (Got errors|Argument helptext): .*", "", text)
-    raise ValueError(re.sub(r"^Error parsing ((DataOptions|config(\.\w+)?): )?", "", text))
+    raise ValueError(re.sub(r"^(Value error )?Error parsing ((DataOptions|config(\.\w+)?): )?", "", text))
 
 
 def parse_config(kind: type[C], program: str, argv: list[str], default: TrainConfig | None = None) -> C:
@@ -150,7 +150,8 @@ def _list(info: constructors.PrimitiveTypeInfo) -> constructors.PrimitiveConstru
     length = None if others == [...] else 1 + len(others)
 
     def read(words: list[str]) -> tuple[Any, ...]:
-        parts = [re.findall(r'"([^"]*)"|([^,]+)', word) if "," in word else [(word, "")] for word in words]
+        pattern = r'(?:^|,)\s*(?:"([^"]*)"|([^,]*))'
+        parts = [re.findall(pattern, word.strip(" ,")) if "," in word else [(word, "")] for word in words]
         entries = [quoted or plain.strip() for part in parts for quoted, plain in part]
         entries *= length if length and len(entries) == 1 else 1
         with contextlib.suppress(ValueError):

@@ -53,7 +53,7 @@ class Forecast:
         return self.stability_limit > 1
 
     def message(self) -> str:
-        """The prediction in one line, in sentences, with its approximations."""
+        """The prediction in one line, with its approximations."""
         accuracy = "estimated from sampled batches" if self.stability_limit_error else "exact"
         if self.criterion == "mean" and self.sampling != "full":
             accuracy = "without the noise of mini-batches"
