@@ -39,22 +39,13 @@ T = TypeVar("T")
 C = TypeVar("C", bound=ConfigOptions)
 
 EXAMPLES = {
-    "train": "--recipe lesson --plot --name lesson",
-    "runs": "lesson",
-    "plot": "lesson",
-    "plan": "--lr-scaling sqrt --world-sizes 1,2,4,8",
-    "sweep batch": "--batch-sizes 64,256 --num-seeds 1",
-    "sweep lr-scaling": "--multipliers 2,4 --num-seeds 1",
-    "verify": "--device cpu --quick",
-    "scale plan": "--ranks-per-node 1,2 --num-features 1",
-    "scale run": "--name quick --device cpu --repeats 1",
-    "scale status": "runs/quick",
-    "scale merge": "runs/all runs/quick",
-    "scale command": "--launcher mpich --num-ranks 4",
-    "report": "runs/quick",
-    "report compare": "runs/quick runs/all",
-    "data": "show",
-}
+    "train": "--recipe lesson --plot --name lesson", "runs": "lesson", "plot": "lesson", "data": "show",
+    "plan": "--lr-scaling sqrt --world-sizes 1,2,4,8", "sweep batch": "--batch-sizes 64,256 --num-seeds 1",
+    "sweep lr-scaling": "--multipliers 2,4 --num-seeds 1", "verify": "--device cpu --quick",
+    "scale plan": "--ranks-per-node 1,2 --num-features 1", "scale run": "--name quick --device cpu --repeats 1",
+    "scale status": "runs/quick", "scale merge": "runs/all runs/quick", "report": "runs/quick",
+    "report compare": "runs/quick runs/all", "scale command": "--launcher mpich --num-ranks 4",
+}  # fmt: skip
 """Options that work as they stand, one after the other, for each command."""
 
 REGISTRY = constructors.ConstructorRegistry()
@@ -64,14 +55,12 @@ REGISTRY = constructors.ConstructorRegistry()
 def parse(kind: type[T], program: str, argv: list[str], default: T | None = None) -> T:
     """Parse a command's options. Raises `ValueError` with tyro's error message, which is a box, in one line."""
     box = io.StringIO()
-    options: dict[str, Any] = {} if default is None else {"default": default}
+    options: dict[str, Any] = {"config": (tyro.conf.DisallowNone,)} | ({} if default is None else {"default": default})
     texts = [*str(inspect.getdoc(kind)).split("\n\n"), f"Example: {program} {EXAMPLES.get(program[9:])}"]
     about = "\n\n".join(textwrap.fill(" ".join(text.split()), 80, subsequent_indent=" ") for text in texts)
     try:
         with contextlib.redirect_stderr(box), REGISTRY:
-            return tyro.cli(
-                kind, prog=program, description=about, args=argv, config=(tyro.conf.DisallowNone,), **options
-            )
+            return tyro.cli(kind, prog=program, description=about, args=argv, **options)
     except SystemExit as error:
         if error.code in (0, None):
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import tyro
 
@@ -28,12 +29,12 @@ def run(argv: list[str]) -> int:
     from torchreg.plots import figures
     from torchreg.sweeps.sweep_tables import SWEEP_FILE
 
-    draws = {RECORD_FILE: figures.draw_training, SWEEP_FILE: figures.draw_sweep, PLAN_FILE: figures.draw_plan}
-    folder = folder_of(options.run, *draws)
-    if folder is None:
-        raise ValueError(f"run is {options.run!r}, which has no {', '.join(draws)}: name a finished run, sweep or plan")
-    try:
-        show_files(folder, next(draw for file, draw in draws.items() if (folder / file).is_file())(folder))
-    except (OSError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder} cannot be drawn, because its records are incomplete: {error!r}") from error
-    return 0
+    files: Any = {RECORD_FILE: figures.draw_training, SWEEP_FILE: figures.draw_sweep, PLAN_FILE: figures.draw_plan}
+    for file, draw in files.items():
+        if folder := folder_of(options.run, file):
+            try:
+                show_files(folder, draw(folder))
+                return 0
+            except (OSError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{folder} cannot be drawn, because its records are incomplete: {error!r}") from error
+    raise ValueError(f"run is {options.run!r}, which has no {', '.join(files)}: name a finished run, sweep or plan")
