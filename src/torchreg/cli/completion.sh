@@ -5,7 +5,7 @@
 declare -A _torchreg_words
 _torchreg() {
     local word command=""
-    for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
+    for word in "${COMP_WORDS[@]:1:$((COMP_CWORD - 1))}"; do
         [[ $word == -* ]] && break
         command+=" $word"
     done
