@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from dataclasses import fields
 
+from torchreg.cli.options import comments as docs
 from torchreg.runs.recipes import RECIPES
 
 
@@ -21,24 +20,13 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def docs(config: type) -> dict[str, str]:
-    """The comment of each field of a dataclass: at the end of its line, or in the lines above it."""
-    found, above = {}, ""
-    for line in inspect.getsource(config).splitlines():
-        code, _, comment = line.partition("# ")
-        if field := re.match(r"    (\w+): .* = ", code):
-            found[field[1]] = comment or above.strip()
-        above = f"{above} {comment}" if not code.strip() else ""
-    return found
-
-
 def _shown(value: object) -> str:
     if value is None or value == ():
         return ""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):
-        return "`" + " ".join(f"{number:g}" for number in value) + "`"
+        return "`" + ",".join(f"{number:g}" for number in value) + "`"
     return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
 
 
