@@ -39,7 +39,7 @@ def options() -> str:
     default, lesson = RECIPES["default"].options(), RECIPES["lesson"].options()
     lines = []
     for part in fields(RECIPES["default"]):
-        lines += [f"\n## {part.name.capitalize()}\n", "| option | default | lesson | |", "|---|---|---|---|"]
+        lines += [f"\n## {part.name.capitalize()}\n", "| option | default | lesson | meaning |", "|---|---|---|---|"]
         for name, doc in docs(type(getattr(RECIPES["default"], part.name))).items():
             other = "" if lesson[name] == default[name] else _shown(lesson[name])
             lines.append(f"| {_flag(name)} | {_shown(default[name])} | {other} | {doc} |")
@@ -50,7 +50,7 @@ def campaign() -> str:
     """The fields of a campaign: name, default, sentence."""
     default, sentences = Campaign(), docs(Campaign)
     rows = [f"| `{name}` | {_shown(getattr(default, name))} | {doc} |" for name, doc in sentences.items()]
-    return "\n".join(["| field | default | |", "|---|---|---|", *rows])
+    return "\n".join(["| field | default | meaning |", "|---|---|---|", *rows])
 
 
 def docs(config: type) -> dict[str, str]:
@@ -167,7 +167,13 @@ def _example_run() -> tuple[dict[str, Any], str]:
     from torchreg.runs.run import train
 
     with tempfile.TemporaryDirectory() as folder:
-        train(TrainConfig.of(name="example", runs_dir=folder, max_steps=5, device="cpu", log_full_loss=True))
+        options = {
+            "optimizer": "manual",
+            "max_steps": 5,
+            "log_full_loss": True,
+            "device": "cpu",
+        }  # sgd imports for seconds
+        train(TrainConfig.of(name="example", runs_dir=folder, **options))
         run = Path(folder, "example")
         record, metrics = (
             (run / name).read_text().replace(folder, "runs") for name in ("record.json", "metrics.jsonl")
