@@ -87,7 +87,8 @@ def _helps(words: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     text = _output(*words, "--help")
     yield " ".join(("torchreg", *words)), text.strip("\n")
     names = re.search(r"\{([a-z,-]+)\} \.\.\.", text.partition("\n\n")[0])
-    for name in names[1].split(",") if names else {("report",): ["compare"]}.get(words, []):
+    more = names[1].split(",") if names else []
+    for name in ["compare"] if words == ("report",) else more:
         yield from _helps((*words, name))
 
 
@@ -167,17 +168,10 @@ def _example_run() -> tuple[dict[str, Any], str]:
     from torchreg.runs.run import train
 
     with tempfile.TemporaryDirectory() as folder:
-        options = {
-            "optimizer": "manual",
-            "max_steps": 5,
-            "log_full_loss": True,
-            "device": "cpu",
-        }  # sgd imports for seconds
-        train(TrainConfig.of(name="example", runs_dir=folder, **options))
-        run = Path(folder, "example")
-        record, metrics = (
-            (run / name).read_text().replace(folder, "runs") for name in ("record.json", "metrics.jsonl")
-        )
+        run = TrainConfig.of(name="example", runs_dir=folder, max_steps=5, device="cpu", log_full_loss=True)
+        train(run.replace(optimizer="manual"))  # torch.optim imports for seconds
+        files = (Path(folder, "example", name) for name in ("record.json", "metrics.jsonl"))
+        record, metrics = (file.read_text(encoding="utf-8").replace(folder, "runs") for file in files)
     return json.loads(record), metrics
 
 
