@@ -49,8 +49,8 @@ load_modules() { # MODULES; the python on the PATH is then the one that torchreg
 use_python() { # a job installs nothing: its nodes would wait for it, and many have no network
     local over
     if [[ -n $CONTAINER ]]; then
-        read -ra torchreg <<<"$CONTAINER"
-        torchreg+=("$VENV/bin/torchreg")
+        read -ra container <<<"$CONTAINER"
+        torchreg=("$VENV/bin/torchreg")
         return
     fi
     load_modules
@@ -103,7 +103,7 @@ set_limits() { # TIME_LIMIT_S: when torchreg saves and stops; TIMEOUT_S: when a 
         fail "the job ends in $left s, of which $RESERVE_S s are for its start and end: ask for more walltime"
 }
 
-torchreg=(torchreg)
+container=() torchreg=(torchreg)
 launcher_program=
 
 end_child() { # srun kills ranks when it gets SIGTERM: so Slurm signals them, and srun waits for them
@@ -129,16 +129,25 @@ run_to_end() { # COMMAND...: sets `code`; passes SIGTERM on (and Ctrl-C, as SIGT
     trap - TERM INT
 }
 
-on_all_ranks() { # COMMAND ARGUMENTS...: that command of torchreg, under the launcher; sets `code`
-    local tokens launch=() without=() command=$1
-    shift
+train_on_all_ranks() { # NAME TRAIN PROGRAM: PROGRAM, or run NAME of torchreg train with options TRAIN; sets `code`
+    local command limit=(--time-limit-s "$TIME_LIMIT_S")
+    read -ra command <<<"${3:-$2}"
+    if [[ -n $3 ]]; then
+        on_all_ranks "${command[@]}" "${limit[@]}"
+    else
+        on_all_ranks "${torchreg[@]}" train --device "$DEVICE" --name "$1" --resume auto "${limit[@]}" "${command[@]}"
+    fi
+}
+
+on_all_ranks() { # COMMAND...: under the launcher; sets `code`
+    local tokens launch=() without=()
     read -ra without <<<"$WITHOUT"
     ((${#without[@]} == 0)) || unset -v "${without[@]}"
-    tokens=$("${torchreg[@]}" scale command --launcher "$LAUNCHER" --machine "$MACHINE" --ranks-per-node "$RANKS_PER_NODE" \
-        ${without[@]:+--without "${without[@]}"}) || exit
+    tokens=$("${container[@]}" "${torchreg[@]}" scale command --launcher "$LAUNCHER" --machine "$MACHINE" \
+        --ranks-per-node "$RANKS_PER_NODE" ${without[@]:+--without "${without[@]}"}) || exit
     mapfile -t launch <<<"$tokens"
     launcher_program=${launch[0]}
-    set -- "${launch[@]}" "${torchreg[@]}" "$command" --device "$DEVICE" "$@"
+    set -- "${launch[@]}" "${container[@]}" "$@"
     echo "+ $*"
     run_to_end timeout --kill-after="$KILL_AFTER_S" "$TIMEOUT_S" "$@"
 }

@@ -24,7 +24,7 @@ BEST_WEIGHT, BEST_BIAS, BEST_LOSS = 87.688145, 34754.077892, 1477781671.3558
 
 # One worker of xdist runs all tests of a file, or of the files that share launches. The longest come first, so that no
 # worker is left with one at the end.
-SHARE_LAUNCHES = "golden", "ranks", "resume", "scale", "sweeps", "verify"
+SHARE_LAUNCHES = "examples", "golden", "ranks", "resume", "scale", "sweeps", "verify"
 LONGEST = (
     "mpi", "test_readme.py", "test_jobs.py", "mpi/test_faults.py", "mpi/test_meeting.py", "test_setup.py",
     "hosts/test_hosts.py", "test_notebook.py",

@@ -234,6 +234,24 @@ def test_sigterm_saves_and_the_next_job_resumes_to_the_end(job):
     assert job.record("polaris")["result"]["num_steps"] == 60_000
 
 
+def test_a_copied_program_runs_in_the_same_script(job):
+    """Who copies an example writes no job script: the copy gets the time limit and SIGTERM, saves, and resumes."""
+    job.variables["RANKS_PER_NODE"] = "1"  # tests/examples has several
+    shutil.copy(ROOT / "examples/05_checkpoint_resume.py", job.folder / "mine.py")
+    process = job.start("polaris.pbs", PROGRAM="python mine.py --checkpoint a.pt --epochs 1000000", REQUEUE="1")
+    wait_for(job.folder, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (75, "")
+    assert re.search(r"\+ mpiexec -n 1 .* python mine\.py .* --time-limit-s 1[67]\d\d\n", out)
+    assert "submit jobs/polaris.pbs again" in out
+
+    code, out, err = job.run("polaris.pbs", PROGRAM="python mine.py --checkpoint a.pt --epochs 1")  # fewer than done
+    assert (code, err) == (0, "")
+    assert re.search(r"^fit  .*\nclosed form  ", out, re.MULTILINE)
+    assert "step" not in out
+
+
 def test_a_job_out_of_time_is_submitted_again_as_it_was_and_not_for_ever(job):
     job.stand_in("mpiexec", "exit 75")  # as torchreg does at its time limit
     times = {"WALLTIME": "00:01:00", "RESERVE_S": "57"}
@@ -245,7 +263,8 @@ def test_a_job_out_of_time_is_submitted_again_as_it_was_and_not_for_ever(job):
     (call,) = job.calls("qsub")
     assert call == (
         "qsub -q debug -A Physics -l select=1:system=polaris -l walltime=00:01:00 -v REQUEUE,WALLTIME,MACHINE,MODULES,"
-        "CONTAINER,DEVICE,LAUNCHER,RANKS_PER_NODE,VENV,WITHOUT,RESERVE_S,KILL_AFTER_S,NAME,TRAIN jobs/polaris.pbs"
+        "CONTAINER,DEVICE,LAUNCHER,RANKS_PER_NODE,VENV,WITHOUT,RESERVE_S,KILL_AFTER_S,NAME,TRAIN,PROGRAM "
+        "jobs/polaris.pbs"
     )
     assert (job.home / "submitted").read_text() == "0 long\n"
 

@@ -23,8 +23,8 @@ from unittest.mock import patch
 
 from torchreg.cli import command, main
 from torchreg.distributed.launcher import detect_launcher
+from torchreg.distributed.stopping import SIGNALS
 from torchreg.runs import run
-from torchreg.runs.stopping import SIGNALS
 
 from .accident import with_accident
 

@@ -4,9 +4,11 @@ scripts/test_real.sh ezpz runs them, in a venv with the checkout that TORCHREG_E
 """
 
 import os
+import sys
 
 import pytest
 
+from ..conftest import ROOT
 from . import STARTS, only_in
 
 pytestmark = [
@@ -39,3 +41,12 @@ def test_an_sbatch_on_the_path_is_no_slurm_job(run, tmp_path):
     command = (*STARTS["MPICH"], "env", f"PATH={os.environ['PATH']}:{tmp_path}", "torchreg", "train")
     done = run(*command, "--distributed", "ezpz", "--max-steps", "3", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("name", ["04_ezpz", "05_checkpoint_resume"])
+def test_the_examples_train_on_ranks_that_ezpz_set_up(name, start, run, tmp_path):
+    done = run(*STARTS[start], sys.executable, str(ROOT / f"examples/{name}.py"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "fit          SalePrice = 77.983322 GrLivArea + 45649.863344" in done.stdout  # as without ezpz
+    assert 'available "cpu" devices' in done.stderr, "a line of ezpz's"

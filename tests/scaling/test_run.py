@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from torchreg.cli import main
-from torchreg.runs.stopping import StopRequest
+from torchreg.distributed.stopping import StopRequest
 from torchreg.scaling import campaign_run, locks
 from torchreg.scaling.campaign import Campaign, campaign_of, launches
 from torchreg.scaling.campaign_run import open_campaign, run_campaign, status_of

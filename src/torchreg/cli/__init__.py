@@ -20,7 +20,7 @@ from typing import Any
 
 from torchreg import __version__
 from torchreg.distributed.launcher import FORWARDED_WITHIN_S, detect_launcher
-from torchreg.runs.stopping import ignore_signals
+from torchreg.distributed.stopping import ignore_signals
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2  # reported in one line on stderr

@@ -16,9 +16,9 @@ from torchreg.distributed.devices import why_not_a_gpu
 from torchreg.distributed.failure import one_line
 from torchreg.distributed.launcher import FORWARDED_WITHIN_S
 from torchreg.distributed.rendezvous import AgreedError
+from torchreg.distributed.stopping import ignore_signals
 from torchreg.runs.config import TrainConfig
 from torchreg.runs.run import init_ranks
-from torchreg.runs.stopping import ignore_signals
 
 T = TypeVar("T")
 

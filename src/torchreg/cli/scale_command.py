@@ -17,12 +17,12 @@ from torchreg.cli import EXIT_FAILED, EXIT_STOPPED
 from torchreg.cli.options import parse
 from torchreg.console import show_lines, show_table
 from torchreg.distributed.launcher import detect_launcher, sign_of_mpi
+from torchreg.distributed.stopping import StopRequest
 from torchreg.machines import launch_commands
 from torchreg.machines.known_machines import MACHINES, MachineName
 from torchreg.machines.launch_commands import LauncherName
 from torchreg.runs.config import TrainConfig
 from torchreg.runs.record import to_json, write_json
-from torchreg.runs.stopping import StopRequest
 from torchreg.scaling.campaign import Campaign, campaign_of, launches, node_hours, read_campaign, settings
 from torchreg.scaling.sources import LAUNCHES_FOLDER, merge
 

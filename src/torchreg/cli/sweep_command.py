@@ -59,8 +59,8 @@ def run(argv: list[str]) -> int:
 
     from torchreg.cli.ranks import on_all_ranks, open_ranks
     from torchreg.console import Reporter, Terminal, show_files, show_table
+    from torchreg.distributed.stopping import StopRequest
     from torchreg.runs.record import to_json
-    from torchreg.runs.stopping import StopRequest
     from torchreg.sweeps import sweep_tables
     from torchreg.sweeps.sweep import run_sweep
 

@@ -25,9 +25,9 @@ def run(argv: list[str]) -> int:
 
     from torchreg.cli.ranks import on_all_ranks, open_ranks
     from torchreg.console import Terminal, show_files, show_lines
+    from torchreg.distributed.stopping import StopRequest
     from torchreg.runs.record import to_json
     from torchreg.runs.run import train
-    from torchreg.runs.stopping import StopRequest
 
     communicator = open_ranks(config)
     with StopRequest(config.run.time_limit_s, nothing_to_save=True) as stop:

@@ -18,8 +18,8 @@ from torchreg.core.batches import Batch, BatchPlan
 from torchreg.core.model import FlatParameters, add_half_gradient, squared_error, with_constant
 from torchreg.core.reduction import Communicator, Reduction
 
-LearningRates = tuple[float, float]
-"""Of the weight and of the bias."""
+LearningRates = tuple[float, ...]
+"""Of each parameter group: of the weight and of the bias."""
 
 Step = Callable[[Batch, LearningRates], Tensor]
 """One update of the model: `sgd_step` or `manual_step` with all but these arguments bound by `functools.partial`.
@@ -54,20 +54,22 @@ def sgd_step(
     return own_error
 
 
-def ddp_gradient(model: nn.Module, world_size: int, batch: Batch) -> Tensor:
+def ddp_gradient(
+    model: nn.Module, world_size: int, batch: Batch, loss: Callable[[Tensor, Tensor], Tensor] = squared_error
+) -> Tensor:
     """The gradient by autograd, averaged over ranks by DistributedDataParallel in the last micro-batch's backward.
 
     An average over ranks: each rank weighs its own sum by world_size / num_samples, so that uneven and empty shards
-    count exactly as much as they should.
+    count exactly as much as they should. `loss(model(x), y)` is a sum over samples, 0 for none.
     """
-    squared_errors = []
+    errors = []
     for number, (x, y) in enumerate(batch.micro_batches, start=1):
         # The forward belongs inside: DDP decides there whether the backward reduces.
         with nullcontext() if number == len(batch.micro_batches) else no_sync(model):
-            error = squared_error(model(x), y)
+            error = loss(model(x), y)
             (error * (world_size / batch.num_samples)).backward()
-        squared_errors.append(error.detach())
-    return reduce(torch.add, squared_errors)
+        errors.append(error.detach())
+    return reduce(torch.add, errors)
 
 
 def no_sync(model: nn.Module) -> AbstractContextManager[None]:

@@ -4,5 +4,5 @@
 - `rendezvous`: how ranks find each other; `devices`: the device of a rank; `init`: `init_distributed()`;
 - `communicator`: the `Communicator` that the rest of the package uses; `mpi`, `ezpz`: what it needs of these packages;
 - `watchdog`: time limits for calls that have none, and the end of all ranks when one fails; `failure`: its reason;
-- `timing`: clocks across ranks.
+- `stopping`: signals and time limits; `timing`: clocks across ranks.
 """

@@ -16,10 +16,10 @@ from torchreg.console import Reporter
 from torchreg.core.batches import Batch
 from torchreg.core.train import in_float64
 from torchreg.distributed.communicator import Communicator
+from torchreg.distributed.stopping import REASONS, StopRequest
 from torchreg.runs.config import RunConfig
 from torchreg.runs.record import RunDirectory
 from torchreg.runs.setup import RunState
-from torchreg.runs.stopping import REASONS, StopRequest
 
 MOST_WAITING = 100
 """The most steps between two sums over ranks: how soon all ranks learn of a divergence or a signal."""

@@ -30,6 +30,7 @@ from torchreg.data.table import Table
 from torchreg.distributed.communicator import Communicator
 from torchreg.distributed.init import init_distributed
 from torchreg.distributed.rendezvous import AgreedError
+from torchreg.distributed.stopping import StopRequest
 from torchreg.runs.config import TrainConfig
 from torchreg.runs.logger import Logger
 from torchreg.runs.record import RunDirectory, utc_now
@@ -37,7 +38,6 @@ from torchreg.runs.result import Result, make_record, make_result
 from torchreg.runs.resume import open_run
 from torchreg.runs.saving import RunCheckpoints
 from torchreg.runs.setup import RunState
-from torchreg.runs.stopping import StopRequest
 
 STARTS_ON_FIRST_USE = {"cuda", "xpu", "mps"}
 """Devices whose libraries start when they are first used."""

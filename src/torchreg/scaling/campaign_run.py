@@ -26,12 +26,12 @@ import msgspec
 import numpy as np
 
 from torchreg.core.checkpoint import write_atomically
+from torchreg.distributed.stopping import StopRequest
 from torchreg.machines import launch_commands
 from torchreg.machines.launch_commands import LauncherName
 from torchreg.runs.environment import provenance
 from torchreg.runs.files import create
 from torchreg.runs.record import utc_now, write_json
-from torchreg.runs.stopping import StopRequest
 from torchreg.scaling import locks
 from torchreg.scaling.campaign import CAMPAIGN_FILE, MAY_CHANGE, Campaign, Launch, campaign_of, launches
 from torchreg.scaling.launch_record import KIND, SCHEMA_VERSION, check, checksummed

@@ -15,11 +15,11 @@ from torchreg.console import Reporter
 from torchreg.core.checkpoint import read_regular
 from torchreg.distributed.communicator import Communicator
 from torchreg.distributed.rendezvous import AgreedError
+from torchreg.distributed.stopping import StopRequest
 from torchreg.runs import environment, record
 from torchreg.runs.config import TrainConfig, from_json
 from torchreg.runs.run import train
 from torchreg.runs.setup import LeastSquares, base_learning_rates, prepare, scale_at
-from torchreg.runs.stopping import StopRequest
 from torchreg.sweeps import sweep_tables
 from torchreg.theory import Dynamics
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from torchreg.runs.stopping import SIGNALS, StopRequest
+from torchreg.distributed.stopping import SIGNALS, StopRequest
 
 
 @pytest.fixture
