@@ -22,6 +22,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from torchreg.cli import COMMANDS
 from torchreg.cli import main as torchreg
 from torchreg.planning.plan import Plan
 from torchreg.runs.config import TrainConfig
@@ -87,8 +88,10 @@ def _helps(words: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     text = _output(*words, "--help")
     yield " ".join(("torchreg", *words)), text.strip("\n")
     names = re.search(r"\{([a-z,-]+)\} \.\.\.", text.partition("\n\n")[0])
-    more = names[1].split(",") if names else []
-    for name in ["compare"] if words == ("report",) else more:
+    more = (
+        list(COMMANDS) if not words else ["compare"] if words == ("report",) else names[1].split(",") if names else []
+    )
+    for name in more:
         yield from _helps((*words, name))
 
 
