@@ -8,7 +8,6 @@ mkdocs.yml names this file as a hook: a line `<!-- generated: NAME -->` of a pag
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
 import json
 import os
@@ -24,6 +23,7 @@ from typing import Any
 
 from torchreg.cli import COMMANDS
 from torchreg.cli import main as torchreg
+from torchreg.cli.options import comments
 from torchreg.planning.plan import Plan
 from torchreg.runs.config import TrainConfig
 from torchreg.runs.forecast import Forecast
@@ -31,7 +31,7 @@ from torchreg.runs.recipes import RECIPES
 from torchreg.scaling.campaign import Campaign
 
 ROOT = Path(__file__).parents[1]
-PLAN_EXAMPLE = "torchreg plan --no-standardize --base-learning-rate 1e-7 1e-1 --sampling random --target-excess 0.02"
+PLAN_EXAMPLE = "torchreg plan --no-standardize --lr 1e-7,1e-1 --sampling random --target-excess 0.02"
 _SHOWN_PARTS = ("result", "derived", "run_signature", "sessions")
 
 
@@ -41,7 +41,7 @@ def options() -> str:
     lines = []
     for part in fields(RECIPES["default"]):
         lines += [f"\n## {part.name.capitalize()}\n", "| option | default | lesson | meaning |", "|---|---|---|---|"]
-        for name, doc in docs(type(getattr(RECIPES["default"], part.name))).items():
+        for name, doc in comments(type(getattr(RECIPES["default"], part.name))).items():
             other = "" if lesson[name] == default[name] else _shown(lesson[name])
             lines.append(f"| {_flag(name)} | {_shown(default[name])} | {other} | {doc} |")
     return "\n".join(lines)
@@ -49,20 +49,9 @@ def options() -> str:
 
 def campaign() -> str:
     """The fields of a campaign: name, default, sentence."""
-    default, sentences = Campaign(), docs(Campaign)
+    default, sentences = Campaign(), comments(Campaign)
     rows = [f"| `{name}` | {_shown(getattr(default, name))} | {doc} |" for name, doc in sentences.items()]
     return "\n".join(["| field | default | meaning |", "|---|---|---|", *rows])
-
-
-def docs(config: type) -> dict[str, str]:
-    """The comment of each field of a dataclass: at the end of its line, or in the lines above it."""
-    found, above = {}, ""
-    for line in inspect.getsource(config).splitlines():
-        code, _, comment = line.partition("# ")
-        if field := re.match(r"    (\w+): .* = ", code):
-            found[field[1]] = comment or above.strip()
-        above = f"{above} {comment}" if not code.strip() else ""
-    return found
 
 
 def _flag(name: str) -> str:
@@ -75,7 +64,7 @@ def _shown(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):
-        return "`" + " ".join(f"{item:g}" if isinstance(item, float) else str(item) for item in value) + "`"
+        return "`" + ",".join(f"{item:g}" if isinstance(item, float) else str(item) for item in value) + "`"
     return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
 
 

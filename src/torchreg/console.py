@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import TextIO
 
@@ -20,7 +21,13 @@ from rich.table import Table
 
 from torchreg.distributed.launcher import detect_launcher
 
-_NOT_WRAPPED = (14, 9)  # the longest entry of a table that is kept on one line; the second where room is short
+_NOT_WRAPPED = (
+    40,
+    24,
+    18,
+    14,
+    9,
+)  # the longest entry of a table that is kept on one line: the first that there is room for
 _MAX_TERMS = 8  # of an equation
 
 
@@ -32,6 +39,19 @@ def printable(text: str) -> str:
 def digits(value: float) -> str:
     """A number of any magnitude: with 6 decimals where these are 7 to 16 significant digits, else with 8 or 16."""
     return format(value, ".16g" if abs(value) >= 1e10 else ".6f" if abs(value) >= 1 else ".8g")
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Significant digits, thousands in groups; an exponent only where nothing else is short."""
+    text = f"{value:.{digits}g}"
+    if value and not 1e-4 <= abs(float(text)) < 1e9:
+        return f"{value:.{digits - 1}e}"
+    return f"{Decimal(text):,f}"
+
+
+def percent(fraction: float, digits: int = 3) -> str:
+    """A fraction as percent with `digits` significant digits, unless it is too small to be more than rounding."""
+    return "< 1e-10 %" if 0 < abs(fraction) < 1e-12 else f"{number(100 * fraction, digits)} %"
 
 
 def equation(target: str, names: Sequence[str], weight: Sequence[float], bias: float) -> str:
@@ -57,12 +77,13 @@ def show_files(records: Path | str, pictures: Iterable[Path]) -> None:
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table on stdout, every column right-aligned, rows that begin with `!` in colour.
 
-    On a terminal its entries are wrapped between words to the terminal's width, and where that is too narrow each row
-    becomes a list. Elsewhere it is as wide as it needs to be.
+    Its entries are wrapped between words to the terminal's width, or to 80 columns where there is none, and where that
+    is too narrow each row becomes a list.
     """
     console, indent = _console(sys.stdout), max(map(len, columns)) + 2
+    room = console.width if console.is_terminal else 80
     entries = [[printable(entry.removeprefix("!")) for entry in row] for row in rows]
-    gap, widths = _layout(columns, entries, console.width)
+    gap, widths = _layout(columns, entries, room)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, int(gap > 1), 0, int(gap > 2)))
     for column, width in zip(columns, widths, strict=False):
         table.add_column(column, justify="right", width=width)
@@ -72,7 +93,7 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
             table.add_row(*texts, style=style)
         else:
             lines = [f"{column:{indent}}{text}" for column, text in zip(columns, texts, strict=True)]
-            lines = ["", *(_wrapped(line, console.width, indent) for line in lines)]
+            lines = ["", *(_wrapped(line, room, indent) for line in lines)]
             console.print("\n".join(lines), style=style, soft_wrap=True)
     console.print(table if widths else "", crop=False)
 

@@ -4,7 +4,9 @@ What happens to a rank happens at a known step (`accident.py`), so that the step
 """
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -237,3 +239,16 @@ def test_two_jobs_on_one_run_do_not_mix(run, tmp_path):
     assert errors.count("another run is writing runs/run just now") == codes.count("2")
     lines = (tmp_path / "runs/run" / METRICS_FILE).read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(29, 3000, 30))
+
+
+def test_ctrl_c_in_a_terminal_saves_on_all_ranks():
+    """A terminal sends SIGINT to mpiexec and to its ranks at once, and mpiexec sends it to the ranks once more."""
+    train = ["torchreg", "train", "--device", "cpu", "--optimizer", "manual", "--name", "run", "--log-every", "100"]
+    command = ["mpiexec", "-n", "2", sys.executable, "-m", *train, "--max-steps", "100000000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert any(line.startswith("step ") for line in process.stdout)
+        os.killpg(process.pid, signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, out
+    assert "reason       SIGINT" in out
+    assert len(list(Path("runs/run/checkpoints").iterdir())) == 1

@@ -30,7 +30,7 @@ def test_four_ranks_of_64_rows_diverge_with_the_lessons_rates(source):
     ]
     assert 1 / planned.rows[2].forecast.stability_limit == pytest.approx(4 / 3.14, rel=0.02)
     assert planned.largest_stable == {"linear": 3, "sqrt": 8, "none": 8}
-    assert "stable up to 3 ranks; at 4, one Polaris node, it diverges" in planned.verdict
+    assert "stable up to 3 ranks. At 4, one Polaris node, it diverges. " in planned.verdict
     assert "use --lr-scaling sqrt (stable up to 8" in planned.verdict
     assert "standardise and omit base_learning_rate (stable up to 8" in planned.verdict
 
@@ -94,7 +94,7 @@ def test_the_human_readable_plan(capsys):
     assert lines[0] == "plan         synthetic: 551 rows, 1 feature; lr_scaling linear"
     # Twice the trace of G is 2·(1243629245/551 + 1) = 4514082.7, nearly all of it in the steepest direction.
     assert lines[2].startswith("curvature    0.2434 to 4.514e+06")
-    assert "steps to 2 %" in lines[4]
+    assert "to 2 %" in lines[5], "the second line of the headings"
     rows = {line.split()[0]: line.split() for line in lines if line.split() and line.split()[0].isdecimal()}
     assert list(rows) == ["1", "2", "4", "8"]
     assert rows["1"][1:6] == ["64", "1e-07", "0.1", "0.318", "stable"]
@@ -203,10 +203,10 @@ def test_an_explicit_batch_size_overrides_that_of_the_recipe(capsys):
 
 
 BAD_OPTIONS = {
-    "zero ranks": (["--world-sizes", "0"], "world_sizes is '0'"),
-    "no ranks": (["--world-sizes", ""], "world_sizes is ''"),
-    "a missing number": (["--world-sizes", "1,,2"], "world_sizes is '1,,2'"),
-    "half a rank": (["--world-sizes", "1.5"], "world_sizes is '1.5'"),
+    "zero ranks": (["--world-sizes", "0"], "--world-sizes: the list is '0'"),
+    "no ranks": (["--world-sizes", ""], "--world-sizes: the list is ''"),
+    "a missing number": (["--world-sizes", "1,,2"], "--world-sizes: the list is '1,,2'"),
+    "half a rank": (["--world-sizes", "1.5"], "--world-sizes: the list is '1.5'"),
     "negative": (["--world-sizes", "-4"], "world"),
     "batch too large": (["--global-batch-size", "600"], "global_batch_size is 600, more than the data's 551 rows"),
     "no file": (["--data", "nowhere.csv"], "data is nowhere.csv, which does not exist"),

@@ -229,7 +229,8 @@ def test_pictures_without_matplotlib_are_refused_before_the_run(monkeypatch, cap
 def drawn_training(features, target, x="x", y="y"):
     """The figure of a training run on a synthetic table, after its layout."""
     pd.DataFrame({x: features, y: target}).to_csv("drawn.csv", index=False)
-    options = ["--data", "drawn.csv", "--features", x, "--target", y, "--sampling", "full", "--name", "drawn"]
+    name = f'"{x}"' if "," in x else x
+    options = ["--data", "drawn.csv", "--features", name, "--target", y, "--sampling", "full", "--name", "drawn"]
     assert main(["train", *options, "--max-steps", "20"]) == 0
     figure = training_figure(Path("runs/drawn"))
     figure.draw_without_rendering()

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
+from torchreg.console import number
 from torchreg.plots import rendering
 from torchreg.plots.pictures import best_model, draw_estimates, power_of_two, styled
-from torchreg.plots.quantities import count, in_unit, number
+from torchreg.plots.quantities import count, in_unit
 from torchreg.plots.scaling_figures import draw_allreduce, draw_breakdown, draw_models, draw_scaling
 from torchreg.plots.target_figures import draw_steps, draw_targets, unstable_from
 

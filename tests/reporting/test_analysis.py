@@ -100,7 +100,7 @@ def test_the_bottleneck_follows_the_machine(changes, kind, bottleneck, sentence)
     found = [one["bottleneck"] for one in report["verdict"]["bottlenecks"] if one["series"] == series["id"]]
     assert found == [bottleneck]
     (line,) = [line for line in summary_lines(report) if line.startswith(kind.capitalize())]
-    assert f"Bottleneck: {sentence} (sgd/ddp, 1 feature, " in line
+    assert f"Bottleneck: {sentence}. Settings: sgd/ddp, 1 feature, " in line
 
 
 def test_waiting_for_a_slow_rank_is_imbalance():
@@ -306,7 +306,7 @@ def test_the_scaling_limit_states_its_uncertainty(case):
     report = report_of(replace(NOISY, num_blocks=1, ranks_per_node=(1, 2), local_batch_sizes=()))
     report["groups"][0]["series"] = [series]
     report["verdict"] |= {"scaling": [{"group": "g1", **limit}], "bottlenecks": [], "targets": []}
-    expected = f"Strong scaling within a node (baseline 1 rank): efficiency {sentence} (sgd/ddp, 1 feature, "
+    expected = f"Strong scaling within a node (baseline 1 rank). Efficiency {sentence}. Settings: sgd/ddp, 1 feature, "
     assert summary_lines(report)[1].startswith(expected)
 
 
@@ -339,7 +339,7 @@ def test_a_fast_wrong_run_is_in_no_statistics_and_in_the_first_line():
     assert wrong["verdict"]["correct"]["status"] == "no"
     assert summary_lines(wrong)[0] == (
         "Does not train correctly. 3 of 40 runs in 24 launches miss the closed-form solution, the first in "
-        "block-00-nodes-1-ranks-4 (sgd/ddp, 1 feature, 4 ranks); they are excluded from all statistics."
+        "block-00-nodes-1-ranks-4 (sgd/ddp, 1 feature, 4 ranks). They are excluded from all statistics."
     )
     assert [one["is_wrong_result"] for one in wrong["excluded"]] == [True] * 3
     assert "wrong result: the weights are half (difference 0.5, allowed 1e-09)" in wrong["excluded"][0]["reason"]
@@ -392,7 +392,7 @@ def test_time_to_target_is_predicted_steps_times_step_time():
     off = summary_lines(report_of(ARITHMETIC, change=_ten_percent_longer))[-1]
     # 1 / 1.1 = 0.909.
     assert off.startswith("Predicted steps × step time differs from the measured time to the target by ")
-    assert "and by at most 9.1 % (2 ranks, global batch " in off
+    assert "The largest difference is 9.09 % (2 ranks, global batch " in off
     weak = next(one for one in report["groups"][0]["targets"] if "-weak-" in one["series"])
     # 40, 80 and 160 samples: 2560, 1280 and 640 steps of 200, 300 and 400 µs.
     assert [row["time_s"]["value"] for row in weak["rows"]] == pytest.approx([0.512, 0.384, 0.256])

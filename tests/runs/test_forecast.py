@@ -86,14 +86,14 @@ def test_long_runs_are_predicted_to_their_first_20_000_steps():
             "unstable: learning rate at 2 times the limit; expected to diverge (exact)",
         ),
         (TrainConfig.of(base_learning_rate=(1e-9, 1e-9)), "stable: learning rate at 1.1e-07 % of the limit; "),
-        (TrainConfig(), " above the optimum (approximate for shuffle sampling); 95 % of runs "),
+        (TrainConfig(), " above the optimum (approximate for shuffle sampling). 95 % of runs: "),
         (
             TrainConfig.of(update_order="sequential", optimizer="manual", sampling="random"),
             "(estimated from sampled batches)",
         ),
         (
             TrainConfig.of(num_features=17, num_rows=300),
-            "(without the noise of mini-batches, which is predicted up to 16 features)",
+            "(without the noise of mini-batches)",
         ),
     ],
 )

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.resources import files
 from types import FrameType
 from typing import Any
 
@@ -30,24 +31,29 @@ EXIT_INTERRUPTED = 130  # Ctrl-C before there was anything to save; 128 + SIGINT
 
 COMMANDS = {
     "train": "train the model, on one process or many ranks",
-    "plan": "predict stability, noise floor and steps to a target for many world sizes",
-    "sweep": "train with many batch sizes or learning rates, prediction beside measurement",
+    "runs": "list the runs of a folder, or show how one of them ended",
+    "plot": "draw a finished run, sweep or plan from its records",
+    "plan": "predict stability, noise floor and steps to a target by world size",
+    "sweep": "train with many batch sizes or learning rates, beside predictions",
     "verify": "check a distributed stack with known answers",
     "scale": "measure how training scales, over many launches",
     "report": "turn a campaign's records into one report",
     "data": "show, fetch or make the data",
+    "completion": "print a script with which bash and zsh complete all of this",
 }
 _ON_ALL_RANKS = {"train", "sweep", "verify", "scale measure", "scale run"}  # the last refuses to run on ranks
 # The modules of the extras, and their packages.
 _PACKAGES = {name: name for name in ("jinja2", "matplotlib", "msgspec", "pyarrow", "scipy")} | {"yaml": "pyyaml"}
 _USAGE = f"""\
-usage: torchreg [-h] [--version] {{{",".join(COMMANDS)}}} ...
+usage: torchreg [-h] [--version] COMMAND [OPTIONS]
 
-Train one linear layer across many ranks, with the right answer known beforehand.
+Train one linear layer on many ranks, with the right answer known beforehand.
 
 commands:
-{"".join(f"  {name:6}  {what}{chr(10)}" for name, what in COMMANDS.items())}
-`torchreg COMMAND --help` shows the options of a command.
+{"".join(f"  {name:10}  {what}{chr(10)}" for name, what in COMMANDS.items())}
+Example: torchreg train --recipe lesson
+
+`torchreg COMMAND --help` shows the options of a command, and an example.
 """
 
 
@@ -128,8 +134,11 @@ def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return 0 if arguments else EXIT_BAD_INPUT
+    if arguments == ["completion"]:
+        print(files("torchreg.cli").joinpath("completion.sh").read_text(encoding="utf-8"), end="")
+        return 0
     name, *options = arguments
-    if name not in COMMANDS:
+    if name not in COMMANDS or name == "completion":
         raise ValueError(f"{name!r} is no command: the commands are {', '.join(COMMANDS)}")
     if own_rank() > 0 and not _ON_ALL_RANKS & {name, " ".join(arguments[:2])}:
         return 0  # each file is written once

@@ -1,14 +1,18 @@
-"""The options that commands share, and their errors in one line."""
+"""The options that commands share, how they are written and documented, and their errors in one line."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import inspect
 import io
 import re
+import textwrap
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
+from tyro import constructors
 
 from torchreg.runs.config import TrainConfig
 from torchreg.runs.recipes import with_recipe
@@ -34,22 +38,37 @@ class RecipeOptions(ConfigOptions):
 T = TypeVar("T")
 C = TypeVar("C", bound=ConfigOptions)
 
+EXAMPLES = {
+    "train": "--recipe lesson --plot --name lesson", "runs": "lesson", "plot": "lesson", "data": "show",
+    "plan": "--lr-scaling sqrt --world-sizes 1,2,4,8", "sweep batch": "--batch-sizes 64,256 --num-seeds 1",
+    "sweep lr-scaling": "--multipliers 2,4 --num-seeds 1", "verify": "--device cpu --quick",
+    "scale plan": "--ranks-per-node 1,2 --num-features 1", "scale run": "--name quick --device cpu --repeats 1",
+    "scale status": "runs/quick", "scale merge": "runs/all runs/quick", "report": "runs/quick",
+    "report compare": "runs/quick runs/all", "scale command": "--launcher mpich --num-ranks 4",
+}  # fmt: skip
+"""Options that work as they stand, one after the other, for each command."""
+
+REGISTRY = constructors.ConstructorRegistry()
+"""How tyro reads and documents the options of every command."""
+
 
 def parse(kind: type[T], program: str, argv: list[str], default: T | None = None) -> T:
     """Parse a command's options. Raises `ValueError` with tyro's error message, which is a box, in one line."""
     box = io.StringIO()
-    options: dict[str, Any] = {} if default is None else {"default": default}
+    options: dict[str, Any] = {"config": (tyro.conf.DisallowNone,)} | ({} if default is None else {"default": default})
+    texts = [*str(inspect.getdoc(kind)).split("\n\n"), f"Example: {program} {EXAMPLES.get(program[9:])}"]
+    about = "\n\n".join(textwrap.fill(" ".join(text.split()), 80, subsequent_indent=" ") for text in texts)
     try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(kind, prog=program, args=argv, **options)
+        with contextlib.redirect_stderr(box), REGISTRY:
+            return tyro.cli(kind, prog=program, description=about, args=argv, **options)
     except SystemExit as error:
         if error.code in (0, None):
             raise
     lines = re.sub(r"\x1b\[[0-9;]*m", "", box.getvalue()).splitlines()
-    lines = [line.strip("│─ \t") for line in lines if line[:1] not in ("╭", "╰")]
+    lines = [line.strip("│| \t") for line in lines if not re.search("─{3}|-{3}", line)]  # without the frame
     text = " ".join(line for line in lines if line and not line.startswith("For full helptext"))
     text = re.sub(r" (Got errors|Argument helptext): .*", "", text)
-    raise ValueError(re.sub(r"^Error parsing ((DataOptions|config(\.\w+)?): )?", "", text))
+    raise ValueError(re.sub(r"^(Value error )?Error parsing ((DataOptions|config(\.\w+)?): )?", "", text))
 
 
 def parse_config(kind: type[C], program: str, argv: list[str], default: TrainConfig | None = None) -> C:
@@ -73,9 +92,74 @@ def parse_config(kind: type[C], program: str, argv: list[str], default: TrainCon
     return options
 
 
-def whole_numbers(field: str, text: str) -> list[int]:
-    """The numbers of a list such as 1,2,4. Raises `ValueError` for anything else."""
-    parts = [part.strip() for part in text.strip(" ,.…").split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ValueError(f"{field} is {text!r}: give whole numbers of at least 1, separated by commas, such as 1,2,4")
-    return [int(part) for part in parts]
+def comments(kind: type) -> dict[str, str]:
+    """The comment of each field of a dataclass: at the end of its line, or in the lines above it."""
+    found, above = {}, ""
+    for line in "\n".join(inspect.getsource(base) for base in reversed(kind.__mro__[:-1])).splitlines():
+        code, _, comment = line.partition("# ")
+        if field := re.match(r"    (\w+): ", code):
+            found[field[1]] = comment or above.strip()
+        above = f"{above} {comment}" if not code.strip() else ""
+    return found
+
+
+@REGISTRY.struct_rule
+def _with_one_default(info: constructors.StructTypeInfo) -> constructors.StructConstructorSpec | None:
+    """The fields of a dataclass with their comments; the default of an unset one is what its comment ends with."""
+    if not dataclasses.is_dataclass(info.type):
+        return None
+    hints, texts, options = get_type_hints(info.type, include_extras=True), comments(info.type), []
+    for field in dataclasses.fields(info.type):
+        default, hint = field.default, None
+        if default is dataclasses.MISSING:
+            default = tyro.MISSING_NONPROP if field.default_factory is default else field.default_factory()
+        default = getattr(info.default, field.name, default)
+        text, _, derived = texts.get(field.name, "").partition(" Default: ")
+        if default is None or default in ((), ""):
+            hint = derived.rstrip(".") or "none"
+        elif isinstance(default, bool):
+            hint = "on" if default else "off"
+        option = tyro.conf.arg(
+            help_behavior_hint=hint and f"(default: {hint})",
+            aliases=("--lr",) if field.name == "base_learning_rate" else None,
+        )
+        kind: Any = Annotated[hints[field.name], option]
+        options.append(constructors.StructFieldSpec(field.name, kind, default, text or None))
+    return constructors.StructConstructorSpec(info.type, tuple(options))
+
+
+@REGISTRY.primitive_rule
+def _list(info: constructors.PrimitiveTypeInfo) -> constructors.PrimitiveConstructorSpec[Any] | None:
+    """Lists are written 1,2,4; separate words are understood too. An entry with a comma stands in double quotes."""
+    kind = next((kind for kind in (info.type, *get_args(info.type)) if get_origin(kind) is tuple), None)
+    if kind is None or tyro.conf.Positional in info.markers:
+        return None
+    one, *others = get_args(kind)
+    spec: Any = REGISTRY.get_primitive_spec(constructors.PrimitiveTypeInfo.make(one, info.markers))
+    length = None if others == [...] else 1 + len(others)
+
+    def read(words: list[str]) -> tuple[Any, ...]:
+        pattern = r'(?:^|,)\s*(?:"([^"]*)"|([^,]*))'
+        parts = [re.findall(pattern, word.strip(" ,")) if "," in word else [(word, "")] for word in words]
+        entries = [quoted or plain.strip() for part in parts for quoted, plain in part]
+        entries *= length if length and len(entries) == 1 else 1
+        with contextlib.suppress(ValueError):
+            values = tuple(spec.instance_from_str([entry]) for entry in entries)
+            if values and length in (None, len(values)) and not (one is int and min(values) < 1):
+                return values
+        what = (
+            "whole numbers of at least 1, such as 1,2,4"
+            if one is int
+            else f"{length} numbers"
+            if length
+            else spec.metavar
+        )
+        raise ValueError(f"the list is {' '.join(words)!r}: give {what}, separated by commas")
+
+    return constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=",".join([spec.metavar] * length) if length else f"{spec.metavar},…",
+        instance_from_str=read,
+        is_instance=lambda value: value is None or isinstance(value, tuple),
+        str_from_instance=lambda values: [",".join(map(str, values or ()))],
+    )

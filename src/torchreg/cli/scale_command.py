@@ -39,7 +39,8 @@ Measure how training scales, over many launches.
   merge    combine several campaign folders
   command  print the launcher's command line, one token a line
 
-`torchreg scale COMMAND --help` shows the options. `torchreg report DIR` makes the report.
+`torchreg scale COMMAND --help` shows the options, and an example.
+`torchreg report DIR` makes the report.
 """
 
 
@@ -47,7 +48,7 @@ Measure how training scales, over many launches.
 class _Plan:
     """Print what a campaign will launch and measure, and its estimated cost. Nothing is run.
 
-    A campaign file may come first: torchreg scale plan jobs/campaigns/local.yaml. Flags override its values.
+    A campaign file, such as jobs/campaigns/local.yaml, may come first. Flags override its values.
     """
 
     campaign: Annotated[Campaign, tyro.conf.arg(name="")]
@@ -92,9 +93,9 @@ class _Plan:
 class _Run:
     """Run every launch of a campaign that has no result yet, in randomized blocks.
 
-    A campaign file may come first: torchreg scale run jobs/campaigns/local.yaml --dir runs/local. Flags override its
-    values. Exit code 0: all launches are done. 1: a launch failed and is recorded as failed. 75: launches are left,
-    because of a signal, the time limit or another job that runs them; run it again to resume.
+    A campaign file, such as jobs/campaigns/local.yaml, may come first. Flags override its values. Exit code 0: all
+    launches are done. 1: a launch failed and is recorded as failed. 75: launches are left, because of a signal, the
+    time limit or another job that runs them; run it again to resume.
     """
 
     campaign: Annotated[Campaign, tyro.conf.arg(name="")]
@@ -186,14 +187,14 @@ class _Command:
     ranks_per_node: int | None = None  # Ranks on each node. Default: as many as a node of the machine has devices.
     num_ranks: int | None = None  # Ranks on all nodes together. Default: nodes times ranks per node.
     hosts: str = ""  # Names of the hosts, separated by commas.
-    env: tuple[str, ...] = ()  # Variables for every rank, as NAME=VALUE; they take precedence over the machine's.
-    without: tuple[str, ...] = ()  # Names of the machine's variables to exclude.
+    env: tuple[str, ...] = ()  # Variables for every rank, as A=1,B=2; they take precedence over the machine's.
+    without: tuple[str, ...] = ()  # Names of the machine's variables to exclude, separated by commas.
     extra: str = ""  # Further options for the launcher, in one argument, as in --extra="--no-vni".
 
     def run(self) -> int:
         for assignment in self.env:
             if "=" not in assignment:
-                raise ValueError(f"env has {assignment!r}: give NAME=VALUE")
+                raise ValueError(f"env has {assignment!r}: give NAME=VALUE, in double quotes if it has a comma")
         hosts = self.hosts.split(",") if self.hosts else launch_commands.allocated_hosts()
         launcher = launch_commands.available_launcher() if self.launcher == "auto" else self.launcher
         slurm_nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) if launcher == "srun" else 1

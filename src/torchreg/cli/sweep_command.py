@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from torchreg.cli import EXIT_STOPPED
-from torchreg.cli.options import ConfigOptions, parse_config, whole_numbers
+from torchreg.cli.options import ConfigOptions, parse_config
 from torchreg.runs.recipes import SWEEP_DEFAULTS
 
 
@@ -25,7 +25,7 @@ class BatchOptions(_SweepOptions):
     same sweep, started again, resumes where it ended.
     """
 
-    batch_sizes: str = "32,64,128,256,512"  # Global batch sizes, separated by commas.
+    batch_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)  # Global batch sizes, separated by commas.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class LRScalingOptions(_SweepOptions):
 
     # Multipliers, separated by commas. Default: 1,2,4,… up to the first that is predicted to diverge, and 3 % below and
     # above the predicted limit.
-    multipliers: str = ""
+    multipliers: tuple[int, ...] = ()
 
 
 def run(argv: list[str]) -> int:
@@ -51,9 +51,7 @@ def run(argv: list[str]) -> int:
         raise ValueError(f"sweep is {kind}: give batch or lr-scaling, as in `torchreg sweep batch`")
     options_of_kind, field = (BatchOptions, "batch_sizes") if kind == "batch" else (LRScalingOptions, "multipliers")
     options = parse_config(options_of_kind, f"torchreg sweep {kind}", argv, SWEEP_DEFAULTS[kind])
-    text = getattr(options, field)
-    values = whole_numbers(field, text) if text or kind == "batch" else []
-    config, num_seeds = options.config, options.num_seeds
+    values, config, num_seeds = getattr(options, field), options.config, options.num_seeds
     if num_seeds < 1:
         raise ValueError(f"num_seeds is {num_seeds}: give a whole number of at least 1")
 

@@ -14,7 +14,9 @@ from torchreg.cli.options import RecipeOptions, parse_config
 class TrainOptions(RecipeOptions):
     """Train nn.Linear on house prices; end with the fitted line, the closed form, and how far apart they are.
 
-    Runs as one process, or as many ranks under mpiexec, torchrun, srun or ezpz launch.
+    Runs as one process, or as many ranks under mpiexec, torchrun, srun or ezpz launch. Ctrl-C or SIGTERM during
+    training: save, and end with exit code 75; the same command with --name NAME --resume auto resumes. A second Ctrl-C
+    changes nothing in one process, and makes mpiexec abort without saving; Ctrl-\\ always does.
     """
 
 

@@ -14,7 +14,7 @@ from torchreg.runs.config import TrainConfig
 class VerifyOptions:
     """Check, with known answers, whether this launcher, MPI, backend and torch train correctly across all ranks.
 
-    Start it as the training would be: `mpiexec -n 8 torchreg verify`. Exit code 0 if nothing fails.
+    Start it as the training would be. Exit code 0 if nothing fails.
     """
 
     json: bool = False  # Print the result as one JSON object on stdout, and nothing else there.

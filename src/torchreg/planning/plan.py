@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torchreg.console import number, percent
 from torchreg.core.batches import DEFAULT_LOCAL_BATCH_SIZE
 from torchreg.runs import setup
 from torchreg.runs.config import LRScaling, TrainConfig
-from torchreg.runs.forecast import Forecast, percent
+from torchreg.runs.forecast import Forecast
 from torchreg.runs.setup import LeastSquares
 from torchreg.theory import MAX_SEQUENTIAL, CriticalBatch, critical_batch_size
 
@@ -56,7 +57,7 @@ class Plan:
     def heading(self) -> list[str]:
         """Data, closed-form solution and curvature, in lines."""
         flattest, steepest = self.curvature
-        ratio = f"{steepest / flattest:.3g}" if flattest > 0 else "more than 1e+16"
+        ratio = number(steepest / flattest) if flattest > 0 else "more than 1e+16"
         features = _count(self.num_features, "feature")
         return [
             f"plan         {self.source}: {self.num_rows} rows, {features}; lr_scaling {self.lr_scaling}",
@@ -67,7 +68,7 @@ class Plan:
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Columns and rows as text; rows that diverge or are impossible begin with `!`."""
         columns = [
-            "ranks", "global batch", "weight lr", "bias lr", "fraction of the stability limit", "",
+            "ranks", "global batch", "weight lr", "bias lr", "lr / limit", "",
             f"steps to {percent(self.target_excess)}", "samples", "noise floor", "expected end",
         ]  # fmt: skip
         rows = []
@@ -75,7 +76,7 @@ class Plan:
             f = row.forecast
             entries = [f"{'' if row.is_stable else '!'}{row.world_size}", f"{row.global_batch_size:,}"]
             if f:
-                entries += [f"{value:.3g}" for value in (*row.scaled_learning_rate, 1 / f.stability_limit)]
+                entries += [*(f"{value:.3g}" for value in row.scaled_learning_rate), number(1 / f.stability_limit)]
             if f and f.is_stable:
                 steps = f"> {f.steps_searched:,}" if f.steps_searched else "never" if f.curve else ""
                 entries += [
@@ -158,7 +159,7 @@ def _forecast(config: TrainConfig, least_squares: LeastSquares, local_batch_size
 def _verdict(
     config: TrainConfig, rows: Sequence[WorldSize], largest: dict[LRScaling, int], local_batch_size: int, num_rows: int
 ) -> str:
-    """Whether training is stable, up to which world size, and the remedies, in one line."""
+    """Whether training is stable, up to which world size, and the remedies, in sentences."""
     unstable = [(row.world_size, row.forecast) for row in rows if row.forecast and not row.is_stable]
     omit = "standardise and omit base_learning_rate"
     lower = f"{'' if config.data.standardize else f'{omit}, '}lower base_learning_rate, or use --on-unstable cap"
@@ -166,7 +167,7 @@ def _verdict(
         name = f"every step takes {rows[0].global_batch_size} samples at any world size, and these learning rates"
         if not unstable:
             return f"{name} are stable"
-        return f"{name} diverge: they are {1 / unstable[0][1].stability_limit:.3g} times the limit; {lower}"
+        return f"{name} diverge: they are {number(1 / unstable[0][1].stability_limit)} times the limit. Remedy: {lower}"
 
     def up_to(world_size: int) -> str:
         is_most = world_size == num_rows // local_batch_size
@@ -176,7 +177,7 @@ def _verdict(
     if not unstable:
         return f"{name} is {up_to(max(stable, *(row.world_size for row in rows if row.forecast)))}"
     if stable == 0:
-        return f"{name} diverges at every world size: {lower}"
+        return f"{name} diverges at every world size. Remedy: {lower}"
     remedies = [f"stay at {stable}, or use --on-unstable cap to lower the learning rates"]
     if config.optimizer.lr_scaling == "linear" and largest["sqrt"] > stable:
         remedies.insert(0, f"use --lr-scaling sqrt ({up_to(largest['sqrt'])})")
@@ -187,7 +188,7 @@ def _verdict(
             remedies.insert(0, f"{omit} ({up_to(most)})")
     first = unstable[0][0]
     node = ", one Polaris node," * (first == 4)  # one rank a GPU
-    return f"{name} is {up_to(stable)}; at {first}{node} it diverges: {'; or '.join(remedies)}"
+    return f"{name} is {up_to(stable)}. At {first}{node} it diverges. Remedy: {'. Or '.join(remedies)}"
 
 
 def _notes(config: TrainConfig, forecast: Forecast, least_squares: LeastSquares) -> tuple[str, ...]:

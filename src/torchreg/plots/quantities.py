@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+from torchreg.console import number
+
 _UNITS: dict[str, tuple[tuple[float, str], ...]] = {
     "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"), (1e-12, "ps")),
     "B": ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B")),
@@ -27,15 +29,6 @@ def in_unit(values: Sequence[float], unit: str) -> str:
     # half a unit of the third digit: 0.9999 ms is written 1 ms, not 1000 µs
     scale, name = next((pair for pair in multiples if largest >= 0.9995 * pair[0]), multiples[-1])
     return f"{' – '.join(number(value / scale) for value in values)} {name}{thing}".rstrip()
-
-
-def number(value: float) -> str:
-    """Three digits; thousands in groups; an exponent only where nothing else is short."""
-    if value == 0 or 1e-3 <= abs(value) < 999.5:
-        return f"{value:.3g}"
-    if 999.5 <= abs(value) < 1e9:
-        return f"{round(value, 3 - len(f'{abs(value):.0f}')):,.0f}"
-    return f"{value:.2e}"
 
 
 def count(value: float) -> str:

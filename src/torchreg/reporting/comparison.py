@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TypeAlias
 
+from torchreg.console import percent
 from torchreg.reporting.analysis import KIND, SCHEMA_VERSION, excluded, failures
 from torchreg.reporting.groups import VERSIONS, Json, comparable_groups, launches_by_point, point_of
 from torchreg.scaling.records import launches_table, points_table, read_records
@@ -125,7 +126,7 @@ def table(comparison: Json) -> tuple[list[str], list[list[str]]]:
 def conclusion(comparison: Json) -> list[str]:
     """The verdict in lines."""
     counts, wrong = Counter(row["outcome"] for row in comparison["rows"]), comparison["wrong"]
-    beyond = f"beyond {100 * comparison['threshold']:.3g} %"
+    beyond = f"beyond {percent(comparison['threshold'])}"
     verdict = f"regression {beyond}" if comparison["is_regression"] else f"no regression {beyond} is shown"
     if wrong:
         verdict = f"regression: of the new results {len(wrong)} {'is' if len(wrong) == 1 else 'are'} wrong"

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from itertools import compress
 from typing import Any, NamedTuple
 
+from torchreg.console import number
 from torchreg.plots.pictures import best_model, combination_of, placement_text
-from torchreg.plots.quantities import count, in_unit, number
+from torchreg.plots.quantities import count, in_unit
 from torchreg.reporting.groups import Json
 
 _LONG = 14  # rows; a longer table is folded

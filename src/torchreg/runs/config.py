@@ -36,7 +36,7 @@ class DataConfig:
     # Where the rows come from: `synthetic` (rows with the real table's moments), `ames` (the real table, fetched once),
     # or a CSV or Parquet file.
     data: str = "synthetic"
-    features: tuple[str, ...] = ()  # Feature columns of the file. Default: GrLivArea.
+    features: tuple[str, ...] = ()  # Feature columns of the file, separated by commas. Default: GrLivArea.
     target: str | None = None  # Target column of the file. Default: SalePrice.
     num_rows: int | None = None  # Rows of the synthetic table. Default: 551.
     num_features: int | None = None  # Features of the synthetic table. Default: 1.
@@ -105,8 +105,8 @@ class OptimizerConfig:
     # `sequential` updates the weight first and the bias with the new weight, as the lesson does; it needs `--optimizer
     # manual`.
     update_order: UpdateOrder = "simultaneous"
-    # Learning rates of the weight and of the bias at `reference_batch_size`. Default: 0.05 for the bias and 0.05 /
-    # (mean square of the features) for the weight, less where the stability limit asks for it.
+    # Learning rates of weight and bias at `reference_batch_size`, as 1e-7,1e-1, or one for both. Default: 0.05 for the
+    # bias and 0.05 / (mean square of the features) for the weight, less where the stability limit asks for it.
     base_learning_rate: tuple[float, float] | None = None
     reference_batch_size: int = 64  # The global batch size that `base_learning_rate` is meant for.
     lr_scaling: LRScaling = "linear"  # How the learning rates grow with global_batch_size / reference_batch_size.

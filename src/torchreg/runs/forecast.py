@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from torchreg.console import number, percent
 from torchreg.core.schedule import Schedule
 from torchreg.theory import MOST_STEPS, Dynamics, Matrix
 
@@ -55,17 +56,17 @@ class Forecast:
         """The prediction in one line, with its approximations."""
         accuracy = "estimated from sampled batches" if self.stability_limit_error else "exact"
         if self.criterion == "mean" and self.sampling != "full":
-            accuracy = "without the noise of mini-batches, which is predicted up to 16 features"
+            accuracy = "without the noise of mini-batches"
         elif self.sampling == "shuffle":
             accuracy = "approximate for shuffle sampling"
         if not self.is_stable:
-            times = f"{1 / self.stability_limit:.3g} times"
+            times = f"{number(1 / self.stability_limit)} times"
             return f"unstable: learning rate at {times} the limit; expected to diverge ({accuracy})"
         stable = f"stable: learning rate at {percent(1 / self.stability_limit, digits=2)} of the limit"
         if not self.curve:
             return f"{stable} ({accuracy})"
         end, low, high = (percent(values[-1]) for values in (self.curve.excess, self.curve.low, self.curve.high))
-        band = f"; 95 % of runs {low} to {high}" if low != high else ""
+        band = f". 95 % of runs: {low} to {high}" if low != high else ""
         return f"{stable}; expected end {end} above the optimum ({accuracy}){band}"
 
 
@@ -109,8 +110,3 @@ def forecast(
         steps_searched=searched if steps_to_target is None else None,
         curve=curve,
     )
-
-
-def percent(fraction: float, digits: int = 3) -> str:
-    """A fraction as percent with `digits` significant digits."""
-    return f"{float(f'{100 * fraction:.{digits}g}'):g} %"

@@ -141,14 +141,25 @@ class RunDirectory(AbstractContextManager["RunDirectory"]):
                 self._lock = None
 
 
-def _lock(folder: Path) -> int | None:
+def is_written(folder: Path) -> bool:
+    """Whether a process has locked the folder of a run."""
+    try:
+        descriptor = _lock(folder, fcntl.LOCK_SH)
+    except ValueError:
+        return True
+    if descriptor is not None:
+        os.close(descriptor)
+    return False
+
+
+def _lock(folder: Path, kind: int = fcntl.LOCK_EX) -> int | None:
     """Lock a folder until the descriptor is closed or the process ends, however it ends.
 
     None where the file system has no locks. Raises `ValueError` where another process has it.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         return descriptor
     except OSError as error:
         os.close(descriptor)

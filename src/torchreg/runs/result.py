@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import nn
-
-from torchreg.console import digits, equation
-from torchreg.distributed.communicator import Communicator
-from torchreg.runs.config import TrainConfig
+from torchreg.console import digits, equation, number, percent
 from torchreg.runs.environment import machine_facts, provenance
-from torchreg.runs.logger import Logger
 from torchreg.runs.record import SCHEMA_VERSION
-from torchreg.runs.setup import RunState
+
+if TYPE_CHECKING:  # a result is shown without torch
+    from torch import nn
+
+    from torchreg.distributed.communicator import Communicator
+    from torchreg.runs.config import TrainConfig
+    from torchreg.runs.logger import Logger
+    from torchreg.runs.setup import RunState
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Result:
             return [f"stopped after {self.num_steps} steps, and saved: resume with --resume auto"]
         if self.diverged:
             return [f"diverged at step {self.diverged_at_step}: the loss is not finite or too large ({self.loss:.6g})"]
-        excess = "" if self.excess is None else f" ({100 * self.excess:.3g} % above the optimum)"
+        excess = "" if self.excess is None else f" ({percent(self.excess)} above the optimum)"
         reached = " (target reached)" if self.stopped_by == "target" else ""
         names = (self.target_name, self.feature_names)
         return [
@@ -66,7 +68,7 @@ class Result:
             f"closed form  {equation(*names, self.closed_form_weight, self.closed_form_bias)}",
             f"loss         {digits(self.loss)}{excess}",
             f"optimum      {digits(self.closed_form_loss)}",
-            f"{self.num_steps} steps{reached}, {self.num_samples} samples in {self.train_time_s:.3g} s "
+            f"{self.num_steps} steps{reached}, {self.num_samples} samples in {number(self.train_time_s)} s "
             f"({self.throughput:,.0f} samples/s)",
         ]
 

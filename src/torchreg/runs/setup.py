@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchreg import theory
+from torchreg.console import number
 from torchreg.core.batches import BatchPlan
 from torchreg.core.schedule import Schedule, lr_scale
 from torchreg.data.table import Standardizer, Table, load_table
@@ -211,7 +212,7 @@ def _learning_rates(
         weight, bias = (learning_rate * scale for learning_rate in base)
         reason = (
             f"scaled_learning_rate is {weight:.4g} (weight) and {bias:.4g} (bias) at global_batch_size {batch_size}, "
-            f"{1 / limit:.3g} times the stability limit ({dynamics.criterion}) of {weight * limit:.4g} and "
+            f"{number(1 / limit)} times the stability limit ({dynamics.criterion}) of {weight * limit:.4g} and "
             f"{bias * limit:.4g}"
         )
         if chosen.lr_scaling != "none" and plan.sampling != "full" and not config.batch.global_batch_size:

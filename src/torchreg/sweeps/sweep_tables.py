@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from torchreg.console import number, percent
 from torchreg.core.checkpoint import read_regular
 from torchreg.runs.config import from_json
 from torchreg.runs.record import RECORD_FILE, read_metrics
@@ -93,8 +94,8 @@ def _batch_row(row: Mapping[Any, Any]) -> dict[str, str]:
         "batch": "!" * diverged + str(row["global_batch_size"]),
         "lr": f"× {row['multiplier']:.4g}",
         "steps": f"{row['num_steps']}",
-        "lr / limit": f"{row['fraction_of_stability_limit']:.3g}",
-        **{name: "" if diverged else f"{x:.5g}" for name, x in (fitted | {"loss": row["loss"]}).items()},
+        "lr / limit": number(row["fraction_of_stability_limit"]),
+        **{name: "" if diverged else f"{x:.5g}" for name, x in fitted.items()},
         "above best, %": _measured(row),
         "predicted": _predicted(row),
         "95 % of runs": f"{low} to {high}" if low else "",  # of stable configurations
@@ -109,7 +110,7 @@ def _lr_scaling_row(cold: Mapping[Any, Any], warm: Mapping[Any, Any]) -> dict[st
         "order": cold["update_order"],
         "lr": f"× {cold['multiplier']:.4g}",
         "batch": f"{cold['global_batch_size']}",
-        "lr / limit": f"{cold['fraction_of_stability_limit']:.3g}",
+        "lr / limit": number(cold["fraction_of_stability_limit"]),
         "predicted, % above best": _predicted(cold),
         "measured": _measured(cold),
         "with warm-up": _measured(warm),
@@ -129,4 +130,4 @@ def _measured(row: Mapping[Any, Any]) -> str:
 
 
 def _percent(fraction: float) -> str:
-    return "" if math.isnan(fraction) else f"{100 * fraction:.3g}"
+    return "" if math.isnan(fraction) else percent(fraction).removesuffix(" %")

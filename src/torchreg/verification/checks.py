@@ -9,7 +9,7 @@ from typing import Literal
 
 from torchreg.distributed.communicator import Communicator
 
-_MOST_NAMED = 3  # ranks in a row; there may be thousands
+_MOST_NAMED = 3  # ranks in a row, and checks in the verdict; there may be thousands
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,9 @@ def verdict(checks: Sequence[Check]) -> str:
     """Whether the stack trains correctly, and what fails."""
     counts = Counter(check.status for check in checks)
     counted = f"{counts['PASS']} passed, {counts['FAIL']} failed, {counts['SKIP']} skipped"
-    failed = ", ".join(f"{check.area}: {check.name}" for check in checks if check.status == "FAIL")
-    outcome = f"does NOT train correctly ({counted}): {failed}" if failed else f"trains correctly ({counted})"
-    return f"verdict      this stack {outcome}"
+    failed = [f"{check.area}: {check.name}" for check in checks if check.status == "FAIL"]
+    if not failed:
+        return f"verdict      this stack trains correctly ({counted})"
+    more = [f"and {len(failed) - _MOST_NAMED} more"] * (len(failed) > _MOST_NAMED)
+    names = ", ".join([*failed[:_MOST_NAMED], *more])
+    return f"verdict      this stack does NOT train correctly ({counted}). Failed: {names}"

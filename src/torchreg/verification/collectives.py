@@ -37,7 +37,7 @@ def collective_checks(communicator: Communicator, *, quick: bool) -> Iterator[Ch
                 index = int(wrong[0])
                 errors[name] = f"{size} × {str(dtype).removeprefix('torch.')}: off by {off[index].item():g} at {index}"
     for name, error in errors.items():
-        yield row(name, error, f"{len(cases)} of {len(cases)} cases exact", "exact integers")
+        yield row(name, error, f"{len(cases)} of {len(cases)} exact", "exact integers")
     for by, sync in syncs.items():
         times = []
         for size_name, num_bytes, repeats in _MESSAGES[: 2 if quick else None]:
@@ -45,7 +45,7 @@ def collective_checks(communicator: Communicator, *, quick: bool) -> Iterator[Ch
             time = f"{1e6 * median_s:.3g} µs" if median_s < 1e-3 else f"{1e3 * median_s:.3g} ms"
             bandwidth = f" ({num_bytes / median_s / 1e9:.2g} GB/s)" if num_bytes >= 1 << 20 else ""
             times.append(f"{size_name} {time}{bandwidth}")
-        yield row(f"all-reduce time{by}", None, ", ".join(times), "(median, slowest rank)")
+        yield row(f"all-reduce time{by}", None, ", ".join(times), "median, slowest")
 
 
 def _deviations(

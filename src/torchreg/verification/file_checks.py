@@ -37,7 +37,7 @@ def file_checks(communicator: Communicator, runs_dir: str) -> Iterator[Check]:
         error = f"{free_bytes >> 20} MiB are free in {runs_dir}" if free_bytes < _LEAST_FREE_BYTES else None
         yield row("free space", error, f"{free_bytes >> 30} GiB", f"at least {_LEAST_FREE_BYTES >> 20} MiB")
         error = _rename_error(folder) if communicator.is_main else None
-        yield row("atomic rename", error, "replaced at once", "the new file instead of the old one")
+        yield row("atomic rename", error, "replaced at once", "the new file")
     finally:
         communicator.barrier()
         if communicator.is_main:

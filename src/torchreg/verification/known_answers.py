@@ -11,11 +11,11 @@ from functools import partial
 from itertools import product
 from typing import Any
 
+from torchreg.console import percent
 from torchreg.core.model import make_model
 from torchreg.distributed.communicator import Communicator
 from torchreg.runs.config import TrainConfig
 from torchreg.runs.environment import versions
-from torchreg.runs.forecast import percent
 from torchreg.runs.result import Result
 from torchreg.runs.run import Seams, to_device, train
 from torchreg.runs.setup import prepare
@@ -56,7 +56,7 @@ def _initial_state(communicator: Communicator, seams: Seams, config: TrainConfig
     for name, value in own.items():
         error = None if value == main[name] else f"{value} here and {main[name]} on rank 0"
         measured = f"equal on {communicator.world_size}"
-        yield agree(communicator, "initial state", name, error, measured, "equal on all ranks")
+        yield agree(communicator, "initial state", name, error, measured, "equal on all")
 
 
 def _invariance(communicator: Communicator, seams: Seams, base: TrainConfig) -> Iterator[Check]:
@@ -77,8 +77,8 @@ def _invariance(communicator: Communicator, seams: Seams, base: TrainConfig) -> 
         difference = max(abs(a - b) / abs(b) for a, b in pairs)
         error = None if difference <= tolerance else f"differs from one process by {difference:.2g}"
         measured = f"off by {difference:.1e}" if difference else "the same bits"
-        expected = f"one process, to {tolerance:.0e}" if tolerance else "the bits of one process"
-        yield agree(communicator, "invariance", f"{optimizer} × {sync}, {reduction}", error, measured, expected)
+        area, expected = ("invariance", f"within {tolerance:.0e}") if tolerance else ("bit for bit", "the same bits")
+        yield agree(communicator, area, f"{optimizer} × {sync}", error, measured, expected)
 
 
 def _closed_form(communicator: Communicator, seams: Seams, base: TrainConfig) -> Iterator[Check]:
@@ -91,7 +91,7 @@ def _closed_form(communicator: Communicator, seams: Seams, base: TrainConfig) ->
         assert curve
         low, high = curve.low[-1] - rounding, curve.high[-1] + rounding
         excess = train(config, communicator, seams=seams).excess
-        measured = "diverged" if excess is None else f"{percent(excess)} above the optimum"
+        measured = "diverged" if excess is None else f"{percent(excess)} above"
         error = None if excess is not None and low <= excess <= high else measured
         expected = f"at most {percent(high)}" if low <= 0 else f"{percent(low)} to {percent(high)}"
         yield agree(communicator, "closed form", name, error, measured, expected)

@@ -34,7 +34,7 @@ def topology_checks(communicator: Communicator) -> Iterator[Check]:
         error = f"local ranks here are {here}"
     counts = " or ".join(map(str, sorted({len(ranks) for ranks in local_ranks.values()})))
     measured = f"{len(local_ranks)} host{'s' * (len(local_ranks) > 1)} with {counts} ranks"
-    yield row("ranks on hosts", error, measured, "each local rank once on each host")
+    yield row("ranks on hosts", error, measured, "each rank once")
 
     if communicator.device.type == "cpu":
         yield Check("topology", "devices", "SKIP", "the ranks compute on CPUs")
