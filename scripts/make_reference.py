@@ -85,12 +85,10 @@ def commands() -> str:
 
 
 def _helps(words: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    text = _output(*words, "--help")
-    yield " ".join(("torchreg", *words)), text.strip("\n")
-    names = re.search(r"\{([a-z,-]+)\} \.\.\.", text.partition("\n\n")[0])
-    more = (
-        list(COMMANDS) if not words else ["compare"] if words == ("report",) else names[1].split(",") if names else []
-    )
+    text = _output(*words, "--help").strip("\n")
+    yield " ".join(("torchreg", *words)), text or f"torchreg {words[0]}: {COMMANDS[words[0]]}"
+    named = re.search(r"\{([a-z,-]+)\} \.\.\.", text.partition("\n\n")[0])
+    more = {(): list(COMMANDS), ("report",): ["compare"]}.get(words) or (named[1].split(",") if named else [])
     for name in more:
         yield from _helps((*words, name))
 
@@ -100,7 +98,7 @@ def _output(*arguments: str) -> str:
     printed, columns = io.StringIO(), os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "80"
     try:
-        with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(None), contextlib.suppress(SystemExit):
             torchreg(arguments)
     finally:
         del os.environ["COLUMNS"]
