@@ -84,10 +84,10 @@ def _helps(words: tuple[str, ...]) -> Iterator[tuple[str, str]]:
 
 def _output(*arguments: str) -> str:
     """What `torchreg` prints on a terminal of 80 columns."""
-    printed, columns = io.StringIO(), os.environ.get("COLUMNS")
+    printed, errors, columns = io.StringIO(), io.StringIO(), os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "80"
     try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(None), contextlib.suppress(SystemExit):
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors), contextlib.suppress(SystemExit):
             torchreg(arguments)
     finally:
         del os.environ["COLUMNS"]
