@@ -237,7 +237,7 @@ def test_steps_across_nodes_are_another_series_than_those_within_one():
             ("across nodes, 2 ranks a node", two_each),
         )
     }
-    assert "Strong scaling across nodes, 2 ranks a node (baseline 2 ranks): " in "\n".join(summary_lines(report))
+    assert "Strong scaling across nodes, 2 ranks a node (baseline 2 ranks). " in "\n".join(summary_lines(report))
 
 
 def test_series_that_form_by_coincidence_are_excluded():

@@ -247,7 +247,7 @@ def test_the_verdict_comes_before_everything_else(page):
     order = [
         "Trains correctly",
         "All ",
-        "Strong scaling within a node (baseline 1 rank): efficiency",
+        "Strong scaling within a node (baseline 1 rank). Efficiency",
         "Fastest to 1 % above",
     ]
     positions = [shown.index(part) for part in order]
@@ -281,7 +281,7 @@ def test_a_wrong_result_comes_first(status, shown, empty, tmp_path):
 def test_sentences_are_there_once(page, markdown):
     for shown in ("".join(page.text), markdown):
         for kind in ("Strong", "Weak"):
-            assert shown.count(f"{kind} scaling within a node (baseline 1 rank): efficiency") == 1
+            assert shown.count(f"{kind} scaling within a node (baseline 1 rank). Efficiency") == 1
         assert shown.count("Fastest to 1 %") == 1
 
 
