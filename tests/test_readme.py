@@ -1,8 +1,9 @@
-"""The README is what a new user types. If a command in it fails, the project is broken for them."""
+"""README and docs are what a new user types. If a command in them fails, the project is broken for them."""
 
 import re
 import shlex
 import sys
+import textwrap
 from importlib.metadata import packages_distributions, requires
 from itertools import groupby
 
@@ -14,7 +15,19 @@ from .conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEMO = (ROOT / "scripts/demo.sh").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^( *)```bash\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+# What the reader of a page types, from its first block to its last.
+COMMANDS = {
+    str(page.relative_to(ROOT)): "".join(
+        textwrap.dedent(block) for _, block in BLOCK.findall(page.read_text(encoding="utf-8"))
+    )
+    for page in PAGES
+}
+COMMANDS = {page: commands for page, commands in COMMANDS.items() if commands}
+PLAIN = re.compile(r"torchreg [^$|&;<>\\\n]*")
+IN_ONE_PROCESS = [page for page, text in COMMANDS.items() if all(map(PLAIN.fullmatch, text.splitlines()))]
+IN_A_SHELL = [page for page in COMMANDS if page not in IN_ONE_PROCESS]
 
 
 def installed_by_the_demo():
@@ -50,35 +63,46 @@ def after_the_demo(tmp_path_factory):
 
 
 IN_TURN = """
-import shlex, sys
+import os, shlex, sys
 from torchreg.cli import main
+top = os.getcwd()
 for line in sys.argv[1:]:
-    if code := main(shlex.split(line, comments=True)[1:]):
-        sys.exit(f"{line}: exit code {code}")
+    if not line.startswith("torchreg "):  # a page: its own folder
+        folder = os.path.join(top, line)
+        os.makedirs(folder), os.chdir(folder)
+    elif code := main(shlex.split(line, comments=True)[1:]):
+        sys.exit(f"{os.getcwd()}: {line}: exit code {code}")
 """
 
 
-def in_one_process(block):
-    """The block, in which one process runs lines of plain `torchreg` that follow each other: torch is imported once."""
+def in_one_process(text):
+    """The text, in which one process runs lines of plain `torchreg` that follow each other: torch is imported once."""
     lines = []
-    for is_plain, group in groupby(block.splitlines(), lambda line: bool(re.fullmatch(r"torchreg [^$|&;<>]*", line))):
+    for is_plain, group in groupby(text.splitlines(), lambda line: bool(PLAIN.fullmatch(line))):
         group = list(group)
         lines += [shlex.join(["python", "-c", IN_TURN, *group])] if is_plain and len(group) > 1 else group
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=[block.split("\n")[0][:30] for block in BLOCKS])
-def test_commands_run_as_they_stand(block, run, tmp_path, after_the_demo):
+@pytest.mark.parametrize("page", IN_A_SHELL)
+def test_commands_run_as_they_stand(page, run, tmp_path, after_the_demo):
     """T6's start-up: a newcomer has run the demo and activated .venv, and types the next line."""
-    done = run(
-        "bash", "-euo", "pipefail", "-c", in_one_process(block), cwd=tmp_path, timeout_s=240, PYTHONPATH=after_the_demo
-    )
+    script = in_one_process(COMMANDS[page])
+    done = run("bash", "-euvo", "pipefail", "-c", script, cwd=tmp_path, timeout_s=280, PYTHONPATH=after_the_demo)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_plain_commands_run_as_they_stand(run, tmp_path, after_the_demo):
+    """The same for pages that have lines of plain `torchreg` alone: one process runs them all, each in its folder."""
+    assert IN_ONE_PROCESS
+    lines = [line for page in IN_ONE_PROCESS for line in (page, *COMMANDS[page].splitlines())]
+    done = run(sys.executable, "-c", IN_TURN, *lines, cwd=tmp_path, timeout_s=280, PYTHONPATH=after_the_demo)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_commands_that_start_ranks_name_their_device():
     """L5: else, on a workstation with one GPU, two ranks are refused for want of a second one."""
-    lines = [line for text in (*BLOCKS, DEMO) for line in text.splitlines()]
+    lines = [line for text in (*COMMANDS.values(), DEMO) for line in text.splitlines()]
     starts = [line for line in lines if re.match(r"mpiexec|torchrun|torchreg scale run", line)]
     assert len(starts) >= 6
     for line in starts:
@@ -101,9 +125,3 @@ def test_the_demo_ends_as_promised(run, tmp_path, after_the_demo):
     assert comparable(done.stdout) == comparable(promised)
     assert "source .venv/bin/activate" in done.stdout.splitlines()[-1]
     assert README.index("source .venv/bin/activate") < README.index("```bash")
-
-
-def test_the_table_of_options_is_the_configurations(run, tmp_path):
-    done = run(sys.executable, str(ROOT / "scripts/options_table.py"), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() in README, "python scripts/options_table.py prints the new table"
