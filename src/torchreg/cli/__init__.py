@@ -134,12 +134,12 @@ def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return 0 if arguments else EXIT_BAD_INPUT
-    if arguments == ["completion"]:
+    name, *options = arguments
+    if name not in COMMANDS or (name == "completion" and set(options) - {"-h", "--help"}):
+        raise ValueError(f"{' '.join(arguments[:2])!r} is no command: the commands are {', '.join(COMMANDS)}")
+    if name == "completion":  # its first lines are its help
         print(files("torchreg.cli").joinpath("completion.sh").read_text(encoding="utf-8"), end="")
         return 0
-    name, *options = arguments
-    if name not in COMMANDS or name == "completion":
-        raise ValueError(f"{name!r} is no command: the commands are {', '.join(COMMANDS)}")
     if own_rank() > 0 and not _ON_ALL_RANKS & {name, " ".join(arguments[:2])}:
         return 0  # each file is written once
     return int(import_module(f"torchreg.cli.{name}_command").run(options))

@@ -147,13 +147,8 @@ def _list(info: constructors.PrimitiveTypeInfo) -> constructors.PrimitiveConstru
             values = tuple(spec.instance_from_str([entry]) for entry in entries)
             if values and length in (None, len(values)) and not (one is int and min(values) < 1):
                 return values
-        what = (
-            "whole numbers of at least 1, such as 1,2,4"
-            if one is int
-            else f"{length} numbers"
-            if length
-            else spec.metavar
-        )
+        numbers = f"{length} numbers" if length else spec.metavar
+        what = "whole numbers of at least 1, such as 1,2,4" if one is int else numbers
         raise ValueError(f"the list is {' '.join(words)!r}: give {what}, separated by commas")
 
     return constructors.PrimitiveConstructorSpec(
