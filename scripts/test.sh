@@ -9,5 +9,5 @@ ruff format --check .
 ruff check .
 mypy & types=$! # beside tests, many of which wait
 lint-imports
-python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@" # many tests wait: two cores serve three workers
 wait "$types"

@@ -1,13 +1,11 @@
 """If a bad choice is accepted, the run fails late or, worse, does something else than was asked."""
 
-import importlib.util
 
 import pytest
 
+from torchreg.cli.options import comments
 from torchreg.runs.config import BatchConfig, RunConfig, TrainConfig
 from torchreg.runs.recipes import RECIPES, with_recipe
-
-from ..conftest import ROOT
 
 
 @pytest.mark.parametrize(
@@ -76,10 +74,7 @@ def test_any_value_overrides_a_recipes():
 
 
 def test_every_option_has_a_sentence():
-    spec = importlib.util.spec_from_file_location("options_table", ROOT / "scripts/options_table.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    docs = {name: doc for part in vars(TrainConfig()).values() for name, doc in script.docs(type(part)).items()}
+    docs = {name: doc for part in vars(TrainConfig()).values() for name, doc in comments(type(part)).items()}
     assert docs.keys() == TrainConfig().options().keys()
     assert all(sentence.endswith(".") for sentence in docs.values())
 
