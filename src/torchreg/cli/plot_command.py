@@ -35,6 +35,6 @@ def run(argv: list[str]) -> int:
             try:
                 show_files(folder, draw(folder))
                 return 0
-            except (OSError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{folder} cannot be drawn, because its records are incomplete: {error!r}") from error
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{folder} cannot be drawn, because its records are damaged: {error!r}") from error
     raise ValueError(f"run is {options.run!r}, which has no {', '.join(files)}: name a finished run, sweep or plan")
