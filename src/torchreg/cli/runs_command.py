@@ -47,7 +47,7 @@ def run(argv: list[str]) -> int:
         )
         show_table(["run", "state", "steps", "ranks", "loss", "above optimum", "written"], [row for _, row in found])
     else:
-        raise ValueError(f"run is {options.run!r}, which is no run and no folder of runs: train one, or name its folder")
+        raise ValueError(f"run is {options.run!r}, which is no run and no folder of runs: name one")
     return 0
 
 
