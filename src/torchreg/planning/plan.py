@@ -57,7 +57,7 @@ class Plan:
     def heading(self) -> list[str]:
         """Data, closed-form solution and curvature, in lines."""
         flattest, steepest = self.curvature
-        ratio = number(steepest / flattest) if flattest > 0 else "more than 1e+16"
+        ratio = number(steepest / flattest) if flattest > 0 else "more than 1e+28"
         features = _count(self.num_features, "feature")
         return [
             f"plan         {self.source}: {self.num_rows} rows, {features}; lr_scaling {self.lr_scaling}",

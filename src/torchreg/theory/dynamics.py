@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import numpy as np
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from torchreg.theory.maps import band, first_reached, is_contraction, polynomial, spectral_radius, symmetric_basis
 from torchreg.theory.moments import Matrix, RowGradients
-from torchreg.theory.steps import MAX_SEQUENTIAL, IndependentSteps, Order, ShuffledEpochs, square_maps, units
+from torchreg.theory.steps import MAX_SEQUENTIAL, NARROWEST, IndependentSteps, Order, ShuffledEpochs, square_maps, units
 
 Steps = NDArray[np.int64]
 Sampling = Literal["random", "shuffle", "full"]
@@ -66,20 +66,20 @@ class Dynamics:
     `criterion` is what is predicted and must shrink: the mean square of the error, or beyond `MAX_FEATURES` its mean
     alone, without the noise of mini-batches. Beyond `MAX_SEQUENTIAL` features `order` is always the simultaneous one.
 
-    The error is held as δ̃ = scale·δ, in which every learning rate is 1, with x = lr_unit·k, and losses as multiples of
-    error_unit², so that neither raw units nor extreme learning rates overflow. `steps` move a state: E[z zᵀ] on the
-    coordinates of symmetric matrices; or, for the mean, E[δ̃], in the simultaneous order along the `modes`, the
-    eigenvectors of 2G̃ times √(curvature/2). `groups` are the dynamics of each group of sampled batches alone.
+    The error is held as ε = basis·δ, whose excess is error_unit²·|ε|² and which a full batch multiplies by
+    1 − x·curvature, x = lr_unit·k: neither raw units nor extreme learning rates overflow. `basis` (p, p) and
+    `curvature` (p,), the eigenvalues of 2G̃ where every learning rate is 1, are from the singular values of a factor of
+    G̃, so the condition number is not squared. `steps` move a state: E[z zᵀ], z = (ε, 1), on the coordinates of
+    symmetric matrices; or, for the mean, E[ε]. `groups` are the dynamics of each group of sampled batches alone.
     """
 
     criterion: Literal["mean square", "mean"]
     order: Order
     lr_unit: float
-    scale: Matrix
+    basis: Matrix
     error_unit: float
-    gram: Matrix
+    curvature: Matrix
     steps: IndependentSteps | ShuffledEpochs
-    modes: Matrix | None = None
     groups: tuple[Dynamics, ...] = ()
 
     @classmethod
@@ -101,32 +101,36 @@ class Dynamics:
         if key in rows.known:
             return rows.known[key]
         lr_unit, scale, factors = units(rows, learning_rates)
-        scaling = 2 * np.outer(factors[:-1], factors)
-        mean_q = np.vstack([scaling * rows.mean, np.zeros(len(factors))])
-        curvature = mean_q[:-1, :-1]
-        common = (lr_unit, scale, rows.error_unit, curvature / 2)
+        left, values, right = np.linalg.svd(rows.factor * factors)
+        values = np.maximum(values, NARROWEST * values[0])
+        curvature = 2 * values**2
+        common = (lr_unit, values[:, None] * right * scale, rows.error_unit, curvature)
+        bias_only = np.outer(values * right[:, -1], right[:, -1] / values)  # takes the bias's part of a step
         if rows.rows is not None and rows.covariance is not None:
-            b, covariance = rows.rows * factors, rows.covariance * scaling.ravel() * scaling.reshape(-1, 1)
-            maps, of_groups = square_maps(b, mean_q, covariance, global_batch_size, order, seed)
+            rotation, mean_q = np.pad(left, (0, 1)), np.pad(np.diag(curvature), (0, 1))
+            rotation[-1, -1], mean_q[:-1, -1] = 1.0, curvature * (left.T @ rows.mean)
+            flat = np.kron(left, rotation) * np.repeat(curvature, len(rotation))
+            covariance = flat.T @ rows.covariance @ flat
+            b, bias = (rows.rows @ rotation, bias_only) if order == "sequential" else (rows.rows, None)
+            of_batches = partial(square_maps, b, mean_q, covariance, bias, seed)
+            maps, of_groups = of_batches(global_batch_size)
             groups = tuple(cls("mean square", order, *common, IndependentSteps(group)) for group in of_groups)
             steps: IndependentSteps | ShuffledEpochs = IndependentSteps(maps)
             num_steps, remainder = math.ceil(rows.num_rows / global_batch_size), rows.num_rows % global_batch_size
             is_small = num_features <= _MOST_SHUFFLED_FEATURES and 1 < num_steps <= _MOST_SHUFFLED_STEPS
             if sampling == "shuffle" and order == "simultaneous" and is_small:
-                steps = ShuffledEpochs(rows.num_rows, global_batch_size, mean_q, covariance.reshape(scaling.shape * 2))
+                covariance = covariance.reshape(mean_q[:-1].shape * 2)
+                steps = ShuffledEpochs(rows.num_rows, global_batch_size, mean_q, covariance)
             elif sampling == "shuffle" and remainder:
-                short, _ = square_maps(b, mean_q, covariance, remainder, order, seed)
-                steps = IndependentSteps(maps, short, num_steps)
+                steps = IndependentSteps(maps, of_batches(remainder)[0], num_steps)
             dynamics = cls("mean square", order, *common, steps, groups=groups)
         elif order == "sequential" and num_features <= MAX_SEQUENTIAL:
             # With B and W keeping the bias and the weight, E[A] = (I − kBC)(I − kWC) = I − kC + k² BCWC, C = 2G̃.
-            twice = np.zeros_like(curvature)
-            twice[-1] = curvature[-1, :-1] @ curvature[:-1]
-            dynamics = cls("mean", order, *common, IndependentSteps(np.array([-curvature, twice])))
+            mean = np.diag(curvature)
+            twice = bias_only @ (mean - mean @ bias_only) @ mean
+            dynamics = cls("mean", order, *common, IndependentSteps(np.array([-mean, twice])))
         else:
-            values, directions = np.linalg.eigh(curvature)
-            modes = directions * np.sqrt(np.maximum(values, 0) / 2)
-            dynamics = cls("mean", "simultaneous", *common, IndependentSteps(-values[None]), modes)
+            dynamics = cls("mean", "simultaneous", *common, IndependentSteps(-curvature[None]))
         rows.known[key] = dynamics
         return dynamics
 
@@ -137,9 +141,9 @@ class Dynamics:
 
     def contraction(self, k: float = 1.0) -> float:
         """The asymptotic factor by which a step shrinks the mean of the error: the spectral radius of E[A]."""
-        x, p = k * self.lr_unit, len(self.gram)
+        x, p = k * self.lr_unit, len(self.curvature)
         if isinstance(self.steps, ShuffledEpochs) or self.order == "simultaneous":
-            return float(np.abs(1 - 2 * x * np.linalg.eigvalsh(self.gram)).max())
+            return float(np.abs(1 - x * self.curvature).max())
         change = polynomial(self.steps.maps, x)
         if self.criterion == "mean square":  # its part that moves E[δ], the last column of Z
             of_mean = np.flatnonzero(np.triu_indices(p + 1)[1] == p)[:-1]
@@ -158,7 +162,8 @@ class Dynamics:
 
     def is_stable(self, k: float = 1.0) -> bool:
         """Whether training converges with the learning rates times k: whether `radius` is below 1, at lower cost."""
-        return self.contraction(k) < 1 if self.criterion == "mean" else is_contraction(self._inner_change(k), self.gram)
+        is_mean = self.criterion == "mean"
+        return self.contraction(k) < 1 if is_mean else is_contraction(self._inner_change(k), np.diag(self.curvature))
 
     def _inner_change(self, k: float) -> Matrix:
         with np.errstate(over="ignore", invalid="ignore"):
@@ -175,8 +180,8 @@ class Dynamics:
 
     @cached_property
     def _largest_multiplier(self) -> float:
-        low, high = 0.0, 1 / float(np.linalg.eigvalsh(self.gram)[-1]) / self.lr_unit
-        if self.modes is not None:
+        low, high = 0.0, 2 / float(self.curvature[0]) / self.lr_unit
+        if self.criterion == "mean" and self.order == "simultaneous":
             return high
         if self.order == "simultaneous" and isinstance(self.steps, IndependentSteps) and self.steps.short is None:
             linear, quadratic = self.steps.maps[:, self._inner[:, None], self._inner]
@@ -220,8 +225,10 @@ class Dynamics:
             excess = np.nan_to_num(self._excess(states), nan=np.inf)
         bounds = np.full((2, len(wanted)), np.nan)
         if self.criterion == "mean square":
-            q = len(self.gram) + 1
-            bounds = self.error_unit**2 * band((states @ symmetric_basis(q)).reshape(-1, q, q), self.gram)
+            q = len(self.curvature) + 1
+            turned, triangle = np.linalg.qr(self.basis)  # back to the parameters' order, so that draws stay the same
+            root = (turned * np.copysign(1.0, np.diag(triangle))).T
+            bounds = self.error_unit**2 * band((states @ symmetric_basis(q)).reshape(-1, q, q), root)
         return LearningCurve(wanted, excess, *bounds)
 
     def steps_to(
@@ -261,27 +268,25 @@ class Dynamics:
         return float(np.std(values, ddof=1) / math.sqrt(len(values))) if values else 0.0
 
     def _states(self, start: Matrix, factors: Sequence[float]) -> Iterator[Matrix]:
-        state = self.scale * start
+        state = self.basis @ start
         if self.criterion == "mean square":
             z = np.append(state, 1.0)
             state = symmetric_basis(len(z)) @ np.outer(z, z).ravel()
-        elif self.modes is not None:
-            state = state @ self.modes
         return self.steps.states(state, [k * self.lr_unit for k in factors])
 
     @cached_property
     def _inner(self) -> NDArray[np.intp]:
-        """Which coordinates of Z are the second moment of δ."""
-        return np.flatnonzero(np.triu_indices(len(self.gram) + 1)[1] < len(self.gram))
+        """Which coordinates of Z are the second moment of ε."""
+        return np.flatnonzero(np.triu_indices(len(self.curvature) + 1)[1] < len(self.curvature))
 
     @cached_property
     def _weights(self) -> Matrix:
-        """The excess as a weighted sum of the coordinates of E[z zᵀ]: tr(G̃C̃)."""
-        return self.error_unit**2 * (symmetric_basis(len(self.gram) + 1) @ np.pad(self.gram, (0, 1)).ravel())
+        """The excess as a weighted sum of the coordinates of E[z zᵀ]: the trace without the constant's part."""
+        of_error = np.pad(np.eye(len(self.curvature)), (0, 1))
+        return self.error_unit**2 * (symmetric_basis(len(of_error)) @ of_error.ravel())
 
     def _excess(self, states: Matrix) -> Matrix:
-        """The excess loss δ̃ᵀG̃δ̃ of states (..., size), in the loss's own units."""
+        """The excess loss |ε|² of states (..., size), in the loss's own units."""
         if self.criterion == "mean square":
             return np.asarray(states @ self._weights)
-        squares = states**2 if self.modes is not None else states @ self.gram * states
-        return np.asarray(self.error_unit**2 * squares.sum(axis=-1))
+        return np.asarray(self.error_unit**2 * np.sum(states**2, axis=-1))

@@ -74,23 +74,18 @@ def is_contraction(change: Matrix, interior: Matrix) -> bool:
     return bool(np.linalg.eigvalsh((solution @ basis).reshape(interior.shape))[0] > 0)
 
 
-def band(second_moments: Matrix, gram: Matrix) -> Matrix:
-    """Bounds of 95 % of δᵀGδ for normal δ, (2, steps), from E[z zᵀ] (steps, p + 1, p + 1), z = (δ, 1), and G (p, p).
+def band(second_moments: Matrix, root: Matrix) -> Matrix:
+    """Bounds of 95 % of |y|² for y = `root` δ and normal δ, (2, steps), from E[z zᵀ] (steps, p + 1, p + 1), z = (δ, 1).
 
-    Quantiles of |y|² for y = G^½ δ, from the same draws at every step; infinite where a moment is.
+    Quantiles from the same draws at every step; infinite where a moment is.
     """
-    try:
-        root = np.linalg.cholesky(gram).T
-    except np.linalg.LinAlgError:  # a direction lost in float64 rounding
-        curvature, directions = np.linalg.eigh(gram)
-        root = np.sqrt(np.maximum(curvature, 0))[:, None] * directions.T
     bounds = np.full((2, len(second_moments)), np.inf)
     finite = np.isfinite(second_moments).all(axis=(1, 2))
     means = second_moments[finite, :-1, -1]
     covariances = second_moments[finite, :-1, :-1] - means[:, :, None] * means[:, None, :]
     values, vectors = np.linalg.eigh(root @ covariances @ root.T)
     spreads = vectors * np.sqrt(np.maximum(values, 0))[:, None, :]
-    draws = np.random.default_rng(0).standard_normal((_BAND_DRAWS // 2, len(gram)))
+    draws = np.random.default_rng(0).standard_normal((_BAND_DRAWS // 2, len(root)))
     draws = np.vstack([draws, -draws])
     for index, mean, spread in zip(np.flatnonzero(finite), means @ root.T, spreads, strict=True):
         y = mean + draws @ spread.T

@@ -23,6 +23,7 @@ _WANTED_DIGITS = 12
 _HARMLESS_CONDITION = 100.0  # below it, missing digits come from a weight near 0, not from dependent features
 _MOST_DECOMPOSED = 256  # features up to which singular values are computed exactly
 _POWER_STEPS = 50
+_RESOLVED = 1e-14  # singular values, of the largest
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class ClosedForm:
             return None
         return (
             f"the features are nearly dependent (condition number {self.condition_number:.2g}): about {self.digits} "
-            "digits of the closed-form weights are correct; exclude one of the features"
+            "digits of the closed-form weights are correct, and the forecast has a relative error of up to about "
+            f"{16 * _EPSILON * self.condition_number:.1g}; exclude one of the features"
         )
 
 
@@ -159,18 +161,20 @@ class Moments:
 
 @dataclass(frozen=True, eq=False)
 class RowGradients:
-    """Mean and covariance over rows of a_i b_iᵀ with b_i = (a_i, −e_i): the gradient of a batch is a mean of these.
+    """Mean and covariance over rows of u_i b_iᵀ with b_i = (u_i, −e_i): Rᵀ times a mean of these is a batch's gradient.
 
-    Features, in the model's units, are divided by `feature_unit` (num_features,) and residuals by `error_unit`.
-    `rows` (num_rows, p + 1) are the b_i so divided, p being num_features + 1; `mean` is (p, p + 1), and `covariance`
-    (p(p + 1), p(p + 1)). Beyond `MAX_FEATURES` `rows` and `covariance` are None. `known` caches the `Dynamics` of the
-    same rows by their other arguments.
+    Features, in the model's units, are divided by `feature_unit` (num_features,) and residuals by `error_unit`. Then
+    a_i = Rᵀu_i with the `factor` R (p, p), p being num_features + 1; G = RᵀR, and the mean of u_i u_iᵀ is I. R keeps
+    directions of nearly dependent features that G loses. `rows` (num_rows, p + 1) are the b_i; `mean` (p,) is that of
+    −e_i u_i, and `covariance` (p(p + 1), p(p + 1)). Beyond `MAX_FEATURES` `rows` and `covariance` are None. `known`
+    caches the `Dynamics` of the same rows by their other arguments.
     """
 
     num_rows: int
     rows: Matrix | None
     feature_unit: Matrix
     error_unit: float
+    factor: Matrix
     mean: Matrix
     covariance: Matrix | None
     known: dict[Any, Any]
@@ -183,25 +187,30 @@ class RowGradients:
         largest = np.maximum(features.max(axis=0), -features.min(axis=0))
         feature_unit = largest * np.sqrt(np.mean(np.square(features / largest), axis=0))
         error_unit = float(np.sqrt(np.mean(residual**2))) or 1.0
-        rows = np.hstack([features / feature_unit, np.ones((num_rows, 1)), -residual / error_unit])
+        centre = features.mean(axis=0)
+        centred, mean = np.hstack([np.ones((num_rows, 1)), features - centre]), np.zeros(num_features + 1)
+        directions, triangle = np.linalg.qr(centred) if num_features <= MAX_FEATURES else (centred, _triangle(centred))
+        triangle[0, 1:] += triangle[0, 0] * centre
+        factor = np.roll(triangle, -1, axis=1) / np.append(feature_unit, 1.0) / math.sqrt(num_rows)
         if num_features > MAX_FEATURES:
-            return cls(num_rows, None, feature_unit, error_unit, (rows.T @ rows)[:-1] / num_rows, None, known)
-        mean = rows[:, :-1].T @ rows / num_rows
-        covariance = np.zeros((mean.size, mean.size))
+            return cls(num_rows, None, feature_unit, error_unit, factor, mean, None, known)
+        rows = np.hstack([directions * math.sqrt(num_rows), -residual / error_unit])
+        product = rows[:, :-1].T @ rows / num_rows
+        covariance = np.zeros((product.size, product.size))
         for i in range(0, num_rows, _GRADIENT_CHUNK_ROWS):
             b = rows[i : i + _GRADIENT_CHUNK_ROWS]
-            flat = (b[:, :-1, None] * b[:, None, :] - mean).reshape(len(b), -1)
+            flat = (b[:, :-1, None] * b[:, None, :] - product).reshape(len(b), -1)
             covariance += flat.T @ flat / num_rows
-        return cls(num_rows, rows, feature_unit, error_unit, mean, covariance, known)
+        return cls(num_rows, rows, feature_unit, error_unit, factor, product[:, -1], covariance, known)
 
     def curvature(self) -> Matrix:
         """The eigenvalues of 2G, the loss's second derivatives in the model's units, smallest first, (p,).
 
-        Full-batch training with one learning rate for all parameters converges below 2 over the largest (Wilkinson
-        1965).
+        0 where it is less than 1e-28 times the largest, which float64 does not resolve. Full-batch training with one
+        learning rate for all parameters converges below 2 over the largest (Wilkinson 1965).
         """
-        unit = np.append(self.feature_unit, 1.0)
-        return np.asarray(np.linalg.eigvalsh(2 * self.mean[:, :-1] * np.outer(unit, unit)))
+        values = np.linalg.svd(self.factor * np.append(self.feature_unit, 1.0), compute_uv=False)[::-1]
+        return np.where(values > _RESOLVED * values[-1], 2 * values**2, 0.0)
 
 
 def _triangle(rows: Matrix) -> Matrix:

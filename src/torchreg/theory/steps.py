@@ -17,17 +17,18 @@ Order = Literal["simultaneous", "sequential"]
 
 MAX_SEQUENTIAL = 128
 """The sequential order has no symmetric matrix: beyond this many features it is predicted as the simultaneous one."""
+NARROWEST = 1e-50  # of the widest direction: its fourth power is still a number
 
 _MOST_EPOCH_STEPS = 512
-_NARROWEST = 1e-50  # of the widest direction: its fourth power is still a number
 _EXTREME = 1e305  # learning rates beyond which the stability limit would not be a number
+_SAMPLED = 1e-4  # of the widest direction: what narrower ones add to a sampled covariance would be lost
 _SAMPLE_GROUPS = 8
 _GROUP_BATCHES = 256
 _MOST_DRAWN_ROWS = 512
 
 
 def units(rows: RowGradients, learning_rates: tuple[float, float]) -> tuple[float, Matrix, Matrix]:
-    """`lr_unit` and `scale` of `Dynamics`, and the factors (p + 1,) from the units of `rows` to those of δ̃.
+    """`lr_unit` of `Dynamics`, δ̃ = scale·δ where every learning rate is 1, and the factors (p,) from a_i to ã_i there.
 
     Raises `ValueError` for learning rates so far apart that one of them vanishes beside the other, and for those too
     extreme to have a stability limit in float64.
@@ -36,7 +37,7 @@ def units(rows: RowGradients, learning_rates: tuple[float, float]) -> tuple[floa
     sqrt_learning_rates = np.sqrt([weight] * len(rows.feature_unit) + [bias])
     lengths = np.append(rows.feature_unit, 1.0) * sqrt_learning_rates
     unit, error, remedy = float(lengths.max()), "", ""
-    if lengths.min() < _NARROWEST * unit:
+    if lengths.min() < NARROWEST * unit:
         error, remedy = "far apart", "bring them closer"
     elif not 1 / _EXTREME < unit * unit < _EXTREME:
         error, remedy = ("small", "give larger ones") if unit < 1 else ("large", "give smaller ones")
@@ -45,31 +46,36 @@ def units(rows: RowGradients, learning_rates: tuple[float, float]) -> tuple[floa
             f"base_learning_rate is {weight:.4g} (weight) and {bias:.4g} (bias), too {error} to be computed with, for "
             f"features of size {rows.feature_unit.max():.3g}: {remedy}"
         )
-    return unit * unit, unit / (sqrt_learning_rates * rows.error_unit), np.append(lengths / unit, 1.0)
+    return unit * unit, unit / (sqrt_learning_rates * rows.error_unit), lengths / unit
 
 
 def square_maps(
-    rows: Matrix, mean_q: Matrix, covariance: Matrix, global_batch_size: int, order: Order, seed: int
+    rows: Matrix, mean_q: Matrix, covariance: Matrix, bias_only: Matrix | None, seed: int, global_batch_size: int
 ) -> tuple[Matrix, list[Matrix]]:
     """E[A⊗A] − I, and the same of each group of sampled batches, (powers of k, size, size).
 
-    `rows` are the b_i in units of δ̃; `mean_q` (p + 1, p + 1) is the mean over rows of Q_i, and `covariance`
-    (p(p + 1), p(p + 1)) that of its upper rows. The groups are empty where nothing is sampled.
+    `rows` are the b_i along the directions of ε; `mean_q` (p + 1, p + 1) is the mean over rows of Q_i, which steps ε,
+    and `covariance` (p(p + 1), p(p + 1)) that of its upper rows. In the sequential order `bias_only` (p, p) takes the
+    bias's part of a step. The groups are empty where nothing is sampled.
     """
     num_rows, q, identity = len(rows), len(mean_q), np.eye(len(mean_q))
     of_batch = covariance * max(0.0, (num_rows - global_batch_size) / (global_batch_size * (num_rows - 1)))
     squares = kron(mean_q, mean_q)
     squares[:-1, :-1] += of_batch.reshape(q - 1, q, q - 1, q).transpose(0, 2, 1, 3)
     linear, quadratic = -on_symmetric(symmetric_kron(mean_q, identity)), on_symmetric(squares)
-    if order == "simultaneous":
+    if bias_only is None:
         return np.array([linear, quadratic]), []
-    twice = np.zeros((q, q))
-    twice[-2] = np.einsum("jjc->c", squares[-2, :-2, :-2])
+    second = np.pad(bias_only, (0, 1))
+    twice = second @ np.einsum("ijbc,bj->ic", squares, identity - second)
     quadratic += on_symmetric(symmetric_kron(twice, identity))
-    root = _covariance_root(of_batch, 0.5)
+    # Sampled are 2 b_i b_iᵀ with a_i instead of u_i, as the learning rates weigh them.
+    curvature = np.diag(mean_q)[:-1]
+    unit = np.append(np.sqrt(np.maximum(curvature, _SAMPLED**2 * curvature[0]) / 2), 1.0)
+    scaling = np.outer(curvature / unit[:-1] / 2, 1 / unit).ravel()
+    root = _covariance_root(of_batch / np.outer(scaling, scaling), 0.5)
     groups = [
-        np.array([linear, quadratic, *_higher_maps(deviations, mean_q[:-1], root)])
-        for deviations in _sampled_deviations(rows, root, global_batch_size, seed)
+        np.array([linear, quadratic, *_higher_maps(deviations, mean_q[:-1], root * scaling, second)])
+        for deviations in _sampled_deviations(rows * unit, root, global_batch_size, seed)
     ]
     return np.mean(groups, axis=0), groups if len(groups) > 1 else []
 
@@ -93,18 +99,18 @@ def _sampled_deviations(rows: Matrix, root: Matrix, global_batch_size: int, seed
         yield sampled - sampled.mean(axis=0)
 
 
-def _higher_maps(deviations: Matrix, mean: Matrix, root: Matrix) -> tuple[Matrix, Matrix]:
+def _higher_maps(deviations: Matrix, mean: Matrix, root: Matrix, second: Matrix) -> tuple[Matrix, Matrix]:
     """The k³ and k⁴ terms of E[A⊗A] in the sequential order, from sampled deviations.
 
     Adjusted to the exact `mean` (p, p + 1) and covariance, whose root is `root` (p(p + 1), p(p + 1)): with the exact
     terms in k and k² the map is that of one distribution, so it stays positive; and the sampling error is small.
+    `second` (p + 1, p + 1) takes the bias's part of a step.
     """
     num, (p, q) = len(deviations), mean.shape
     adjusted = deviations @ _covariance_root(deviations.T @ deviations / num, -0.5) @ root
     gradients = np.zeros((num, q, q))
     gradients[:, :-1] = (mean.ravel() + adjusted).reshape(num, p, q)
-    twice = np.zeros_like(gradients)
-    twice[:, -2] = np.einsum("nj,njc->nc", gradients[:, -2, :-2], gradients[:, :-2])
+    twice = second @ gradients @ (gradients - second @ gradients)
     crossed, squared = (np.einsum("nib,njc->ijbc", left, twice, optimize=True) / num for left in (gradients, twice))
     return -on_symmetric(crossed + crossed.transpose(1, 0, 3, 2)), on_symmetric(squared)
 
