@@ -1,6 +1,5 @@
 """If a bad choice is accepted, the run fails late or, worse, does something else than was asked."""
 
-
 import pytest
 
 from torchreg.cli.options import comments
