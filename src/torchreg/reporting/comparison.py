@@ -39,9 +39,11 @@ Measured: TypeAlias = tuple[Estimate, Mapping[int, float] | None]
 def compare(old: Path, new: Path, threshold: float = 0.05) -> Json:
     """Compare two campaign directories, or report.json files of campaigns; the result is plain data.
 
-    `rows` has a point each, with `judged`'s results; `family` is what they are corrected for. Intervals cover what
-    differs between launches, not between the hours of two campaigns. From the intervals of a report.json the ratio has
-    the widest interval that they allow. Raises `ValueError` where nothing can be compared.
+    `rows` has a point each, with `ratio` of new over old step time. Its `outcome` is a regression where the low end of
+    the ratio's interval is above 1 + threshold, and `p_slower`, the p-value of "at most threshold slower" corrected for
+    the `family` of points, is at most its `level`; "faster" likewise. Intervals cover what differs between launches,
+    not between the hours of two campaigns. From the intervals of a report.json the ratio has the widest interval that
+    they allow. Raises `ValueError` where nothing can be compared.
     """
     if not (math.isfinite(threshold) and threshold >= 0):
         raise ValueError(f"threshold is {threshold}: give a fraction of at least 0, such as 0.05 for 5 %")
@@ -76,11 +78,7 @@ def compare(old: Path, new: Path, threshold: float = 0.05) -> Json:
 
 
 def judged(pairs: Sequence[tuple[Measured, Measured]], threshold: float) -> list[Json]:
-    """`ratio`, `p_slower`, `p_faster` and `outcome` of each point of a family, from its (new, old) measurements.
-
-    In a regression the low end of the ratio's interval is above 1 + threshold, and the p-value of "at most threshold
-    slower" is at most 0.05 after the family's correction (Benjamini and Hochberg, J. R. Stat. Soc. B 57, 1995).
-    """
+    """`ratio`, `p_slower`, `p_faster` and `outcome` of each point of a family, from its (new, old) measurements."""
     rows: list[Json] = [{"ratio": _ratio(*pair), "p_slower": None, "p_faster": None} for pair in pairs]
     if tested := [k for k, row in enumerate(rows) if row["ratio"].low is not None]:
         new, old = (np.transpose([_log_moments(*pairs[k][side]) for k in tested]) for side in (0, 1))
