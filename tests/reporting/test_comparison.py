@@ -1,16 +1,20 @@
 """If these fail, an upgrade that made every step slower, or wrong, passes CI; or noise alone stops a good one."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from torchreg.cli import main
 from torchreg.reporting.analysis import analyse, write_data
-from torchreg.reporting.comparison import compare
+from torchreg.reporting.comparison import compare, judged
 from torchreg.scaling.records import read_records
+from torchreg.scaling.statistics import median_interval
 
+from ..scaling.statistics_script import measure_statistics as measured
 from .synthetic import Campaign, Machine, set_check, write_launch
 
 OLD = Campaign(num_features=(1,), combinations=(("sgd", "ddp"),), num_blocks=8, ranks_per_node=(1, 2))
@@ -54,6 +58,9 @@ def test_a_step_that_takes_longer_beyond_noise_and_threshold_is_a_regression(fac
     assert out.count(outcome) >= 1
     assert ("no regression beyond 5 % is shown" in out) is not is_regression
     assert ("do not cover a machine that was slower for a whole campaign" in out) is is_regression
+    assert "family       4 points: Welch's t of log times, corrected by Benjamini-Hochberg" in out
+    num_found = found.count("regression")
+    assert f"false alarms at most 5 % of the regressions ({0.05 * num_found:.2g} of {num_found}), and any in" in out
 
 
 @pytest.mark.parametrize(
@@ -72,14 +79,59 @@ def test_outcomes_go_by_both_ends_of_the_interval(low, high, outcome):
     path = as_report(OLD.write(Path("campaign")))
     report = json.loads(path.read_text())
 
-    def with_step_times(name, value, low, high):
-        for point in report["groups"][0]["points"]:
+    def with_step_times(name, value, low, high, first=0):
+        for point in report["groups"][0]["points"][first:]:
             point["step_time_s"] = {"value": value, "low": low, "high": high, "num_launches": 6}
         Path(name).write_text(json.dumps(report))
         return Path(name)
 
     old, new = with_step_times("old.json", 1, 1, 1), with_step_times("new.json", (low + high) / 2, low, high)
     assert {row["outcome"] for row in compare(old, new)["rows"]} == {outcome}
+    if (low, high) == (1.06, 1.2):
+        # Student's t with 5 degrees of freedom: log(1.13 / 1.05) over log(1.2 / 1.06) / 2 / 2.571, that is 3.04, which
+        # p = 0.0143 corresponds to. Of four such points each stays a regression; one alone has 4 · 0.0143 = 0.057.
+        assert [row["p_slower"] for row in compare(old, new)["rows"]] == [pytest.approx(0.0143, abs=2e-4)] * 4
+        rows = compare(old, with_step_times("one.json", 1, 1, 1, first=1))["rows"]
+        assert sorted(row["outcome"] for row in rows) == ["not clear", "same", "same", "same"]
+        assert max(row["ratio"]["low"] for row in rows) == pytest.approx(1.06)
+
+
+def of_times(logs):
+    times = dict(enumerate(np.exp(logs).tolist()))
+    return median_interval(times.values()), times
+
+
+def test_p_values_are_welchs_corrected_for_the_family():
+    # Logarithms of 0.01 · (±1, ±3, ±5): squares sum to 70, variance 14, and the difference of two such sides has the
+    # standard error 0.01 · √(14/6 + 14/6), with 10 degrees of freedom. Tables of t give the one-sided probabilities
+    # 0.01, 0.025, 0.05 and 0.5 at 2.764, 2.228, 1.812 and 0. The k-th smallest of 4 is multiplied by 4/k.
+    logs = 0.01 * np.array([1.0, -1, 3, -3, 5, -5])
+    shifts = [math.log(1.05) + 0.01 * math.sqrt(28 / 6) * t for t in (1.812, 2.764, 0, 2.228)]
+    slow = judged([(of_times(logs + shift), of_times(logs)) for shift in shifts], threshold=0.05)
+    assert [row["p_slower"] for row in slow] == pytest.approx([0.05 * 4 / 3, 0.04, 0.5, 0.05], abs=2e-4)
+    assert min(row["p_faster"] for row in slow) > 0.5
+    fast = judged([(of_times(logs), of_times(logs + shift)) for shift in shifts], threshold=0.05)
+    assert [row["p_faster"] for row in fast] == pytest.approx([row["p_slower"] for row in slow])
+
+
+def test_identical_campaigns_rarely_show_a_regression():
+    noise = measured.Noise(0, 0, value=0.2)
+    alone, corrected, _ = measured.alarms(0, noise, campaigns=100)
+    assert corrected <= 0.05 < 0.1 < alone
+    assert measured.alarms(0.2, noise, campaigns=20)[1] > 0.5
+
+
+def test_one_slow_point_of_48_is_found_with_six_launches():
+    generator = np.random.default_rng(0)
+    new, old = 0.1 * generator.standard_normal((2, 48, 6))
+    new[7] += math.log(2)
+    rows = judged([(of_times(one), of_times(other)) for one, other in zip(new, old, strict=True)], threshold=0.05)
+    assert [number for number, row in enumerate(rows) if row["outcome"] == "regression"] == [7]
+
+
+def test_sides_without_noise_can_be_compared():
+    quiet, slow = of_times(np.zeros(6)), of_times(np.full(6, 0.1))
+    assert [row["p_slower"] for row in judged([(quiet, quiet), (slow, quiet)], threshold=0)] == [1, 0]
 
 
 def test_the_threshold_is_the_users():
@@ -205,6 +257,9 @@ def test_a_report_is_compared_by_the_widest_ratio_that_its_intervals_allow(capsy
         assert wide_ratio["value"] == pytest.approx(ratio["value"])
         assert wide_ratio["low"] <= ratio["low"] < ratio["high"] <= wide_ratio["high"]
         assert wide["outcome"] == "regression"
+        assert wide.pop("p_slower") < 1e-3
+        assert narrow.pop("p_slower") < 1e-3
+        assert wide.pop("p_faster") == pytest.approx(narrow.pop("p_faster")) == pytest.approx(1)
         assert wide == narrow
     assert main(["report", "compare", "old", "new/report/report.json", "--json"]) == 1
     content = json.loads(capsys.readouterr().out)

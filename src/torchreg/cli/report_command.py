@@ -35,8 +35,8 @@ class ReportArguments:
 class CompareArguments:
     """Compare a new campaign with an old one: exit code 1 where a step became slower, or a result wrong.
 
-    Slower means that even the low end of the 95 % interval of new over old is beyond the threshold; faster, the high
-    end likewise. Intervals cover differences between launches, not between the hours of two campaigns.
+    Slower means that the low end of the 95 % interval of new over old is beyond the threshold, also after correction
+    for all points; faster, the high end. Intervals cover launches, not the hours of two campaigns.
     """
 
     old: tyro.conf.Positional[Path]  # The old campaign's directory, or its report.json.

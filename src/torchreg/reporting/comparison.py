@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TypeAlias
+
+import numpy as np
+from scipy.stats import false_discovery_control, t, ttest_ind_from_stats
 
 from torchreg.console import percent
 from torchreg.reporting.analysis import KIND, SCHEMA_VERSION, excluded, failures
 from torchreg.reporting.groups import VERSIONS, Json, comparable_groups, launches_by_point, point_of
 from torchreg.scaling.records import launches_table, points_table, read_records
-from torchreg.scaling.statistics import Estimate, ratio_interval
+from torchreg.scaling.statistics import CONFIDENCE, Estimate, ratio_interval
 
 _WHERE = ("machine", "device_name", "backend", "dtype", "distributed")
 _POINT = ("num_nodes", "ranks_per_node", "optimizer", "sync", "num_features", "global_batch_size")
 _LAUNCH = ("machine", "num_nodes", "ranks_per_node")
+_METHOD = "Welch's t of log times, corrected by Benjamini-Hochberg, slower and faster each by itself"
+_LEVEL = 0.05  # the expected fraction of false regressions among those named, at most; of identical campaigns with one
 _REGRESSIONS = ("regression", "no result any more")
 _HOURS = (
     "the intervals do not cover a machine that was slower for a whole campaign: to distinguish it from the code, "
@@ -34,24 +39,26 @@ Measured: TypeAlias = tuple[Estimate, Mapping[int, float] | None]
 def compare(old: Path, new: Path, threshold: float = 0.05) -> Json:
     """Compare two campaign directories, or report.json files of campaigns; the result is plain data.
 
-    `rows` has a point each, with `ratio` of new over old step time. Its `outcome` is a regression where even the low
-    end of the ratio's interval is above 1 + threshold. Intervals cover what differs between the launches of a campaign,
-    not between the hours of two campaigns. A report.json has only the intervals of step times: the interval of the
-    ratio is then the widest that they allow. Raises `ValueError` where nothing can be compared.
+    `rows` has a point each, with `ratio` of new over old step time. Its `outcome` is a regression where the low end of
+    the ratio's interval is above 1 + threshold, and `p_slower`, the p-value of "at most threshold slower" corrected for
+    the `family` of points, is at most its `level`; "faster" likewise. Intervals cover what differs between launches,
+    not between the hours of two campaigns. From the intervals of a report.json the ratio has the widest interval that
+    they allow. Raises `ValueError` where nothing can be compared.
     """
     if not (math.isfinite(threshold) and threshold >= 0):
         raise ValueError(f"threshold is {threshold}: give a fraction of at least 0, such as 0.05 for 5 %")
     before, after = _read(old), _read(new)
     mixed = before["mixed"] | after["mixed"]
-    rows = []
-    for key in sorted(before["points"].keys() - mixed, key=lambda key: [(one is not None, one) for one in key]):
+    keys, rows = sorted(before["points"].keys() - mixed, key=lambda key: [(one is not None, one) for one in key]), []
+    pairs = {key: (after["points"][key], before["points"][key]) for key in keys if key in after["points"]}
+    found = dict(zip(pairs, judged(list(pairs.values()), threshold), strict=True))
+    for key in keys:
         row: Json = dict(zip((*_WHERE, *_POINT), key, strict=True), old_step_time_s=before["points"][key][0].value)
-        if key in after["points"]:
-            ratio = _ratio(after["points"][key], before["points"][key])
-            row |= {"new_step_time_s": after["points"][key][0].value, "ratio": asdict(ratio)}
-            rows.append({**row, "outcome": _outcome(ratio, threshold)})
+        if key in found:
+            rows.append({**row, "new_step_time_s": after["points"][key][0].value, **found[key]})
         elif tuple(row[field] for field in _LAUNCH) in after["failed"]:
-            rows.append({**row, "new_step_time_s": None, "ratio": None, "outcome": "no result any more"})
+            row |= dict.fromkeys(("new_step_time_s", "ratio", "p_slower", "p_faster"))
+            rows.append({**row, "outcome": "no result any more"})
     if not rows and not after["wrong"]:
         raise ValueError(
             f"nothing in {old} and {new} can be compared: no setting was measured in both on the same machine, device, "
@@ -63,10 +70,34 @@ def compare(old: Path, new: Path, threshold: float = 0.05) -> Json:
         "kind": "scaling-comparison",
         "is_regression": bool(after["wrong"]) or any(row["outcome"] in _REGRESSIONS for row in rows),
         "threshold": threshold,
+        "family": {"num_points": sum(row["p_slower"] is not None for row in rows), "method": _METHOD, "level": _LEVEL},
         "rows": rows,
         "wrong": after["wrong"],
         "notes": list(_notes(before, after, mixed)),
     }
+
+
+def judged(pairs: Sequence[tuple[Measured, Measured]], threshold: float) -> list[Json]:
+    """`ratio`, `p_slower`, `p_faster` and `outcome` of each point of a family, from its (new, old) measurements."""
+    rows: list[Json] = [{"ratio": _ratio(*pair), "p_slower": None, "p_faster": None} for pair in pairs]
+    if tested := [k for k, row in enumerate(rows) if row["ratio"].low is not None]:
+        new, old = (np.transpose([_log_moments(*pairs[k][side]) for k in tested]) for side in (0, 1))
+        for name, (mean, sd, count), (mean_2, sd_2, count_2) in (("p_slower", new, old), ("p_faster", old, new)):
+            # Not ranks: with 6 launches a side their p-value is at least 1/924, too large for one of 48 points.
+            first = (mean - math.log1p(threshold), sd, count)
+            test = ttest_ind_from_stats(*first, mean_2, sd_2, count_2, equal_var=False, alternative="greater")
+            corrected = false_discovery_control(np.nan_to_num(test.pvalue, nan=1.0))  # NaN: equal and without noise
+            for k, p_value in zip(tested, corrected.tolist(), strict=True):
+                rows[k][name] = p_value
+    return [{**row, "ratio": asdict(row["ratio"]), "outcome": _outcome(**row, factor=1 + threshold)} for row in rows]
+
+
+def _log_moments(estimate: Estimate, times: Mapping[int, float] | None) -> tuple[float, float, int]:
+    """Mean, standard deviation and number of log times; of a report those of which its interval would be Student's."""
+    if times is not None:
+        return float(np.mean(logs := np.log(list(times.values())))), float(np.std(logs, ddof=1)), len(logs)
+    width, count = math.log((estimate.high or math.nan) / (estimate.low or math.nan)), estimate.num_launches
+    return math.log(estimate.value), width / 2 / float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * math.sqrt(count), count
 
 
 def _ratio(new: Measured, old: Measured) -> Estimate:
@@ -81,16 +112,16 @@ def _ratio(new: Measured, old: Measured) -> Estimate:
     return Estimate(value, one.low / other.high, one.high / other.low, fewer)
 
 
-def _outcome(ratio: Estimate, threshold: float) -> str:
-    if ratio.low is None or ratio.high is None:
+def _outcome(ratio: Estimate, p_slower: float | None, p_faster: float | None, factor: float) -> str:
+    if ratio.low is None or ratio.high is None or p_slower is None or p_faster is None:
         return "too few launches"
-    if ratio.low > 1 + threshold:
+    if ratio.low > factor and p_slower <= _LEVEL:
         return "regression"
-    if ratio.high < 1 / (1 + threshold):
+    if ratio.high < 1 / factor and p_faster <= _LEVEL:
         return "faster"
-    if ratio.high > 1 + threshold:
+    if ratio.high > factor:
         return "not clear"
-    return "same" if ratio.low >= 1 / (1 + threshold) else "not slower"
+    return "same" if ratio.low >= 1 / factor else "not slower"
 
 
 def _notes(old: Json, new: Json, mixed: set[Key]) -> Iterator[str]:
@@ -132,7 +163,13 @@ def conclusion(comparison: Json) -> list[str]:
         verdict = f"regression: of the new results {len(wrong)} {'is' if len(wrong) == 1 else 'are'} wrong"
     if counts:
         verdict += f" ({', '.join(f'{number} {outcome}' for outcome, number in counts.most_common())})"
-    lines = [f"verdict      {verdict}", *(f"wrong        {line}" for line in wrong)]
+    lines = [f"verdict      {verdict}"]
+    if size := comparison["family"]["num_points"]:
+        most, named = f"at most {percent(_LEVEL)} of", counts["regression"]
+        expected = f"{most} the regressions ({_LEVEL * named:.2g} of {named}), and any in {most} comparisons"
+        lines += [f"family       {size} points: {_METHOD}; the intervals are not corrected"]
+        lines += [f"false alarms {expected} of identical code"]
+    lines += [f"wrong        {line}" for line in wrong]
     return lines + [f"note         {note}" for note in comparison["notes"] + [_HOURS] * (counts["regression"] > 0)]
 
 
