@@ -229,16 +229,16 @@ def test_a_full_disk_ends_all_ranks_and_leaves_only_whole_files(small_disk, unin
 
 def test_two_jobs_on_one_run_do_not_mix(run, tmp_path):
     # Both are started at once; whichever comes second is told so, and the first is whole.
-    config = of("sgd-ddp", max_steps=900, resume="auto")
+    config = of("sgd-ddp", max_steps=300, resume="auto")
     one = " ".join([sys.executable, "-m", "torchreg", "train", *options(config)])
     both = f"{one} >first 2>first.err & {one} >second 2>second.err; echo $?; wait $!; echo $?"
-    done = run("bash", "-c", both, cwd=tmp_path, timeout_s=60)
+    done = run("bash", "-c", both, cwd=tmp_path)
     errors = (tmp_path / "first.err").read_text() + (tmp_path / "second.err").read_text()
     codes = sorted(done.stdout.split())
     assert codes in (["0", "2"], ["0", "0"])
     assert errors.count("another run is writing runs/run just now") == codes.count("2")
     lines = (tmp_path / "runs/run" / METRICS_FILE).read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(29, 900, 30))
+    assert [json.loads(line)["step"] for line in lines] == list(range(29, 300, 30))
 
 
 def test_ctrl_c_in_a_terminal_saves_on_all_ranks():
