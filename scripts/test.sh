@@ -5,6 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash scripts/setup.sh dev
 export PATH="$PWD/.venv/bin:$PATH"
+unset PYTHONDONTWRITEBYTECODE # else each of some hundred processes compiles torchreg anew
 ruff format --check .
 ruff check .
 mypy & types=$! # beside tests, many of which wait
