@@ -21,13 +21,7 @@ from rich.table import Table
 
 from torchreg.distributed.launcher import detect_launcher
 
-_NOT_WRAPPED = (
-    40,
-    24,
-    18,
-    14,
-    9,
-)  # the longest entry of a table that is kept on one line: the first that there is room for
+_NOT_WRAPPED = (40, 24, 18, 14, 9)  # longest entries of a table kept on one line: the first that there is room for
 _MAX_TERMS = 8  # of an equation
 
 

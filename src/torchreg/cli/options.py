@@ -8,7 +8,9 @@ import inspect
 import io
 import re
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
@@ -108,24 +110,30 @@ def _with_one_default(info: constructors.StructTypeInfo) -> constructors.StructC
     """The fields of a dataclass with their comments; the default of an unset one is what its comment ends with."""
     if not dataclasses.is_dataclass(info.type):
         return None
-    hints, texts, options = get_type_hints(info.type, include_extras=True), comments(info.type), []
+    hints, options = get_type_hints(info.type, include_extras=True), []
+    texts = cache(partial(comments, info.type))  # only for --help: it reads the source
     for field in dataclasses.fields(info.type):
-        default, hint = field.default, None
+        default = field.default
         if default is dataclasses.MISSING:
             default = tyro.MISSING_NONPROP if field.default_factory is default else field.default_factory()
         default = getattr(info.default, field.name, default)
-        text, _, derived = texts.get(field.name, "").partition(" Default: ")
-        if default is None or default in ((), ""):
-            hint = derived.rstrip(".") or "none"
-        elif isinstance(default, bool):
-            hint = "on" if default else "off"
-        option = tyro.conf.arg(
-            help_behavior_hint=hint and f"(default: {hint})",
-            aliases=("--lr",) if field.name == "base_learning_rate" else None,
+        shown = partial(_default_of, texts, field.name, default)
+        aliases = ("--lr",) if field.name == "base_learning_rate" else None
+        kind: Any = Annotated[hints[field.name], tyro.conf.arg(help_behavior_hint=shown, aliases=aliases)]
+        options.append(
+            constructors.StructFieldSpec(field.name, kind, default, partial(_sentence_of, texts, field.name))
         )
-        kind: Any = Annotated[hints[field.name], option]
-        options.append(constructors.StructFieldSpec(field.name, kind, default, text or None))
     return constructors.StructConstructorSpec(info.type, tuple(options))
+
+
+def _sentence_of(texts: Callable[[], dict[str, str]], name: str) -> str | None:
+    return texts().get(name, "").partition(" Default: ")[0] or None
+
+
+def _default_of(texts: Callable[[], dict[str, str]], name: str, default: Any, shown: str) -> str:
+    if default is None or default in ((), ""):
+        shown = texts().get(name, "").partition(" Default: ")[2].rstrip(".") or "none"
+    return f"(default: {('off', 'on')[default] if isinstance(default, bool) else shown})"
 
 
 @REGISTRY.primitive_rule

@@ -38,8 +38,7 @@ def agree(communicator: Communicator, area: str, name: str, error: str | None, m
         return Check(area, name, "PASS", measured, expected)
     if len(found) == communicator.world_size > 1 and len(set(errors)) == 1:
         found = [f"every rank: {error}"]
-    more = f"; and {len(found) - _MOST_NAMED} ranks more" if len(found) > _MOST_NAMED else ""
-    return Check(area, name, "FAIL", "; ".join(found[:_MOST_NAMED]) + more, expected)
+    return Check(area, name, "FAIL", _first(found, "; ", "ranks"), expected)
 
 
 def table(checks: Sequence[Check]) -> tuple[list[str], list[list[str]]]:
@@ -55,6 +54,10 @@ def verdict(checks: Sequence[Check]) -> str:
     failed = [f"{check.area}: {check.name}" for check in checks if check.status == "FAIL"]
     if not failed:
         return f"verdict      this stack trains correctly ({counted})"
-    more = [f"and {len(failed) - _MOST_NAMED} more"] * (len(failed) > _MOST_NAMED)
-    names = ", ".join([*failed[:_MOST_NAMED], *more])
-    return f"verdict      this stack does NOT train correctly ({counted}). Failed: {names}"
+    return f"verdict      this stack does NOT train correctly ({counted}). Failed: {_first(failed, ', ', 'checks')}"
+
+
+def _first(found: Sequence[str], separator: str, what: str) -> str:
+    """The first few, and how many there are besides."""
+    more = [f"and {len(found) - _MOST_NAMED} {what} more"] * (len(found) > _MOST_NAMED)
+    return separator.join([*found[:_MOST_NAMED], *more])
