@@ -121,7 +121,7 @@ BAD_LISTS = {
     "no number": (["plan", "--world-sizes", "1,two"], "two"),
     "zero": (
         ["plan", "--world-sizes", "0,1"],
-        "--world-sizes: the list is '0,1': give whole numbers of at least 1, such as 1,2,4",
+        "--world-sizes: the list is '0,1': give whole numbers of at least 1, separated by commas",
     ),
     "none": (["plan", "--world-sizes"], "--world-sizes: the list is ''"),
     "a fraction": (["sweep", "batch", "--batch-sizes", "64,1.5"], "1.5"),

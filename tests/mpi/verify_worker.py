@@ -2,13 +2,14 @@
 
 import json
 from dataclasses import asdict
+from typing import get_args
 
 from torchreg.distributed.init import init_distributed
-from torchreg.verification.verify import DEFECTS, verify
+from torchreg.verification.verify import Defect, verify
 
 
 def main() -> None:
     with init_distributed(sync="mpi", device="cpu", distributed="torch") as communicator:
-        checks = {defect: list(verify(communicator, "runs", quick=True, defect=defect)) for defect in DEFECTS}
+        checks = {defect: list(verify(communicator, "runs", quick=True, defect=defect)) for defect in get_args(Defect)}
         if communicator.is_main:
             print(json.dumps({defect: [asdict(check) for check in found] for defect, found in checks.items()}))

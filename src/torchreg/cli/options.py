@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import dataclasses
 import inspect
 import io
@@ -50,8 +51,7 @@ EXAMPLES = {
 }  # fmt: skip
 """Options that work as they stand, one after the other, for each command."""
 
-REGISTRY = constructors.ConstructorRegistry()
-"""How tyro reads and documents the options of every command."""
+REGISTRY = constructors.ConstructorRegistry()  # how tyro reads and documents the options of every command
 
 
 def parse(kind: type[T], program: str, argv: list[str], default: T | None = None) -> T:
@@ -107,11 +107,10 @@ def comments(kind: type) -> dict[str, str]:
 
 @REGISTRY.struct_rule
 def _with_one_default(info: constructors.StructTypeInfo) -> constructors.StructConstructorSpec | None:
-    """The fields of a dataclass with their comments; the default of an unset one is what its comment ends with."""
+    """The fields of a dataclass with their comments; an unset one has the default that its comment ends with."""
     if not dataclasses.is_dataclass(info.type):
         return None
-    hints, options = get_type_hints(info.type, include_extras=True), []
-    texts = cache(partial(comments, info.type))  # only for --help: it reads the source
+    hints, texts, options = get_type_hints(info.type, include_extras=True), cache(partial(comments, info.type)), []
     for field in dataclasses.fields(info.type):
         default = field.default
         if default is dataclasses.MISSING:
@@ -147,16 +146,13 @@ def _list(info: constructors.PrimitiveTypeInfo) -> constructors.PrimitiveConstru
     length = None if others == [...] else 1 + len(others)
 
     def read(words: list[str]) -> tuple[Any, ...]:
-        pattern = r'(?:^|,)\s*(?:"([^"]*)"|([^,]*))'
-        parts = [re.findall(pattern, word.strip(" ,")) if "," in word else [(word, "")] for word in words]
-        entries = [quoted or plain.strip() for part in parts for quoted, plain in part]
-        entries *= length if length and len(entries) == 1 else 1
-        with contextlib.suppress(ValueError):
-            values = tuple(spec.instance_from_str([entry]) for entry in entries)
+        with contextlib.suppress(ValueError, csv.Error):
+            entries = next(csv.reader([",".join(word.strip(" ,") for word in words)], skipinitialspace=True))
+            entries *= length if length and len(entries) == 1 else 1
+            values = tuple(spec.instance_from_str([entry.strip()]) for entry in entries)
             if values and length in (None, len(values)) and not (one is int and min(values) < 1):
                 return values
-        numbers = f"{length} numbers" if length else spec.metavar
-        what = "whole numbers of at least 1, such as 1,2,4" if one is int else numbers
+        what = "whole numbers of at least 1" if one is int else f"{length} numbers" if length else spec.metavar
         raise ValueError(f"the list is {' '.join(words)!r}: give {what}, separated by commas")
 
     return constructors.PrimitiveConstructorSpec(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from torchreg.verification.known_answers import training_checks
 from torchreg.verification.topology import topology_checks
 
 Defect = Literal["wrong-average", "duplicate-shard", "skewed-start", "stale-rank"]
-DEFECTS: tuple[Defect, ...] = get_args(Defect)
 
 
 def verify(
