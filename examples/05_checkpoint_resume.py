@@ -91,7 +91,7 @@ def batches(batch_size):
 
 
 # What to resume from. One rank looks: to the others the file may appear later.
-found = [torch.load(args.checkpoint, "cpu") if rank == 0 and os.path.exists(args.checkpoint) else {}]
+found = [torch.load(args.checkpoint, "cpu", weights_only=True) if rank == 0 and os.path.exists(args.checkpoint) else {}]
 dist.broadcast_object_list(found, device=device)
 saved, first_step = found[0], found[0].get("step", 0)
 
