@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import inspect
 import io
@@ -146,11 +145,12 @@ def _list(info: constructors.PrimitiveTypeInfo) -> constructors.PrimitiveConstru
     length = None if others == [...] else 1 + len(others)
 
     def read(words: list[str]) -> tuple[Any, ...]:
-        with contextlib.suppress(ValueError, csv.Error):
-            entries = next(csv.reader([",".join(word.strip(" ,") for word in words)], skipinitialspace=True))
+        with contextlib.suppress(ValueError):
+            parts = re.findall(r'(?:^|,)\s*(?:"([^"]*)"|([^,]*))', ",".join(word.strip(" ,") for word in words))
+            entries = [quoted or plain.strip() for quoted, plain in parts]
             entries *= length if length and len(entries) == 1 else 1
-            values = tuple(spec.instance_from_str([entry.strip()]) for entry in entries)
-            if values and length in (None, len(values)) and not (one is int and min(values) < 1):
+            values = tuple(spec.instance_from_str([entry]) for entry in entries)
+            if any(entries) and length in (None, len(values)) and not (one is int and min(values) < 1):
                 return values
         what = "whole numbers of at least 1" if one is int else f"{length} numbers" if length else spec.metavar
         raise ValueError(f"the list is {' '.join(words)!r}: give {what}, separated by commas")
