@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import resource
 import socket
 import sys
 import time
@@ -24,6 +25,8 @@ from torchreg.distributed.mpi import import_mpi, mpi_library
 _ALCF_NODE = re.compile(r"x\d+c\d+s\d+b\d+n\d+")
 _NOT_STARTED_BY_MPI = "torchrun", "RANK and WORLD_SIZE", "horovodrun"
 _READ_WITHIN_S = 2.0
+_MOST_CONNECTED = 64  # ranks
+_OTHER_FILES = 256  # that a process may have open beside its connections
 
 
 class AgreedError(ValueError):
@@ -98,6 +101,23 @@ def connect(launcher: Launcher, comm: Any, timeout: timedelta) -> Store:
     if comm is not None:
         address, port = comm.bcast((address, server.port) if server else None)
     return server or TCPStore(address, port, launcher.world_size, is_master=False, timeout=timeout)
+
+
+def allow_connections(world_size: int) -> None:
+    """Prepare this process for gloo's connections to many ranks. Raises `ValueError` where too few files may be open.
+
+    gloo connects every two of N ranks at once: 2N² + N requests of the store, and N + 5 sockets of each rank. Beyond 64
+    ranks only those are connected that exchange messages, when they first do; the main rank does with all.
+    """
+    if world_size <= _MOST_CONNECTED:
+        return
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = world_size + _OTHER_FILES
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise ValueError(f"the limit of open files (ulimit -Hn) is {hard}: {world_size} ranks need {wanted}")
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def exchange(

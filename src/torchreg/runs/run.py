@@ -160,12 +160,13 @@ def to_device(table: Table | None, state: RunState, communicator: Communicator) 
 
     Only the main rank has the `table`.
     """
-    rows = torch.empty(state.plan.num_rows, len(state.feature_names) + 1, dtype=torch.float64)
+    dtype = getattr(torch, state.run_signature["dtype"])
+    rows = torch.empty(state.plan.num_rows, len(state.feature_names) + 1, dtype=dtype)
     if table:
         rows[:, :-1] = torch.from_numpy(state.standardizer.apply(table.features))
         rows[:, -1:] = torch.from_numpy(table.target)
-    rows = communicator.broadcast(rows).to(getattr(torch, state.run_signature["dtype"]))
-    x, y = (part.contiguous().to(communicator.device) for part in (rows[:, :-1], rows[:, -1:]))
+    rows = communicator.broadcast(rows.to(communicator.device))
+    x, y = (part.contiguous() for part in (rows[:, :-1], rows[:, -1:]))
     return x, y
 
 
