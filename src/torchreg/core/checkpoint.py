@@ -61,7 +61,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     path = folder / f"step-{checkpoint.step:010}.pt"
     write_atomically(path, first_line + body)
     sync_folder(folder)
-    up_to_this = [found for found in _newest_first(folder) if found.name <= path.name]
+    up_to_this = [found for found in sorted(folder.glob("step-*.pt"), reverse=True) if found.name <= path.name]
     for found in folder.glob("step-*"):
         if found not in up_to_this[:keep]:
             with contextlib.suppress(OSError):  # an old file that stays is no reason to end the run
@@ -101,7 +101,7 @@ def load(path: Path) -> Checkpoint:
 def newest(folder: Path, reason_against: Callable[[Checkpoint], str | None]) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint without a `reason_against` it, and why each newer one cannot be used."""
     refused = []
-    for path in _newest_first(folder):
+    for path in sorted(folder.glob("step-*.pt"), reverse=True):
         try:
             checkpoint = load(path)
         except ValueError as error:
@@ -112,10 +112,6 @@ def newest(folder: Path, reason_against: Callable[[Checkpoint], str | None]) -> 
             return checkpoint, refused
         refused.append(f"{path}: {reason}")
     return None, refused
-
-
-def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*.pt"), reverse=True) if folder.is_dir() else []
 
 
 def write_atomically(path: Path, content: bytes) -> None:
