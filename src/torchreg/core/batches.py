@@ -77,6 +77,9 @@ class BatchPlan:
 
         Raises `ValueError` with all the numbers when they cannot fit.
         """
+        for kind, size in {"global": global_batch_size, "local": local_batch_size, "micro": micro_batch_size}.items():
+            if size is not None and size < 1:
+                raise ValueError(f"{kind}_batch_size is {size}: give a whole number of at least 1")
         if global_batch_size is not None and local_batch_size is not None:
             raise ValueError(
                 f"global_batch_size is {global_batch_size} and local_batch_size is {local_batch_size}: give one of them"
