@@ -57,7 +57,9 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     body = json.dumps(plain, allow_nan=False).encode() + b"\n" + tensors.getvalue()
     first_line = f"{_MAGIC} {SCHEMA_VERSION} {hashlib.sha256(body).hexdigest()}\n".encode()
 
-    folder.mkdir(exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir()
+        sync_folder(folder.parent)  # else a power cut may lose the folder, with all that is in it
     path = folder / f"step-{checkpoint.step:010}.pt"
     write_atomically(path, first_line + body)
     sync_folder(folder)
