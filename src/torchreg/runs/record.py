@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import itertools
 import json
-import math
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -178,17 +177,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def to_json(content: Any, indent: int | None = None) -> str:
     """JSON that any reader accepts: a number that is not finite becomes null."""
-    return json.dumps(_finite(content), indent=indent, allow_nan=False)
-
-
-def _finite(content: Any) -> Any:
-    if isinstance(content, float):
-        return content if math.isfinite(content) else None
-    if isinstance(content, Mapping):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [_finite(value) for value in content]
-    return content
+    plain = json.loads(json.dumps(content), parse_constant=lambda not_finite: None)
+    return json.dumps(plain, indent=indent, allow_nan=False)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
