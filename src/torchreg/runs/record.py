@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import os
+import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from datetime import datetime, timezone
@@ -30,6 +31,7 @@ TRAINING_FIGURE = "training"
 
 _ENDING_FILES = (RECORD_FILE, *(f"{TRAINING_FIGURE}.{kind}" for kind in ("png", "svg")))
 _OWN_FILES = (CONFIG_FILE, METRICS_FILE, METRICS_FILE + PARTIAL, *_ENDING_FILES)
+_IS_WRITTEN_WITHIN_S = 0.1  # how long `is_written` keeps a run from locking its folder, at most
 _METRICS_JSON = json.JSONEncoder(allow_nan=False)  # made once: a line is written from inside the loop
 
 
@@ -73,7 +75,11 @@ class RunDirectory(AbstractContextManager["RunDirectory"]):
     def __init__(self, config: RunConfig) -> None:
         overwrite = config.overwrite or config.resume == "auto"
         self.path = create_run_folder(config.runs_dir, config.name, "train", overwrite=overwrite)
-        self._lock = _lock(self.path)
+        try:
+            self._lock = _lock(self.path)
+        except ValueError:
+            time.sleep(_IS_WRITTEN_WITHIN_S)
+            self._lock = _lock(self.path)
         self._partial_metrics = self.path / (METRICS_FILE + PARTIAL)
         self._metrics: BinaryIO | None = None
         self._digest = hashlib.sha256()  # of the metrics so far
@@ -141,7 +147,7 @@ class RunDirectory(AbstractContextManager["RunDirectory"]):
 
 
 def is_written(folder: Path) -> bool:
-    """Whether a process has locked the folder of a run."""
+    """Whether a process has locked the folder of a run. To find out, this locks it too, for an instant."""
     try:
         descriptor = _lock(folder, fcntl.LOCK_SH)
     except ValueError:
