@@ -75,9 +75,13 @@ def train(
     session |= {"launcher": communicator.launcher.name, "device": communicator.device.type}
     state, table, directory = set_up(config, communicator)
     with directory or nullcontext():
-        report(state, reporter)
+        for message in state.messages:
+            reporter.info(message)
         if state.finished:
             return state.finished
+        reporter.info(f"forecast     {state.forecast.message()}")
+        for warning in state.warnings:
+            reporter.warn(warning)
 
         x, y = to_device(table, state, communicator)
         model = seams.model(make_model(*state.start, device=communicator.device, dtype=x.dtype))
@@ -131,16 +135,6 @@ def set_up(config: TrainConfig, communicator: Communicator) -> tuple[RunState, T
 
     state = communicator.from_main(on_main)
     return state, *main
-
-
-def report(state: RunState, reporter: Reporter) -> None:
-    """Report how the run was resumed, what is predicted of it, and what may be wrong with it."""
-    for message in state.messages:
-        reporter.info(message)
-    if not state.finished:
-        reporter.info(f"forecast     {state.forecast.message()}")
-        for warning in state.warnings:
-            reporter.warn(warning)
 
 
 def torch_dtype(choice: Literal["auto", "float32", "float64"], device: torch.device) -> torch.dtype:
