@@ -12,7 +12,6 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -66,10 +65,10 @@ def create_run_folder(runs_dir: str | Path, name: str | None, kind: str, *, over
     return path
 
 
-class RunDirectory(AbstractContextManager["RunDirectory"]):
+class RunDirectory:
     """The folder of one run; see `create_run_folder` for its name and what can go wrong.
 
-    While it is open no other run can write there: a second one gets a `ValueError`.
+    Until it is closed no other run can write there: a second one gets a `ValueError`.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -131,9 +130,6 @@ class RunDirectory(AbstractContextManager["RunDirectory"]):
         self._metrics.close()
         self._partial_metrics.replace(self.path / METRICS_FILE)
         write_json(self.path / RECORD_FILE, record)
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the files and release the lock."""
