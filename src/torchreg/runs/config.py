@@ -53,9 +53,7 @@ class DataConfig:
             remedy = "only the synthetic table has a size to choose; omit it or choose --data synthetic"
             raise ValueError(f"{size} and data is {self.data}: {remedy}")
         if self.data == "synthetic" and (self.features or self.target):
-            raise ValueError(
-                "features or target are given for the synthetic table, whose columns are fixed: name a file with --data"
-            )
+            raise ValueError("features or target are given, and data is synthetic: name a file with --data")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +85,7 @@ class BatchConfig:
                 "give one of them; the world size makes the other"
             )
         if self.sampling == "full" and (self.global_batch_size or self.local_batch_size):
-            raise ValueError(
-                "sampling is full, which takes all rows in every step, and a batch size is given: "
-                "omit the batch size, or choose --sampling shuffle or random"
-            )
+            raise ValueError("sampling is full: omit the batch size, or choose --sampling shuffle or random")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,10 +129,7 @@ class OptimizerConfig:
             names = f"sync is {self.sync} and optimizer is {self.optimizer}"
             raise ValueError(f"{names}: sgd goes with ddp or mpi, manual with allreduce or mpi")
         if self.update_order == "sequential" and self.optimizer == "sgd":
-            raise ValueError(
-                "update_order is sequential and optimizer is sgd, which updates all parameters at once: add "
-                "--optimizer manual"
-            )
+            raise ValueError("update_order is sequential and optimizer is sgd: add --optimizer manual")
 
     @property
     def effective_sync(self) -> Literal["ddp", "allreduce", "mpi"]:

@@ -55,10 +55,8 @@ def create_run_folder(runs_dir: str | Path, name: str | None, kind: str, *, over
             break
         except FileExistsError:
             if name is not None:  # else another run was started in the same second
-                raise ValueError(
-                    f"name is {name!r}, and {path} exists already: choose another --name, or replace it with "
-                    "--overwrite"
-                ) from None
+                reason = f"name is {name!r}, and {path} exists already"
+                raise ValueError(f"{reason}: choose another --name, or --overwrite") from None
         except OSError as error:
             what = f"runs_dir is {str(runs_dir)!r}, where {path} cannot be written ({error.strerror})"
             raise ValueError(f"{what}: choose another --runs-dir") from error
@@ -165,10 +163,8 @@ def _lock(folder: Path, kind: int = fcntl.LOCK_EX) -> int | None:
     except OSError as error:
         os.close(descriptor)
         if isinstance(error, BlockingIOError):
-            raise ValueError(
-                f"name is {folder.name!r}, and another run is writing {folder} just now: wait for its end, or choose "
-                "another --name"
-            ) from None
+            reason = f"name is {folder.name!r}, and another run is writing {folder} just now"
+            raise ValueError(f"{reason}: wait for its end, or choose another --name") from None
         return None
 
 

@@ -114,9 +114,7 @@ def prepare(config: TrainConfig, world_size: int, least_squares: LeastSquares | 
     data = least_squares or LeastSquares.of(config)
     table, best, target_excess = data.table, data.closed_form, config.run.target_excess
     if target_excess is not None and best.loss == 0:
-        raise ValueError(
-            f"target_excess is {target_excess}, a fraction of the closed form's loss, which is 0 for this data: omit it"
-        )
+        raise ValueError(f"target_excess is {target_excess}, a fraction of the closed form's loss, which is 0: omit it")
     options = dict(vars(config.batch))
     reproducible = options.pop("reduction") == "reproducible"
     plan = BatchPlan.derive(table.num_rows, world_size, reproducible=reproducible, **options)
