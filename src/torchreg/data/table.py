@@ -133,10 +133,7 @@ def load_table(
         raise ValueError(f"{path} has {len(columns)} usable row{'s' * (len(columns) != 1)}: a line needs two or more")
     for name, values in zip(features, columns.T, strict=False):
         if np.ptp(values) == 0:
-            raise ValueError(
-                f"{path}: feature {name!r} is {values[0]:g} in every row, and a constant predicts nothing: "
-                "choose other --features"
-            )
+            raise ValueError(f"{path}: feature {name!r} is {values[0]:g} in every row: choose other --features")
     return Table(columns[:, :-1], columns[:, -1:], features, target, source, num_dropped=len(missing))
 
 

@@ -56,10 +56,8 @@ def _read_parquet(path: Path, wanted: Sequence[str]) -> NDArray[np.float64]:
     for field in fields:
         kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
         if not re.match("u?int|half|float|double|decimal|null", str(kind)):
-            raise ValueError(
-                f"{path}: column {field.name.strip()!r} has the type {kind}, which is not a number: choose other "
-                "columns with --features and --target, or convert it"
-            )
+            reason = f"{path}: column {field.name.strip()!r} has the type {kind}, which is not a number"
+            raise ValueError(f"{reason}: choose other --features or --target, or convert it")
     with file_errors(path, "Parquet"):
         read = file.read(columns=[field.name for field in fields])  # and no other column
         return np.column_stack([read[field.name].cast(pa.float64(), safe=False).to_numpy() for field in fields])
@@ -102,8 +100,7 @@ def _read_csv(path: Path, wanted: Sequence[str]) -> NDArray[np.float64]:
             if len(bad := np.flatnonzero(numbers.isna() & column.notna())):
                 raise ValueError(
                     f"{path}: column {name!r} is {str(column[bad[0]])!r} in row {bad[0] + 1}, which is not a number: "
-                    "correct the file (a decimal point, no thousands separators), or choose other columns with "
-                    "--features and --target"
+                    "correct it (a decimal point, no thousands separators), or choose other --features or --target"
                 )
             column = numbers
         columns.append(column.to_numpy(dtype=np.float64, na_value=np.nan))

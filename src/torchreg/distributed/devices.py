@@ -35,10 +35,8 @@ def choose_device_type(device: str, sync: str, world_size: int, dtype: str = "au
     if device == "mps" and world_size > 1:
         raise ValueError(f"device is mps, which trains on one rank only, not {world_size}: choose --device cpu")
     if sync == "mpi" and device != "cpu":
-        raise ValueError(
-            f"sync is mpi and the device is {device}, whose tensors mpi4py cannot reduce: add --device cpu, or "
-            "choose --sync ddp or allreduce"
-        )
+        reason = f"sync is mpi and the device is {device}, whose tensors mpi4py cannot reduce"
+        raise ValueError(f"{reason}: choose --device cpu, or --sync ddp or allreduce")
     return device
 
 

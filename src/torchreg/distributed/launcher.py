@@ -116,16 +116,13 @@ def _is_slurm_step(environ: Mapping[str, str]) -> bool:
 
 
 def _read(environ: Mapping[str, str], row: Variables) -> Launcher:
-    for name in (row.rank, row.world_size, row.local_rank, row.local_world_size):
+    names = (row.rank, row.world_size, row.local_rank, row.local_world_size)
+    for name in names:
         if name in environ and not environ[name].isdecimal():
             raise ValueError(f"{row.name} started this process, but {name} is {environ[name]!r}: it must be a number")
-    values = (environ.get(name) for name in (row.rank, row.world_size, row.local_rank, row.local_world_size))
-    rank, world_size, local_rank, local_world_size = (None if value is None else int(value) for value in values)
+    rank, world_size, local_rank, local_world_size = (int(environ[name]) if name in environ else None for name in names)
     if rank is None or world_size is None:
-        raise ValueError(
-            f"{row.rank} is {environ[row.rank]} and {row.world_size} is not set, so that the number of ranks is not "
-            f"known: set {row.world_size}, or unset {row.rank}"
-        )
+        raise ValueError(f"{row.rank} is {environ[row.rank]}, {row.world_size} is not set: set it, or unset {row.rank}")
     if rank >= world_size:
         raise ValueError(f"{row.name} started rank {rank} of {world_size}: unset {row.rank} and {row.world_size}")
     return Launcher(row.name, rank, world_size, local_rank, local_world_size, row.uses_mpi)

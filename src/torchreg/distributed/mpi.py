@@ -21,11 +21,8 @@ def import_mpi(reason: str = "") -> Any:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # mpi4py's wheel raises RuntimeError when it finds no libmpi
-        cause = str(error).splitlines()[0]
-        raise ValueError(
-            f"{reason}, and mpi4py cannot be imported ({cause}): pip install mpi4py mpich, or on an HPC system use "
-            "the site's mpi4py"
-        ) from error
+        reason += f", and mpi4py cannot be imported ({str(error).splitlines()[0]})"
+        raise ValueError(f"{reason}: pip install mpi4py mpich, or on an HPC system use the site's mpi4py") from error
     return MPI
 
 
