@@ -79,7 +79,7 @@ BAD_INPUT = {
     "both batches": (["--global-batch-size", "64", "--local-batch-size", "64"], "give one of them"),
     "existing run": (["--name", "there"], "exists already"),
     "unwritable runs_dir": (["--runs-dir", "empty.csv"], "cannot be written"),
-    "unknown recipe": (["--recipe", "lessons"], "the recipes are default, lesson"),
+    "unknown recipe": (["--recipe", "lessons"], "Expected one of ('default', 'lesson', 'homework')"),
     "unknown option": (["--batch-size", "64"], "--batch-size"),
     "no number": (["--max-steps", "many"], "many"),
     "no such choice": (["--sampling", "all"], "all"),

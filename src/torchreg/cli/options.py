@@ -17,7 +17,7 @@ import tyro
 from tyro import constructors
 
 from torchreg.runs.config import TrainConfig
-from torchreg.runs.recipes import with_recipe
+from torchreg.runs.recipes import RECIPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ def parse_config(kind: type[C], program: str, argv: list[str], default: TrainCon
     if default is None:
         words = " ".join(argv).replace("=", " ").split()
         recipe = "".join(words[words.index("--recipe") + 1 :][:1]) if "--recipe" in words else "default"
-        default = with_recipe(recipe)
+        default = RECIPES.get(recipe, RECIPES["default"])  # tyro refuses another name
         flags = [word.replace("_", "-") for word in words]
         if "--local-batch-size" in flags or "--sampling full" in " ".join(flags):
             default = default.replace(global_batch_size=None)

@@ -31,10 +31,3 @@ SWEEP_DEFAULTS: dict[str, TrainConfig] = {
     ),
 }
 """The defaults of the runs of a sweep: the lesson's homework."""
-
-
-def with_recipe(recipe: str, **overrides: object) -> TrainConfig:
-    """A recipe with some of its values replaced."""
-    if recipe not in RECIPES:
-        raise ValueError(f"recipe is {recipe}: the recipes are {', '.join(RECIPES)}")
-    return RECIPES[recipe].replace(**overrides)
