@@ -71,8 +71,7 @@ def show_files(records: Path | str, pictures: Iterable[Path]) -> None:
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table on stdout, every column right-aligned, rows that begin with `!` in colour.
 
-    Its entries are wrapped between words to the terminal's width, or to 80 columns where there is none, and where that
-    is too narrow each row becomes a list.
+    Entries are wrapped between words to the width of the terminal, or to 80 columns; if too narrow, rows become lists.
     """
     console, indent = _console(sys.stdout), max(map(len, columns)) + 2
     room = console.width if console.is_terminal else 80

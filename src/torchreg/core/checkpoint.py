@@ -139,10 +139,7 @@ def write_synced(path: Path, content: bytes, mode: str = "wb") -> None:
 
 
 def sync(descriptor: int) -> None:
-    """Bring a file to disk, where the file system can: some network and FUSE file systems cannot.
-
-    Raises `OSError` where it can and fails.
-    """
+    """Bring a file to disk; some network and FUSE file systems cannot. Raises `OSError` where one can and fails."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -160,10 +157,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_regular(path: Path, num_bytes: int = -1) -> bytes:
-    """The content of a regular file, or its first `num_bytes`.
-
-    Raises `OSError` where it cannot be read, and for a FIFO or a device, which might never end.
-    """
+    """The content of a regular file, or its first `num_bytes`. Raises `OSError` for others: a FIFO may never end."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

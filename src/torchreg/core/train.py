@@ -79,10 +79,7 @@ def no_sync(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def reproducible_gradient(model: nn.Module, reduction: Reduction, batch: Batch) -> Tensor:
-    """The gradient by autograd, summed over micro-batches and ranks by a reproducible `Reduction`.
-
-    The `model` is not wrapped by DistributedDataParallel.
-    """
+    """The gradient by autograd, summed over micro-batches and ranks by a reproducible `Reduction` instead of DDP."""
     parameters = list(model.parameters())
 
     def add_gradient(x: Tensor, y: Tensor, part: Tensor) -> Tensor:
@@ -109,8 +106,7 @@ def manual_step(
     """The same update without autograd: the gradient as derived on paper, summed over ranks, applied.
 
     `gradient` names the parts of `reduction.gradient`, which is half the gradient of the squared error. `sequential` is
-    the lesson's order: the weight first, then the bias with the gradient at the new weight. The micro-batches are those
-    of `manual_samples`.
+    the order of the lesson: the weight, then the bias with the gradient at the new weight. Samples: `manual_samples`.
     """
     add_gradient = partial(add_half_gradient, parameters.flat)
     own_error = reduction.sum(batch, add_gradient)

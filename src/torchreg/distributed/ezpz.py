@@ -25,8 +25,7 @@ from torch import nn
 def find_ezpz(choice: Literal["auto", "ezpz", "torch"]) -> str | None:
     """The version of the real ezpz if it is to be used, or None for torch alone.
 
-    Raises `ValueError` when another package of that name is installed (PyPI's ezpz crops images), or when ezpz is
-    chosen and not installed.
+    Raises `ValueError` when another package of that name is installed, or when ezpz is chosen and not installed.
     """
     if choice == "torch":
         return None

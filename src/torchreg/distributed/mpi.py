@@ -15,8 +15,7 @@ from torchreg.distributed.watchdog import Watchdog, exit_after
 
 def import_mpi(reason: str = "") -> Any:
     """`mpi4py.MPI`. Raises `ValueError`, with the reason that it is needed for, where it cannot be imported."""
-    # A Cray MPICH with GPU support ends the process in MPI_Init where torch was imported first. No tensor on a GPU is
-    # ever handed to MPI.
+    # A Cray MPICH with GPU support ends the process in MPI_Init if torch was imported first. MPI gets CPU tensors only.
     os.environ["MPICH_GPU_SUPPORT_ENABLED"] = "0"
     try:
         from mpi4py import MPI

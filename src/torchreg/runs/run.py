@@ -146,10 +146,7 @@ def torch_dtype(choice: Literal["auto", "float32", "float64"], device: torch.dev
 
 
 def to_device(table: Table | None, state: RunState, communicator: Communicator) -> tuple[Tensor, Tensor]:
-    """The whole table on every rank's device, as the model sees it: x (num_rows, num_features) and y (num_rows, 1).
-
-    Only the main rank has the `table`.
-    """
+    """The main rank's table on every device, as the model sees it: x (num_rows, num_features) and y (num_rows, 1)."""
     rows = torch.empty(state.plan.num_rows, len(state.feature_names) + 1, dtype=torch.float64)
     if table:
         rows[:, :-1] = torch.from_numpy(state.standardizer.apply(table.features))
