@@ -50,11 +50,6 @@ class FlatParameters:
         return parameters
 
 
-def with_constant(x: Tensor) -> Tensor:
-    """Samples a = (x, 1), (samples, num_features + 1), of x (samples, num_features)."""
-    return torch.hstack([x, x.new_ones(len(x), 1)])
-
-
 def add_half_gradient(theta: Tensor, a: Tensor, y: Tensor, gradient: Tensor) -> Tensor:
     """Add half the gradient of the samples' squared error to `gradient`, and return that squared error.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from torchreg.core.batches import Batch, BatchPlan
-from torchreg.core.model import FlatParameters, add_half_gradient, squared_error, with_constant
+from torchreg.core.model import FlatParameters, add_half_gradient, squared_error
 from torchreg.core.reduction import Communicator, Reduction
 
 LearningRates = tuple[float, ...]
@@ -119,7 +119,7 @@ def manual_step(
 
 def manual_samples(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The samples as on paper: a = (x, 1), (num_rows, num_features + 1), and y as a vector (num_rows,)."""
-    return with_constant(x), y[:, 0].contiguous()
+    return torch.hstack([x, x.new_ones(len(x), 1)]), y[:, 0].contiguous()
 
 
 class Checkpoints(Protocol):
