@@ -95,9 +95,10 @@ class Stop:
 
 class Listening(Reporter):
     def __init__(self):
+        super().__init__()
         self.said = []
 
-    def info(self, text):
+    def info(self, text, style=None):
         self.said.append(text)
 
 
