@@ -74,9 +74,7 @@ def parse(kind: type[T], program: str, argv: list[str], default: T | None = None
 
 def parse_config(kind: type[C], program: str, argv: list[str], default: TrainConfig | None = None) -> C:
     """Parse a command's options with these defaults, else with those of the recipe that the options name, whose
-    batch size is dropped where the options choose the batch in another way.
-
-    Raises `ValueError` where --plot lacks matplotlib.
+    batch size is dropped where the options choose the batch in another way. --plot needs matplotlib.
     """
     if default is None:
         words = " ".join(argv).replace("=", " ").split()

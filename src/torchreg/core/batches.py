@@ -72,9 +72,8 @@ class BatchPlan:
     ) -> BatchPlan:
         """The plan for one of `global_batch_size` and `local_batch_size` (by default 64 samples on each rank).
 
-        `reproducible` cuts a step into micro-batches before it is sharded, by default into at most eight.
-
-        Raises `ValueError` with all the numbers when they cannot fit.
+        `reproducible` cuts a step into micro-batches before it is sharded, by default into at most eight. Raises
+        `ValueError` with all the numbers when they cannot fit.
         """
         for kind, size in {"global": global_batch_size, "local": local_batch_size, "micro": micro_batch_size}.items():
             if size is not None and size < 1:

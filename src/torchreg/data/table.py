@@ -99,9 +99,8 @@ def load_table(
     drop_missing: bool = False,
 ) -> Table:
     """The table of `synthetic`, `ames`, or a CSV or Parquet file, checked: all numbers finite, two rows or more, no
-    constant feature. Blanks around column names are ignored.
-
-    Raises `ValueError` with the column, the row (counted from 1, without the header) and the remedy.
+    constant feature. Blanks around column names are ignored. Raises `ValueError` with the column, the row (counted from
+    1, without the header) and the remedy.
     """
     if source == "synthetic":
         x, y = make_houses(num_rows or REAL_NUM_ROWS, num_features or 1, data_seed)

@@ -81,10 +81,7 @@ _SIGNS_OF_MPI = "PALS_RANKID", "PMI_RANK", "PMI_FD", "PMIX_RANK", "ALPS_APP_PE",
 
 
 def detect_launcher(environ: Mapping[str, str]) -> Launcher:
-    """The launcher of the process with this environment.
-
-    Raises `ValueError` when a number is malformed or missing, and when RANK and WORLD_SIZE contradict the launcher.
-    """
+    """The launcher of an environment. Raises `ValueError` for numbers that are malformed, missing or contradictory."""
     rows = [row for row in LAUNCHERS if row.name != _SRUN.name or _is_slurm_step(environ)]
     present = (row for row in rows if all(name in environ for name in (row.rank, *row.required)))
     found = next((_read(environ, row) for row in present), NO_LAUNCHER)

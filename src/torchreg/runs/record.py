@@ -64,10 +64,7 @@ def create_run_folder(runs_dir: str | Path, name: str | None, kind: str, *, over
 
 
 class RunDirectory:
-    """The folder of one run; see `create_run_folder` for its name and what can go wrong.
-
-    Until it is closed no other run can write there: a second one gets a `ValueError`.
-    """
+    """The folder of one run, locked until it is closed: another run that would write there gets a `ValueError`."""
 
     def __init__(self, config: RunConfig) -> None:
         overwrite = config.overwrite or config.resume == "auto"

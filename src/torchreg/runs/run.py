@@ -164,10 +164,7 @@ def make_step(
     *,
     sequential: bool = False,
 ) -> Step:
-    """The step that an optimizer, the plan's reduction and the communicator's carrier make.
-
-    Without an optimizer it is the manual step, which takes the samples as `manual_samples` arranges them.
-    """
+    """The step of an optimizer; without one the manual step, which takes samples as `manual_samples` arranges them."""
     like = torch.cat([parameter.detach().view(-1) for parameter in model.parameters()])
     reduction = Reduction(communicator, like, plan.num_micro_batches, reproducible=plan.reproducible)
     if optimizer is None:

@@ -107,10 +107,7 @@ class RunState:
 
 
 def prepare(config: TrainConfig, world_size: int, least_squares: LeastSquares | None = None) -> tuple[RunState, Table]:
-    """Read the data (unless `least_squares` has it), derive the batches and choose the learning rates of a run.
-
-    Raises `ValueError` with the field, its value and the remedy for what cannot work.
-    """
+    """The state and table of a run; `least_squares` saves reading it. Raises `ValueError` for what cannot work."""
     data = least_squares or LeastSquares.of(config)
     table, best, target_excess = data.table, data.closed_form, config.run.target_excess
     if target_excess is not None and best.loss == 0:
