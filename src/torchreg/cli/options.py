@@ -116,9 +116,8 @@ def _with_one_default(info: constructors.StructTypeInfo) -> constructors.StructC
         shown = partial(_default_of, texts, field.name, default)
         aliases = ("--lr",) if field.name == "base_learning_rate" else None
         kind: Any = Annotated[hints[field.name], tyro.conf.arg(help_behavior_hint=shown, aliases=aliases)]
-        options.append(
-            constructors.StructFieldSpec(field.name, kind, default, partial(_sentence_of, texts, field.name))
-        )
+        sentence = partial(_sentence_of, texts, field.name)
+        options.append(constructors.StructFieldSpec(field.name, kind, default, sentence))
     return constructors.StructConstructorSpec(info.type, tuple(options))
 
 

@@ -79,18 +79,15 @@ class BatchPlan:
             if size is not None and size < 1:
                 raise ValueError(f"{kind}_batch_size is {size}: give a whole number of at least 1")
         if global_batch_size is not None and local_batch_size is not None:
-            raise ValueError(
-                f"global_batch_size is {global_batch_size} and local_batch_size is {local_batch_size}: give one of them"
-            )
+            reason = f"global_batch_size is {global_batch_size} and local_batch_size is {local_batch_size}"
+            raise ValueError(f"{reason}: give one of them")
         local_batch_size = local_batch_size or DEFAULT_LOCAL_BATCH_SIZE
         batch_size = num_rows if sampling == "full" else global_batch_size or local_batch_size * world_size
         if batch_size > num_rows:
             product = "" if global_batch_size else f" ({local_batch_size} samples × {world_size} ranks)"
             field = "global_batch_size" if global_batch_size else "local_batch_size"
-            raise ValueError(
-                f"global_batch_size is {batch_size}{product}, more than the data's {num_rows} rows: "
-                f"lower {field} or the number of ranks, or use more data"
-            )
+            reason = f"global_batch_size is {batch_size}{product}, more than the data's {num_rows} rows"
+            raise ValueError(f"{reason}: lower {field} or the number of ranks, or use more data")
         if reproducible and micro_batch_size is None:
             micro_batch_size = math.ceil(batch_size / DEFAULT_MICRO_BATCHES)
         return cls(num_rows, world_size, batch_size, micro_batch_size, sampling, seed, reproducible)

@@ -123,10 +123,9 @@ def load_table(
     missing = np.flatnonzero(np.isnan(columns).any(axis=1))
     if len(missing) and not drop_missing:
         first = names[int(np.argmax(np.isnan(columns[missing[0]])))]
-        raise ValueError(
-            f"{path}: {len(missing)} of {len(columns)} rows have a missing value (NaN), the first in row "
-            f"{missing[0] + 1}, column {first!r}: correct the file, or exclude such rows with --drop-missing"
-        )
+        reason = f"{path}: {len(missing)} of {len(columns)} rows have a missing value (NaN)"
+        where = f"the first in row {missing[0] + 1}, column {first!r}"
+        raise ValueError(f"{reason}, {where}: correct the file, or exclude such rows with --drop-missing")
     columns = np.delete(columns, missing, axis=0)
     if len(columns) < 2:
         raise ValueError(f"{path} has {len(columns)} usable row{'s' * (len(columns) != 1)}: a line needs two or more")
@@ -149,10 +148,9 @@ def fetch_ames(url: str = AMES_URL, sha256: str = AMES_SHA256) -> Path:
     try:
         return Path(cache.fetch(file))
     except (requests.RequestException, OSError) as error:
-        raise ValueError(
-            f"data is ames: its table cannot be fetched from {url} ({type(error).__name__}); run `torchreg data fetch` "
-            f"where there is a network (on a compute node set https_proxy), or use --data synthetic"
-        ) from error
+        reason = f"data is ames: its table cannot be fetched from {url} ({type(error).__name__})"
+        remedy = "run `torchreg data fetch` where there is a network (on a compute node set https_proxy)"
+        raise ValueError(f"{reason}: {remedy}, or use --data synthetic") from error
     except ValueError as error:
         raise ValueError(f"data is ames: the file at {url} is not the table: {error}") from error
 

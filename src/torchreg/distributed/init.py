@@ -135,8 +135,7 @@ def _require_distinct_devices(devices: list[Any]) -> list[None]:
         other = first.setdefault((host, identity), rank)
         if identity and other != rank:
             num_here = len({i for h, _, i in devices if h == host})
-            raise ValueError(
-                f"rank {other} and rank {rank} ({host}) have one {device_type} device ({identity}): start {num_here} "
-                f"rank{'s' * (num_here > 1)} on this host, or choose --device cpu"
-            )
+            reason = f"rank {other} and rank {rank} ({host}) have one {device_type} device ({identity})"
+            remedy = f"start {num_here} rank{'s' * (num_here > 1)} on this host, or choose --device cpu"
+            raise ValueError(f"{reason}: {remedy}")
     return [None] * len(devices)

@@ -91,10 +91,9 @@ def detect_launcher(environ: Mapping[str, str]) -> Launcher:
         return found
     exported = _read(environ, _EXPORTED)
     if not found.is_none and (exported.rank, exported.world_size) != (found.rank, found.world_size):
-        raise ValueError(
-            f"{found.name} started rank {found.rank} of {found.world_size}, but RANK is {exported.rank} and WORLD_SIZE "
-            f"is {exported.world_size}: unset RANK, WORLD_SIZE and LOCAL_RANK"
-        )
+        started = f"{found.name} started rank {found.rank} of {found.world_size}"
+        variables = f"but RANK is {exported.rank} and WORLD_SIZE is {exported.world_size}"
+        raise ValueError(f"{started}, {variables}: unset RANK, WORLD_SIZE and LOCAL_RANK")
     return exported if found.is_none else found
 
 

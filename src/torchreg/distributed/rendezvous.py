@@ -111,10 +111,8 @@ def exchange(
     own = json.dumps([os.urandom(8).hex(), socket.gethostname(), item])
     first = store.compare_set(f"{topic}/{rank}", "", own).decode()
     if first != own:
-        raise ValueError(
-            f"this is a second rank {rank} of {world_size}, and the first is on {json.loads(first)[1]}: two runs have "
-            "one MASTER_ADDR and MASTER_PORT; choose another MASTER_PORT"
-        )
+        reason = f"this is a second rank {rank} of {world_size}, and the first is on {json.loads(first)[1]}"
+        raise ValueError(f"{reason}: two runs have one MASTER_ADDR and MASTER_PORT; choose another MASTER_PORT")
     if rank == 0:
         keys = [f"{topic}/{other}" for other in range(world_size)]
         if not poll(lambda: store.check(keys), timeout_s):

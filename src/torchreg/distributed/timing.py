@@ -32,8 +32,7 @@ def elapsed_on_ranks(communicator: Communicator, work: Callable[[], None]) -> li
     start_s = time.perf_counter()
     work()
     communicator.synchronize()
-    own_s = time.perf_counter() - start_s
-    return communicator.gather(own_s)
+    return communicator.gather(time.perf_counter() - start_s)
 
 
 def warm_up(communicator: Communicator, take_steps: TakeSteps, window_s: float) -> tuple[int, float]:

@@ -80,10 +80,8 @@ class BatchConfig:
         _check_counts(self, "global_batch_size local_batch_size micro_batch_size")
         _check(self, "seed", lambda seed: 0 <= seed < 2**32, "0 or more, and less than 2³²")
         if self.global_batch_size is not None and self.local_batch_size is not None:
-            raise ValueError(
-                f"global_batch_size is {self.global_batch_size} and local_batch_size is {self.local_batch_size}: "
-                "give one of them; the world size makes the other"
-            )
+            reason = f"global_batch_size is {self.global_batch_size} and local_batch_size is {self.local_batch_size}"
+            raise ValueError(f"{reason}: give one of them; the world size makes the other")
         if self.sampling == "full" and (self.global_batch_size or self.local_batch_size):
             raise ValueError("sampling is full: omit the batch size, or choose --sampling shuffle or random")
 

@@ -134,7 +134,6 @@ class RunDirectory:
         finally:
             if self._lock is not None:
                 os.close(self._lock)
-                self._lock = None
 
 
 def is_written(folder: Path) -> bool:
