@@ -33,8 +33,7 @@ def _check_counts(config: object, names: str) -> None:
 class DataConfig:
     """The table that is trained on."""
 
-    # Where the rows come from: `synthetic` (rows with the real table's moments), `ames` (the real table, fetched once),
-    # or a CSV or Parquet file.
+    # Where the rows come from: `synthetic` (the real table's moments), `ames` (the real table), a CSV or Parquet file.
     data: str = "synthetic"
     features: tuple[str, ...] = ()  # Feature columns of the file, separated by commas. Default: GrLivArea.
     target: str | None = None  # Target column of the file. Default: SalePrice.
@@ -60,8 +59,7 @@ class DataConfig:
 class BatchConfig:
     """The samples of a step, and how their gradients are summed."""
 
-    # `shuffle`: a new permutation each epoch. `random`: each step draws its samples without replacement. `full`: every
-    # step takes all rows.
+    # `shuffle`: a new permutation each epoch. `random`: each step draws without replacement. `full`: all rows.
     sampling: Sampling = "shuffle"
     # Samples of a step over all ranks (strong scaling). Give this or `local_batch_size`, not both.
     global_batch_size: int | None = None
@@ -71,8 +69,7 @@ class BatchConfig:
     # reproducible` an eighth of the global batch.
     micro_batch_size: int | None = None
     # `reproducible` sums gradients in an order that does not depend on the world size: the same `global_batch_size` and
-    # `micro_batch_size` then give the same bits on any number of ranks. It takes longer messages and one thread on each
-    # rank.
+    # `micro_batch_size` then give the same bits on any number of ranks. It takes longer messages and one thread a rank.
     reduction: Literal["fast", "reproducible"] = "fast"
     seed: int = 0  # Seed of the order of samples. A step has the same samples at every world size.
 
@@ -95,8 +92,7 @@ class OptimizerConfig:
     # What averages gradients over ranks: `ddp` (with sgd), `allreduce` (with manual), `mpi` (with both, on the CPU).
     # `auto` is `ddp` for sgd and `allreduce` for manual.
     sync: Literal["auto", "ddp", "allreduce", "mpi"] = "auto"
-    # `sequential` updates the weight first and the bias with the new weight, as the lesson does; it needs `--optimizer
-    # manual`.
+    # `sequential` updates the weight, then the bias with the new weight, as the lesson; it needs `--optimizer manual`.
     update_order: UpdateOrder = "simultaneous"
     # Learning rates of weight and bias at `reference_batch_size`, as 1e-7,1e-1, or one for both. Default: 0.05 for the
     # bias and 0.05 / (mean square of the features) for the weight, less where the stability limit asks for it.
@@ -109,8 +105,7 @@ class OptimizerConfig:
     decay_to: float = 0.0  # Where `linear` and `cosine` decay end, as a fraction of the scaled learning rates.
     decay_factor: float = 0.1  # The factor of `step` decay, applied every `decay_every` steps.
     decay_every: int | None = None  # Steps between two drops of `step` decay. Default: a third of the run.
-    # What to do when the learning rates are above the stability limit: `warn` and train, `refuse` to train, or `cap`
-    # them at half the limit.
+    # What to do with learning rates above the stability limit: `warn`, `refuse` to train, or `cap` at half the limit.
     on_unstable: Literal["warn", "refuse", "cap"] = "warn"
     initial_weight: float = 0.0  # Initial value of every weight, in the data's own units.
     initial_bias: float = 0.0  # Initial value of the bias, in the data's own units.
