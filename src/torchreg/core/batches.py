@@ -30,7 +30,7 @@ class Batch(NamedTuple):
 
     `micro_batches` are this rank's, each x (samples, num_features) and y (samples, 1), or those of `manual_samples`. A
     rank without samples has one empty micro-batch, so that every rank takes part in every step. `num_samples` counts
-    those of all ranks. `first_micro_batch` is this rank's first among those of the step (0 in fast reduction).
+    all ranks' samples. `first_micro_batch` is the position of this rank's first in the step (0 in fast reduction).
     """
 
     step: int

@@ -157,7 +157,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_regular(path: Path, num_bytes: int = -1) -> bytes:
-    """The content of a regular file, or its first `num_bytes`. Raises `OSError` for others: a FIFO may never end."""
+    """The content of a regular file, or its first `num_bytes`. Raises `OSError`, also for a FIFO or a device."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

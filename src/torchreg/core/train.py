@@ -106,7 +106,7 @@ def manual_step(
     """The same update without autograd: the gradient as derived on paper, summed over ranks, applied.
 
     `gradient` names the parts of `reduction.gradient`, which is half the gradient of the squared error. `sequential` is
-    the order of the lesson: the weight, then the bias with the gradient at the new weight. Samples: `manual_samples`.
+    the lesson's order: the weight, then the bias with the gradient at the new weight. Samples are `manual_samples`.
     """
     add_gradient = partial(add_half_gradient, parameters.flat)
     own_error = reduction.sum(batch, add_gradient)

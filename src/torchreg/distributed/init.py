@@ -38,8 +38,8 @@ def init_distributed(
 ) -> Communicator:
     """Initialise this rank: detect the launcher, choose the device, make the process group.
 
-    `run` has the options that must be equal on all ranks, by name. Raises `ValueError` for what the user can fix, as a
-    missing package; as an `AgreedError` once all ranks are connected, with the hosts of those that differ.
+    `run` has the options that must be equal on all ranks, by name. Raises `ValueError` for what the user can fix, such
+    as a missing package; once all ranks are connected it is an `AgreedError`, with the hosts of those that differ.
     """
     launcher = detect_launcher(os.environ)
     with exit_after(timeout_s, launcher.rank) if launcher.world_size > 1 else nullcontext():

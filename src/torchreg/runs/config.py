@@ -92,7 +92,7 @@ class OptimizerConfig:
     # What averages gradients over ranks: `ddp` (with sgd), `allreduce` (with manual), `mpi` (with both, on the CPU).
     # `auto` is `ddp` for sgd and `allreduce` for manual.
     sync: Literal["auto", "ddp", "allreduce", "mpi"] = "auto"
-    # `sequential` updates the weight, then the bias with the new weight, as the lesson; it needs `--optimizer manual`.
+    # `sequential` updates the weight, then the bias with the new weight, as the lesson does (`--optimizer manual`).
     update_order: UpdateOrder = "simultaneous"
     # Learning rates of weight and bias at `reference_batch_size`, as 1e-7,1e-1, or one for both. Default: 0.05 for the
     # bias and 0.05 / (mean square of the features) for the weight, less where the stability limit asks for it.
