@@ -65,11 +65,11 @@ def parse(kind: type[T], program: str, argv: list[str], default: T | None = None
     except SystemExit as error:
         if error.code in (0, None):
             raise
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", box.getvalue()).splitlines()
-    lines = [line.strip("│| \t") for line in lines if not re.search("─{3}|-{3}", line)]  # without the frame
-    text = " ".join(line for line in lines if line and not line.startswith("For full helptext"))
-    text = re.sub(r" (Got errors|Argument helptext): .*", "", text)
-    raise ValueError(re.sub(r"^(Value error )?Error parsing ((DataOptions|config(\.\w+)?): )?", "", text))
+    frame = ".*(?:─{3}|-{3}).*"  # a line of the box; its title is in the first one, or above it
+    _title, *parts = re.split(frame, re.sub(r"\x1b\[[0-9;]*m", "", box.getvalue()))
+    text = " ".join(word for part in parts for word in part.split() if word not in "│|")
+    text = re.sub(r" (Got errors|Argument helptext|For full helptext).*", "", text)
+    raise ValueError(re.sub(r"^Error parsing ((DataOptions|config(\.\w+)?): )?", "", text))
 
 
 def parse_config(kind: type[C], program: str, argv: list[str], default: TrainConfig | None = None) -> C:
