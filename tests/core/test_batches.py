@@ -133,6 +133,11 @@ def test_weak_scaling_derives_the_global_batch():
         ({"global_batch_size": 600}, ["600", "551", "global_batch_size"]),
         ({"local_batch_size": 64}, ["64 samples × 9 ranks", "576", "551"]),
         ({"global_batch_size": 64, "local_batch_size": 64}, ["one of them"]),
+        # 0 is not "unset": it would train with another size, or end in a division by 0, without a word.
+        ({"global_batch_size": 0}, ["global_batch_size is 0", "at least 1"]),
+        ({"local_batch_size": 0}, ["local_batch_size is 0", "at least 1"]),
+        ({"micro_batch_size": 0}, ["micro_batch_size is 0", "at least 1"]),
+        ({"local_batch_size": -8}, ["local_batch_size is -8", "at least 1"]),
     ],
 )
 def test_sizes_that_cannot_fit_are_refused_with_all_numbers(sizes, parts):

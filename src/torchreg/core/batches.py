@@ -34,8 +34,7 @@ class Batch(NamedTuple):
 
     `micro_batches` are this rank's, each x (samples, num_features) and y (samples, 1), or those of `manual_samples`. A
     rank without samples has one empty micro-batch, so that every rank takes part in every step. `num_samples` counts
-    the samples of all ranks.
-    `first_micro_batch` is the position of this rank's first micro-batch among those of the step (0 in fast reduction).
+    all ranks' samples. `first_micro_batch` is the position of this rank's first in the step (0 in fast reduction).
     """
 
     step: int
@@ -77,23 +76,22 @@ class BatchPlan:
     ) -> BatchPlan:
         """The plan for one of `global_batch_size` and `local_batch_size` (by default 64 samples on each rank).
 
-        `reproducible` cuts a step into micro-batches before it is sharded, by default into at most eight.
-
-        Raises `ValueError` with all the numbers when they cannot fit.
+        `reproducible` cuts a step into micro-batches before it is sharded, by default into at most eight. Raises
+        `ValueError` with all the numbers when they cannot fit.
         """
+        for kind, size in {"global": global_batch_size, "local": local_batch_size, "micro": micro_batch_size}.items():
+            if size is not None and size < 1:
+                raise ValueError(f"{kind}_batch_size is {size}: give a whole number of at least 1")
         if global_batch_size is not None and local_batch_size is not None:
-            raise ValueError(
-                f"global_batch_size is {global_batch_size} and local_batch_size is {local_batch_size}: give one of them"
-            )
+            reason = f"global_batch_size is {global_batch_size} and local_batch_size is {local_batch_size}"
+            raise ValueError(f"{reason}: give one of them")
         local_batch_size = local_batch_size or DEFAULT_LOCAL_BATCH_SIZE
         batch_size = num_rows if sampling == "full" else global_batch_size or local_batch_size * world_size
         if batch_size > num_rows:
             product = "" if global_batch_size else f" ({local_batch_size} samples × {world_size} ranks)"
             field = "global_batch_size" if global_batch_size else "local_batch_size"
-            raise ValueError(
-                f"global_batch_size is {batch_size}{product}, more than the data's {num_rows} rows: "
-                f"lower {field} or the number of ranks, or use more data"
-            )
+            reason = f"global_batch_size is {batch_size}{product}, more than the data's {num_rows} rows"
+            raise ValueError(f"{reason}: lower {field} or the number of ranks, or use more data")
         if reproducible and micro_batch_size is None:
             micro_batch_size = math.ceil(batch_size / DEFAULT_MICRO_BATCHES)
         return cls(num_rows, world_size, batch_size, micro_batch_size, sampling, seed, reproducible)

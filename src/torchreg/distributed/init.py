@@ -38,9 +38,8 @@ def init_distributed(
 ) -> Communicator:
     """Initialise this rank: detect the launcher, choose the device, make the process group.
 
-    `run` has the options that must be equal on all ranks, by name. Raises `ValueError` for what the user can fix:
-    launchers that disagree, a missing package or device; as an `AgreedError` once all ranks are connected, with the
-    hosts of those that differ.
+    `run` has the options that must be equal on all ranks, by name. Raises `ValueError` for what the user can fix, such
+    as a missing package; once all ranks are connected it is an `AgreedError`, with the hosts of those that differ.
     """
     launcher = detect_launcher(os.environ)
     with exit_after(timeout_s, launcher.rank) if launcher.world_size > 1 else nullcontext():
@@ -137,8 +136,7 @@ def _require_distinct_devices(devices: list[Any]) -> list[None]:
         other = first.setdefault((host, identity), rank)
         if identity and other != rank:
             num_here = len({i for h, _, i in devices if h == host})
-            raise ValueError(
-                f"rank {other} and rank {rank} ({host}) have one {device_type} device ({identity}): start {num_here} "
-                f"rank{'s' * (num_here > 1)} on this host, or choose --device cpu"
-            )
+            reason = f"rank {other} and rank {rank} ({host}) have one {device_type} device ({identity})"
+            remedy = f"start {num_here} rank{'s' * (num_here > 1)} on this host, or choose --device cpu"
+            raise ValueError(f"{reason}: {remedy}")
     return [None] * len(devices)

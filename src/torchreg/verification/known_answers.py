@@ -25,7 +25,7 @@ from torchreg.core.train import ddp_gradient, fit, make_sgd, manual_samples, sgd
 from torchreg.distributed.communicator import AnySync, Communicator
 from torchreg.runs.config import TrainConfig
 from torchreg.runs.environment import versions
-from torchreg.runs.run import Seams, dtype_name, make_step, single_thread, to_device, train
+from torchreg.runs.run import Seams, make_step, single_thread, to_device, train
 from torchreg.runs.setup import prepare
 from torchreg.theory import Matrix
 from torchreg.verification.checks import Check, agree
@@ -196,7 +196,7 @@ def _exact_path(
         total, worst = total + num_steps, max(worst, off.max())
     if digest.digest() != communicator.gather(digest.digest())[0] and error is None:
         error = "other bits than rank 0"
-    name = f"{optimizer} × {sync}, {dtype_name(dtype)}"
+    name = f"{optimizer} × {sync}, {str(dtype).removeprefix('torch.')}"
     return agree(
         communicator, "exact path", name, error, f"{total} steps, off by {worst:.1e}", f"within {tolerance:.0e}"
     )
