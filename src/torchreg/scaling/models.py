@@ -9,15 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from torchreg.scaling.regression import FEWEST_BLOCKS, Array, Observations, observe, regress
 from torchreg.scaling.statistics import Block
-
-Collective: TypeAlias = Literal["recursive doubling", "Rabenseifner", "ring"]
 
 _LARGEST_FACTOR = 10.0  # between the ends of an interval that still determines the parameter's magnitude
 _SMALL = 0.2  # of a time, or of a fraction's range: an interval from 0 to less than that means that it is small
@@ -219,25 +217,16 @@ def fit_usl(
     return fit_model(model, quantities, columns, *_observe_whole(times, "world size"), "world sizes")
 
 
-_COLLECTIVES: dict[Collective, tuple[str, Callable[[Array], Array], Callable[[Array], Array]]] = {
-    "recursive doubling": ("log₂ p (α + β m)", np.log2, np.log2),
-    "Rabenseifner": ("2 log₂ p α + 2 (p − 1)/p β m", lambda p: 2 * np.log2(p), lambda p: 2 * (p - 1) / p),
-    "ring": ("2 (p − 1) α + 2 (p − 1)/p β m", lambda p: 2 * (p - 1), lambda p: 2 * (p - 1) / p),
-}
-"""The cost among p ranks in words, and what multiplies α and β m in it."""
+def fit_mechanistic(times: Mapping[Block, Mapping[Work, float]]) -> Fit:
+    """T = c₀ + c₁·samples + log₂ p (α + β m), of strong and weak points alike; `times` is {block: {work: seconds}}.
 
-
-def fit_mechanistic(times: Mapping[Block, Mapping[Work, float]], collective: Collective = "recursive doubling") -> Fit:
-    """T = c₀ + c₁·samples + communication, of strong and weak points alike; `times` is {block: {work: seconds}}.
-
-    `_COLLECTIVES` has the communication of p ranks that all-reduce m bytes (Thakur, Rabenseifner and Gropp,
+    The last term is an all-reduce of m bytes among p ranks by recursive doubling (Thakur, Rabenseifner and Gropp,
     "Optimization of collective communication operations in MPICH", International Journal of High Performance Computing
-    Applications 19, 2005, in Hockney's α and β): recursive doubling for short messages, Rabenseifner and ring for long
-    ones. log₂ p is also used where p is no power of two.
+    Applications 19, 2005), in Hockney's α and β. log₂ p is also used where p is no power of two.
 
     What no points of such a design can distinguish is one parameter: c = c₀ + c₁·samples where every rank always has as
-    many samples (weak scaling), and τ = α + β m, the time of one round, under recursive doubling of one message size.
-    `predict` takes works, (n, 3); of a strong or a weak series of one message size it also takes world sizes, (n,).
+    many samples (weak scaling), and τ = α + β m, the time of one round, of one message size. `predict` takes works,
+    (n, 3).
     """
     observations, works = observe(times, "work")
     for work in works:
@@ -246,30 +235,25 @@ def fit_mechanistic(times: Mapping[Block, Mapping[Work, float]], collective: Col
         if not (math.isfinite(work.samples_per_rank) and work.samples_per_rank > 0):
             raise ValueError(f"samples_per_rank is {work.samples_per_rank}: give a positive number")
     measured = np.array(works, dtype=np.float64)
-    ranks, samples, messages = measured.T
-    is_weak, is_one_size = np.ptp(samples) == 0, np.ptp(messages) == 0
-    communication, rounds, transfers = _COLLECTIVES[collective]
-    named = [("compute", "c", "s")] if is_weak else [("fixed time", "c₀", "s"), ("time per sample", "c₁", "s/sample")]
-    compute = "c" if is_weak else "c₀ + c₁·samples"
-    is_one_round = is_one_size and collective == "recursive doubling"
-    if is_one_round:
+    is_weak, is_one_size = np.ptp(measured[:, 1:], axis=0) == 0
+    compute, communication = "c₀ + c₁·samples", "log₂ p (α + β m)"
+    named = [("fixed time", "c₀", "s"), ("time per sample", "c₁", "s/sample")]
+    if is_weak:
+        compute, named = "c", [("compute", "c", "s")]
+    if is_one_size:
         communication = "τ log₂ p"
         named.append((f"one round of {works[0].message_bytes} bytes", "τ", "s"))
     else:
         named += [("latency of a round", "α", "s"), ("time per byte", "β", "s/byte")]
 
     def columns(at: Array) -> Array:
-        if at.ndim == 1:  # world sizes, of the series that was measured
-            if not (is_one_size and (is_weak or np.ptp(ranks * samples) == 0)):
-                rows = "world_size, samples_per_rank, bytes"
-                raise ValueError(f"points are of several series: give predict rows of {rows}")
-            local = samples[0] if is_weak else ranks[0] * samples[0] / at
-            at = np.column_stack(np.broadcast_arrays(at, local, messages[0]))
-        p, own, size = at.T
-        shared = [rounds(p)] if is_one_round else [rounds(p), transfers(p) * size]
-        return np.column_stack([np.ones_like(p), *([] if is_weak else [own]), *shared])
+        ranks, samples, message_bytes = at.T
+        rounds = np.log2(ranks)
+        found = [np.ones_like(ranks)] if is_weak else [np.ones_like(ranks), samples]
+        found += [rounds] if is_one_size else [rounds, rounds * message_bytes]
+        return np.column_stack(found)
 
-    formula = f"T(p) = {compute} + {communication} ({collective})"
+    formula = f"T(p) = {compute} + {communication} (recursive doubling)"
     model = "mechanistic", formula, "Thakur, Rabenseifner and Gropp 2005; Hockney 1994"
     quantities = [Quantity(column, *name, can_vanish=True) for column, name in enumerate(named)]
     return fit_model(model, quantities, columns, observations, measured, "points")
