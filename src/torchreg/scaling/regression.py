@@ -20,13 +20,12 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import stdtrit
 
-from torchreg.scaling.statistics import CONFIDENCE, Block, Vector
+from torchreg.scaling.statistics import CONFIDENCE, MAD, Block, Vector
 
 FEWEST_BLOCKS = 4  # with fewer, Student's t is so wide, and Huber's scale so uncertain, that nothing is determined
 
 _LARGEST_CONDITION = 1e5  # of the columns, each scaled to length 1: beyond it they count as linearly dependent
 _HUBER = 1.345  # standard deviations; 95 % efficient for normal noise
-_MAD = 1.4826  # standard deviations of a normal distribution per median absolute deviation
 _SMALLEST_SCALE = 1e-9  # for times without noise
 _MAX_ITERATIONS = 60
 _TOLERANCE = 1e-5  # of the fitted times; the next iteration's change is far smaller
@@ -150,7 +149,7 @@ def _fit(columns: Array, times: Vector, masks: npt.NDArray[np.bool_]) -> Array:
         residuals = -np.log(fitted)
         ordered = np.sort(np.where(inside, np.abs(residuals), np.inf), axis=1)
         median = (ordered[fits, (counts - 1) // 2] + ordered[fits, counts // 2]) / 2
-        scale = np.maximum(_MAD * freedom * median, _SMALLEST_SCALE)[:, None]
+        scale = np.maximum(MAD * freedom * median, _SMALLEST_SCALE)[:, None]
         weights = inside * np.minimum(1, _HUBER * scale / np.maximum(np.abs(residuals), _SMALLEST_SCALE))
         jacobian = relative / fitted[:, :, None]
         weighted = np.swapaxes(jacobian * weights[:, :, None], 1, 2)
