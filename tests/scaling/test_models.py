@@ -1,11 +1,13 @@
 """If these fail, a report has a serial fraction or a latency that the launches do not show, or too narrow intervals."""
 
 import math
+import re
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import ttest_1samp
 
 from torchreg.scaling.models import Work, fit_allreduce, fit_amdahl, fit_mechanistic, fit_usl
 
@@ -223,6 +225,51 @@ def test_any_times_give_a_fit_or_a_reason(blocks):
             if fit.identifiable:
                 slack = 1e-6 * parameter.high + 1e-15
                 assert 0 <= parameter.low <= parameter.value + slack <= parameter.high + 2 * slack
+
+
+def usl_of_256(times):
+    return fit_usl(times, global_batch_size=256)
+
+
+@pytest.mark.parametrize(
+    ("fit", "time_of", "sizes"),
+    [
+        (fit_amdahl, amdahl(0.1), RANKS),
+        (usl_of_256, usl(0.05, 0.0005), (*RANKS, 32)),
+        (fit_allreduce, lambda m: 5e-6 + 1e-9 * m, MESSAGES),
+        # One launch a world size measures three works, so that their noise is the same.
+        (fit_mechanistic, mechanistic, tuple(dict.fromkeys([*STRONG, *WEAK, *(Work(p, 64, 65_536) for p in RANKS)]))),
+    ],
+    ids=["Amdahl", "USL", "α–β", "mechanistic"],
+)
+def test_the_noisy_times_of_a_model_are_accepted(fit, time_of, sizes):
+    noise = measured.Noise(0.05, 0.1, value=0.02, slow=0.05, factor=3.0)
+    assert measured.accepted(fit, time_of, sizes, 6, noise, campaigns=100) >= 0.95
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05, 0.1])
+@pytest.mark.parametrize(
+    ("fit", "time_of"),
+    [(fit_amdahl, measured.two_sockets), (usl_of_256, measured.two_sockets), (fit_amdahl, measured.congested)],
+    ids=["Amdahl, two sockets", "USL, two sockets", "Amdahl, congestion"],
+)
+def test_times_that_no_model_describes_are_rejected_and_have_no_curve(fit, time_of, noise):
+    # Without this test an efficiency at 8 times the measured ranks is drawn from a law that the machine does not obey.
+    assert measured.accepted(fit, time_of, (*RANKS, 32), 6, measured.Noise(noise / 2, noise), campaigns=20) == 0
+    found = fit(exact(time_of, (*RANKS, 32)))
+    assert not found.identifiable
+    assert "the points contradict the model: they differ from it by more than noise (p = " in found.why
+
+
+def test_the_probability_of_a_misfit_is_that_of_students_t():
+    # On 1, 2 and 4 ranks Amdahl's two columns leave one direction, and the test is Student's of its value in each
+    # block. At a time of 1 ms on all ranks the columns are (1, 1/2, 1/4) and (0, 1/2, 3/4): (1, -3, 2) is at a right
+    # angle to both. Blocks have 1 ms times exp(a, -3 a, 2 a), whose value in that direction is 14 a.
+    values = [0.010, 0.012, 0.008, 0.011, 0.009, 0.016]
+    times = {k: {p: 1e-3 * math.exp(a * w) for p, w in ((1, 1), (2, -3), (4, 2))} for k, a in enumerate(values)}
+    expected = ttest_1samp(values, 0).pvalue
+    why = fit_amdahl(times).why
+    assert float(re.search(r"\(p = (.*)\)", why)[1]) == pytest.approx(expected, rel=0.1)
 
 
 @pytest.mark.parametrize(

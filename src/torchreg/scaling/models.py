@@ -18,6 +18,7 @@ from torchreg.scaling.regression import FEWEST_BLOCKS, Array, Observations, obse
 from torchreg.scaling.statistics import Block
 
 _LARGEST_FACTOR = 10.0  # between the ends of an interval that still determines the parameter's magnitude
+_REJECTED = 0.01  # probability of residuals below which a model is rejected: a true one is in one of 100 series
 _SMALL = 0.2  # of a time, or of a fraction's range: an interval from 0 to less than that means that it is small
 
 
@@ -133,6 +134,9 @@ def fit_model(
         for one, interval in zip(quantities, intervals, strict=True):
             unit = found.coefficients[0] if one.kind == "relative" else 1
             reasons.append(one.reason(*interval, float(np.max(unit * parts[:, one.column]))))
+        if found.lack_of_fit < _REJECTED:
+            misfit = f"they differ from it by more than noise (p = {found.lack_of_fit:.1g})"
+            reasons.append(f"the points contradict the model: {misfit}")
         why = min(filter(None, reasons), key=lambda reason: "contradict" not in reason, default=None)
     parameters, coefficients = [], np.full(len(quantities), np.nan)
     if has_values(found.nonnegative):

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 from scipy.special import stdtrit
+from scipy.stats import f
 
 from torchreg.scaling.statistics import CONFIDENCE, MAD, Block, Vector
 
@@ -27,6 +28,7 @@ FEWEST_BLOCKS = 4  # with fewer, Student's t is so wide, and Huber's scale so un
 _LARGEST_CONDITION = 1e5  # of the columns, each scaled to length 1: beyond it they count as linearly dependent
 _HUBER = 1.345  # standard deviations; 95 % efficient for normal noise
 _SMALLEST_SCALE = 1e-9  # for times without noise
+_SMALLEST_MISFIT = 1e-6  # of a time: a smaller one shows nothing
 _MAX_ITERATIONS = 60
 _TOLERANCE = 1e-5  # of the fitted times; the next iteration's change is far smaller
 _NOT_CONVERGED = 1e-2  # a fit whose last change was larger has no result
@@ -41,13 +43,15 @@ Observations: TypeAlias = tuple[Vector, Indices, Indices]  # seconds, and the in
 class Regression:
     """Coefficients (p,), of all blocks and without each block (num_blocks, p); NaN where they are not determined.
 
-    For `nonnegative` the column with the most negative coefficient is removed until none is negative.
+    For `nonnegative` the column with the most negative coefficient is removed until none is negative. `lack_of_fit` is
+    the probability of residuals as large as these or larger if the times are a sum of these columns.
     """
 
     coefficients: Vector
     nonnegative: Vector
     without_block: Array
     held_out_error: float | None
+    lack_of_fit: float
     _blocks: Indices
     _columns: Array  # (n, p) of the relative times at the fit
 
@@ -118,7 +122,32 @@ def regress(observations: Observations, columns: Array, together: Indices) -> Re
     medians = np.array([np.median(times[sizes == size]) for size in range(len(columns))])
     error = float(np.abs(np.sum(columns * without_group[together], axis=1) / medians - 1).max())
     relative = rows / (rows @ found)[:, None]
-    return Regression(found, nonnegative, without_block, error if math.isfinite(error) else None, blocks, relative)
+    misfit, held_out_error = _lack_of_fit(observations, columns, found), error if math.isfinite(error) else None
+    return Regression(found, nonnegative, without_block, held_out_error, misfit, blocks, relative)
+
+
+def _lack_of_fit(observations: Observations, columns: Array, coefficients: Vector) -> float:
+    """The p-value of the means over blocks of the residuals, in the directions that no coefficients can follow.
+
+    Their variance is the jackknife's over blocks. The F test has the degrees of freedom of repeated measures, because
+    the values of one block depend on each other (Box, Annals of Mathematical Statistics 25, 1954; Greenhouse and
+    Geisser, Psychometrika 24, 1959). It is 1 where every direction can be followed.
+    """
+    times, blocks, sizes = observations
+    residuals = np.full((blocks.max() + 1, len(columns)), np.nan)
+    residuals[blocks, sizes] = np.log(times / (columns @ coefficients)[sizes])
+    repeated = np.isfinite(residuals).sum(axis=0) > 1  # else there is no variance
+    fitted = columns[repeated] / (columns[repeated] @ coefficients)[:, None]
+    directions = np.linalg.qr(fitted, mode="complete")[0][:, columns.shape[1] :]
+    if not np.isfinite(coefficients).all() or not directions.shape[1]:
+        return 1.0
+    residuals, num_blocks = residuals[:, repeated], len(residuals)
+    without = np.stack([np.nanmean(np.delete(residuals, block, axis=0), axis=0) for block in range(num_blocks)])
+    mean, deviations = np.nanmean(residuals, axis=0) @ directions, (without - without.mean(axis=0)) @ directions
+    covariance = (num_blocks - 1) / num_blocks * deviations.T @ deviations
+    covariance += _SMALLEST_MISFIT**2 * np.eye(len(mean))
+    freedom = np.trace(covariance) ** 2 / np.sum(covariance**2)
+    return float(f.sf(mean @ mean / np.trace(covariance), freedom, freedom * (num_blocks - 1)))
 
 
 def _fit(columns: Array, times: Vector, masks: npt.NDArray[np.bool_]) -> Array:
