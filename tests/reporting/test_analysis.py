@@ -17,7 +17,7 @@ from torchreg.scaling.sources import merge
 
 from .synthetic import Campaign, Machine, report_of, set_check, without_noise, write_launch
 
-FACTS = ("driver", "cuda", "rocm", "oneccl", "libfabric", "kernel", "tf32")
+FACTS = ("driver", "cuda", "rocm", "oneccl", "libfabric", "fabric", "kernel", "tf32")
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "CPU_BIND")
 
 # A step of B samples on p ranks: 100 µs, 2.5 µs for each sample of a rank, 100 µs for each doubling of ranks.

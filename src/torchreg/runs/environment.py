@@ -10,6 +10,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections import Counter
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,12 @@ _ALLOWED_VARIABLES = re.compile(
     r"SLURM_(JOB_NUM_NODES|NTASKS|JOB_PARTITION|(CPU|GPU|MEM)_BIND[A-Z_]*|CPUS_PER_TASK|DISTRIBUTION)|"
     r"TORCHELASTIC_RUN_ID"
 )
+
+# Not NCCL_NET, which a machine may need across nodes only: launches within a node are compared with those.
+_FABRIC_VARIABLES = (
+    "CCL_ATL_TRANSPORT", "FI_PROVIDER", "GLOO_SOCKET_IFNAME", "NCCL_IB_DISABLE", "NCCL_IB_HCA", "NCCL_SOCKET_IFNAME",
+    "UCX_NET_DEVICES", "UCX_TLS",
+)  # fmt: skip
 
 
 def provenance(started: str) -> dict[str, Any]:
@@ -64,6 +71,7 @@ def machine_facts() -> dict[str, str | None]:
         "rocm": torch and torch.version.hip,
         "oneccl": _version("oneccl") or _version("oneccl-bind-pt"),
         "libfabric": _libfabric(),
+        "fabric": _fabric(),
         "kernel": platform.release(),
         "tf32": torch and _tf32(torch),
     }
@@ -86,6 +94,15 @@ def _libfabric() -> str | None:
         version = ctypes.CDLL("libfabric.so.1").fi_version()
         return f"{version >> 16}.{version & 0xFFFF}"
     return None
+
+
+def _fabric() -> str | None:
+    """The networks of this host beyond Ethernet, and the variables that choose one, such as `cxi × 4, UCX_TLS=tcp`."""
+    adapters = [path for kind in ("cxi", "infiniband") for path in Path("/sys/class", kind).glob("*")]
+    counts = Counter(adapter.name.rstrip("0123456789").rstrip("_") for adapter in adapters)
+    found = [f"{name} × {count}" for name, count in sorted(counts.items())]
+    found += [f"{name}={os.environ[name]}" for name in _FABRIC_VARIABLES if name in os.environ]
+    return ", ".join(found) or None
 
 
 def _tf32(torch: Any) -> str:

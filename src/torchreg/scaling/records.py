@@ -87,7 +87,7 @@ def read_records(folders: Sequence[Path]) -> Records:
     return records
 
 
-FACTS = ("driver", "cuda", "rocm", "oneccl", "libfabric", "kernel", "tf32")  # of `torchreg.runs.environment`
+FACTS = ("driver", "cuda", "rocm", "oneccl", "libfabric", "fabric", "kernel", "tf32")  # of `torchreg.runs.environment`
 
 _PLACEMENT = re.compile(
     r"\w*(VISIBLE_DEVICES|DEVICE_(ORDER|ORDINAL|SELECTOR|HIERARCHY)|AFFINITY|NUMA|(CPU|GPU|MEM|PROC)_BIND|PLACES)\w*"
