@@ -223,11 +223,13 @@ class _Measure:
     dir: Annotated[str, tyro.conf.Positional]
     launch: Annotated[str, tyro.conf.Positional]
     launched_at: float = 0.0
+    verify: bool = False  # Check the stack first, as `torchreg verify --quick` does; if it fails, measure nothing.
 
     def run(self) -> int:
         from torchreg.cli.ranks import on_all_ranks, open_ranks
         from torchreg.scaling.campaign_run import MEASURED_FILE
         from torchreg.scaling.measure import measure_launch
+        from torchreg.verification.verify import verify
 
         campaign = campaign_of(Path(self.dir))
         launch = {launch.id: launch for launch in launches(campaign)}.get(self.launch)
@@ -239,7 +241,14 @@ class _Measure:
         device = MACHINES[campaign.machine].device if campaign.device == "auto" else campaign.device
         communicator = open_ranks(TrainConfig.of(optimizer="manual", device=device, **options))
         start_up_s = time.time() - self.launched_at
-        measured = on_all_ranks(communicator, lambda: measure_launch(campaign, launch, communicator, folder))
+
+        def work() -> dict[str, Any]:
+            checks = [asdict(one) for one in verify(communicator, str(folder), quick=True)] if self.verify else []
+            if any(one["status"] == "FAIL" for one in checks):
+                return {"verification": checks}
+            return {"verification": checks or None, **measure_launch(campaign, launch, communicator, folder)}
+
+        measured = on_all_ranks(communicator, work)
         if communicator.is_main:
             write_json(folder / MEASURED_FILE.format(self.launched_at), {"start_up_s": start_up_s, **measured})
         return 0

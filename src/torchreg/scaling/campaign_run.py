@@ -77,6 +77,14 @@ def status_of(folder: Path) -> tuple[State, float | None, str]:
     return "done", record["wall_s"], f"{record['wall_s']:.0f} s"
 
 
+def _has_verified(folder: Path) -> bool:
+    """Whether a launch succeeded that checked its stack by `torchreg verify --quick` first."""
+    with contextlib.suppress(OSError, ValueError):
+        record = check((folder / LAUNCH_FILE).read_bytes())
+        return record["status"] == "ok" and bool(record.get("verification"))
+    return False
+
+
 def open_campaign(campaign: Campaign, folder: Path) -> Campaign:
     """Create or join a campaign's folder: the campaign as its file then has it, with its `machine_name`.
 
@@ -110,7 +118,8 @@ def run_campaign(
 ) -> tuple[Counter[State], str | None]:
     """Run open launches, block after block, until all are done or `stop` is due; `report` gets a line for each.
 
-    A launch likely to take longer than the time left is not started. Returns the number in each state, and why it
+    Launches verify their stack until one of their world size has passed. A launch likely to take longer than the time
+    left is not started. Returns the number in each state, and why it
     stopped early, or None.
     """
     hosts = launch_commands.allocated_hosts()
@@ -148,7 +157,10 @@ def run_campaign(
                     continue
                 if status_of(where)[0] == "done":  # by another job, just before the lock was taken
                     continue
-                record = run_launch(campaign, launch, commands[launch.id], where, stop, renew, fd)
+                shape = launch.num_nodes, launch.ranks_per_node
+                alike = [launches_folder / one.id for one in todo if (one.num_nodes, one.ranks_per_node) == shape]
+                command = commands[launch.id] + ["--verify"] * (not any(map(_has_verified, alike)))
+                record = run_launch(campaign, launch, command, where, stop, renew, fd)
             if record is None:
                 stopped = stop.reason
                 continue
@@ -218,6 +230,10 @@ def run_launch(
     else:
         try:
             measured = dict(json.loads(measured_path.read_bytes()))
+            wrong = [one for one in measured.get("verification") or () if one["status"] == "FAIL"]
+            if wrong:
+                named = "; ".join(f"{one['area']}: {one['name']}: {one['measured']}" for one in wrong)
+                reason = f"the stack does not train correctly: {named}"[:_MAX_REASON_LENGTH]
         except (OSError, ValueError, TypeError) as error:
             reason = f"exit code 0, and {measured_path.name} was not written ({type(error).__name__})"
     measured_path.unlink(missing_ok=True)

@@ -94,11 +94,11 @@ _PLACEMENT = re.compile(
 )
 
 _LAUNCH_COLUMNS = [
-    "launch", "status", "campaign", "machine", "fingerprint", "block", "recorded_block", "world_size",
-    "num_nodes", "ranks_per_node", "seed", "exit_code", "reason", "started_utc", "finished_utc", "wall_s", "start_up_s",
-    "num_points", "num_failed_checks", "launcher", "requested", "effective", "ezpz_version", "backend", "mpi_library",
-    "nccl_version", "device_name", "num_cpus", "dtype", "torch", "numpy", *FACTS, "placement", "without", "python",
-    "platform", "commit", "dirty", "job_id", "source", "file",
+    "launch", "status", "campaign", "machine", "fingerprint", "block", "recorded_block", "world_size", "num_nodes",
+    "ranks_per_node", "seed", "exit_code", "reason", "started_utc", "finished_utc", "wall_s", "start_up_s",
+    "num_points", "num_failed_checks", "num_verified", "launcher", "requested", "effective", "ezpz_version", "backend",
+    "mpi_library", "nccl_version", "device_name", "num_cpus", "dtype", "torch", "numpy", *FACTS, "placement", "without",
+    "python", "platform", "commit", "dirty", "job_id", "source", "file",
 ]  # fmt: skip
 
 
@@ -142,6 +142,7 @@ def _launch_row(launch: Launch) -> dict[str, Any]:
         "num_cpus": distributed["num_cpus"] if placements[0]["device"] == "cpu" else None,
         "num_points": len(points),
         "num_failed_checks": sum(not point["check_passed"] for point in points),
+        "num_verified": sum(one["status"] == "PASS" for one in content.get("verification") or ()),
     }
 
 
