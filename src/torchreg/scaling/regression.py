@@ -18,8 +18,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import stdtrit
-from scipy.stats import f
+from scipy.special import fdtrc, stdtrit
 
 from torchreg.scaling.statistics import CONFIDENCE, MAD, Block, Vector
 
@@ -137,17 +136,19 @@ def _lack_of_fit(observations: Observations, columns: Array, coefficients: Vecto
     residuals = np.full((blocks.max() + 1, len(columns)), np.nan)
     residuals[blocks, sizes] = np.log(times / (columns @ coefficients)[sizes])
     repeated = np.isfinite(residuals).sum(axis=0) > 1  # else there is no variance
-    fitted = columns[repeated] / (columns[repeated] @ coefficients)[:, None]
-    directions = np.linalg.qr(fitted, mode="complete")[0][:, columns.shape[1] :]
+    columns, residuals, num_blocks = columns[repeated], residuals[:, repeated], len(residuals)
+    directions = np.linalg.qr(columns / (columns @ coefficients)[:, None], mode="complete")[0][:, columns.shape[1] :]
     if not np.isfinite(coefficients).all() or not directions.shape[1]:
         return 1.0
-    residuals, num_blocks = residuals[:, repeated], len(residuals)
-    without = np.stack([np.nanmean(np.delete(residuals, block, axis=0), axis=0) for block in range(num_blocks)])
-    mean, deviations = np.nanmean(residuals, axis=0) @ directions, (without - without.mean(axis=0)) @ directions
+    measured = np.isfinite(residuals)
+    residuals = np.where(measured, residuals, 0)
+    without = (residuals.sum(axis=0) - residuals) / (measured.sum(axis=0) - measured)  # each block
+    mean = residuals.sum(axis=0) / measured.sum(axis=0) @ directions
+    deviations = (without - without.mean(axis=0)) @ directions
     covariance = (num_blocks - 1) / num_blocks * deviations.T @ deviations
     covariance += _SMALLEST_MISFIT**2 * np.eye(len(mean))
     freedom = np.trace(covariance) ** 2 / np.sum(covariance**2)
-    return float(f.sf(mean @ mean / np.trace(covariance), freedom, freedom * (num_blocks - 1)))
+    return float(fdtrc(freedom, freedom * (num_blocks - 1), mean @ mean / np.trace(covariance)))
 
 
 def _fit(columns: Array, times: Vector, masks: npt.NDArray[np.bool_]) -> Array:
