@@ -28,12 +28,6 @@ _ALLOWED_VARIABLES = re.compile(
     r"TORCHELASTIC_RUN_ID"
 )
 
-# Not NCCL_NET, which a machine may need across nodes only: launches within a node are compared with those.
-_FABRIC_VARIABLES = (
-    "CCL_ATL_TRANSPORT", "FI_PROVIDER", "GLOO_SOCKET_IFNAME", "NCCL_IB_DISABLE", "NCCL_IB_HCA", "NCCL_SOCKET_IFNAME",
-    "UCX_NET_DEVICES", "UCX_TLS",
-)  # fmt: skip
-
 
 def provenance(started: str) -> dict[str, Any]:
     """Where a result comes from: source, command, libraries, machine, job, and an allow-list of the environment.
@@ -97,12 +91,10 @@ def _libfabric() -> str | None:
 
 
 def _fabric() -> str | None:
-    """The networks of this host beyond Ethernet, and the variables that choose one, such as `cxi × 4, UCX_TLS=tcp`."""
-    adapters = [path for kind in ("cxi", "infiniband") for path in Path("/sys/class", kind).glob("*")]
-    counts = Counter(adapter.name.rstrip("0123456789").rstrip("_") for adapter in adapters)
-    found = [f"{name} × {count}" for name, count in sorted(counts.items())]
-    found += [f"{name}={os.environ[name]}" for name in _FABRIC_VARIABLES if name in os.environ]
-    return ", ".join(found) or None
+    """The network adapters of this host beyond Ethernet, such as `cxi × 4`."""
+    adapters = [path.name for kind in ("cxi", "infiniband") for path in Path("/sys/class", kind).glob("*")]
+    counts = Counter(name.rstrip("0123456789").rstrip("_") for name in adapters)
+    return ", ".join(f"{name} × {count}" for name, count in sorted(counts.items())) or None
 
 
 def _tf32(torch: Any) -> str:

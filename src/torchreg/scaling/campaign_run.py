@@ -77,14 +77,6 @@ def status_of(folder: Path) -> tuple[State, float | None, str]:
     return "done", record["wall_s"], f"{record['wall_s']:.0f} s"
 
 
-def _has_verified(folder: Path) -> bool:
-    """Whether a launch succeeded that checked its stack by `torchreg verify --quick` first."""
-    with contextlib.suppress(OSError, ValueError):
-        record = check((folder / LAUNCH_FILE).read_bytes())
-        return record["status"] == "ok" and bool(record.get("verification"))
-    return False
-
-
 def open_campaign(campaign: Campaign, folder: Path) -> Campaign:
     """Create or join a campaign's folder: the campaign as its file then has it, with its `machine_name`.
 
@@ -118,7 +110,7 @@ def run_campaign(
 ) -> tuple[Counter[State], str | None]:
     """Run open launches, block after block, until all are done or `stop` is due; `report` gets a line for each.
 
-    Launches verify their stack until one of their world size has passed. A launch likely to take longer than the time
+    Launches verify their stack until one of their world size is done. A launch likely to take longer than the time
     left is not started. Returns the number in each state, and why it
     stopped early, or None.
     """
@@ -159,7 +151,8 @@ def run_campaign(
                     continue
                 shape = launch.num_nodes, launch.ranks_per_node
                 alike = [launches_folder / one.id for one in todo if (one.num_nodes, one.ranks_per_node) == shape]
-                command = commands[launch.id] + ["--verify"] * (not any(map(_has_verified, alike)))
+                is_first = all(status_of(one)[0] != "done" for one in alike)
+                command = commands[launch.id] + ["--verify"] * is_first
                 record = run_launch(campaign, launch, command, where, stop, renew, fd)
             if record is None:
                 stopped = stop.reason

@@ -164,21 +164,13 @@ class _LaunchId(Struct, kw_only=True):  # see `torchreg.scaling.campaign.Launch`
         _require(nodes * ranks == total, f"world_size is {total}, not num_nodes {nodes} × ranks_per_node {ranks}")
 
 
-class _Check(Struct, kw_only=True):  # see `torchreg.verification.checks.Check`
-    area: Text
-    name: Text
-    status: Literal["PASS", "FAIL", "SKIP"]
-    measured: Text
-    expected: Text
-
-
 class _LaunchRecord(Struct, kw_only=True, tag_field="status"):  # what every launch has, however it ended
     campaign: _CampaignId
     launch: _LaunchId
     command: list[str]
     started_utc: Time
     provenance: _Provenance
-    verification: list[_Check] | None = None
+    verification: list[dict[Text, Text]] | None = None  # see `torchreg.verification.checks.Check`
 
 
 class FailedLaunch(_LaunchRecord, kw_only=True, tag="failed"):

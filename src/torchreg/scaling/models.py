@@ -201,12 +201,13 @@ def fit_usl(
     contention, κ coherence (the cost of pairwise agreement). X is the samples of a step over its time: give
     `global_batch_size` (strong scaling) or `local_batch_size` (weak). 1/X is a sum of three shapes, and is fitted so.
     """
-    batch = {"global_batch_size": global_batch_size, "local_batch_size": local_batch_size}
-    given = {name: size for name, size in batch.items() if size is not None}
-    if len(given) != 1:
-        raise ValueError(f"fit_usl takes {' (strong scaling) or '.join(batch)} (weak): give one of them")
-    for name, size in given.items():
-        _check_whole(name, size)
+    if (global_batch_size is None) == (local_batch_size is None):
+        raise ValueError(
+            "fit_usl takes global_batch_size (strong scaling) or local_batch_size (weak): give one of them"
+        )
+    for name, size in (("global_batch_size", global_batch_size), ("local_batch_size", local_batch_size)):
+        if size is not None:
+            _check_whole(name, size)
     quantities = (
         Quantity(0, "throughput of one rank", "λ", "samples/s", kind="inverse"),
         Quantity(1, "contention", "σ", "", kind="relative", is_fraction=True),
