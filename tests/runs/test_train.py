@@ -247,7 +247,7 @@ def test_the_record_has_what_decides_numbers_below_python(monkeypatch):
     facts = json.loads((Path(result.run_dir) / "record.json").read_text())["machine_facts"]
     assert facts.keys() == {"driver", "cuda", "rocm", "oneccl", "libfabric", "fabric", "kernel", "tf32"}
     assert facts["driver"] == "nvidia 580.159.04"
-    assert facts["fabric"] == "cxi × 2, mlx5 × 1"
+    assert facts["fabric"] == "cxi0, cxi1, mlx5_0"
     assert (facts["cuda"], facts["rocm"]) == (torch.version.cuda, torch.version.hip)
     assert (facts["kernel"], facts["tf32"]) == (os.uname().release, "ieee")
 

@@ -10,7 +10,6 @@ import platform
 import re
 import subprocess
 import sys
-from collections import Counter
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -91,10 +90,9 @@ def _libfabric() -> str | None:
 
 
 def _fabric() -> str | None:
-    """The network adapters of this host beyond Ethernet, such as `cxi × 4`."""
+    """The network adapters of this host beyond Ethernet, such as `cxi0, cxi1`."""
     adapters = [path.name for kind in ("cxi", "infiniband") for path in Path("/sys/class", kind).glob("*")]
-    counts = Counter(name.rstrip("0123456789").rstrip("_") for name in adapters)
-    return ", ".join(f"{name} × {count}" for name, count in sorted(counts.items())) or None
+    return ", ".join(sorted(adapters)) or None
 
 
 def _tf32(torch: Any) -> str:

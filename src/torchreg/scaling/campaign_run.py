@@ -111,8 +111,7 @@ def run_campaign(
     """Run open launches, block after block, until all are done or `stop` is due; `report` gets a line for each.
 
     Launches verify their stack until one of their world size is done. A launch likely to take longer than the time
-    left is not started. Returns the number in each state, and why it
-    stopped early, or None.
+    left is not started. Returns the number in each state, and why it stopped early, or None.
     """
     hosts = launch_commands.allocated_hosts()
     launcher = launch_commands.available_launcher() if campaign.launcher == "auto" else campaign.launcher

@@ -230,8 +230,7 @@ def fit_mechanistic(times: Mapping[Block, Mapping[Work, float]]) -> Fit:
     Applications 19, 2005), in Hockney's α and β. log₂ p is also used where p is no power of two.
 
     What no points of such a design can distinguish is one parameter: c = c₀ + c₁·samples where every rank always has as
-    many samples (weak scaling), and τ = α + β m, the time of one round, of one message size. `predict` takes works,
-    (n, 3).
+    many samples (weak scaling), and τ = α + β m, a round of one message size. `predict` takes works, (n, 3).
     """
     observations, works = observe(times, "work")
     for work in works:

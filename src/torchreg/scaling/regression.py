@@ -126,27 +126,22 @@ def regress(observations: Observations, columns: Array, together: Indices) -> Re
 
 
 def _lack_of_fit(observations: Observations, columns: Array, coefficients: Vector) -> float:
-    """The p-value of the means over blocks of the residuals, in the directions that no coefficients can follow.
+    """The p-value of the mean residuals of complete blocks, in the directions that no coefficients can follow.
 
-    Their variance is the jackknife's over blocks. The F test has the degrees of freedom of repeated measures, because
-    the values of one block depend on each other (Box, Annals of Mathematical Statistics 25, 1954; Greenhouse and
-    Geisser, Psychometrika 24, 1959). It is 1 where every direction can be followed.
+    It is that of an analysis of variance of repeated measures, because the values of one block depend on each other
+    (Box, Annals of Mathematical Statistics 25, 1954; Greenhouse and Geisser, Psychometrika 24, 1959). It is 1 where
+    every direction can be followed, or too few blocks are complete.
     """
     times, blocks, sizes = observations
     residuals = np.full((blocks.max() + 1, len(columns)), np.nan)
     residuals[blocks, sizes] = np.log(times / (columns @ coefficients)[sizes])
-    repeated = np.isfinite(residuals).sum(axis=0) > 1  # else there is no variance
-    columns, residuals, num_blocks = columns[repeated], residuals[:, repeated], len(residuals)
-    directions = np.linalg.qr(columns / (columns @ coefficients)[:, None], mode="complete")[0][:, columns.shape[1] :]
-    if not np.isfinite(coefficients).all() or not directions.shape[1]:
+    residuals = residuals[np.isfinite(residuals).all(axis=1)]
+    if len(residuals) < FEWEST_BLOCKS or len(columns) <= columns.shape[1]:
         return 1.0
-    measured = np.isfinite(residuals)
-    residuals = np.where(measured, residuals, 0)
-    without = (residuals.sum(axis=0) - residuals) / (measured.sum(axis=0) - measured)  # each block
-    mean = residuals.sum(axis=0) / measured.sum(axis=0) @ directions
-    deviations = (without - without.mean(axis=0)) @ directions
-    covariance = (num_blocks - 1) / num_blocks * deviations.T @ deviations
-    covariance += _SMALLEST_MISFIT**2 * np.eye(len(mean))
+    relative = columns / (columns @ coefficients)[:, None]
+    misfits = residuals @ np.linalg.qr(relative, mode="complete")[0][:, columns.shape[1] :]
+    mean, num_blocks = misfits.mean(axis=0), len(misfits)
+    covariance = np.atleast_2d(np.cov(misfits.T)) / num_blocks + _SMALLEST_MISFIT**2 * np.eye(len(mean))
     freedom = np.trace(covariance) ** 2 / np.sum(covariance**2)
     return float(fdtrc(freedom, freedom * (num_blocks - 1), mean @ mean / np.trace(covariance)))
 

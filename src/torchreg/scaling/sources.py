@@ -143,11 +143,9 @@ def merge(out: Path, folders: Sequence[Path]) -> list[str]:
     campaigns = {_read(source / CAMPAIGN_FILE) for source in sources}
     campaign = campaigns.pop() if len(campaigns) == 1 else None  # of all sources, if they have the same
     if out.exists():
-        if not out.is_dir():
-            raise ValueError(f"out is {out}, which is not a directory: give a new name")
-        names = {path.name for path in out.iterdir()}
-        if names and LAUNCHES_FOLDER not in names and CAMPAIGN_FILE not in names:
-            raise ValueError(f"out is {out}, which holds other files than a campaign's: give a new name")
+        names = {path.name for path in out.iterdir()} if out.is_dir() else {""}
+        if names and names.isdisjoint((LAUNCHES_FOLDER, CAMPAIGN_FILE)):
+            raise ValueError(f"out is {out}, which is not the directory of a campaign: give a new name")
         if CAMPAIGN_FILE in names and _read(out / CAMPAIGN_FILE) != campaign:
             raise ValueError(
                 f"out is {out}, where another campaign is measured ({CAMPAIGN_FILE} differs): give a new name, and "
