@@ -154,8 +154,8 @@ def synthetic_allreduce(
 def intervals_of(fit: Fit) -> Mapping[str, Interval]:
     """The intervals by symbol; where a true model is reported as contradicted, the named parameter was missed."""
     if fit.why and "contradict the model:" in fit.why:
-        return {p.symbol: (np.nan, np.nan) for p in fit.parameters if f" {p.symbol} would be" in fit.why}
-    return {p.symbol: (p.low, p.high) for p in fit.parameters} if fit.identifiable else {}
+        return {p["symbol"]: (np.nan, np.nan) for p in fit.parameters if f" {p['symbol']} would be" in fit.why}
+    return {p["symbol"]: (p["low"], p["high"]) for p in fit.parameters} if fit.identifiable else {}
 
 
 def of_estimate(name: str, estimate: Estimate) -> Mapping[str, Interval]:

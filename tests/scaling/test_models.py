@@ -44,7 +44,7 @@ def exact(time_of, sizes, blocks=6):
 
 
 def values(fit):
-    return {parameter.symbol: parameter.value for parameter in fit.parameters}
+    return {parameter["symbol"]: parameter["value"] for parameter in fit.parameters}
 
 
 def approximately(expected):
@@ -97,7 +97,7 @@ def test_records_without_noise_give_the_model_back(fit, truth, at, expected):
     assert float(np.ravel(fit.predict(at if isinstance(at, list) else [at]))[0]) == pytest.approx(expected)
     assert fit.held_out_error == pytest.approx(0, abs=1e-6)
     for parameter in fit.parameters:
-        assert [parameter.low, parameter.high] == pytest.approx([parameter.value] * 2, rel=1e-5, abs=1e-8)
+        assert [parameter["low"], parameter["high"]] == pytest.approx([parameter["value"]] * 2, rel=1e-5, abs=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -129,8 +129,8 @@ def test_records_without_noise_give_the_model_back(fit, truth, at, expected):
 def test_what_the_points_do_not_determine_is_refused_in_words(fit, why):
     assert not fit.identifiable
     assert why in fit.why
-    assert all(parameter.low is None and parameter.high is None for parameter in fit.parameters)
-    assert all(math.isfinite(parameter.value) and parameter.value >= 0 for parameter in fit.parameters)
+    assert all(parameter["low"] is None and parameter["high"] is None for parameter in fit.parameters)
+    assert all(math.isfinite(parameter["value"]) and parameter["value"] >= 0 for parameter in fit.parameters)
 
 
 def test_a_parameter_that_one_block_alone_shows_is_refused():
@@ -150,10 +150,10 @@ def test_the_held_out_error_worked_out():
 
 def test_an_estimate_at_its_bound_has_an_upper_end():
     found = [fit_amdahl(synthetic(amdahl(0.0), RANKS, seed=seed)).parameters[1] for seed in range(20)]
-    at_bound = [parameter for parameter in found if parameter.value == 0]
+    at_bound = [parameter for parameter in found if parameter["value"] == 0]
     assert 3 <= len(at_bound) <= 17  # half of the unbounded estimates are below
-    assert all(parameter.low == 0 or parameter.low is None for parameter in at_bound)
-    assert all(0 < parameter.high < 0.1 for parameter in at_bound if parameter.high is not None)
+    assert all(parameter["low"] == 0 or parameter["low"] is None for parameter in at_bound)
+    assert all(0 < parameter["high"] < 0.1 for parameter in at_bound if parameter["high"] is not None)
 
 
 @pytest.mark.parametrize("factor", [2, 20])
@@ -165,7 +165,7 @@ def test_one_launch_many_times_as_slow_does_not_decide(factor):
     assert slow.identifiable
     assert values(slow)["s"] == pytest.approx(values(quiet)["s"], rel=0.05)
     # An interval that forgot that launch would be as narrow; the mean of the 16 ranks' times would be an eighth higher.
-    assert slow.parameters[1].low <= 0.1 <= slow.parameters[1].high
+    assert slow.parameters[1]["low"] <= 0.1 <= slow.parameters[1]["high"]
 
 
 def test_many_message_sizes_do_not_hide_the_disturbance_of_a_launch():
@@ -177,7 +177,7 @@ def test_many_message_sizes_do_not_hide_the_disturbance_of_a_launch():
     for some in (sizes, sizes[::3]):
         fit = fit_allreduce({k: {m: f * (5e-6 + 1e-9 * m) for m in some} for k, f in enumerate(factors)})
         for parameter in fit.parameters:
-            assert (parameter.high - parameter.low) / 2 / parameter.value == pytest.approx(arm, rel=0.02)
+            assert (parameter["high"] - parameter["low"]) / 2 / parameter["value"] == pytest.approx(arm, rel=0.02)
 
 
 def test_incomplete_blocks_count_for_what_they_have():
@@ -189,7 +189,7 @@ def test_incomplete_blocks_count_for_what_they_have():
     some["empty"] = {}
     full, fewer = fit_amdahl(complete), fit_amdahl(some)
     assert fewer.identifiable
-    widths = [fit.parameters[1].high - fit.parameters[1].low for fit in (full, fewer)]
+    widths = [fit.parameters[1]["high"] - fit.parameters[1]["low"] for fit in (full, fewer)]
     assert widths[1] > widths[0]
 
 
@@ -200,8 +200,8 @@ def test_neither_order_nor_unit_of_time_matters(order, unit):
     fit = fit_amdahl(times)
     other = fit_amdahl({block: {p: unit * times[block][p] for p in reversed(RANKS)} for block in order})
     for one, same, scale in zip(fit.parameters, other.parameters, (unit, 1), strict=True):
-        assert [same.low, same.value, same.high] == pytest.approx(
-            [scale * one.low, scale * one.value, scale * one.high], rel=1e-5
+        assert [same["low"], same["value"], same["high"]] == pytest.approx(
+            [scale * one["low"], scale * one["value"], scale * one["high"]], rel=1e-5
         )
 
 
@@ -220,11 +220,11 @@ def test_any_times_give_a_fit_or_a_reason(blocks):
     for fit in fits:
         assert fit.identifiable == (fit.why is None)
         for parameter in fit.parameters:
-            assert math.isfinite(parameter.value)
-            assert parameter.value >= 0
+            assert math.isfinite(parameter["value"])
+            assert parameter["value"] >= 0
             if fit.identifiable:
-                slack = 1e-6 * parameter.high + 1e-15
-                assert 0 <= parameter.low <= parameter.value + slack <= parameter.high + 2 * slack
+                slack = 1e-6 * parameter["high"] + 1e-15
+                assert 0 <= parameter["low"] <= parameter["value"] + slack <= parameter["high"] + 2 * slack
 
 
 def usl_of_256(times):

@@ -58,13 +58,14 @@ def machine_facts() -> dict[str, str | None]:
     What only torch knows is None in a process that has not imported it.
     """
     torch: Any = sys.modules.get("torch")
+    adapters = [path.name for kind in ("cxi", "infiniband") for path in Path("/sys/class", kind).glob("*")]
     return {
         "driver": _driver(torch),
         "cuda": torch and torch.version.cuda,
         "rocm": torch and torch.version.hip,
         "oneccl": _version("oneccl") or _version("oneccl-bind-pt"),
         "libfabric": _libfabric(),
-        "fabric": _fabric(),
+        "fabric": ", ".join(sorted(adapters)) or None,
         "kernel": platform.release(),
         "tf32": torch and _tf32(torch),
     }
@@ -87,12 +88,6 @@ def _libfabric() -> str | None:
         version = ctypes.CDLL("libfabric.so.1").fi_version()
         return f"{version >> 16}.{version & 0xFFFF}"
     return None
-
-
-def _fabric() -> str | None:
-    """The network adapters of this host beyond Ethernet, such as `cxi0, cxi1`."""
-    adapters = [path.name for kind in ("cxi", "infiniband") for path in Path("/sys/class", kind).glob("*")]
-    return ", ".join(sorted(adapters)) or None
 
 
 def _tf32(torch: Any) -> str:

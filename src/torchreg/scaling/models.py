@@ -23,22 +23,11 @@ _SMALL = 0.2  # of a time, or of a fraction's range: an interval from 0 to less 
 
 
 @dataclass(frozen=True)
-class Parameter:
-    """A model's parameter with its 95 % interval, clipped to its bounds; None where the model is not identifiable."""
-
-    name: str
-    symbol: str
-    unit: str
-    value: float
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True)
 class Fit:
     """A fitted model.
 
-    `why` is the reason why it is not identifiable. `parameters` is empty if not even values are determined.
+    `why` is the reason why it is not identifiable. `parameters` is empty if not even values are determined; each has
+    `name`, `symbol`, `unit`, `value`, and a 95 % interval `low` to `high`, None where the model is not identifiable.
     `held_out_error` is the largest relative error of the median time at a size that is predicted from the other sizes,
     None where they do not determine the model. `predict` takes world sizes or bytes, (n,), and returns seconds, (n,);
     NaN if there are no parameters.
@@ -49,7 +38,7 @@ class Fit:
     source: str
     identifiable: bool
     why: str | None
-    parameters: tuple[Parameter, ...]
+    parameters: tuple[dict[str, Any], ...]
     held_out_error: float | None
     predict: Callable[[npt.ArrayLike], Array]
 
@@ -143,7 +132,8 @@ def fit_model(
         coefficients = found.nonnegative
         for index, one in enumerate(quantities):
             low, high = (None, None) if why else map(one.clip, intervals[index][1:])
-            parameters.append(Parameter(*one[1:4], one.clip(float(one.of(coefficients))), low, high))
+            numbers = {"value": one.clip(float(one.of(coefficients))), "low": low, "high": high}
+            parameters.append({"name": one.name, "symbol": one.symbol, "unit": one.unit, **numbers})
 
     def predict(at: npt.ArrayLike) -> Array:
         return np.asarray(columns(np.asarray(at, dtype=np.float64)) @ coefficients)

@@ -133,11 +133,10 @@ def _kind_of(path: Path) -> str:
 
 
 def merge(out: Path, folders: Sequence[Path]) -> list[str]:
-    """Copy the launches of campaign directories into one; returns lines that describe what was done.
+    """Copy the launches of campaign directories into one, by the names of `name_folders`; lines on what was done.
 
-    A launch that `out` has already is copied once; of different launches with one name both are kept, the second with
-    `~2` appended. Unfinished launches and links are not copied. Merging again adds what is new. Raises `ValueError` if
-    `out` is not a campaign directory, or that of another campaign.
+    Unfinished launches and links are not copied. Merging again adds what is new. Raises `ValueError` if `out` is not a
+    campaign directory, or that of another campaign.
     """
     sources = [source for source in distinct(folders) if source.resolve() != out.resolve()]
     campaigns = {_read(source / CAMPAIGN_FILE) for source in sources}
