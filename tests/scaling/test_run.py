@@ -25,6 +25,7 @@ from torchreg.scaling import campaign_run, locks
 from torchreg.scaling.campaign import Campaign, campaign_of, launches
 from torchreg.scaling.campaign_run import open_campaign, run_campaign, status_of
 from torchreg.scaling.records import launches_table, read_records
+from torchreg.verification.checks import Check
 
 from .synthetic_records import SyntheticCampaign
 
@@ -126,6 +127,20 @@ def test_a_stack_that_fails_verification_has_failed_launches_and_no_points(play,
     assert read_records([tmp_path / "campaign"]).launches == []
     assert play("status = 'PASS'\n" + MEASURE + VERIFY, retry_failed=True) == {"done": 2}, "after it was repaired"
     assert record_of(tmp_path / "campaign")["verification"][0]["status"] == "PASS"
+
+
+def test_a_launch_whose_stack_fails_a_check_measures_nothing(tmp_path, monkeypatch):
+    folder = tmp_path / "campaign/launches" / FIRST
+    folder.mkdir(parents=True)
+    open_campaign(ONE, tmp_path / "campaign")
+    wrong = Check("collectives", "all-reduce", "FAIL", "off by 1", "exact")
+    monkeypatch.setattr("torchreg.verification.verify.verify", lambda *args, **options: iter([wrong]))
+    monkeypatch.setattr("torchreg.scaling.measure.measure_launch", None)
+    assert main(["scale", "measure", str(tmp_path / "campaign"), FIRST, "--launched-at", "1.5", "--verify"]) == 0
+    measured = json.loads((folder / "measured-1.5.json").read_text())
+    assert measured.keys() == {"start_up_s", "verification"}
+    found = {"area": "collectives", "name": "all-reduce", "status": "FAIL", "measured": "off by 1", "expected": "exact"}
+    assert measured["verification"] == [found]
 
 
 def test_an_invalid_record_is_a_failure_and_no_result(play, tmp_path):

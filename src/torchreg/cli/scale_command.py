@@ -228,7 +228,9 @@ class _Measure:
         start_up_s = time.time() - self.launched_at
 
         def work() -> dict[str, Any]:
-            checks = [asdict(one) for one in verify(communicator, str(folder), quick=True)] if self.verify else []
+            fields = ("area", "name", "status", "measured", "expected")
+            rows = verify(communicator, str(folder), quick=True) if self.verify else ()
+            checks = [{field: getattr(row, field) for field in fields} for row in rows]
             if any(one["status"] == "FAIL" for one in checks):
                 return {"verification": checks}
             return {"verification": checks or None, **measure_launch(campaign, launch, communicator, folder)}

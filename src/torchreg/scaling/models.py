@@ -1,7 +1,8 @@
 """Models of scaling, fitted to launches: which parameters the points determine, and how well.
 
 Every model is a sum of known shapes with unknown coefficients, fitted by `regression`, which states the assumptions. A
-model whose parameters the points do not determine is refused as not identifiable, with the reason.
+model whose parameters the points do not determine, or which the points contradict, is refused as not identifiable, with
+the reason. Sizes and times that are not positive raise ValueError.
 """
 
 from __future__ import annotations
@@ -152,8 +153,7 @@ class Work(NamedTuple):
 def fit_allreduce(times: Mapping[Block, Mapping[int, float]]) -> Fit:
     """T(m) = α + β m, latency and time per byte of one collective; `times` is {launch: {message_bytes: seconds}}.
 
-    Hockney, "The communication challenge for MPP", Parallel Computing 20, 1994. Refused unless the messages determine
-    both. Raises ValueError for sizes or times that are not positive.
+    Hockney, "The communication challenge for MPP", Parallel Computing 20, 1994.
     """
     observations, sizes = _observe_whole(times, "message_bytes")
     smaller = f"messages of {sizes[0]:.0f} bytes and more hide it, measure smaller ones"
@@ -167,8 +167,7 @@ def fit_amdahl(times: Mapping[Block, Mapping[int, float]]) -> Fit:
     """T(p) = T₁ (s + (1 − s)/p), strong scaling; `times` is {block: {world_size: seconds per step}}.
 
     Amdahl, "Validity of the single processor approach to achieving large scale computing capabilities", AFIPS 1967.
-    Needs no time of one rank: T₁ is then a prediction. Contradicted (s above 1) where more ranks are slower. Raises
-    ValueError for world sizes or times that are not positive.
+    Needs no time of one rank: T₁ is then a prediction. Contradicted (s above 1) where more ranks are slower.
     """
     quantities = (
         Quantity(0, "time of one rank", "T₁", "s"),
