@@ -1,7 +1,6 @@
 """If these fail, a report has a serial fraction or a latency that the launches do not show, or too narrow intervals."""
 
 import math
-import re
 
 import numpy as np
 import pytest
@@ -265,11 +264,16 @@ def test_the_probability_of_a_misfit_is_that_of_students_t():
     # On 1, 2 and 4 ranks Amdahl's two columns leave one direction, and the test is Student's of its value in each
     # block. At a time of 1 ms on all ranks the columns are (1, 1/2, 1/4) and (0, 1/2, 3/4): (1, -3, 2) is at a right
     # angle to both. Blocks have 1 ms times exp(a, -3 a, 2 a), whose value in that direction is 14 a.
-    values = [0.010, 0.012, 0.008, 0.011, 0.009, 0.016]
+    values = [0.010, 0.012, 0.008, 0.011, 0.009, 0.0125]
     times = {k: {p: 1e-3 * math.exp(a * w) for p, w in ((1, 1), (2, -3), (4, 2))} for k, a in enumerate(values)}
     expected = ttest_1samp(values, 0).pvalue
-    why = fit_amdahl(times).why
-    assert float(re.search(r"\(p = (.*)\)", why)[1]) == pytest.approx(expected, rel=0.1)
+    assert fit_amdahl(times).why.endswith(f"more than noise (p = {expected:.1g})")
+
+
+def test_a_slow_launch_does_not_hide_a_misfit():
+    # Of 30 launches three are three times as slow: their variance alone would accept times that jump between sockets.
+    noise = measured.Noise(0.05, 0.1, slow=0.1, factor=3.0)
+    assert measured.accepted(fit_amdahl, measured.two_sockets, (*RANKS, 32), 6, noise, campaigns=50) <= 0.1
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ _LARGEST_CONDITION = 1e5  # of the columns, each scaled to length 1: beyond it t
 _HUBER = 1.345  # standard deviations; 95 % efficient for normal noise
 _SMALLEST_SCALE = 1e-9  # for times without noise
 _SMALLEST_MISFIT = 1e-6  # of a time: a smaller one shows nothing
+_OUTLYING = 3.0  # standard deviations, to which a residual is clipped, so that one slow launch does not hide a misfit
 _MAX_ITERATIONS = 60
 _TOLERANCE = 1e-5  # of the fitted times; the next iteration's change is far smaller
 _NOT_CONVERGED = 1e-2  # a fit whose last change was larger has no result
@@ -130,7 +131,7 @@ def _lack_of_fit(observations: Observations, columns: Array, coefficients: Vecto
 
     It is that of an analysis of variance of repeated measures, because the values of one block depend on each other
     (Box, Annals of Mathematical Statistics 25, 1954; Greenhouse and Geisser, Psychometrika 24, 1959). It is 1 where
-    every direction can be followed, or too few blocks are complete.
+    every direction can be followed, or too few blocks are complete. Outlying residuals are clipped.
     """
     times, blocks, sizes = observations
     residuals = np.full((blocks.max() + 1, len(columns)), np.nan)
@@ -138,6 +139,9 @@ def _lack_of_fit(observations: Observations, columns: Array, coefficients: Vecto
     residuals = residuals[np.isfinite(residuals).all(axis=1)]
     if len(residuals) < FEWEST_BLOCKS or len(columns) <= columns.shape[1]:
         return 1.0
+    centre = np.median(residuals, axis=0)
+    most = _OUTLYING * MAD * np.median(np.abs(residuals - centre))
+    residuals = np.clip(residuals, centre - most, centre + most)
     relative = columns / (columns @ coefficients)[:, None]
     misfits = residuals @ np.linalg.qr(relative, mode="complete")[0][:, columns.shape[1] :]
     mean, num_blocks = misfits.mean(axis=0), len(misfits)
