@@ -249,10 +249,10 @@ _COMMANDS: dict[str, Any] = {
 def run(argv: list[str]) -> int:
     """Plan, run or look at a campaign."""
     if argv[:1] in (["-h"], ["--help"]):
-        print("usage: torchreg scale COMMAND ...\n\nMeasure how training scales, over many launches.\n")
-        for name, kind in _COMMANDS.items():
-            if kind is not _Measure:
-                print(f"  {name:8} {str(kind.__doc__).split('.')[0]}.")
+        *shown, _ = _COMMANDS  # `scale run` starts the last one
+        print(f"usage: torchreg scale {{{','.join(shown)}}} ...\n\nMeasure how training scales, over many launches.\n")
+        for name in shown:
+            print(f"  {name:8} {str(_COMMANDS[name].__doc__).split('.')[0]}.")
         print("\n`torchreg scale COMMAND --help` shows the options, and an example.")
         print("`torchreg report DIR` makes the report.")
         return 0
