@@ -75,6 +75,9 @@ def test_a_record_has_what_decides_its_numbers_and_one_name_for_the_machine(camp
     for ranks in (1, 2):
         launch = record(folder, ranks)
         assert launch["machine_facts"]["kernel"] == platform.release()
+        checks = {f"{check['area']}: {check['name']}": check["status"] for check in launch["verification"]}
+        assert "FAIL" not in checks.values()
+        assert checks["closed form: full batch"] == "PASS"
         assert launch["campaign"]["machine"] == re.sub(r"\d", "", socket.gethostname().split(".")[0]).strip("-_")
 
 

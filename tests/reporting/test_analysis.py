@@ -17,8 +17,11 @@ from torchreg.scaling.sources import merge
 
 from .synthetic import Campaign, Machine, report_of, set_check, without_noise, write_launch
 
-FACTS = ("driver", "cuda", "rocm", "oneccl", "libfabric", "kernel", "tf32")
-VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "CPU_BIND")
+FACTS = ("driver", "cuda", "rocm", "oneccl", "libfabric", "fabric", "kernel", "tf32")
+VISIBLE = (
+    "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "CPU_BIND",
+    "FI_PROVIDER", "UCX_TLS", "NCCL_IB_DISABLE", "GLOO_SOCKET_IFNAME", "CCL_ATL_TRANSPORT",
+)  # fmt: skip
 
 # A step of B samples on p ranks: 100 µs, 2.5 µs for each sample of a rank, 100 µs for each doubling of ranks.
 #   strong, 160 samples  p = 1: 100 + 400 = 500    p = 2: 100 + 200 + 100 = 400    p = 4: 100 + 100 + 200 = 400

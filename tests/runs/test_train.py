@@ -234,11 +234,19 @@ def test_the_record_has_what_decides_numbers_below_python(monkeypatch):
             raise FileNotFoundError(path)
         return read_text(path, *args, **options)
 
+    def adapters(path, pattern):
+        if path.parts[:3] == ("/", "sys", "class"):
+            return [path / name for name in {"cxi": ("cxi0", "cxi1"), "infiniband": ("mlx5_0",)}[path.name]]
+        return glob(path, pattern)
+
+    glob = Path.glob
+    monkeypatch.setattr(Path, "glob", adapters)
     monkeypatch.setattr(Path, "read_text", drivers)
     result = train(TrainConfig.of(max_steps=1))
     facts = json.loads((Path(result.run_dir) / "record.json").read_text())["machine_facts"]
-    assert facts.keys() == {"driver", "cuda", "rocm", "oneccl", "libfabric", "kernel", "tf32"}
+    assert facts.keys() == {"driver", "cuda", "rocm", "oneccl", "libfabric", "fabric", "kernel", "tf32"}
     assert facts["driver"] == "nvidia 580.159.04"
+    assert facts["fabric"] == "cxi0, cxi1, mlx5_0"
     assert (facts["cuda"], facts["rocm"]) == (torch.version.cuda, torch.version.hip)
     assert (facts["kernel"], facts["tf32"]) == (os.uname().release, "ieee")
 

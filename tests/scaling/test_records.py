@@ -402,9 +402,9 @@ def test_merging_refuses_to_write_into_something_else():
         merge(one, [other])
     Path("home").mkdir()
     Path("home/letter.txt").write_text("dear")
-    with pytest.raises(ValueError, match="holds other files than a campaign's"):
+    with pytest.raises(ValueError, match="home, which is not the directory of a campaign"):
         merge(Path("home"), [one])
-    with pytest.raises(ValueError, match="is not a directory"):
+    with pytest.raises(ValueError, match=r"letter\.txt, which is not the directory of a campaign"):
         merge(Path("home/letter.txt"), [one])
     with pytest.raises(ValueError, match="torchreg scale run"):
         merge(Path("new"), [Path("home")])

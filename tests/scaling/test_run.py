@@ -24,6 +24,8 @@ from torchreg.distributed.stopping import StopRequest
 from torchreg.scaling import campaign_run, locks
 from torchreg.scaling.campaign import Campaign, campaign_of, launches
 from torchreg.scaling.campaign_run import open_campaign, run_campaign, status_of
+from torchreg.scaling.records import launches_table, read_records
+from torchreg.verification.checks import Check
 
 from .synthetic_records import SyntheticCampaign
 
@@ -95,6 +97,50 @@ def test_a_second_run_measures_nothing_twice_and_what_is_missing_once(play, tmp_
     for launch in (FIRST, SECOND):
         files = sorted(path.name for path in (folder / "launches" / launch).iterdir())
         assert files == ["launch.json", "stderr.log", "stdout.log"]
+
+
+VERIFY = """
+file = folder / f"measured-{sys.argv[-1]}.json"
+if "--verify" in sys.argv:
+    check = {"area": "collectives", "name": "all-reduce", "measured": "off by 1", "expected": "exact", "status": status}
+    file.write_text(json.dumps({"verification": [check], **(json.loads(file.read_text()) if status == "PASS" else {})}))
+"""
+
+
+def test_launches_verify_the_stack_until_one_of_their_world_size_has_passed(play, tmp_path):
+    campaign = Campaign(ranks_per_node=(1, 2), repeats=2)
+    assert play("status = 'PASS'\n" + MEASURE + VERIFY, campaign=campaign) == {"done": 4}
+    records = {
+        launch.id: record_of(tmp_path / "campaign", launch.id).get("verification") for launch in launches(campaign)
+    }
+    assert {name for name, checks in records.items() if checks} == {FIRST, SECOND}
+    table = launches_table(read_records([tmp_path / "campaign"]))
+    assert table.groupby("recorded_block")["num_verified"].apply(list).to_dict() == {0: [1, 1], 1: [0, 0]}
+
+
+def test_a_stack_that_fails_verification_has_failed_launches_and_no_points(play, tmp_path):
+    # Its times would be compared like those of a stack that trains correctly, and an efficiency claimed.
+    assert play("status = 'FAIL'\n" + MEASURE + VERIFY) == {"failed": 2}
+    record = record_of(tmp_path / "campaign")
+    assert record["reason"] == "the stack does not train correctly: collectives: all-reduce: off by 1"
+    assert record["verification"][0]["status"] == "FAIL"
+    assert read_records([tmp_path / "campaign"]).launches == []
+    assert play("status = 'PASS'\n" + MEASURE + VERIFY, retry_failed=True) == {"done": 2}, "after it was repaired"
+    assert record_of(tmp_path / "campaign")["verification"][0]["status"] == "PASS"
+
+
+def test_a_launch_whose_stack_fails_a_check_measures_nothing(tmp_path, monkeypatch):
+    folder = tmp_path / "campaign/launches" / FIRST
+    folder.mkdir(parents=True)
+    open_campaign(ONE, tmp_path / "campaign")
+    wrong = Check("collectives", "all-reduce", "FAIL", "off by 1", "exact")
+    monkeypatch.setattr("torchreg.verification.verify.verify", lambda *args, **options: iter([wrong]))
+    monkeypatch.setattr("torchreg.scaling.measure.measure_launch", None)
+    assert main(["scale", "measure", str(tmp_path / "campaign"), FIRST, "--launched-at", "1.5", "--verify"]) == 0
+    measured = json.loads((folder / "measured-1.5.json").read_text())
+    assert measured.keys() == {"start_up_s", "verification"}
+    found = {"area": "collectives", "name": "all-reduce", "status": "FAIL", "measured": "off by 1", "expected": "exact"}
+    assert measured["verification"] == [found]
 
 
 def test_an_invalid_record_is_a_failure_and_no_result(play, tmp_path):

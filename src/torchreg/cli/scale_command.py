@@ -28,25 +28,10 @@ from torchreg.scaling.sources import LAUNCHES_FOLDER, merge
 
 _MAX_FAILURES = 5  # that `scale status` shows
 
-_USAGE = """\
-usage: torchreg scale {plan,run,status,merge,command} ...
-
-Measure how training scales, over many launches.
-
-  plan     print the launches, settings, commands and node-hours of a campaign
-  run      run every launch that has no result yet
-  status   show what is done, failed, running and open
-  merge    combine several campaign folders
-  command  print the launcher's command line, one token a line
-
-`torchreg scale COMMAND --help` shows the options, and an example.
-`torchreg report DIR` makes the report.
-"""
-
 
 @dataclass(frozen=True)
 class _Plan:
-    """Print what a campaign will launch and measure, and its estimated cost. Nothing is run.
+    """Print what a campaign will launch and measure, and what it costs. Nothing is run.
 
     A campaign file, such as jobs/campaigns/local.yaml, may come first. Flags override its values.
     """
@@ -91,7 +76,7 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Run:
-    """Run every launch of a campaign that has no result yet, in randomized blocks.
+    """Run every launch that has no result yet, in randomized blocks.
 
     A campaign file, such as jobs/campaigns/local.yaml, may come first. Flags override its values. Exit code 0: all
     launches are done. 1: a launch failed and is recorded as failed. 75: launches are left, because of a signal, the
@@ -129,7 +114,7 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Status:
-    """Show which launches of a campaign are done, failed (and why), running and open."""
+    """Show which launches are done, failed (and why), running and open."""
 
     dir: Annotated[str, tyro.conf.Positional]  # The campaign's folder.
     json: bool = False  # Print the status as one JSON array on stdout, and nothing else there.
@@ -163,7 +148,7 @@ class _Status:
 
 @dataclass(frozen=True)
 class _Merge:
-    """Combine the launches of several campaign folders in a new one, for one report."""
+    """Combine several campaign folders in a new one, for one report."""
 
     out: Annotated[str, tyro.conf.Positional]  # The new folder.
     dirs: Annotated[tuple[str, ...], tyro.conf.Positional]  # The folders to combine.
@@ -175,9 +160,9 @@ class _Merge:
 
 @dataclass(frozen=True)
 class _Command:
-    """Print the launcher's command line, for a job script to put before the program: one token a line.
+    """Print the launcher's command line, one token a line.
 
-    In a PBS job the hosts are those of PBS_NODEFILE, each once.
+    A job script puts it before the program. In a PBS job the hosts are those of PBS_NODEFILE, each once.
     """
 
     # Whose options to write. `auto`: srun in a Slurm job, else identified by `mpiexec --version`.
@@ -223,11 +208,13 @@ class _Measure:
     dir: Annotated[str, tyro.conf.Positional]
     launch: Annotated[str, tyro.conf.Positional]
     launched_at: float = 0.0
+    verify: bool = False  # Check the stack first, as `torchreg verify --quick` does; if it fails, measure nothing.
 
     def run(self) -> int:
         from torchreg.cli.ranks import on_all_ranks, open_ranks
         from torchreg.scaling.campaign_run import MEASURED_FILE
         from torchreg.scaling.measure import measure_launch
+        from torchreg.verification.verify import verify
 
         campaign = campaign_of(Path(self.dir))
         launch = {launch.id: launch for launch in launches(campaign)}.get(self.launch)
@@ -239,19 +226,35 @@ class _Measure:
         device = MACHINES[campaign.machine].device if campaign.device == "auto" else campaign.device
         communicator = open_ranks(TrainConfig.of(optimizer="manual", device=device, **options))
         start_up_s = time.time() - self.launched_at
-        measured = on_all_ranks(communicator, lambda: measure_launch(campaign, launch, communicator, folder))
+
+        def work() -> dict[str, Any]:
+            fields = ("area", "name", "status", "measured", "expected")
+            rows = verify(communicator, str(folder), quick=True) if self.verify else ()
+            checks = [{field: getattr(row, field) for field in fields} for row in rows]
+            if any(one["status"] == "FAIL" for one in checks):
+                return {"verification": checks}
+            return {"verification": checks or None, **measure_launch(campaign, launch, communicator, folder)}
+
+        measured = on_all_ranks(communicator, work)
         if communicator.is_main:
             write_json(folder / MEASURED_FILE.format(self.launched_at), {"start_up_s": start_up_s, **measured})
         return 0
 
 
-_COMMANDS = {kind.__name__[1:].lower(): kind for kind in (_Plan, _Run, _Status, _Merge, _Command, _Measure)}
+_COMMANDS: dict[str, Any] = {
+    kind.__name__[1:].lower(): kind for kind in (_Plan, _Run, _Status, _Merge, _Command, _Measure)
+}
 
 
 def run(argv: list[str]) -> int:
     """Plan, run or look at a campaign."""
     if argv[:1] in (["-h"], ["--help"]):
-        print(_USAGE, end="")
+        *shown, _ = _COMMANDS  # `scale run` starts the last one
+        print(f"usage: torchreg scale {{{','.join(shown)}}} ...\n\nMeasure how training scales, over many launches.\n")
+        for name in shown:
+            print(f"  {name:8} {str(_COMMANDS[name].__doc__).split('.')[0]}.")
+        print("\n`torchreg scale COMMAND --help` shows the options, and an example.")
+        print("`torchreg report DIR` makes the report.")
         return 0
     name, *options = argv or ["missing"]
     if name not in _COMMANDS:
@@ -264,8 +267,7 @@ def run(argv: list[str]) -> int:
                 f"scale run starts ranks itself, and {who} has started this process as rank {launcher.rank} of "
                 f"{launcher.world_size}: run it once, in the job's own shell, without a launcher"
             )
-    kind: Any = _COMMANDS[name]
-    default = None
+    kind, default = _COMMANDS[name], None
     if kind in (_Plan, _Run):
         has_file = options and not options[0].startswith("-")
         default = kind(read_campaign(Path(options.pop(0))) if has_file else Campaign())

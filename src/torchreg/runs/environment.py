@@ -58,12 +58,14 @@ def machine_facts() -> dict[str, str | None]:
     What only torch knows is None in a process that has not imported it.
     """
     torch: Any = sys.modules.get("torch")
+    adapters = [path.name for kind in ("cxi", "infiniband") for path in Path("/sys/class", kind).glob("*")]
     return {
         "driver": _driver(torch),
         "cuda": torch and torch.version.cuda,
         "rocm": torch and torch.version.hip,
         "oneccl": _version("oneccl") or _version("oneccl-bind-pt"),
         "libfabric": _libfabric(),
+        "fabric": ", ".join(sorted(adapters)) or None,
         "kernel": platform.release(),
         "tf32": torch and _tf32(torch),
     }

@@ -110,8 +110,8 @@ def run_campaign(
 ) -> tuple[Counter[State], str | None]:
     """Run open launches, block after block, until all are done or `stop` is due; `report` gets a line for each.
 
-    A launch likely to take longer than the time left is not started. Returns the number in each state, and why it
-    stopped early, or None.
+    Launches verify their stack until one of their world size is done. A launch likely to take longer than the time
+    left is not started. Returns the number in each state, and why it stopped early, or None.
     """
     hosts = launch_commands.allocated_hosts()
     launcher = launch_commands.available_launcher() if campaign.launcher == "auto" else campaign.launcher
@@ -148,7 +148,11 @@ def run_campaign(
                     continue
                 if status_of(where)[0] == "done":  # by another job, just before the lock was taken
                     continue
-                record = run_launch(campaign, launch, commands[launch.id], where, stop, renew, fd)
+                shape = launch.num_nodes, launch.ranks_per_node
+                alike = [launches_folder / one.id for one in todo if (one.num_nodes, one.ranks_per_node) == shape]
+                is_first = all(status_of(one)[0] != "done" for one in alike)
+                command = commands[launch.id] + ["--verify"] * is_first
+                record = run_launch(campaign, launch, command, where, stop, renew, fd)
             if record is None:
                 stopped = stop.reason
                 continue
@@ -218,6 +222,10 @@ def run_launch(
     else:
         try:
             measured = dict(json.loads(measured_path.read_bytes()))
+            wrong = [one for one in measured.get("verification") or () if one["status"] == "FAIL"]
+            if wrong:
+                named = "; ".join(f"{one['area']}: {one['name']}: {one['measured']}" for one in wrong)
+                reason = f"the stack does not train correctly: {named}"[:_MAX_REASON_LENGTH]
         except (OSError, ValueError, TypeError) as error:
             reason = f"exit code 0, and {measured_path.name} was not written ({type(error).__name__})"
     measured_path.unlink(missing_ok=True)

@@ -170,6 +170,7 @@ class _LaunchRecord(Struct, kw_only=True, tag_field="status"):  # what every lau
     command: list[str]
     started_utc: Time
     provenance: _Provenance
+    verification: list[dict[Text, str]] | None = None  # see `torchreg.verification.checks.Check`
 
 
 class FailedLaunch(_LaunchRecord, kw_only=True, tag="failed"):

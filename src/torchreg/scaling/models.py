@@ -1,7 +1,8 @@
 """Models of scaling, fitted to launches: which parameters the points determine, and how well.
 
 Every model is a sum of known shapes with unknown coefficients, fitted by `regression`, which states the assumptions. A
-model whose parameters the points do not determine is refused as not identifiable, with the reason.
+model whose parameters the points do not determine, or which the points contradict, is refused as not identifiable, with
+the reason. Sizes and times that are not positive raise ValueError.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,29 +18,17 @@ import numpy.typing as npt
 from torchreg.scaling.regression import FEWEST_BLOCKS, Array, Observations, observe, regress
 from torchreg.scaling.statistics import Block
 
-Collective: TypeAlias = Literal["recursive doubling", "Rabenseifner", "ring"]
-
 _LARGEST_FACTOR = 10.0  # between the ends of an interval that still determines the parameter's magnitude
+_REJECTED = 0.01  # probability of residuals below which a model is rejected: a true one is in one of 100 series
 _SMALL = 0.2  # of a time, or of a fraction's range: an interval from 0 to less than that means that it is small
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A model's parameter with its 95 % interval, clipped to its bounds; None where the model is not identifiable."""
-
-    name: str
-    symbol: str
-    unit: str
-    value: float
-    low: float | None
-    high: float | None
 
 
 @dataclass(frozen=True)
 class Fit:
     """A fitted model.
 
-    `why` is the reason why it is not identifiable. `parameters` is empty if not even values are determined.
+    `why` is the reason why it is not identifiable. `parameters` is empty if not even values are determined; each has
+    `name`, `symbol`, `unit`, `value`, and a 95 % interval `low` to `high`, None where the model is not identifiable.
     `held_out_error` is the largest relative error of the median time at a size that is predicted from the other sizes,
     None where they do not determine the model. `predict` takes world sizes or bytes, (n,), and returns seconds, (n,);
     NaN if there are no parameters.
@@ -50,7 +39,7 @@ class Fit:
     source: str
     identifiable: bool
     why: str | None
-    parameters: tuple[Parameter, ...]
+    parameters: tuple[dict[str, Any], ...]
     held_out_error: float | None
     predict: Callable[[npt.ArrayLike], Array]
 
@@ -135,13 +124,17 @@ def fit_model(
         for one, interval in zip(quantities, intervals, strict=True):
             unit = found.coefficients[0] if one.kind == "relative" else 1
             reasons.append(one.reason(*interval, float(np.max(unit * parts[:, one.column]))))
+        if found.lack_of_fit < _REJECTED:
+            misfit = f"they differ from it by more than noise (p = {found.lack_of_fit:.1g})"
+            reasons.append(f"the points contradict the model: {misfit}")
         why = min(filter(None, reasons), key=lambda reason: "contradict" not in reason, default=None)
     parameters, coefficients = [], np.full(len(quantities), np.nan)
     if has_values(found.nonnegative):
         coefficients = found.nonnegative
         for index, one in enumerate(quantities):
             low, high = (None, None) if why else map(one.clip, intervals[index][1:])
-            parameters.append(Parameter(*one[1:4], one.clip(float(one.of(coefficients))), low, high))
+            numbers = {"value": one.clip(float(one.of(coefficients))), "low": low, "high": high}
+            parameters.append({"name": one.name, "symbol": one.symbol, "unit": one.unit, **numbers})
 
     def predict(at: npt.ArrayLike) -> Array:
         return np.asarray(columns(np.asarray(at, dtype=np.float64)) @ coefficients)
@@ -160,8 +153,7 @@ class Work(NamedTuple):
 def fit_allreduce(times: Mapping[Block, Mapping[int, float]]) -> Fit:
     """T(m) = α + β m, latency and time per byte of one collective; `times` is {launch: {message_bytes: seconds}}.
 
-    Hockney, "The communication challenge for MPP", Parallel Computing 20, 1994. Refused unless the messages determine
-    both. Raises ValueError for sizes or times that are not positive.
+    Hockney, "The communication challenge for MPP", Parallel Computing 20, 1994.
     """
     observations, sizes = _observe_whole(times, "message_bytes")
     smaller = f"messages of {sizes[0]:.0f} bytes and more hide it, measure smaller ones"
@@ -175,8 +167,7 @@ def fit_amdahl(times: Mapping[Block, Mapping[int, float]]) -> Fit:
     """T(p) = T₁ (s + (1 − s)/p), strong scaling; `times` is {block: {world_size: seconds per step}}.
 
     Amdahl, "Validity of the single processor approach to achieving large scale computing capabilities", AFIPS 1967.
-    Needs no time of one rank: T₁ is then a prediction. Contradicted (s above 1) where more ranks are slower. Raises
-    ValueError for world sizes or times that are not positive.
+    Needs no time of one rank: T₁ is then a prediction. Contradicted (s above 1) where more ranks are slower.
     """
     quantities = (
         Quantity(0, "time of one rank", "T₁", "s"),
@@ -199,12 +190,13 @@ def fit_usl(
     contention, κ coherence (the cost of pairwise agreement). X is the samples of a step over its time: give
     `global_batch_size` (strong scaling) or `local_batch_size` (weak). 1/X is a sum of three shapes, and is fitted so.
     """
-    batch = {"global_batch_size": global_batch_size, "local_batch_size": local_batch_size}
-    given = {name: size for name, size in batch.items() if size is not None}
-    if len(given) != 1:
-        raise ValueError(f"fit_usl takes {' (strong scaling) or '.join(batch)} (weak): give one of them")
-    for name, size in given.items():
-        _check_whole(name, size)
+    if (global_batch_size is None) == (local_batch_size is None):
+        raise ValueError(
+            "fit_usl takes global_batch_size (strong scaling) or local_batch_size (weak): give one of them"
+        )
+    for name, size in (("global_batch_size", global_batch_size), ("local_batch_size", local_batch_size)):
+        if size is not None:
+            _check_whole(name, size)
     quantities = (
         Quantity(0, "throughput of one rank", "λ", "samples/s", kind="inverse"),
         Quantity(1, "contention", "σ", "", kind="relative", is_fraction=True),
@@ -219,25 +211,15 @@ def fit_usl(
     return fit_model(model, quantities, columns, *_observe_whole(times, "world size"), "world sizes")
 
 
-_COLLECTIVES: dict[Collective, tuple[str, Callable[[Array], Array], Callable[[Array], Array]]] = {
-    "recursive doubling": ("log₂ p (α + β m)", np.log2, np.log2),
-    "Rabenseifner": ("2 log₂ p α + 2 (p − 1)/p β m", lambda p: 2 * np.log2(p), lambda p: 2 * (p - 1) / p),
-    "ring": ("2 (p − 1) α + 2 (p − 1)/p β m", lambda p: 2 * (p - 1), lambda p: 2 * (p - 1) / p),
-}
-"""The cost among p ranks in words, and what multiplies α and β m in it."""
+def fit_mechanistic(times: Mapping[Block, Mapping[Work, float]]) -> Fit:
+    """T = c₀ + c₁·samples + log₂ p (α + β m), of strong and weak points alike; `times` is {block: {work: seconds}}.
 
-
-def fit_mechanistic(times: Mapping[Block, Mapping[Work, float]], collective: Collective = "recursive doubling") -> Fit:
-    """T = c₀ + c₁·samples + communication, of strong and weak points alike; `times` is {block: {work: seconds}}.
-
-    `_COLLECTIVES` has the communication of p ranks that all-reduce m bytes (Thakur, Rabenseifner and Gropp,
+    The last term is an all-reduce of m bytes among p ranks by recursive doubling (Thakur, Rabenseifner and Gropp,
     "Optimization of collective communication operations in MPICH", International Journal of High Performance Computing
-    Applications 19, 2005, in Hockney's α and β): recursive doubling for short messages, Rabenseifner and ring for long
-    ones. log₂ p is also used where p is no power of two.
+    Applications 19, 2005), in Hockney's α and β. log₂ p is also used where p is no power of two.
 
     What no points of such a design can distinguish is one parameter: c = c₀ + c₁·samples where every rank always has as
-    many samples (weak scaling), and τ = α + β m, the time of one round, under recursive doubling of one message size.
-    `predict` takes works, (n, 3); of a strong or a weak series of one message size it also takes world sizes, (n,).
+    many samples (weak scaling), and τ = α + β m, a round of one message size. `predict` takes works, (n, 3).
     """
     observations, works = observe(times, "work")
     for work in works:
@@ -246,30 +228,25 @@ def fit_mechanistic(times: Mapping[Block, Mapping[Work, float]], collective: Col
         if not (math.isfinite(work.samples_per_rank) and work.samples_per_rank > 0):
             raise ValueError(f"samples_per_rank is {work.samples_per_rank}: give a positive number")
     measured = np.array(works, dtype=np.float64)
-    ranks, samples, messages = measured.T
-    is_weak, is_one_size = np.ptp(samples) == 0, np.ptp(messages) == 0
-    communication, rounds, transfers = _COLLECTIVES[collective]
-    named = [("compute", "c", "s")] if is_weak else [("fixed time", "c₀", "s"), ("time per sample", "c₁", "s/sample")]
-    compute = "c" if is_weak else "c₀ + c₁·samples"
-    is_one_round = is_one_size and collective == "recursive doubling"
-    if is_one_round:
+    is_weak, is_one_size = np.ptp(measured[:, 1:], axis=0) == 0
+    compute, communication = "c₀ + c₁·samples", "log₂ p (α + β m)"
+    named = [("fixed time", "c₀", "s"), ("time per sample", "c₁", "s/sample")]
+    if is_weak:
+        compute, named = "c", [("compute", "c", "s")]
+    if is_one_size:
         communication = "τ log₂ p"
         named.append((f"one round of {works[0].message_bytes} bytes", "τ", "s"))
     else:
         named += [("latency of a round", "α", "s"), ("time per byte", "β", "s/byte")]
 
     def columns(at: Array) -> Array:
-        if at.ndim == 1:  # world sizes, of the series that was measured
-            if not (is_one_size and (is_weak or np.ptp(ranks * samples) == 0)):
-                rows = "world_size, samples_per_rank, bytes"
-                raise ValueError(f"points are of several series: give predict rows of {rows}")
-            local = samples[0] if is_weak else ranks[0] * samples[0] / at
-            at = np.column_stack(np.broadcast_arrays(at, local, messages[0]))
-        p, own, size = at.T
-        shared = [rounds(p)] if is_one_round else [rounds(p), transfers(p) * size]
-        return np.column_stack([np.ones_like(p), *([] if is_weak else [own]), *shared])
+        ranks, samples, message_bytes = at.T
+        rounds = np.log2(ranks)
+        found = [np.ones_like(ranks)] if is_weak else [np.ones_like(ranks), samples]
+        found += [rounds] if is_one_size else [rounds, rounds * message_bytes]
+        return np.column_stack(found)
 
-    formula = f"T(p) = {compute} + {communication} ({collective})"
+    formula = f"T(p) = {compute} + {communication} (recursive doubling)"
     model = "mechanistic", formula, "Thakur, Rabenseifner and Gropp 2005; Hockney 1994"
     quantities = [Quantity(column, *name, can_vanish=True) for column, name in enumerate(named)]
     return fit_model(model, quantities, columns, observations, measured, "points")

@@ -87,18 +87,19 @@ def read_records(folders: Sequence[Path]) -> Records:
     return records
 
 
-FACTS = ("driver", "cuda", "rocm", "oneccl", "libfabric", "kernel", "tf32")  # of `torchreg.runs.environment`
+FACTS = ("driver", "cuda", "rocm", "oneccl", "libfabric", "fabric", "kernel", "tf32")  # of `torchreg.runs.environment`
 
-_PLACEMENT = re.compile(
-    r"\w*(VISIBLE_DEVICES|DEVICE_(ORDER|ORDINAL|SELECTOR|HIERARCHY)|AFFINITY|NUMA|(CPU|GPU|MEM|PROC)_BIND|PLACES)\w*"
+_PLACEMENT = re.compile(  # on devices, CPUs and networks. Not NCCL_NET, which a machine may need across nodes only
+    r"\w*(VISIBLE_DEVICES|DEVICE_(ORDER|ORDINAL|SELECTOR|HIERARCHY)|AFFINITY|NUMA|(CPU|GPU|MEM|PROC)_BIND|PLACES)\w*|"
+    r"FI_PROVIDER|CCL_ATL_TRANSPORT|UCX_(TLS|NET_DEVICES)|NCCL_IB_(DISABLE|HCA)|(NCCL|GLOO)_SOCKET_IFNAME"
 )
 
 _LAUNCH_COLUMNS = [
-    "launch", "status", "campaign", "machine", "fingerprint", "block", "recorded_block", "world_size",
-    "num_nodes", "ranks_per_node", "seed", "exit_code", "reason", "started_utc", "finished_utc", "wall_s", "start_up_s",
-    "num_points", "num_failed_checks", "launcher", "requested", "effective", "ezpz_version", "backend", "mpi_library",
-    "nccl_version", "device_name", "num_cpus", "dtype", "torch", "numpy", *FACTS, "placement", "without", "python",
-    "platform", "commit", "dirty", "job_id", "source", "file",
+    "launch", "status", "campaign", "machine", "fingerprint", "block", "recorded_block", "world_size", "num_nodes",
+    "ranks_per_node", "seed", "exit_code", "reason", "started_utc", "finished_utc", "wall_s", "start_up_s",
+    "num_points", "num_failed_checks", "num_verified", "launcher", "requested", "effective", "ezpz_version", "backend",
+    "mpi_library", "nccl_version", "device_name", "num_cpus", "dtype", "torch", "numpy", *FACTS, "placement", "without",
+    "python", "platform", "commit", "dirty", "job_id", "source", "file",
 ]  # fmt: skip
 
 
@@ -142,6 +143,7 @@ def _launch_row(launch: Launch) -> dict[str, Any]:
         "num_cpus": distributed["num_cpus"] if placements[0]["device"] == "cpu" else None,
         "num_points": len(points),
         "num_failed_checks": sum(not point["check_passed"] for point in points),
+        "num_verified": sum(one.get("status") == "PASS" for one in content.get("verification") or ()),
     }
 
 

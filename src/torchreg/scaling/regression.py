@@ -18,16 +18,17 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import stdtrit
+from scipy.special import fdtrc, stdtrit
 
-from torchreg.scaling.statistics import CONFIDENCE, Block, Vector
+from torchreg.scaling.statistics import CONFIDENCE, MAD, Block, Vector
 
 FEWEST_BLOCKS = 4  # with fewer, Student's t is so wide, and Huber's scale so uncertain, that nothing is determined
 
 _LARGEST_CONDITION = 1e5  # of the columns, each scaled to length 1: beyond it they count as linearly dependent
 _HUBER = 1.345  # standard deviations; 95 % efficient for normal noise
-_MAD = 1.4826  # standard deviations of a normal distribution per median absolute deviation
 _SMALLEST_SCALE = 1e-9  # for times without noise
+_SMALLEST_MISFIT = 1e-6  # of a time: a smaller one shows nothing
+_OUTLYING = 3.0  # standard deviations, to which a residual is clipped, so that one slow launch does not hide a misfit
 _MAX_ITERATIONS = 60
 _TOLERANCE = 1e-5  # of the fitted times; the next iteration's change is far smaller
 _NOT_CONVERGED = 1e-2  # a fit whose last change was larger has no result
@@ -42,13 +43,15 @@ Observations: TypeAlias = tuple[Vector, Indices, Indices]  # seconds, and the in
 class Regression:
     """Coefficients (p,), of all blocks and without each block (num_blocks, p); NaN where they are not determined.
 
-    For `nonnegative` the column with the most negative coefficient is removed until none is negative.
+    For `nonnegative` the column with the most negative coefficient is removed until none is negative. `lack_of_fit` is
+    the probability of residuals as large as these or larger if the times are a sum of these columns.
     """
 
     coefficients: Vector
     nonnegative: Vector
     without_block: Array
     held_out_error: float | None
+    lack_of_fit: float
     _blocks: Indices
     _columns: Array  # (n, p) of the relative times at the fit
 
@@ -119,7 +122,32 @@ def regress(observations: Observations, columns: Array, together: Indices) -> Re
     medians = np.array([np.median(times[sizes == size]) for size in range(len(columns))])
     error = float(np.abs(np.sum(columns * without_group[together], axis=1) / medians - 1).max())
     relative = rows / (rows @ found)[:, None]
-    return Regression(found, nonnegative, without_block, error if math.isfinite(error) else None, blocks, relative)
+    misfit, held_out_error = _lack_of_fit(observations, columns, found), error if math.isfinite(error) else None
+    return Regression(found, nonnegative, without_block, held_out_error, misfit, blocks, relative)
+
+
+def _lack_of_fit(observations: Observations, columns: Array, coefficients: Vector) -> float:
+    """The p-value of the mean residuals of complete blocks, in the directions that no coefficients can follow.
+
+    It is that of an analysis of variance of repeated measures, because the values of one block depend on each other
+    (Box, Annals of Mathematical Statistics 25, 1954; Greenhouse and Geisser, Psychometrika 24, 1959). It is 1 where
+    every direction can be followed, or too few blocks are complete. Outlying residuals are clipped.
+    """
+    times, blocks, sizes = observations
+    residuals = np.full((blocks.max() + 1, len(columns)), np.nan)
+    residuals[blocks, sizes] = np.log(times / (columns @ coefficients)[sizes])
+    residuals = residuals[np.isfinite(residuals).all(axis=1)]
+    if len(residuals) < FEWEST_BLOCKS or len(columns) <= columns.shape[1]:
+        return 1.0
+    centre = np.median(residuals, axis=0)
+    most = _OUTLYING * MAD * np.median(np.abs(residuals - centre))
+    residuals = np.clip(residuals, centre - most, centre + most)
+    relative = columns / (columns @ coefficients)[:, None]
+    misfits = residuals @ np.linalg.qr(relative, mode="complete")[0][:, columns.shape[1] :]
+    mean, num_blocks = misfits.mean(axis=0), len(misfits)
+    covariance = np.atleast_2d(np.cov(misfits.T)) / num_blocks + _SMALLEST_MISFIT**2 * np.eye(len(mean))
+    freedom = np.trace(covariance) ** 2 / np.sum(covariance**2)
+    return float(fdtrc(freedom, freedom * (num_blocks - 1), mean @ mean / np.trace(covariance)))
 
 
 def _fit(columns: Array, times: Vector, masks: npt.NDArray[np.bool_]) -> Array:
@@ -150,7 +178,7 @@ def _fit(columns: Array, times: Vector, masks: npt.NDArray[np.bool_]) -> Array:
         residuals = -np.log(fitted)
         ordered = np.sort(np.where(inside, np.abs(residuals), np.inf), axis=1)
         median = (ordered[fits, (counts - 1) // 2] + ordered[fits, counts // 2]) / 2
-        scale = np.maximum(_MAD * freedom * median, _SMALLEST_SCALE)[:, None]
+        scale = np.maximum(MAD * freedom * median, _SMALLEST_SCALE)[:, None]
         weights = inside * np.minimum(1, _HUBER * scale / np.maximum(np.abs(residuals), _SMALLEST_SCALE))
         jacobian = relative / fitted[:, :, None]
         weighted = np.swapaxes(jacobian * weights[:, :, None], 1, 2)

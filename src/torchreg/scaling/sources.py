@@ -133,21 +133,18 @@ def _kind_of(path: Path) -> str:
 
 
 def merge(out: Path, folders: Sequence[Path]) -> list[str]:
-    """Copy the launches of campaign directories into one; returns lines that describe what was done.
+    """Copy the launches of campaign directories into one, by the names of `name_folders`; lines on what was done.
 
-    A launch that `out` has already is copied once; of different launches with one name both are kept, the second with
-    `~2` appended. Unfinished launches and links are not copied. Merging again adds what is new. Raises `ValueError` if
-    `out` is not a campaign directory, or that of another campaign.
+    Unfinished launches and links are not copied. Merging again adds what is new. Raises `ValueError` if `out` is not a
+    campaign directory, or that of another campaign.
     """
     sources = [source for source in distinct(folders) if source.resolve() != out.resolve()]
     campaigns = {_read(source / CAMPAIGN_FILE) for source in sources}
     campaign = campaigns.pop() if len(campaigns) == 1 else None  # of all sources, if they have the same
     if out.exists():
-        if not out.is_dir():
-            raise ValueError(f"out is {out}, which is not a directory: give a new name")
-        names = {path.name for path in out.iterdir()}
-        if names and LAUNCHES_FOLDER not in names and CAMPAIGN_FILE not in names:
-            raise ValueError(f"out is {out}, which holds other files than a campaign's: give a new name")
+        names = {path.name for path in out.iterdir()} if out.is_dir() else {""}
+        if names and names.isdisjoint((LAUNCHES_FOLDER, CAMPAIGN_FILE)):
+            raise ValueError(f"out is {out}, which is not the directory of a campaign: give a new name")
         if CAMPAIGN_FILE in names and _read(out / CAMPAIGN_FILE) != campaign:
             raise ValueError(
                 f"out is {out}, where another campaign is measured ({CAMPAIGN_FILE} differs): give a new name, and "

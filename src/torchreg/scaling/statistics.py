@@ -1,8 +1,7 @@
 """95 % intervals over launches, the unit of repetition: of a median and of a ratio.
 
 Each value is of one launch: its steps share its disturbances (Hoefler and Belli, "Scientific benchmarking of parallel
-computing systems", SC 2015). Intervals are based on ranks, so one slow launch among several changes them little.
-`scripts/measure_statistics.py` measures their coverage, and that of bootstrap percentiles, which are not used.
+computing systems", SC 2015). `scripts/measure_statistics.py` measures the coverage, also where some launches are slow.
 """
 
 from __future__ import annotations
@@ -15,13 +14,17 @@ from typing import TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import binom
+from scipy.stats import binom, t
 
 Vector: TypeAlias = npt.NDArray[np.float64]
 Block = TypeVar("Block", bound=Hashable)
 
 CONFIDENCE = 0.95
 FEWEST_LAUNCHES = 6  # the range of 5 values contains the median with probability 93.75 %, that of 6 with 96.875 %
+MAD = 1.4826  # standard deviations of a normal distribution per median absolute deviation
+
+_CUTOFF = 4.685  # standard deviations, beyond which a ratio has no weight: 95 % efficient for normal noise
+_NUM_ITERATIONS = 50  # after far fewer the biweight no longer changes
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,10 @@ def ratio_interval(numerator: Mapping[Block, float], denominator: Mapping[Block,
     """The typical ratio of the numerator to the denominator; both are {block: positive value}.
 
     If at least 6 blocks are shared, or all of one side, each gives one ratio, free of the disturbances of the block.
-    The value is the Hodges–Lehmann estimate of their logarithms (the median of the means of all pairs), the interval
-    that of Wilcoxon's signed ranks (Hollander and Wolfe, "Nonparametric statistical methods", chapter 3), which is
-    exact if the logarithms are symmetric about the truth. Fewer than 6 launches: no interval.
+    The value is Tukey's biweight of their logarithms, in which a launch several times as slow as the others has no
+    weight; the interval is Student's t with 0.7 (n − 1) degrees of freedom (Mosteller and Tukey, "Data analysis and
+    regression", 1977, chapter 10; Kafadar, "A biweight approach to the one-sample problem", Journal of the American
+    Statistical Association 77, 1982). Fewer than 6 launches: the median, and no interval.
 
     Otherwise the sides count as independent: the value is the ratio of their medians, and the squared arms of the two
     intervals are summed, as logarithms (Price and Bonett, "Distribution-free confidence intervals for difference and
@@ -71,10 +75,11 @@ def ratio_interval(numerator: Mapping[Block, float], denominator: Mapping[Block,
     shared = [block for block in numerator if block in denominator]
     if len(shared) >= FEWEST_LAUNCHES or len(shared) == min(len(numerator), len(denominator)):
         logs, count = np.array([math.log(numerator[block] / denominator[block]) for block in shared]), len(shared)
-        means = np.sort((logs[:, None] + logs)[np.triu_indices(count)] / 2)
-        rank = _signed_rank(count)
-        low, high = (float(means[rank - 1]), float(means[-rank])) if count >= FEWEST_LAUNCHES else (None, None)
-        return _transformed(Estimate(float(np.median(means)), low, high, count), math.exp)
+        if count < FEWEST_LAUNCHES:
+            return Estimate(math.exp(np.median(logs)), None, None, count)
+        value, error = _biweight(logs)
+        arm = float(t.ppf((1 + CONFIDENCE) / 2, 0.7 * (count - 1))) * error
+        return _transformed(Estimate(value, value - arm, value + arm, count), math.exp)
     one, other = (_transformed(median_interval(side.values()), math.log) for side in (numerator, denominator))
     value, low, high = one.value - other.value, None, None
     if one.low is not None and one.high is not None and other.low is not None and other.high is not None:
@@ -91,7 +96,6 @@ def karp_flatt(speedup: Estimate, ratio_of_ranks: float) -> Estimate:
     """
     if not (math.isfinite(ratio_of_ranks) and ratio_of_ranks > 1):
         raise ValueError(f"ratio_of_ranks is {ratio_of_ranks}: Karp–Flatt compares with fewer ranks, give more than 1")
-
     for value in (speedup.value, speedup.low, speedup.high):
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"speedup is {value}: it must be positive")
@@ -125,13 +129,15 @@ def _median_rank(count: int) -> tuple[int, float]:
     return rank, (count - rank) * excess / (rank + (count - 2 * rank) * excess)
 
 
-@lru_cache
-def _signed_rank(count: int) -> int:
-    """The number of smallest sums of signed ranks whose total probability is at most that of one side.
-
-    The sum is of those of the ranks 1 … count for which a fair coin shows heads.
-    """
-    chance = np.ones(1)
-    for rank in range(1, count + 1):
-        chance = (np.pad(chance, (0, rank)) + np.pad(chance, (rank, 0))) / 2
-    return int(np.searchsorted(np.cumsum(chance), (1 - CONFIDENCE) / 2, side="right"))
+def _biweight(values: Vector) -> tuple[float, float]:
+    """Tukey's biweight of six or more values, and its standard error."""
+    centre, count = float(np.median(values)), len(values)
+    scale = _CUTOFF * MAD * float(np.median(np.abs(values - centre))) * math.sqrt(count / (count - 1))
+    if scale == 0:  # most values are equal
+        return centre, 0.0
+    for _ in range(_NUM_ITERATIONS):
+        squares = np.minimum(1, ((values - centre) / scale) ** 2)
+        centre = float(np.average(values, weights=(1 - squares) ** 2))
+    slope = max(1.0, float(np.sum((1 - squares) * (1 - 5 * squares))))
+    variance = np.sum((values - centre) ** 2 * (1 - squares) ** 4) / (slope * max(1.0, slope - 1))
+    return centre, math.sqrt(variance)

@@ -2,7 +2,4 @@
 
 A sweep is a folder: `sweep.json` (its kind, configuration and trials), `trials/<name>/` (the record of one run each),
 and `trials.csv` and `curves.csv`, which are computed from the records. A finished trial is not run again.
-
-- `sweep`: the trials of a sweep, and running those that are not finished;
-- `sweep_tables`: the tables, from records alone.
 """
