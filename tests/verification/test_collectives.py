@@ -1,11 +1,10 @@
-"""If these fail, `torchreg verify` passes a stack whose collectives are wrong: models train on numbers that nobody sent.
+"""If these fail, `torchreg verify` passes a stack whose collectives are wrong: models train on wrong gradients.
 
 The ranks are threads of this process. Each defect is put around a function of torch.distributed, as a broken library
 would have it.
 """
 
 import threading
-import time
 from functools import partial
 
 import pytest

@@ -8,8 +8,13 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import combinations
 
+import torch
+
 from torchreg.distributed.communicator import Communicator
 from torchreg.verification.checks import Check, agree
+from torchreg.verification.network import network_check
+
+_REMEDY = "unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE and NVIDIA_TF32_OVERRIDE, which select TF32"
 
 
 def topology_checks(communicator: Communicator) -> Iterator[Check]:
@@ -45,6 +50,24 @@ def topology_checks(communicator: Communicator) -> Iterator[Check]:
         error = f"shares its {communicator.device.type} device with rank {others[0]}" if others else None
         yield row("devices", error, f"{len(set(devices))} different ones", "a device of its own for each rank")
     yield _cpu_masks(communicator)
+    yield network_check(communicator)
+
+
+def arithmetic_checks(communicator: Communicator) -> Iterator[Check]:
+    """Products that need all bits of the significand: float32 as TF32 has 11 of 24, and float64 may be emulated."""
+    device = communicator.device
+    for dtype, half in ((torch.float32, 12), (torch.float64, 26)):
+        name = str(dtype).removeprefix("torch.")
+        if device.type == "mps" and dtype is torch.float64:
+            yield Check("arithmetic", name, "SKIP", "this device has none")
+            continue
+        # (2^h + 1) (2^h - 1) = 2^2h - 1 is odd, with 2h bits. In each sum the other products are 0.
+        left = torch.eye(256, dtype=dtype, device=device) * (2**half + 1)
+        product = left @ torch.full_like(left, 2**half - 1)
+        worst = (product.double() if device.type != "mps" else product) - (4**half - 1)
+        remedy = f": {_REMEDY}" if dtype is torch.float32 else ""
+        error = f"a product is off by {worst.abs().max().item():g}{remedy}" if worst.any() else None
+        yield agree(communicator, "arithmetic", f"{name} products", error, f"{2 * half} bits", f"{2 * half} bits")
 
 
 def _cpu_masks(communicator: Communicator) -> Check:
