@@ -1,6 +1,7 @@
 """If these fail, `torchreg verify` passes a stack that trains wrongly, or fails one that is right."""
 
 import json
+from xml.etree import ElementTree
 
 import pytest
 
@@ -34,7 +35,10 @@ def test_a_right_stack_passes(launcher, request):
     assert status["closed form", "full batch"] == "PASS"
     assert status["files", "shared checkpoint"] == "PASS"
     assert (("invariance", "manual × mpi") in status) == (launcher == "mpiexec")
-    assert not any((launched.folder / "right stack/runs").iterdir()), "the checks leave nothing behind"
+    (record,) = (launched.folder / "right stack/runs").iterdir()  # the checks leave nothing else behind
+    assert content == {**json.loads(record.read_text()), "record": f"runs/{record.name}"}
+    timed = {timing["operation"] for check in content["checks"] for timing in check["timings"]}
+    assert timed == {"all-reduce", *(["all-reduce by MPI"] if launcher == "mpiexec" else [])}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +82,10 @@ def test_the_table_names_what_fails(on_two_ranks):
 
 
 def test_one_process_needs_no_others(capsys):
-    assert main(["verify", "--quick", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["passed"] is True
+    assert main(["verify", "--quick", "--json", "--junit", "checks.xml"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["passed"] is True
+    suite = ElementTree.parse("checks.xml").getroot()
+    assert (suite.get("tests"), suite.get("failures")) == (str(len(record["checks"])), "0")
     assert main(["verify", "--quick", "--inject", "stale-rank"]) == 2
     assert "inject is stale-rank, which needs other ranks" in capsys.readouterr().err

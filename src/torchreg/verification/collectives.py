@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-import statistics
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from torchreg.distributed.communicator import AnySync, Communicator
 from torchreg.distributed.devices import free_bytes
 from torchreg.distributed.timing import time_repeats
 from torchreg.verification.checks import Check, agree, size_text
+from torchreg.verification.verify_record import times_text, timing
 
 _BITS = {  # of a sum of magnitudes, at most: those of the significand, or without the sign
     torch.float32: 24, torch.float64: 53, torch.float16: 11, torch.bfloat16: 8, torch.int32: 31, torch.int64: 62,
@@ -219,29 +219,6 @@ def _has_time(timings: list[dict[str, Any]], num_bytes: int) -> bool:
     """Whether all repetitions of this size end soon, by the time of the longest message so far."""
     times_s = [10 * last["median_s"] * num_bytes / last["message_bytes"] for last in timings[-1:]]
     return bool(times_s) and times_s[0] <= _ONE_SIZE_WITHIN_S
-
-
-def timing(operation: str, num_bytes: int, bus_factor: float, times_s: list[float]) -> dict[str, Any]:
-    """A record's entry on a collective of one size. `spread_s` is the standard deviation by the quartiles."""
-    median_s = statistics.median(times_s)
-    low_s, _, high_s = statistics.quantiles(times_s, n=4)
-    return {
-        "operation": operation,
-        "message_bytes": num_bytes,
-        "num_repeats": len(times_s),
-        "median_s": median_s,
-        "spread_s": (high_s - low_s) / 1.349,  # a normal distribution's quartiles are so many deviations apart
-        "algorithm_bytes_per_s": num_bytes / median_s,
-        "bus_bytes_per_s": bus_factor * num_bytes / median_s,
-    }
-
-
-def times_text(timings: list[dict[str, Any]]) -> str:
-    """The time of the shortest message, and the bandwidths of the longest one."""
-    first, last = timings[0], timings[-1]
-    algorithm, bus = (last[f"{kind}_bytes_per_s"] / 1e9 for kind in ("algorithm", "bus"))
-    latency = f"{size_text(first['message_bytes'])} {1e6 * first['median_s']:.3g} µs"
-    return f"{latency}, {size_text(last['message_bytes'])} {algorithm:.2g} GB/s (bus {bus:.2g})"
 
 
 def _not_finite_error(communicator: Communicator) -> str | None:
