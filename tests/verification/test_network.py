@@ -92,6 +92,7 @@ def test_tcp_beside_a_fast_network_is_a_warning(row):
 
 
 def test_a_log_that_the_user_asked_for_stays_where_it_is(monkeypatch, tmp_path):
+    monkeypatch.setattr(network.torch.cuda, "is_available", lambda: True)
     environ = {"NCCL_DEBUG": "WARN"}
     network.capture_nccl_log(environ)
     assert environ == {"NCCL_DEBUG": "WARN"}

@@ -23,7 +23,7 @@ _TCP = re.compile(r"NET/Socket|gloo|\b(tcp|sockets|sock)\b")
 
 def capture_nccl_log(environ: os._Environ[str]) -> None:
     """Have NCCL or RCCL write its log to a file, before it starts, unless the user has chosen what becomes of it."""
-    if not {"NCCL_DEBUG", _LOG} & environ.keys():
+    if torch.cuda.is_available() and not {"NCCL_DEBUG", _LOG} & environ.keys():
         descriptor, environ[_LOG] = tempfile.mkstemp(prefix=_OWN_LOG)
         os.close(descriptor)
         environ["NCCL_DEBUG"] = "INFO"
@@ -31,15 +31,16 @@ def capture_nccl_log(environ: os._Environ[str]) -> None:
 
 def network_check(communicator: Communicator) -> Check:
     """A row that never fails: how ranks communicate, and a warning of each kind of host that uses TCP needlessly."""
+    communicator.all_reduce(torch.zeros(1, device=communicator.device))  # NCCL connects when it is first used
+    log = Path(os.environ.get(_LOG, os.devnull))
+    logged = log.read_text(errors="replace")
+    if log.name.startswith(_OWN_LOG):
+        log.unlink()
     if communicator.world_size == 1:
         return Check("topology", "network", "SKIP", "there is one rank only")
-    communicator.all_reduce(torch.zeros(1, device=communicator.device))  # NCCL connects when it is first used
     networks = {"gloo": f"gloo over TCP ({os.environ.get('GLOO_SOCKET_IFNAME', 'interface of the host name')})"}
     if communicator.backend == "nccl":
-        log = Path(os.environ.get(_LOG, os.devnull))
-        networks["nccl"] = nccl_network(log.read_text(errors="replace")) or "NCCL, whose log is not captured"
-        if log.name.startswith(_OWN_LOG):
-            log.unlink()
+        networks["nccl"] = nccl_network(logged) or "NCCL, whose log is not captured"
     elif communicator.backend == "xccl":
         networks["xccl"] = f"oneCCL, {settings(os.environ, 'CCL_ATL_TRANSPORT', 'FI_PROVIDER')}"
     if communicator.over_mpi:
