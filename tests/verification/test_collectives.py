@@ -147,7 +147,7 @@ DEFECTS = {
 def checks_on(monkeypatch):
     """The checks of so many ranks, with functions of torch.distributed replaced; the times themselves are skipped."""
     monkeypatch.setattr(collectives, "time_repeats", lambda *_: [1e-6, 1e-6])
-    monkeypatch.setattr(collectives, "_ONE_SIZE_WITHIN_S", 0)
+    monkeypatch.setattr(collectives, "_LONG_WITHIN_S", 0)
     monkeypatch.setattr(collectives, "_LATE_S", 0.03)
 
     def check(world_size, defect=(), *, quick=True, num_calls=100):

@@ -59,9 +59,9 @@ def run(argv: list[str]) -> int:
     def check() -> tuple[dict[str, Any], str, list[Check]]:
         baseline: list[dict[str, Any]] = []
         if path := options.baseline:
-            baseline = communicator.from_main(lambda: read_timings(Path(path), communicator))
+            baseline = communicator.from_main(lambda: read_timings(path, communicator))
         checks = list(verify(communicator, options.runs_dir, quick=options.quick, defect=options.inject))
-        checks += compare(checks, baseline) if options.baseline else []
+        checks += compare(checks, baseline)
         record = make_record(communicator, options.distributed, checks, verdict(checks), started)
 
         def write() -> str:

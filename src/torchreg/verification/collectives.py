@@ -28,25 +28,21 @@ from torchreg.verification.verify_record import times_text, timing
 _BITS = {  # of a sum of magnitudes, at most: those of the significand, or without the sign
     torch.float32: 24, torch.float64: 53, torch.float16: 11, torch.bfloat16: 8, torch.int32: 31, torch.int64: 62,
 }  # fmt: skip
-_FLOATING = [dtype for dtype in _BITS if dtype.is_floating_point]
-_OTHER_TYPES = list(_BITS)[1:]
-_NOT_IN_MPI = torch.float16, torch.bfloat16
+_HALF_TYPES = torch.float16, torch.bfloat16  # MPI has none
 _PERIOD = 1_021  # elements after which a message repeats: a prime, so that parts in a wrong order differ
 _SIZES = 8, 1 << 16, 1 << 20, 1 << 24, 1 << 26, 1 << 28, 1 << 30  # bytes
-_NUM_QUICK_SIZES = 3
-_SHORT_BYTES = 1 << 16  # the most in types other than float32, and the longest that --quick times
+_SHORT_BYTES = 1 << 16  # the most that --quick times, and sends in types other than float32
 _LONG_BYTES = 1 << 26  # beyond one bucket of DDP; longer ones are sent only where memory and time allow
-_BUFFERS = 6  # of a message's size: own, result, expected, and those of the backend
-_ONE_SIZE_WITHIN_S = 5.0
-_NUM_CALLS, _CALLS_BETWEEN_LOOKS, _CALL_ELEMENTS = 1_000, 50, 8
+_MEMORY = 9  # of a message's size: own, result, expected, those of the backend, and a half more
+_LONG_WITHIN_S = 5.0  # all repetitions
+_NUM_CALLS, _CALLS_BETWEEN_LOOKS = 1_000, 50
 _CALLS_WITHIN_S, _QUICK_CALLS_WITHIN_S = 60.0, 1.5
 _LATE_S = 0.1
 _NOT_SUPPORTED = re.compile(r"not (yet )?(support|implement)|unsupported|no support", re.IGNORECASE)
 
-# Writes the result of this rank's message into the second tensor, which has the same content before.
-Run = Callable[[Tensor, Tensor], object]
-# Of the values of all ranks: rows of them, the number of parts of each row, and the first of those parts.
-Expected = Callable[[Tensor], tuple[Tensor, int, int]]
+# What runs, with this rank's message and the result, which has the same content before; the rows that are expected, of
+# the values of all ranks; the part of each row, None for all of them; the bus's bytes by the message's, 0: not timed.
+Operation = tuple[Callable[[Tensor, Tensor], object], Callable[[Tensor], Tensor], int | None, float]
 
 
 def collective_checks(communicator: Communicator, *, quick: bool) -> Iterator[Check]:
@@ -54,8 +50,8 @@ def collective_checks(communicator: Communicator, *, quick: bool) -> Iterator[Ch
     if communicator.world_size == 1:
         yield Check("collectives", "all", "SKIP", "there is one rank only")
         return
-    for name, (run, expected, bus_factor) in _operations(communicator).items():
-        yield from _exact(communicator, name, run, expected, bus_factor, quick=quick)
+    for name, operation in _operations(communicator).items():
+        yield from _exact(communicator, name, operation, quick=quick)
     row = partial(agree, communicator, "collectives")
     for by, sync in _syncs(communicator).items():
         summing = communicator.using(sync)
@@ -93,69 +89,59 @@ def _syncs(communicator: Communicator) -> dict[str, AnySync]:
     return {"": "allreduce", " by MPI": "mpi"} if communicator.over_mpi else {"": "allreduce"}
 
 
-def _operations(communicator: Communicator) -> dict[str, tuple[Run, Expected, float]]:
-    """By name: what runs, what is expected, and the bus's bytes by those of the message; 0 for what is not timed.
-
-    Messages consist of a part for each rank. The factors are those of nccl-tests (doc/PERFORMANCE.md).
-    """
+def _operations(communicator: Communicator) -> dict[str, Operation]:
+    """By name. Messages consist of a part for each rank. The factors are those of nccl-tests (doc/PERFORMANCE.md)."""
     size, rank = communicator.world_size, communicator.rank
+    # Renamed in torch 2.13.
+    scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-    def reduced(op: Any) -> Run:
+    def reduced(op: Any) -> Callable[[Tensor, Tensor], object]:
         return lambda own, out: dist.all_reduce(out, op)
 
-    def summed(sync: AnySync) -> Run:
+    def summed(sync: AnySync) -> Callable[[Tensor, Tensor], object]:
         return lambda own, out: communicator.using(sync).all_reduce(out)
 
-    def pass_on(own: Tensor, out: Tensor) -> None:
+    def first_part(message: Tensor) -> Tensor:
+        return message[: len(message) // size]
+
+    def gathered(own: Tensor, out: Tensor) -> None:
+        out.copy_(communicator.gather_tensors(first_part(own)).flatten())
+
+    def passed_on(own: Tensor, out: Tensor) -> None:
         sent = dist.P2POp(dist.isend, own, (rank + 1) % size)
         for work in dist.batch_isend_irecv([sent, dist.P2POp(dist.irecv, out, (rank - 1) % size)]):
             work.wait()
 
-    # Renamed in torch 2.13.
-    scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    def total(values: Tensor) -> Tensor:
+        return values.sum(0, keepdim=True)
+
     moved = (size - 1) / size
     return {
-        **{
-            f"all-reduce{by}": (summed(sync), lambda values: (values.sum(0, keepdim=True), size, 0), 2 * moved)
-            for by, sync in _syncs(communicator).items()
-        },
-        "all-reduce MAX": (reduced(dist.ReduceOp.MAX), lambda values: (values.amax(0, keepdim=True), size, 0), 0),
-        "all-reduce MIN": (reduced(dist.ReduceOp.MIN), lambda values: (values.amin(0, keepdim=True), size, 0), 0),
-        "broadcast": (lambda own, out: communicator.broadcast(out), lambda values: (values[:1], size, 0), 1),
-        "gather": (
-            lambda own, out: out.copy_(communicator.gather_tensors(own[: len(own) // size]).flatten()),
-            lambda values: (values, 1, 0),
-            0,
-        ),
-        "all-gather": (lambda own, out: gather(out, own[: len(own) // size]), lambda values: (values, 1, 0), moved),
-        "reduce-scatter": (
-            lambda own, out: scatter(out[: len(own) // size], own),
-            lambda values: (values.sum(0, keepdim=True), 1, rank),
-            moved,
-        ),
-        "all-to-all": (
-            lambda own, out: dist.all_to_all_single(out, own),
-            lambda values: (values, 1, rank),
-            moved,
-        ),
-        "send and receive": (pass_on, lambda values: (values[[rank - 1]], size, 0), 1),
+        **{f"all-reduce{by}": (summed(sync), total, None, 2 * moved) for by, sync in _syncs(communicator).items()},
+        "all-reduce MAX": (reduced(dist.ReduceOp.MAX), lambda values: values.amax(0, keepdim=True), None, 0),
+        "all-reduce MIN": (reduced(dist.ReduceOp.MIN), lambda values: values.amin(0, keepdim=True), None, 0),
+        "broadcast": (lambda own, out: communicator.broadcast(out), lambda values: values[:1], None, 1),
+        "gather": (gathered, lambda values: values, 0, 0),
+        "all-gather": (lambda own, out: gather(out, first_part(own)), lambda values: values, 0, moved),
+        "reduce-scatter": (lambda own, out: scatter(first_part(out), own), total, rank, moved),
+        "all-to-all": (lambda own, out: dist.all_to_all_single(out, own), lambda values: values, rank, moved),
+        "send and receive": (passed_on, lambda values: values[[rank - 1]], None, 1),
     }
 
 
-def _exact(
-    communicator: Communicator, name: str, run: Run, expected: Expected, bus_factor: float, *, quick: bool
-) -> Iterator[Check]:
+def _exact(communicator: Communicator, name: str, operation: Operation, *, quick: bool) -> Iterator[Check]:
     """One collective in all types and sizes, and its times in float32."""
     error, num_cases, longest, refused, timings = None, 0, 0, dict[str, str](), list[dict[str, Any]]()
     for dtype, num_bytes in _cases(quick=quick):
-        if name.endswith("MPI") and dtype in _NOT_IN_MPI:
+        if name.endswith("MPI") and dtype in _HALF_TYPES:
             continue
-        if num_bytes > _LONG_BYTES and not (_has_memory(communicator, num_bytes) and _has_time(timings, num_bytes)):
+        is_short, has_time = num_bytes <= _SHORT_BYTES, _has_time(timings, num_bytes)
+        if num_bytes > _LONG_BYTES and not (has_time and _has_memory(communicator, num_bytes)):
             continue
         type_name = str(dtype).removeprefix("torch.")
         try:
-            again, difference = _run_once(communicator, run, expected, dtype, num_bytes)
+            again, difference = _run_once(communicator, operation, dtype, num_bytes)
         except (RuntimeError, NotImplementedError) as refusal:
             if not _NOT_SUPPORTED.search(str(refusal)):
                 raise
@@ -164,76 +150,72 @@ def _exact(
         num_cases, longest = num_cases + 1, max(longest, num_bytes)
         if difference and error is None:
             error = f"{size_text(num_bytes)} of {type_name}: {difference}"
-        is_short = num_bytes <= _SHORT_BYTES
-        is_timed = is_short and name.startswith("all-reduce") if quick else is_short or _has_time(timings, num_bytes)
-        if bus_factor and dtype is torch.float32 and is_timed:
-            num_repeats = 20 if is_short and not quick else 5
-            times_s = time_repeats(communicator, again, num_repeats)
-            timings.append(timing(name, num_bytes, bus_factor, times_s))
-        del again
-    if refused and not num_cases:
+        is_timed = is_short and name.startswith("all-reduce") if quick else is_short or has_time
+        if operation[-1] and dtype is torch.float32 and is_timed:
+            times_s = time_repeats(communicator, again, 20 if is_short and not quick else 5)
+            timings.append(timing(name, num_bytes, operation[-1], times_s))
+        del again  # its memory
+    if not num_cases:
         yield Check("collectives", name, "SKIP", f"{communicator.backend} refuses: {next(iter(refused.values()))}")
         return
-    measured = f"{num_cases} cases exact" + (f", {' and '.join(refused)} refused" if refused else "")
-    check = agree(communicator, "collectives", name, error, measured, f"exact to {size_text(longest)}")
-    yield replace(check, message_bytes=longest)
+    measured = " and ".join([f"{num_cases} cases exact", *(f"{type_name} refused" for type_name in refused)])
+    row = agree(communicator, "collectives", name, error, measured, f"exact to {size_text(longest)}")
+    yield replace(row, message_bytes=longest)
     if timings:
         yield Check("collectives", f"{name} time", "PASS", times_text(timings), "median, slowest", tuple(timings))
 
 
 def _cases(*, quick: bool) -> list[tuple[torch.dtype, int]]:
     """Types, and bytes of a message. float32 comes first, in growing sizes: the time of one predicts the next."""
-    sizes = _SIZES[: _NUM_QUICK_SIZES if quick else None]
-    others = [_SHORT_BYTES] if quick else sizes[:3]
-    return [(torch.float32, size) for size in sizes] + [(dtype, size) for dtype in _OTHER_TYPES for size in others]
+    sizes, others = (_SIZES[:3], [_SHORT_BYTES]) if quick else (_SIZES, _SIZES[:3])
+    return [(torch.float32, size) for size in sizes] + [(dtype, size) for dtype in list(_BITS)[1:] for size in others]
 
 
 def _run_once(
-    communicator: Communicator, run: Run, expected: Expected, dtype: torch.dtype, num_bytes: int
+    communicator: Communicator, operation: Operation, dtype: torch.dtype, num_bytes: int
 ) -> tuple[Callable[[], object], str | None]:
     """What runs it once more, and the first difference from what is expected."""
+    run, rows_of, one_part, _ = operation
     part = max(1, num_bytes // dtype.itemsize // communicator.world_size)
+    length = part * communicator.world_size
     message = partial(_message, dtype=dtype, device=communicator.device)
     values = summands(communicator.world_size, dtype)
-    own = message(values[communicator.rank, None], length=part * communicator.world_size, first=0)
+    own = message(values[communicator.rank, None], length=length, first=0)
     out = own.clone()
     run(own, out)
-    rows, num_parts, first_part = expected(values)
-    right = message(rows, length=num_parts * part, first=first_part * part)
+    first, length = (0, length) if one_part is None else (one_part * part, part)
+    right = message(rows_of(values), length=length, first=first)
     wrong = out[: len(right)] != right
-    if not wrong.any():
-        return partial(run, own, out), None
-    index = int(wrong.to(torch.uint8).argmax())
-    difference = f"{out[index].item():.9g} instead of {right[index].item():.9g} at {index}"
+    index, difference = int(wrong.to(torch.uint8).argmax()), None
+    if wrong[index]:
+        difference = f"{out[index].item():.9g} instead of {right[index].item():.9g} at {index}"
     return partial(run, own, out), difference
 
 
 def _has_memory(communicator: Communicator, num_bytes: int) -> bool:
-    """Whether all ranks have the memory for a message of this size, and a half more."""
     hosts = [placement.host for placement in communicator.placements]
     sharing = hosts.count(hosts[communicator.rank]) if communicator.device.type == "cpu" else 1
-    return min(communicator.gather(free_bytes(communicator.device) / sharing)) > 1.5 * _BUFFERS * num_bytes
+    return min(communicator.gather(free_bytes(communicator.device) / sharing)) > _MEMORY * num_bytes
 
 
 def _has_time(timings: list[dict[str, Any]], num_bytes: int) -> bool:
-    """Whether all repetitions of this size end soon, by the time of the longest message so far."""
+    """Whether all repetitions end soon, by the time of the longest message so far; False without one."""
     times_s = [10 * last["median_s"] * num_bytes / last["message_bytes"] for last in timings[-1:]]
-    return bool(times_s) and times_s[0] <= _ONE_SIZE_WITHIN_S
+    return max(times_s, default=math.inf) <= _LONG_WITHIN_S
 
 
 def _not_finite_error(communicator: Communicator) -> str | None:
     """A NaN of each rank, and infinities of the first and the last one, in each floating type."""
     size, rank = communicator.world_size, communicator.rank
-    for dtype in (torch.float32, torch.float64) if communicator.over_mpi else _FLOATING:
-        values = torch.zeros(size + 2, dtype=dtype, device=communicator.device)
-        values[rank] = math.nan
-        values[size] = math.inf if rank == size - 1 else 0.0
-        values[size + 1] = -math.inf if rank == 0 else 0.0
-        communicator.all_reduce(values)
-        found, right = values.tolist(), [math.nan] * size + [math.inf, -math.inf]
-        for index, (one, other) in enumerate(zip(found, right, strict=True)):
-            if repr(one) != repr(other):
-                return f"{one} instead of {other} from rank {min(index, size) % size}"
+    right = torch.tensor([math.nan] * size + [math.inf, -math.inf])
+    for dtype in _BITS:
+        if dtype.is_floating_point and not (communicator.over_mpi and dtype in _HALF_TYPES):
+            # Each rank has its NaN, the last one infinity, the first one the negative.
+            of_rank = torch.tensor([*range(size), size - 1, 0]) == rank
+            values = torch.where(of_rank, right, 0.0).to(communicator.device, dtype)
+            communicator.all_reduce(values)
+            if not torch.equal(values.cpu().float().nan_to_num(1, 2, 3), right.nan_to_num(1, 2, 3)):
+                return f"{dtype}: {values[:8].tolist()} … {values[-2:].tolist()}"
     return None
 
 
@@ -251,12 +233,10 @@ def _bits_error(communicator: Communicator) -> str | None:
 
 def _repeat(communicator: Communicator, most_s: float) -> tuple[int, str | None]:
     """Many short all-reduces: how many ended in time, and the first that was wrong."""
-    values = summands(communicator.world_size, torch.float32)[:, :_CALL_ELEMENTS]
-    own, right = (
-        _message(rows, torch.float32, _CALL_ELEMENTS, 0, communicator.device)
-        for rows in (values[communicator.rank, None], values.sum(0, keepdim=True))
-    )
-    sums, num_calls, start_s = own.repeat(_NUM_CALLS, 1), 0, time.perf_counter()
+    unit, size = 513 / 512, communicator.world_size  # ten bits, which bfloat16 has not; the sum is exact in float32
+    own, right = unit * (1 + communicator.rank % 2), unit * (size + size // 2)
+    sums = torch.full((_NUM_CALLS, 8), own, device=communicator.device)
+    num_calls, start_s = 0, time.perf_counter()
     while num_calls < _NUM_CALLS:
         for one in sums[num_calls : num_calls + _CALLS_BETWEEN_LOOKS]:
             communicator.all_reduce(one)
@@ -274,13 +254,11 @@ def _barrier_error(communicator: Communicator) -> str | None:
 
     Each rank that enters is counted in the store, which is no part of a collective.
     """
-    assert communicator.watchdog is not None
-    assert communicator.watchdog.store is not None
-    store, error = communicator.watchdog.store, None
+    store: Any = communicator.watchdog and communicator.watchdog.store
+    error = None
     for late in (0, communicator.world_size - 1):
         key = communicator.gather(f"torchreg/verify/{uuid.uuid4().hex}")[0]
-        if communicator.rank == late:
-            time.sleep(_LATE_S)
+        time.sleep(_LATE_S * (communicator.rank == late))
         store.add(key, 1)
         communicator.barrier()
         num_entered = store.add(key, 0)

@@ -40,8 +40,11 @@ def file_checks(communicator: Communicator, runs_dir: str) -> Iterator[Check]:
         yield row("free space", error, f"{free_bytes >> 30} GiB", f"at least {_LEAST_FREE_BYTES >> 20} MiB")
         error = _rename_error(folder) if communicator.is_main else None
         yield row("atomic rename", error, "replaced at once", "the new file")
-        yield _fsync(communicator, folder)
-        yield _hard_link(communicator, folder)
+        start_s = time.perf_counter()
+        error = _fsync_error(folder) if communicator.is_main else None
+        yield row("fsync", error, f"1 MiB in {1e3 * (time.perf_counter() - start_s):.3g} ms", "no error")
+        error, links = _hard_links(folder) if communicator.is_main else (None, "")
+        yield row("hard links", error, links, "refused where a file exists")
     finally:
         communicator.barrier()
         if communicator.is_main:
@@ -68,32 +71,21 @@ def _rename_error(folder: Path) -> str | None:
     return None if old.read_text() == "new" and not new.exists() else "rename leaves the old content"
 
 
-def _fsync(communicator: Communicator, folder: Path) -> Check:
-    """Does a file reach the disk, as checkpoints must? The time of one of 1 MiB."""
-    error, start_s = None, time.perf_counter()
+def _fsync_error(folder: Path) -> str | None:
     try:
-        if communicator.is_main:
-            checkpoint.write_synced(folder / "synced", bytes(1 << 20))
-    except OSError as failure:
-        error = f"fsync fails ({failure.strerror})"
-    time_ms = 1e3 * (time.perf_counter() - start_s)
-    return agree(communicator, "files", "fsync", error, f"1 MiB in {time_ms:.3g} ms", "no error")
+        checkpoint.write_synced(folder / "synced", bytes(1 << 20))
+    except OSError as error:
+        return f"fsync fails ({error.strerror})"
+    return None
 
 
-def _hard_link(communicator: Communicator, folder: Path) -> Check:
-    """Is a second link to a name refused? Locks of a campaign need it, where there are hard links."""
-    error, refusal = None, ""
-    if communicator.is_main:
-        (folder / "lock").touch()
-        try:
-            os.link(folder / "synced", folder / "other")
-            os.link(folder / "synced", folder / "lock")
-            error = "a link replaces a file that exists: two jobs would have one lock"
-        except FileExistsError:
-            pass
-        except OSError as failure:
-            refusal = f"no hard links here ({failure.strerror}): locks are created as files"
-    refusal = communicator.gather(refusal)[0]
-    if refusal:
-        return Check("files", "hard link", "SKIP", refusal)
-    return agree(communicator, "files", "hard link", error, "refused where a file exists", "refused")
+def _hard_links(folder: Path) -> tuple[str | None, str]:
+    """An error, and what there is: locks are links, or files that are created, where a file system has no links."""
+    try:
+        os.link(folder / "old", folder / "link")
+        os.link(folder / "old", folder / "link")
+    except FileExistsError:
+        return None, "refused where a file exists"
+    except OSError as error:
+        return None, f"none ({error.strerror}): locks are files"
+    return "a link replaces a file: two jobs would have one lock", ""

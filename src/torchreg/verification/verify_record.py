@@ -1,4 +1,4 @@
-"""The record of a verification: a JSON file, a file for continuous integration, and the comparison with a baseline."""
+"""The record of a verification, its comparison with a baseline, and the same checks for continuous integration."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def times_text(timings: Sequence[Mapping[str, Any]]) -> str:
 def make_record(
     communicator: Communicator, requested: str, checks: Sequence[Check], verdict: str, started: str
 ) -> dict[str, Any]:
-    """The record: all checks with their timings, and what decides them; `requested` is the option `distributed`."""
+    """All checks with their timings, and what decides them; `requested` is the option `distributed`."""
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": KIND,
@@ -69,81 +69,65 @@ def make_record(
 
 def write_record(runs_dir: Path, record: Mapping[str, Any]) -> Path:
     """Write a record that appears whole, under a name of its own: `verify-<date>-<time>.json` in UTC."""
-    runs_dir.mkdir(parents=True, exist_ok=True)
-    name, content = datetime.now(timezone.utc).strftime("verify-%Y%m%d-%H%M%S"), to_json(record, indent=2).encode()
+    name, content = datetime.now(timezone.utc).strftime("verify-%Y%m%d-%H%M%S"), to_json(record, indent=2) + "\n"
     paths = (runs_dir / f"{name}{f'-{number}' * (number > 1)}.json" for number in itertools.count(1))
-    return next(path for path in paths if create(path, content + b"\n"))
+    return next(path for path in paths if create(path, content.encode()))
 
 
-def read_timings(path: Path, communicator: Communicator) -> list[dict[str, Any]]:
+def read_timings(path: str, communicator: Communicator) -> list[dict[str, Any]]:
     """The timings of a record, which has to be of as many ranks and nodes, and of the same device and backend.
 
     Raises `ValueError` with the reason why it cannot be a baseline.
     """
+    here = {"kind": KIND, "schema_version": SCHEMA_VERSION, **communicator.describe_environment("")}
     try:
-        record = json.loads(read_regular(path))
-        found = record["kind"], record["schema_version"]
+        record = json.loads(read_regular(Path(path)))
+        there = {**record, **record["distributed"]}
+        differing = [name for name in ("kind", "schema_version", *_SAME) if there[name] != here[name]]
         timings = [timing for check in record["checks"] for timing in check["timings"]]
         _by_case(timings)
-        environment = {name: record["distributed"][name] for name in _SAME}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"baseline is {str(path)!r}, which is no record of torchreg verify ({error!r})") from error
-    if found != (KIND, SCHEMA_VERSION):
-        raise ValueError(f"baseline is {str(path)!r}, of kind and version {found}, not {(KIND, SCHEMA_VERSION)}")
-    own = communicator.describe_environment("")
-    for name, value in environment.items():
-        if value != own[name]:
-            raise ValueError(
-                f"baseline is {str(path)!r}, where {name} is {value}, and here it is {own[name]}: compare with a "
-                "record of the same ranks and devices"
-            )
+        raise ValueError(f"baseline is {path!r}, which is no record of torchreg verify ({error!r})") from error
+    for name in differing:
+        what = f"baseline is {path!r}, where {name} is {there[name]}, and here it is {here[name]}"
+        raise ValueError(f"{what}: compare with a record of the same ranks and devices")
     return timings
 
 
 def _by_case(timings: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], tuple[float, float]]:
-    """Median and spread in seconds, by operation and size."""
+    """Median and spread in seconds, by operation and bytes."""
     return {
-        (str(each["operation"]), int(each["message_bytes"])): (float(each["median_s"]), float(each["spread_s"]))
+        (each["operation"], each["message_bytes"]): (float(each["median_s"]), float(each["spread_s"]))
         for each in timings
     }
 
 
 def compare(checks: Sequence[Check], baseline: Sequence[Mapping[str, Any]]) -> list[Check]:
-    """A row for each collective that was timed: it fails where a time is longer than the baseline's by more than both
-    their spreads explain, and by more than launches differ.
+    """A row for each collective that both have timed: it fails where a time is longer than the baseline's by more than
+    the spreads of both explain, and by more than launches differ.
     """
-    known, rows = _by_case(baseline), []
-    for timings in filter(None, (check.timings for check in checks)):
-        ratios = dict[int, float]()
-        slower = []
-        for (operation, size), (median_s, spread_s) in _by_case(timings).items():
-            if (operation, size) in known:
-                before_s, before_spread_s = known[operation, size]
-                ratios[size] = median_s / before_s
-                explained_s = _MOST_DEVIATIONS * math.hypot(spread_s, before_spread_s)
-                if median_s - before_s > max(explained_s, _MOST_DRIFT * before_s):
-                    slower.append(f"{size_text(size)} takes {ratios[size]:.2f} times as long")
-        name, expected = str(timings[0]["operation"]), "no longer than the spreads explain, or 1.2 times"
-        if not ratios:
-            rows.append(Check("baseline", name, "SKIP", "the baseline has none of these sizes"))
-            continue
-        measured = "; ".join(slower) or f"{min(ratios.values()):.2f} to {max(ratios.values()):.2f} times as long"
-        rows.append(Check("baseline", name, "FAIL" if slower else "PASS", measured, expected))
+    before, rows = _by_case(baseline), []
+    for now in (_by_case(check.timings) for check in checks):
+        ratios, slower = list[float](), list[str]()
+        for (operation, num_bytes), (median_s, spread_s) in now.items():
+            before_s, before_spread_s = before.get((operation, num_bytes), (math.inf, 0.0))
+            ratios += [median_s / before_s] * (before_s < math.inf)
+            explained_s = max(_MOST_DEVIATIONS * math.hypot(spread_s, before_spread_s), _MOST_DRIFT * before_s)
+            if median_s - before_s > explained_s:
+                slower.append(f"{size_text(num_bytes)} takes {ratios[-1]:.2f} times as long")
+        if ratios:
+            measured = "; ".join(slower) or f"{min(ratios):.2f} to {max(ratios):.2f} times as long"
+            rows.append(Check("baseline", operation, "FAIL" if slower else "PASS", measured, "1, but for the spreads"))
     return rows
 
 
 def junit(checks: Sequence[Check]) -> bytes:
-    """The checks as a test suite in JUnit's XML, which continuous integration reads."""
+    """The checks as a test suite in JUnit's XML."""
     failures, skipped = (str(sum(check.status == status for check in checks)) for status in ("FAIL", "SKIP"))
-    suite = ElementTree.Element(
-        "testsuite", name="torchreg verify", tests=str(len(checks)), failures=failures, skipped=skipped
-    )
+    counts = {"tests": str(len(checks)), "failures": failures, "skipped": skipped}
+    suite = ElementTree.Element("testsuite", {"name": "torchreg verify", **counts})
     for check in checks:
         case = ElementTree.SubElement(suite, "testcase", classname=check.area, name=check.name)
-        if check.status == "FAIL":
-            ElementTree.SubElement(case, "failure", message=check.measured).text = f"expected: {check.expected}"
-        elif check.status == "SKIP":
-            ElementTree.SubElement(case, "skipped", message=check.measured)
-        else:
-            ElementTree.SubElement(case, "system-out").text = check.measured
-    return bytes(ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True)) + b"\n"
+        kind = {"PASS": "system-out", "FAIL": "failure", "SKIP": "skipped"}[check.status]
+        ElementTree.SubElement(case, kind).text = f"{check.measured}; expected: {check.expected}"
+    return bytes(ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True))
