@@ -59,7 +59,7 @@ def written(tmp_path):
     launcher = Launcher("none", 0, 1, 0, 1, uses_mpi=False)
     communicator = Communicator(launcher, 0, 1, torch.device("cpu"), "single", None, "none", (placement,))
     checks = [row_of((8, 1e-5, 1e-7))]
-    record = verify_record.make_record(communicator, "auto", checks, verdict(checks), "2026-01-01T00:00:00+00:00")
+    record = verify_record.make_record(communicator, "auto", checks, "2026-01-01T00:00:00+00:00")
     (tmp_path / "runs").mkdir()
     paths = [verify_record.write_record(tmp_path / "runs", record) for _ in range(2)]
     assert len(set(paths)) == 2, "two of one second have names of their own"

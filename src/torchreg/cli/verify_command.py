@@ -45,7 +45,7 @@ def run(argv: list[str]) -> int:
     from torchreg.console import show_lines, show_table
     from torchreg.core.checkpoint import write_atomically
     from torchreg.runs.record import to_json, utc_now
-    from torchreg.verification.checks import table, verdict
+    from torchreg.verification.checks import table
     from torchreg.verification.network import capture_nccl_log
     from torchreg.verification.verify import verify
     from torchreg.verification.verify_record import compare, junit, make_record, read_timings, write_record
@@ -56,26 +56,26 @@ def run(argv: list[str]) -> int:
     if options.inject and communicator.world_size == 1:
         raise ValueError(f"inject is {options.inject}, which needs other ranks: start several, as by mpiexec -n 2")
 
-    def check() -> tuple[dict[str, Any], str, list[Check]]:
+    def check() -> tuple[list[Check], dict[str, Any]]:
         baseline: list[dict[str, Any]] = []
         if path := options.baseline:
             baseline = communicator.from_main(lambda: read_timings(path, communicator))
         checks = list(verify(communicator, options.runs_dir, quick=options.quick, defect=options.inject))
         checks += compare(checks, baseline)
-        record = make_record(communicator, options.distributed, checks, verdict(checks), started)
 
-        def write() -> str:
+        def write() -> dict[str, Any]:
             if options.junit:
                 write_atomically(Path(options.junit), junit(checks))
-            return str(write_record(Path(options.runs_dir), record))
+            record = make_record(communicator, options.distributed, checks, started)
+            return {**record, "record": str(write_record(Path(options.runs_dir), record))}
 
-        return record, communicator.from_main(write), checks
+        return checks, communicator.from_main(write)
 
-    record, path, checks = on_all_ranks(communicator, check)
+    checks, record = on_all_ranks(communicator, check)
     if communicator.is_main and options.json:
-        print(to_json({**record, "record": path}))
+        print(to_json(record))
     elif communicator.is_main:
         show_lines([communicator.describe()])
         show_table(*table(checks))
-        show_lines([record["verdict"], f"record       {path}"])
+        show_lines([f"verdict      {record['verdict']}", f"record       {record['record']}"])
     return 0 if record["passed"] else EXIT_FAILED

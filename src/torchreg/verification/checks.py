@@ -56,21 +56,17 @@ def verdict(checks: Sequence[Check]) -> str:
     counts = Counter(check.status for check in checks)
     counted = f"{counts['PASS']} passed, {counts['FAIL']} failed, {counts['SKIP']} skipped"
     failed = [f"{check.area}: {check.name}" for check in checks if check.status == "FAIL"]
-    if not failed:
-        return f"verdict      {_covered(checks)} ({counted})"
-    return f"verdict      this stack does NOT train correctly ({counted}). Failed: {_first(failed, ', ', 'checks')}"
-
-
-def _covered(checks: Sequence[Check]) -> str:
+    if failed:
+        return f"this stack does NOT train correctly ({counted}). Failed: {_first(failed, ', ', 'checks')}"
     num_steps, message_bytes = sum(c.num_steps for c in checks), max((c.message_bytes for c in checks), default=0)
     steps = f" in {num_steps:,} steps" if num_steps else ""
     messages = f", with messages to {size_text(message_bytes)}" if message_bytes else ""
-    return f"this stack trains this model correctly{steps}{messages}"
+    return f"this stack trains this model correctly{steps}{messages} ({counted})"
 
 
 def size_text(num_bytes: int) -> str:
     """Bytes in the largest binary unit of which there is at least one."""
-    power = max(0, min(3, (num_bytes.bit_length() - 1) // 10))
+    power = max(0, num_bytes.bit_length() - 1) // 10
     return f"{num_bytes / 1024**power:.3g} {('B', 'KiB', 'MiB', 'GiB')[power]}"
 
 

@@ -18,7 +18,7 @@ from torchreg.distributed.communicator import Communicator
 from torchreg.runs.environment import machine_facts, provenance
 from torchreg.runs.files import create
 from torchreg.runs.record import to_json
-from torchreg.verification.checks import Check, size_text
+from torchreg.verification.checks import Check, size_text, verdict
 
 SCHEMA_VERSION = 1
 KIND = "verify"
@@ -51,15 +51,13 @@ def times_text(timings: Sequence[Mapping[str, Any]]) -> str:
     return f"{latency}, {size_text(last['message_bytes'])} {algorithm:.2g} GB/s (bus {bus:.2g})"
 
 
-def make_record(
-    communicator: Communicator, requested: str, checks: Sequence[Check], verdict: str, started: str
-) -> dict[str, Any]:
+def make_record(communicator: Communicator, requested: str, checks: Sequence[Check], started: str) -> dict[str, Any]:
     """All checks with their timings, and what decides them; `requested` is the option `distributed`."""
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": KIND,
         "passed": not any(check.status == "FAIL" for check in checks),
-        "verdict": verdict,
+        "verdict": verdict(checks),
         "checks": [asdict(check) for check in checks],
         "distributed": communicator.describe_environment(requested),
         "machine_facts": machine_facts(),
