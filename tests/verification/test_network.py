@@ -77,17 +77,19 @@ def row(tmp_path, monkeypatch):
     monkeypatch.setattr(network, "fast_fabric", lambda classes: "Slingshot")
 
     def check(log, hosts=("n1", "n2"), backend="nccl"):
-        (tmp_path / "log").write_text(log)
-        monkeypatch.setenv("NCCL_DEBUG_FILE", str(tmp_path / "log"))
+        if log is not None:
+            (tmp_path / "log").write_text(log)
+        monkeypatch.setenv("NCCL_DEBUG_FILE", str(tmp_path / ("log" if log is not None else "log.%h")))
         return network.network_check(Ranks(hosts=hosts, backend=backend)).measured
 
     return check
 
 
 def test_tcp_beside_a_fast_network_is_a_warning(row):
-    assert row(SOCKETS).endswith("; warning: NCCL: NET/Socket, SHM, and this host has Slingshot")
+    assert row(SOCKETS).endswith("; warning: NCCL: NET/Socket, SHM, on a host with Slingshot")
     assert "warning: gloo over TCP" in row("", backend="gloo")
     assert "warning" not in row(SLINGSHOT)
+    assert row(None) == "gloo over TCP (interface of the host name); NCCL, whose log is not captured"
     assert "warning" not in row(SOCKETS, hosts=("n1", "n1")), "one node needs no network"
 
 

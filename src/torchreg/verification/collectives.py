@@ -36,7 +36,7 @@ _LONG_BYTES = 1 << 26  # beyond one bucket of DDP; longer ones are sent only whe
 _MEMORY = 9  # of a message's size: own, result, expected, those of the backend, and a half more
 _LONG_WITHIN_S = 3.0  # all repetitions
 _NUM_CALLS, _CALLS_BETWEEN_LOOKS = 1_000, 50
-_CALLS_WITHIN_S, _QUICK_CALLS_WITHIN_S = 60.0, 1.5
+_CALLS_WITHIN_S, _QUICK_CALLS_WITHIN_S = 60.0, 1.0
 _LATE_S = 0.1
 _NOT_SUPPORTED = re.compile(r"not (yet )?(support|implement)|unsupported|no support", re.IGNORECASE)
 

@@ -33,7 +33,7 @@ def network_check(communicator: Communicator) -> Check:
     """A row that never fails: how ranks communicate, and a warning of each kind of host that uses TCP needlessly."""
     communicator.all_reduce(torch.zeros(1, device=communicator.device))  # NCCL connects when it is first used
     log = Path(os.environ.get(_LOG, os.devnull))
-    logged = log.read_text(errors="replace")
+    logged = log.read_text(errors="replace") if log.is_file() else ""  # the user's may have %h in its name
     if log.name.startswith(_OWN_LOG):
         log.unlink()
     if communicator.world_size == 1:
@@ -45,11 +45,12 @@ def network_check(communicator: Communicator) -> Check:
         networks["xccl"] = f"oneCCL, {settings(os.environ, 'CCL_ATL_TRANSPORT', 'FI_PROVIDER')}"
     if communicator.over_mpi:
         networks["MPI"] = mpi_network(mpi.import_mpi().Get_library_version(), os.environ)
-    carrying = networks.get(communicator.backend, networks["gloo"])
+    # Beside another backend gloo carries no gradients.
+    carrying = [network for name, network in networks.items() if name in ("MPI", communicator.backend)]
     fabric = fast_fabric(Path("/sys/class")) if communicator.num_nodes > 1 else None
-    warning = f"; warning: {carrying}, and this host has {fabric}" if fabric and _TCP.search(carrying) else ""
-    warnings = list(dict.fromkeys(filter(None, communicator.gather(warning))))
-    return Check("topology", "network", "PASS", "; ".join(networks.values()) + "".join(warnings))
+    own = [f"warning: {network}, on a host with {fabric}" for network in carrying if fabric and _TCP.search(network)]
+    warnings = dict.fromkeys(text for texts in communicator.gather(own) for text in texts or ())
+    return Check("topology", "network", "PASS", "; ".join([*networks.values(), *warnings]))
 
 
 def nccl_network(log: str) -> str:
