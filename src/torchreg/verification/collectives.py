@@ -177,7 +177,7 @@ def _run_once(
     """What runs it once more, and the first difference from what is expected."""
     run, rows_of, one_part, _ = operation
     part = max(1, num_bytes // dtype.itemsize // communicator.world_size)
-    length = part * communicator.world_size
+    length = part * communicator.world_size + (one_part is None)  # a whole message is no multiple of the ranks
     message = partial(_message, dtype=dtype, device=communicator.device)
     values = summands(communicator.world_size, dtype)
     own = message(values[communicator.rank, None], length=length, first=0)
@@ -233,9 +233,9 @@ def _bits_error(communicator: Communicator) -> str | None:
 
 def _repeat(communicator: Communicator, most_s: float) -> tuple[int, str | None]:
     """Many short all-reduces: how many ended in time, and the first that was wrong."""
-    unit, size = 513 / 512, communicator.world_size  # ten bits, which bfloat16 has not; the sum is exact in float32
-    own, right = unit * (1 + communicator.rank % 2), unit * (size + size // 2)
-    sums = torch.full((_NUM_CALLS, 8), own, device=communicator.device)
+    # Ten bits, which bfloat16 has not, and another power of two in each call; the sum is exact in float32.
+    units = 513 / 512 * 2.0 ** (torch.arange(_NUM_CALLS, device=communicator.device) % 16)[:, None].expand(-1, 8)
+    sums, right = units * (1 + communicator.rank % 2), units * (communicator.world_size + communicator.world_size // 2)
     num_calls, start_s = 0, time.perf_counter()
     while num_calls < _NUM_CALLS:
         for one in sums[num_calls : num_calls + _CALLS_BETWEEN_LOOKS]:
@@ -244,7 +244,7 @@ def _repeat(communicator: Communicator, most_s: float) -> tuple[int, str | None]
         num_calls += _CALLS_BETWEEN_LOOKS
         if max(communicator.gather(time.perf_counter() - start_s)) > most_s:
             break
-    wrong = (sums[:num_calls] != right).any(1).nonzero().flatten().tolist()
+    wrong = (sums != right)[:num_calls].any(1).nonzero().flatten().tolist()
     error = f"{len(wrong)} of {num_calls:,} are wrong, first number {wrong[0] + 1}" if wrong else None
     return num_calls, error
 
