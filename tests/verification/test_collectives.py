@@ -190,7 +190,19 @@ def failing(checks):
     return {check.name for check in checks if check.status == "FAIL"}
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, 3, 100, 2_240, 4_096])
+def test_sums_are_exact_at_any_world_size_and_need_more_bits_than_a_smaller_type_has(world_size):
+    for dtype, bits in collectives._BITS.items():
+        values = collectives.summands(world_size, dtype)
+        magnitudes = values.abs()
+        assert magnitudes.sum(0).max() <= 2**bits, "in any order no partial sum has more bits"
+        assert magnitudes.amax(1).min() > 0, "each rank adds something"
+        # bfloat16 has 8 bits: a value of float32 has at least 11, also with the most ranks.
+        assert magnitudes.max() >= 2 ** (bits // 2 - 1)
+    collectives.summands.cache_clear()
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 7])
 def test_right_collectives_pass(checks_on, world_size):
     checks = checks_on(world_size)
     assert {check.status for check in checks} == {"PASS"}

@@ -74,7 +74,7 @@ def summands(world_size: int, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     values = torch.randint(-largest, largest + 1, (world_size, _PERIOD), generator=generator)
     rank, element = torch.arange(world_size)[:, None], torch.arange(_PERIOD)
-    return values * ((rank - element) % every == 0)
+    return torch.where(values == 0, 1, values) * ((rank - element) % every == 0)
 
 
 def _message(rows: Tensor, dtype: torch.dtype, length: int, first: int, device: torch.device) -> Tensor:
