@@ -64,7 +64,7 @@ def nccl_network(log: str) -> str:
 
 
 def mpi_network(version: str, environ: Mapping[str, str]) -> str:
-    """MPI's device by its version text, and what the environment says of it."""
+    """MPI's device by its version text, and the variables that decide its transport."""
     device = re.search(r"MPICH Device:\s*(\S.*)", version)
     name = device[1].strip() if device else re.split(r"[,\n]", version.strip())[0].rpartition(" : ")[2]
     names = "FI_PROVIDER", "UCX_TLS", "UCX_NET_DEVICES", "OMPI_MCA_pml", "OMPI_MCA_btl", "MPICH_OFI_NIC_POLICY"
