@@ -32,6 +32,7 @@ _HALF_TYPES = torch.float16, torch.bfloat16  # MPI has none
 _PERIOD = 1_021  # elements after which a message repeats: a prime, so that parts in a wrong order differ
 _SIZES = 8, 1 << 16, 1 << 20, 1 << 24, 1 << 26, 1 << 28, 1 << 30  # bytes
 _SHORT_BYTES = 1 << 16  # the most that --quick times, and sends in types other than float32
+_MEDIUM_BYTES = 1 << 24  # the most of a collective that is not timed
 _LONG_BYTES = 1 << 26  # beyond one bucket of DDP; longer ones are sent only where memory and time allow
 _MEMORY = 9  # of a message's size: own, result, expected, those of the backend, and a half more
 _LONG_WITHIN_S = 3.0  # all repetitions
@@ -132,12 +133,14 @@ def _operations(communicator: Communicator) -> dict[str, Operation]:
 
 def _exact(communicator: Communicator, name: str, operation: Operation, *, quick: bool) -> Iterator[Check]:
     """One collective in all types and sizes, and its times in float32."""
+    *_, bus_factor = operation
     error, num_cases, longest, refused, timings = None, 0, 0, dict[str, str](), list[dict[str, Any]]()
     for dtype, num_bytes in _cases(quick=quick):
         if name.endswith("MPI") and dtype in _HALF_TYPES:
             continue
         is_short, has_time = num_bytes <= _SHORT_BYTES, _has_time(timings, num_bytes)
-        if num_bytes > _LONG_BYTES and not (has_time and _has_memory(communicator, num_bytes)):
+        always = _LONG_BYTES if bus_factor else _MEDIUM_BYTES
+        if num_bytes > always and not (has_time and _has_memory(communicator, num_bytes)):
             continue
         type_name = str(dtype).removeprefix("torch.")
         try:
@@ -151,9 +154,9 @@ def _exact(communicator: Communicator, name: str, operation: Operation, *, quick
         if difference and error is None:
             error = f"{size_text(num_bytes)} of {type_name}: {difference}"
         is_timed = is_short and name.startswith("all-reduce") if quick else is_short or has_time
-        if operation[-1] and dtype is torch.float32 and is_timed:
+        if bus_factor and dtype is torch.float32 and is_timed:
             times_s = time_repeats(communicator, again, 20 if is_short and not quick else 5)
-            timings.append(timing(name, num_bytes, operation[-1], times_s))
+            timings.append(timing(name, num_bytes, bus_factor, times_s))
         del again  # its memory
     if not num_cases:
         yield Check("collectives", name, "SKIP", f"{communicator.backend} refuses: {next(iter(refused.values()))}")
