@@ -34,7 +34,7 @@ from torchreg.core.model import add_half_gradient, make_model, squared_error
 from torchreg.distributed.init import init_distributed
 from torchreg.runs.config import TrainConfig
 from torchreg.runs.environment import versions
-from torchreg.runs.recipes import with_recipe
+from torchreg.runs.recipes import RECIPES
 from torchreg.runs.result import Result
 from torchreg.runs.run import train
 from torchreg.scaling.campaign import Setting
@@ -58,7 +58,9 @@ class Row(NamedTuple):
 def train_quietly(device: str, recipe: str = "default", **options: Any) -> Result:
     """A run whose records are thrown away."""
     with tempfile.TemporaryDirectory() as folder:
-        return train(with_recipe(recipe, runs_dir=folder, name="run", distributed="torch", device=device, **options))
+        return train(
+            RECIPES[recipe].replace(runs_dir=folder, name="run", distributed="torch", device=device, **options)
+        )
 
 
 def distance(one: Result, other: Result) -> float:

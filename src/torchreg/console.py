@@ -71,8 +71,7 @@ def show_files(records: Path | str, pictures: Iterable[Path]) -> None:
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table on stdout, every column right-aligned, rows that begin with `!` in colour.
 
-    Its entries are wrapped between words to the terminal's width, or to 80 columns where there is none, and where that
-    is too narrow each row becomes a list.
+    Entries are wrapped between words to the width of the terminal, or to 80 columns; if too narrow, rows become lists.
     """
     console, indent = _console(sys.stdout), max(map(len, columns)) + 2
     room = console.width if console.is_terminal else 80
@@ -127,31 +126,15 @@ def _wrapped(line: str, room: int, indent: int = 13) -> str:  # a line's label h
 
 
 class Reporter:
-    """Receives the messages and the progress of a run, on the main rank. This one ignores them."""
-
-    def info(self, text: str) -> None:
-        """Report a line."""
-
-    def warn(self, text: str) -> None:
-        """Report a warning."""
-
-    def progress(self, step: int, num_steps: int, loss: float) -> None:
-        """Report that `step` of `num_steps` steps are done, the last with this loss."""
-
-    def close(self) -> None:
-        """Called when the run is over."""
-
-
-class Terminal(Reporter):
-    """Prints on stdout, or on stderr where stdout belongs to a JSON object.
+    """Prints the messages and the progress of a run on a stream; without one nothing, as on all but the main rank.
 
     `counts` names what `progress` counts: in a bar on a terminal; elsewhere in lines at least ten seconds apart, and
     for the last step, so that the log of a thousand-node job stays readable.
     """
 
-    def __init__(self, *, stderr: bool = False, counts: str = "step") -> None:
+    def __init__(self, stream: TextIO | None = None, *, counts: str = "step") -> None:
         self._counts, self._next_line_s = counts, 0.0
-        self._console = _console(sys.stderr if stderr else sys.stdout)
+        self._console = _console(stream) if stream else Console(quiet=True)
         self._bar: Progress | None = None
 
     def info(self, text: str, style: str | None = None) -> None:
@@ -163,8 +146,10 @@ class Terminal(Reporter):
         self.info(f"warning: {text}", style="yellow")
 
     def progress(self, step: int, num_steps: int, loss: float) -> None:
-        """Move the bar, or print a line when one is due."""
+        """Report that `step` of `num_steps` steps are done, the last with this loss."""
         console = self._console
+        if console.quiet:
+            return
         if console.is_terminal and not console.is_dumb_terminal and not console.no_color:
             if self._bar is None:
                 counts = TextColumn(f"{self._counts}s · loss {{task.fields[loss]}}")
@@ -178,7 +163,7 @@ class Terminal(Reporter):
             self.info(f"{self._counts} {step}/{num_steps}  loss {loss:.6g}")
 
     def close(self) -> None:
-        """Remove the bar."""
+        """Remove the bar: the run is over."""
         if self._bar:
             self._bar.stop()
             self._bar = None

@@ -50,6 +50,17 @@ def test_the_human_readable_result(capsys):
     assert "runs/lesson" in out
 
 
+def test_an_error_has_the_same_words_at_any_width_of_the_terminal(monkeypatch, capsys):
+    # tyro breaks its box where the terminal ends; a rest of its advice would read as part of the error.
+    errors = set()
+    for columns in ("40", "80", "200"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert main(["train", "--recipe", "lessons"]) == 2
+        errors.add(capsys.readouterr().err)
+    (error,) = errors
+    assert error.endswith("('default', 'lesson', 'homework').\n")
+
+
 def test_any_flag_overrides_a_recipe(capsys):
     assert main(["train", "--recipe=lesson", "--epochs", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["num_steps"] == 2
@@ -79,7 +90,7 @@ BAD_INPUT = {
     "both batches": (["--global-batch-size", "64", "--local-batch-size", "64"], "give one of them"),
     "existing run": (["--name", "there"], "exists already"),
     "unwritable runs_dir": (["--runs-dir", "empty.csv"], "cannot be written"),
-    "unknown recipe": (["--recipe", "lessons"], "the recipes are default, lesson"),
+    "unknown recipe": (["--recipe", "lessons"], "Expected one of ('default', 'lesson', 'homework')"),
     "unknown option": (["--batch-size", "64"], "--batch-size"),
     "no number": (["--max-steps", "many"], "many"),
     "no such choice": (["--sampling", "all"], "all"),

@@ -1,6 +1,7 @@
 """If these fail, a user cannot see how their runs ended, or resumes and deletes the wrong one."""
 
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def runs(monkeypatch, capsys):
     Path("runs/torn/record.json").write_text('{"result": ')
     Path("runs/notes").mkdir()
     capsys.readouterr()
-    with RunDirectory(RunConfig(name="going", resume="auto")):
+    with closing(RunDirectory(RunConfig(name="going", resume="auto"))):
         yield
 
 

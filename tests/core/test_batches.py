@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchreg.core.batches import BatchLoader, BatchPlan
+from torchreg.core.batches import BatchLoader, BatchPlan, shuffled
 
 SAMPLINGS = ("shuffle", "random", "full")
 
@@ -133,9 +133,61 @@ def test_weak_scaling_derives_the_global_batch():
         ({"global_batch_size": 600}, ["600", "551", "global_batch_size"]),
         ({"local_batch_size": 64}, ["64 samples × 9 ranks", "576", "551"]),
         ({"global_batch_size": 64, "local_batch_size": 64}, ["one of them"]),
+        # 0 is not "unset": it would train with another size, or end in a division by 0, without a word.
+        ({"global_batch_size": 0}, ["global_batch_size is 0", "at least 1"]),
+        ({"local_batch_size": 0}, ["local_batch_size is 0", "at least 1"]),
+        ({"micro_batch_size": 0}, ["micro_batch_size is 0", "at least 1"]),
+        ({"local_batch_size": -8}, ["local_batch_size is -8", "at least 1"]),
     ],
 )
 def test_sizes_that_cannot_fit_are_refused_with_all_numbers(sizes, parts):
     with pytest.raises(ValueError) as refused:  # noqa: PT011 - the message is checked below
         BatchPlan.derive(551, 9, **sizes)
     assert all(part in str(refused.value) for part in parts)
+
+
+@given(num_rows=st.integers(1, 3_000), seed=st.integers(0, 2**64), key=st.integers(0, 2**40))
+def test_a_keyed_shuffle_has_each_row_once(num_rows, seed, key):
+    """Else some samples count twice in an epoch and others never."""
+    rows = shuffled(np.arange(num_rows), num_rows, seed, np.array([key]))
+    assert sorted(rows) == list(range(num_rows))
+
+
+LARGE = {"num_rows": 100_003, "world_size": 3, "global_batch_size": 1_000, "micro_batch_size": None, "seed": 2}
+
+
+@pytest.mark.parametrize("sampling", ["shuffle", "random"])
+def test_ranks_of_a_large_table_have_the_samples_of_the_step(sampling):
+    """Its rows are not listed: each rank works out its own, also across the short last batch of an epoch."""
+    plan = BatchPlan(sampling=sampling, **LARGE)
+    ranks = [batches(plan, rank, 99, 103) for rank in range(3)]
+    for step, of_ranks in enumerate(zip(*ranks, strict=True), start=99):
+        shards = [samples_of(batch) for batch in of_ranks]
+        np.testing.assert_array_equal(np.concatenate(shards), plan.samples_of_step(step))
+        assert len(set(plan.samples_of_step(step))) == sum(map(len, shards)) == plan.num_samples(step)
+    assert plan.num_samples(100) == (3 if sampling == "shuffle" else 1_000)
+    epoch = np.concatenate([plan.samples_of_step(step) for step in range(plan.steps_per_epoch)])
+    assert (len(set(epoch)) == 100_003) == (sampling == "shuffle")
+
+
+@pytest.mark.parametrize("sampling", ["shuffle", "random"])
+def test_samples_of_a_large_table_are_as_good_as_random_ones(sampling):
+    """Else the noise of the batches is not what theory predicts.
+
+    The mean of B of n values drawn without replacement has the variance v/B · (n − B)/(n − 1), v that of all values
+    (Cochran 1977). Its estimate from m batches has a relative standard error of about √(2/m): 4 of them are allowed.
+    A permutation of n rows keeps 1 of them in place, and has 2 pairs of neighbours that were neighbours, on average;
+    both are Poisson distributed.
+    """
+    n, size = 100_000, 50
+    plan = BatchPlan(n, 1, size, None, sampling, 5)
+    rows = np.array([plan.samples_of_step(step) for step in range(4_000)])  # two epochs
+    values = np.arange(n) / n - 0.5  # sorted: what a weak shuffle would show
+    means = values[rows].mean(axis=1)
+    expected = values.var() / size * (n - size) / (n - 1)
+    assert abs(means.var() / expected - 1) < 4 * np.sqrt(2 / 4_000)
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 4 / np.sqrt(4_000)
+    neighbours = np.abs(np.diff(rows, axis=1)) == 1
+    assert neighbours.sum() < 4 + 4 * np.sqrt(4)
+    if sampling == "shuffle":
+        assert (rows.reshape(2, n) == np.arange(n)).sum() < 2 + 4 * np.sqrt(2)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,6 +62,22 @@ def steps_there():
 def test_a_checkpoint_comes_back_bit_for_bit():
     saved = made(12)
     assert same(checkpoint.load(checkpoint.save(FOLDER, saved, keep=3)), saved)
+
+
+def test_a_new_folder_and_each_new_file_are_brought_to_disk_by_their_names(monkeypatch):
+    # Else a power cut may lose the name of a file that is on disk. The name is in the folder, the folder's in its own.
+    synced, fsync = [], os.fsync
+
+    def noted(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    checkpoint.save(FOLDER, made(1), keep=3)
+    assert synced == [Path().stat().st_ino, FOLDER.stat().st_ino]
+    checkpoint.save(FOLDER, made(2), keep=3)
+    assert synced[2:] == [FOLDER.stat().st_ino]
 
 
 def test_numbers_that_are_not_finite_come_back_too():

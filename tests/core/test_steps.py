@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchreg.core.batches import BatchLoader, BatchPlan
-from torchreg.core.model import FlatParameters, add_half_gradient, make_model, squared_error, with_constant
+from torchreg.core.model import FlatParameters, add_half_gradient, make_model, squared_error
 from torchreg.core.reduction import Reduction
 from torchreg.core.schedule import Schedule, lr_scale
 from torchreg.core.train import (
@@ -50,7 +50,7 @@ def test_manual_gradient_is_autograds(table):
     model, x, y = table
     theta = torch.cat([model.weight.detach()[0], model.bias.detach()])
     gradient = FlatParameters(torch.zeros_like(theta))
-    error = add_half_gradient(theta, with_constant(x), y[:, 0], gradient.flat)
+    error = add_half_gradient(theta, *manual_samples(x, y), gradient.flat)
     loss = squared_error(model(x), y)
     loss.backward()
     scale = loss.item() + 1000 * len(x)

@@ -1,11 +1,14 @@
 """If these fail, what people copy trains something else than what this package proves."""
 
 import difflib
+import errno
+import os
 import re
 from functools import cache
 
 import numpy as np
 import pytest
+import torch
 
 from torchreg import TrainConfig, train
 
@@ -101,6 +104,27 @@ def test_a_stopped_run_resumes_on_fewer_ranks_with_the_same_steps(on_torchrun, p
     assert [rank.out.splitlines()[-1] for rank in on_torchrun["05 on 8"]] == ["exit code 75"] * 8
     assert fits(on_torchrun["05 on 8"][0].out) == []
     assert fits(on_torchrun["05 on 4"][0].out) == [pytest.approx(package(512), abs=1e-6)]
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    # A full disk, or a kill, in the middle of the second save: the first, after 30 steps, must still be there.
+    torch_save = torch.save
+
+    def save_half(state, file):
+        if state["step"] == 30:
+            return torch_save(state, file)
+        file.write(b"half of a checkpoint")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", save_half)
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            run_example("05_checkpoint_resume", "--checkpoint", str(tmp_path / "saved.pt"))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.load(tmp_path / "saved.pt", weights_only=True)["step"] == 30
 
 
 def test_a_model_of_your_own_trains_alike_on_one_rank_and_on_two(on_two_ranks, tmp_path, monkeypatch, capsys, run):

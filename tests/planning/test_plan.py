@@ -210,7 +210,7 @@ BAD_OPTIONS = {
     "negative": (["--world-sizes", "-4"], "world"),
     "batch too large": (["--global-batch-size", "600"], "global_batch_size is 600, more than the data's 551 rows"),
     "no file": (["--data", "nowhere.csv"], "data is nowhere.csv, which does not exist"),
-    "unknown recipe": (["--recipe", "lessons"], "the recipes are default, lesson, homework"),
+    "unknown recipe": (["--recipe", "lessons"], "error: invalid choice 'lessons' for argument '--recipe'"),
     "target not above 0": (["--target-excess", "0"], "target_excess is 0.0: give a number above 0"),
     "learning rates too far apart": (["--base-learning-rate", "1e-7", "1e300"], "base_learning_rate is 1e-07"),
     "learning rates too small": (

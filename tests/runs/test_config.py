@@ -4,7 +4,7 @@ import pytest
 
 from torchreg.cli.options import comments
 from torchreg.runs.config import BatchConfig, RunConfig, TrainConfig
-from torchreg.runs.recipes import RECIPES, with_recipe
+from torchreg.runs.recipes import RECIPES
 
 
 @pytest.mark.parametrize(
@@ -67,9 +67,7 @@ def test_sync_follows_the_optimizer():
 
 def test_any_value_overrides_a_recipes():
     lesson = RECIPES["lesson"]
-    assert with_recipe("lesson", epochs=3).options() == lesson.options() | {"epochs": 3}
-    with pytest.raises(ValueError, match="recipes are default, lesson"):
-        with_recipe("lessons")
+    assert RECIPES["lesson"].replace(epochs=3).options() == lesson.options() | {"epochs": 3}
 
 
 def test_every_option_has_a_sentence():

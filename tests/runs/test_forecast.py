@@ -10,7 +10,7 @@ import pytest
 
 from torchreg.cli import main
 from torchreg.runs.config import TrainConfig
-from torchreg.runs.recipes import with_recipe
+from torchreg.runs.recipes import RECIPES
 from torchreg.runs.setup import LeastSquares, prepare
 from torchreg.theory import Dynamics
 
@@ -59,7 +59,7 @@ def test_a_constant_learning_rate_may_reach_the_target_after_the_run_but_a_decay
 
 
 def test_the_band_and_the_noise_floor_are_those_of_the_dynamics():
-    config = with_recipe("homework", max_steps=50)
+    config = RECIPES["homework"].replace(max_steps=50)
     forecast, least_squares = forecast_of(config), LeastSquares.of(config)
     dynamics = Dynamics.of(least_squares.rows, config.optimizer.base_learning_rate, 64, "sequential")
     best = least_squares.closed_form.loss
@@ -130,7 +130,7 @@ def test_train_prints_its_forecast_before_the_first_step_and_records_it(capsys):
     (index,) = [number for number, line in enumerate(lines) if line.startswith("forecast ")]
     assert index < min(number for number, line in enumerate(lines) if line.startswith("step "))
     record = json.loads(Path("runs/predicted/record.json").read_text())["forecast"]
-    expected = forecast_of(with_recipe("homework", max_steps=30))
+    expected = forecast_of(RECIPES["homework"].replace(max_steps=30))
     assert record["curve"]["steps"][-1] == 30
     assert record["noise_floor"] == expected.noise_floor
     assert expected.message() in lines[index]
@@ -138,7 +138,7 @@ def test_train_prints_its_forecast_before_the_first_step_and_records_it(capsys):
 
 @pytest.mark.timeout(60)  # W2: it took 101 s
 def test_sixteen_features_in_the_sequential_order_are_predicted_soon():
-    forecast = forecast_of(with_recipe("homework", num_rows=1_000, num_features=16))
+    forecast = forecast_of(RECIPES["homework"].replace(num_rows=1_000, num_features=16))
     assert forecast.steps_to_target > 1_000_000
     assert 0 < forecast.stability_limit_error < 0.01 * forecast.stability_limit
 

@@ -1,5 +1,6 @@
 """If these fail, a run that was killed and resumed ends elsewhere than one that was left alone, or never ends."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -94,9 +95,10 @@ class Stop:
 
 class Listening(Reporter):
     def __init__(self):
+        super().__init__()
         self.said = []
 
-    def info(self, text):
+    def info(self, text, style=None):
         self.said.append(text)
 
 
@@ -445,6 +447,18 @@ def test_overwriting_removes_the_checkpoints_of_the_earlier_run():
     train(SAVING.replace(overwrite=True, seed=1, checkpoint_every=None))
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-0000000045.pt"]
     assert resumed(SAVING.replace(seed=1, max_steps=50))[0].num_steps == 50
+
+
+def test_a_run_that_is_only_looked_at_is_resumed(monkeypatch):
+    # `torchreg runs` holds a shared lock for an instant: a job that is queued again then would be refused, and end.
+    run = killed_after(34)
+    looking = os.open(run, os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    monkeypatch.setattr("torchreg.runs.record.time.sleep", lambda seconds: fcntl.flock(looking, fcntl.LOCK_UN))
+    try:
+        assert resumed()[0].num_steps == 45
+    finally:
+        os.close(looking)
 
 
 HOLDING = """

@@ -17,7 +17,7 @@ from torchreg.core.train import evaluate
 from torchreg.distributed.rendezvous import AgreedError
 from torchreg.runs.config import TrainConfig, from_json
 from torchreg.runs.environment import provenance
-from torchreg.runs.recipes import RECIPES, with_recipe
+from torchreg.runs.recipes import RECIPES
 from torchreg.runs.record import read_metrics
 from torchreg.runs.run import Seams, train
 from torchreg.theory import Moments
@@ -35,7 +35,7 @@ from ..conftest import (
 
 @pytest.mark.parametrize("source", data_sources())
 def test_the_lesson_to_the_digit(source):
-    result = train(with_recipe("lesson", data=source))
+    result = train(RECIPES["lesson"].replace(data=source))
     assert result.weight[0] == pytest.approx(LESSON_WEIGHT, abs=5e-7)
     assert result.bias == pytest.approx(LESSON_BIAS, abs=5e-7)
     assert result.loss == pytest.approx(LESSON_LOSS, rel=1e-14)
@@ -49,8 +49,7 @@ def test_the_lessons_first_step_by_hand():
     # Gradient of w: 2·(1·(−2) + 3·3)/2 = 7, so w = 2 − 0.7 = 1.3. Residuals then 1.3+1−5 = −2.7 and 3.9+1−4 = 0.9;
     # gradient of b: 2·(−2.7 + 0.9)/2 = −1.8, so b = 1 + 0.18 = 1.18. (Simultaneous: b = 1 − 0.1·(−2+3) = 0.9.)
     Path("two.csv").write_text("GrLivArea,SalePrice\n1,5\n3,4\n")
-    config = with_recipe(
-        "lesson",
+    config = RECIPES["lesson"].replace(
         data="two.csv",
         base_learning_rate=(0.1, 0.1),
         initial_weight=2.0,
@@ -179,7 +178,7 @@ def test_a_run_leaves_whole_records():
 
 def test_logged_losses_are_the_losses_before_each_update():
     Path("two.csv").write_text("GrLivArea,SalePrice\n1,5\n3,4\n")
-    config = with_recipe("lesson", data="two.csv", initial_weight=2.0, initial_bias=1.0, max_steps=1)
+    config = RECIPES["lesson"].replace(data="two.csv", initial_weight=2.0, initial_bias=1.0, max_steps=1)
     result = train(config)
     # Residuals −2 and 3: mean square 13/2.
     assert read_metrics(Path(result.run_dir))[0]["loss"] == pytest.approx(6.5)
@@ -280,7 +279,7 @@ def test_forty_runs_without_a_name_that_start_in_one_second_have_forty_names(run
 
 
 def test_results_are_in_the_datas_own_units_whatever_the_model_sees():
-    raw = train(with_recipe("lesson", name="raw"))
+    raw = train(RECIPES["lesson"].replace(name="raw"))
     x = Moments.of(*_houses())
     assert raw.loss == pytest.approx(x.loss(np.array(raw.weight), raw.bias), rel=1e-12)
     standard = train(RECIPES["lesson"].replace(standardize=True, base_learning_rate=(0.1, 0.1), name="standard"))

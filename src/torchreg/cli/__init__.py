@@ -1,7 +1,4 @@
-"""The `torchreg` command: one table of subcommands. Each is a module that is imported when it runs.
-
-`options` has what commands share, `ranks` starts and ends the ranks.
-"""
+"""The `torchreg` command: one table of subcommands. Each is a module that is imported when it runs."""
 
 from __future__ import annotations
 

@@ -18,8 +18,7 @@ _MAX_FEATURES = 24  # rows of the table of columns
 class DataOptions(DataConfig):
     """Show the data, fetch the real table, or make the synthetic table into a file."""
 
-    # `show`: columns, six sums, closed form. `fetch`: download the real table into the cache. `make`: write the table
-    # to `--output`.
+    # `show`: columns, six sums, closed form. `fetch`: cache the real table. `make`: write the table to `--output`.
     action: tyro.conf.Positional[Literal["show", "fetch", "make"]]
     output: Path = Path("houses.csv")  # Where `make` writes: .csv or .parquet.
     overwrite: bool = False  # Let `make` replace an existing file.

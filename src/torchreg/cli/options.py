@@ -17,7 +17,7 @@ import tyro
 from tyro import constructors
 
 from torchreg.runs.config import TrainConfig
-from torchreg.runs.recipes import with_recipe
+from torchreg.runs.recipes import RECIPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,23 +65,21 @@ def parse(kind: type[T], program: str, argv: list[str], default: T | None = None
     except SystemExit as error:
         if error.code in (0, None):
             raise
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", box.getvalue()).splitlines()
-    lines = [line.strip("│| \t") for line in lines if not re.search("─{3}|-{3}", line)]  # without the frame
-    text = " ".join(line for line in lines if line and not line.startswith("For full helptext"))
-    text = re.sub(r" (Got errors|Argument helptext): .*", "", text)
-    raise ValueError(re.sub(r"^(Value error )?Error parsing ((DataOptions|config(\.\w+)?): )?", "", text))
+    frame = ".*(?:─{3}|-{3}).*"  # a line of the box; its title is in the first one, or above it
+    _title, *parts = re.split(frame, re.sub(r"\x1b\[[0-9;]*m", "", box.getvalue()))
+    text = " ".join(word for part in parts for word in part.split() if word not in "│|")
+    text = re.sub(r" (Got errors|Argument helptext|For full helptext).*", "", text)
+    raise ValueError(re.sub(r"^Error parsing ((DataOptions|config(\.\w+)?): )?", "", text))
 
 
 def parse_config(kind: type[C], program: str, argv: list[str], default: TrainConfig | None = None) -> C:
     """Parse a command's options with these defaults, else with those of the recipe that the options name, whose
-    batch size is dropped where the options choose the batch in another way.
-
-    Raises `ValueError` where --plot lacks matplotlib.
+    batch size is dropped where the options choose the batch in another way. --plot needs matplotlib.
     """
     if default is None:
         words = " ".join(argv).replace("=", " ").split()
         recipe = "".join(words[words.index("--recipe") + 1 :][:1]) if "--recipe" in words else "default"
-        default = with_recipe(recipe)
+        default = RECIPES.get(recipe, RECIPES["default"])  # tyro refuses another name
         flags = [word.replace("_", "-") for word in words]
         if "--local-batch-size" in flags or "--sampling full" in " ".join(flags):
             default = default.replace(global_batch_size=None)
@@ -118,9 +116,8 @@ def _with_one_default(info: constructors.StructTypeInfo) -> constructors.StructC
         shown = partial(_default_of, texts, field.name, default)
         aliases = ("--lr",) if field.name == "base_learning_rate" else None
         kind: Any = Annotated[hints[field.name], tyro.conf.arg(help_behavior_hint=shown, aliases=aliases)]
-        options.append(
-            constructors.StructFieldSpec(field.name, kind, default, partial(_sentence_of, texts, field.name))
-        )
+        sentence = partial(_sentence_of, texts, field.name)
+        options.append(constructors.StructFieldSpec(field.name, kind, default, sentence))
     return constructors.StructConstructorSpec(info.type, tuple(options))
 
 

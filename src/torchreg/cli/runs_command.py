@@ -42,9 +42,8 @@ def run(argv: list[str]) -> int:
         show_lines(result.lines() if result else [f"{state:13}{num_steps or 0} steps are saved"])
         show_files(one, sorted(one.glob(f"{TRAINING_FIGURE}.*")))
     elif folder.is_dir():
-        found = sorted(
-            _look_at(run)[:2] for run in {path.parent for file in _FILES for path in folder.glob(f"*/{file}")}
-        )
+        runs = {path.parent for file in _FILES for path in folder.glob(f"*/{file}")}
+        found = sorted(_look_at(run)[:2] for run in runs)
         show_table(["run", "state", "steps", "ranks", "loss", "above optimum", "written"], [row for _, row in found])
     else:
         raise ValueError(f"run is {options.run!r}, which is no run and no folder of runs: name one")

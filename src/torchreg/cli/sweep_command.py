@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from dataclasses import dataclass
 from functools import partial
 
@@ -56,14 +57,15 @@ def run(argv: list[str]) -> int:
         raise ValueError(f"num_seeds is {num_seeds}: give a whole number of at least 1")
 
     from torchreg.cli.ranks import on_all_ranks, open_ranks
-    from torchreg.console import Reporter, Terminal, show_files, show_table
+    from torchreg.console import Reporter, show_files, show_table
     from torchreg.distributed.stopping import StopRequest
     from torchreg.runs.record import to_json
     from torchreg.sweeps import sweep_tables
     from torchreg.sweeps.sweep import run_sweep
 
     communicator = open_ranks(config)
-    reporter = Terminal(stderr=options.json, counts="run") if communicator.is_main else Reporter()
+    stream = sys.stderr if options.json else sys.stdout
+    reporter = Reporter(stream if communicator.is_main else None, counts="run")
     with StopRequest(config.run.time_limit_s, nothing_to_save=True) as stop:
         sweep = partial(run_sweep, kind, config, values, num_seeds)
         folder = on_all_ranks(communicator, lambda: sweep(communicator, reporter, stop, farm=options.farm))

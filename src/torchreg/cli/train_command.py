@@ -26,14 +26,15 @@ def run(argv: list[str]) -> int:
     config = options.config
 
     from torchreg.cli.ranks import on_all_ranks, open_ranks
-    from torchreg.console import Terminal, show_files, show_lines
+    from torchreg.console import Reporter, show_files, show_lines
     from torchreg.distributed.stopping import StopRequest
     from torchreg.runs.record import to_json
     from torchreg.runs.run import train
 
     communicator = open_ranks(config)
+    reporter = Reporter(sys.stderr if options.json else sys.stdout)
     with StopRequest(config.run.time_limit_s, nothing_to_save=True) as stop:
-        result = on_all_ranks(communicator, lambda: train(config, communicator, Terminal(stderr=options.json), stop))
+        result = on_all_ranks(communicator, lambda: train(config, communicator, reporter, stop))
     code = {"request": EXIT_STOPPED, "divergence": EXIT_DIVERGED}.get(result.stopped_by, 0)
     if communicator.is_main:
         pictures = []

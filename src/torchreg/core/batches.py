@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, islice
+from itertools import islice
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -22,6 +22,10 @@ DEFAULT_MICRO_BATCHES = 8  # of a step in reproducible reduction: enough for man
 
 _CHUNK_SAMPLES = 8_192  # gathered at once on one rank, about
 _CHUNK_STEPS = 1_024
+_MOST_LISTED_ROWS = (
+    1 << 16
+)  # of a table whose whole permutation each rank makes: it costs less than a step of many ranks
+_ROUNDS = 8
 _DRAWS = 64  # steps that share one generator in random sampling
 
 
@@ -30,8 +34,7 @@ class Batch(NamedTuple):
 
     `micro_batches` are this rank's, each x (samples, num_features) and y (samples, 1), or those of `manual_samples`. A
     rank without samples has one empty micro-batch, so that every rank takes part in every step. `num_samples` counts
-    the samples of all ranks.
-    `first_micro_batch` is the position of this rank's first micro-batch among those of the step (0 in fast reduction).
+    all ranks' samples. `first_micro_batch` is the position of this rank's first in the step (0 in fast reduction).
     """
 
     step: int
@@ -73,23 +76,22 @@ class BatchPlan:
     ) -> BatchPlan:
         """The plan for one of `global_batch_size` and `local_batch_size` (by default 64 samples on each rank).
 
-        `reproducible` cuts a step into micro-batches before it is sharded, by default into at most eight.
-
-        Raises `ValueError` with all the numbers when they cannot fit.
+        `reproducible` cuts a step into micro-batches before it is sharded, by default into at most eight. Raises
+        `ValueError` with all the numbers when they cannot fit.
         """
+        for kind, size in {"global": global_batch_size, "local": local_batch_size, "micro": micro_batch_size}.items():
+            if size is not None and size < 1:
+                raise ValueError(f"{kind}_batch_size is {size}: give a whole number of at least 1")
         if global_batch_size is not None and local_batch_size is not None:
-            raise ValueError(
-                f"global_batch_size is {global_batch_size} and local_batch_size is {local_batch_size}: give one of them"
-            )
+            reason = f"global_batch_size is {global_batch_size} and local_batch_size is {local_batch_size}"
+            raise ValueError(f"{reason}: give one of them")
         local_batch_size = local_batch_size or DEFAULT_LOCAL_BATCH_SIZE
         batch_size = num_rows if sampling == "full" else global_batch_size or local_batch_size * world_size
         if batch_size > num_rows:
             product = "" if global_batch_size else f" ({local_batch_size} samples × {world_size} ranks)"
             field = "global_batch_size" if global_batch_size else "local_batch_size"
-            raise ValueError(
-                f"global_batch_size is {batch_size}{product}, more than the data's {num_rows} rows: "
-                f"lower {field} or the number of ranks, or use more data"
-            )
+            reason = f"global_batch_size is {batch_size}{product}, more than the data's {num_rows} rows"
+            raise ValueError(f"{reason}: lower {field} or the number of ranks, or use more data")
         if reproducible and micro_batch_size is None:
             micro_batch_size = math.ceil(batch_size / DEFAULT_MICRO_BATCHES)
         return cls(num_rows, world_size, batch_size, micro_batch_size, sampling, seed, reproducible)
@@ -132,7 +134,7 @@ class BatchPlan:
         """The table's rows that make a step, over all ranks."""
         group, position = divmod(step, self.steps_per_group)
         start = position * self.global_batch_size
-        return self.samples_of_group(group)[start : start + self.global_batch_size]
+        return self.rows_at(group, np.arange(start, start + self.num_samples(step)))
 
     def num_samples(self, step: int) -> int:
         """How many samples a step has over all ranks."""
@@ -145,13 +147,18 @@ class BatchPlan:
         """Steps whose samples are drawn together: an epoch, or a number of random draws."""
         return {"full": 1, "shuffle": self.steps_per_epoch, "random": _DRAWS}[self.sampling]
 
-    def samples_of_group(self, group: int) -> Indices:
-        """The rows of all steps of a group, one step after another, over all ranks."""
+    def rows_at(self, group: int, positions: Indices) -> Indices:
+        """The rows at these positions of a group's samples, whose steps follow one another, over all ranks."""
         if self.sampling == "full":
-            return np.arange(self.num_rows)
+            return positions
+        if self.num_rows > _MOST_LISTED_ROWS:
+            if self.sampling == "shuffle":
+                return shuffled(positions, self.num_rows, self.seed, np.array([group]))
+            steps, positions = np.divmod(positions, self.global_batch_size)
+            return shuffled(positions, self.num_rows, self.seed, group * _DRAWS + steps)
         if self.sampling == "shuffle":
-            return _permutation(self.num_rows, self.seed, group)
-        return _draws(self.num_rows, self.global_batch_size, self.seed, group)
+            return _permutation(self.num_rows, self.seed, group)[positions]
+        return _draws(self.num_rows, self.global_batch_size, self.seed, group)[positions]
 
 
 class BatchLoader:
@@ -165,19 +172,13 @@ class BatchLoader:
     def __init__(self, plan: BatchPlan, rank: int, x: Tensor, y: Tensor) -> None:
         self.plan = plan
         self.tensors = (x, y)
-        counts = [plan.num_samples(step) for step in range(plan.steps_per_group)]
-        shapes = {count: _Shape.of(plan, count, rank) for count in set(counts)}
-        # All groups of steps look alike. Step i of a group has the samples positions[bounds[i]:bounds[i + 1]] of it.
-        self._steps = [shapes[count] for count in counts]
-        starts = range(0, plan.global_batch_size * len(counts), plan.global_batch_size)
-        shards = [np.arange(n, n + s.stop - s.start) + s.start for n, (s, *_) in zip(starts, self._steps, strict=True)]
-        self._positions = np.concatenate(shards)
-        self._bounds = [0, *accumulate(map(len, shards))]
+        counts = {plan.global_batch_size, plan.num_samples(plan.steps_per_group - 1)}
+        self._shapes = {count: _Shape.of(plan, count, rank) for count in counts}
 
     def iterate(self, start: int, stop: int) -> Iterator[Batch]:
         """The batches of steps start, …, stop − 1."""
         if self.plan.sampling == "full":
-            (shape,) = self._steps
+            (shape,) = self._shapes.values()
             micro_batches = list(self._cut([tensor[shape.shard] for tensor in self.tensors], shape.sizes))
             for step in range(start, stop):
                 yield Batch(step, micro_batches, shape.num_samples, shape.first_micro_batch)
@@ -191,18 +192,22 @@ class BatchLoader:
 
     def _chunk(self, start: int, stop: int) -> tuple[list[_Shape], Indices]:
         """As many steps from `start` on as are gathered at once, and this rank's samples of them."""
+        plan = self.plan
         steps: list[_Shape] = []
         samples: list[Indices] = []
         num_gathered = 0
-        most = max(1, _CHUNK_SAMPLES // self.plan.local_batch_size)
+        most = max(1, _CHUNK_SAMPLES // plan.local_batch_size)
+        num_whole = plan.num_rows // plan.global_batch_size if plan.sampling == "shuffle" else plan.steps_per_group
         while start < stop and len(steps) < _CHUNK_STEPS and num_gathered < _CHUNK_SAMPLES:
-            group, position = divmod(start, len(self._steps))
-            end = min(len(self._steps), position + stop - start, position + most)
-            positions = self._positions[self._bounds[position] : self._bounds[end]]
-            samples.append(self.plan.samples_of_group(group)[positions])
-            steps += self._steps[position:end]
+            group, position = divmod(start, plan.steps_per_group)
+            count = min(num_whole - position, stop - start, most) if position < num_whole else 1  # of one shape
+            shape = self._shapes[plan.num_samples(start)]
+            starts = np.arange(position, position + count) * plan.global_batch_size
+            positions = np.add.outer(starts, np.arange(shape.shard.start, shape.shard.stop)).ravel()
+            samples.append(plan.rows_at(group, positions))
+            steps += [shape] * count
             num_gathered += len(positions)
-            start += end - position
+            start += count
         return steps, np.concatenate(samples)
 
     def _gather(self, samples: Indices) -> list[Tensor]:
@@ -235,6 +240,30 @@ class _Shape(NamedTuple):
         size = plan.micro_batch_size or max(count, 1)
         sizes = [min(size, count - start) for start in range(0, count, size)] or [0]
         return cls(shard, sizes, num_samples, shard.start // size if plan.reproducible else 0)
+
+
+def shuffled(positions: Indices, num_rows: int, seed: int, keys: Indices) -> Indices:
+    """The rows at these positions of pseudorandom permutations of range(num_rows), one for each of the `keys`.
+
+    The work is that for the positions, whatever the number of rows, which is 2³² at most. It is a Feistel network over
+    two digits, whose rounds add a hash of one digit to the other; what falls beyond the table goes through it again
+    (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    """
+    num_low = math.isqrt(num_rows - 1) + 1
+    num_high = -(-num_rows // num_low)
+    high, low = (digit.astype(np.uint32) for digit in np.divmod(positions, num_low))
+    of_key = keys.astype(np.uint32) * np.uint32(0x9E3779B1)
+    for number, of_round in enumerate(np.random.SeedSequence(seed).generate_state(_ROUNDS)):
+        digit, other, size = (high, low, num_low) if number % 2 else (low, high, num_high)
+        hashed = (digit + of_key) * np.uint32(0x85EBCA6B) ^ of_round  # MurmurHash3's finalizer, as far as it needs to
+        hashed ^= hashed >> 15
+        hashed *= np.uint32(0xC2B2AE35)
+        other += (hashed >> 16) * np.uint32(size) >> 16
+        np.subtract(other, size, out=other, where=other >= size)
+    rows = high.astype(np.int64) * num_low + low
+    if len(beyond := np.flatnonzero(rows >= num_rows)):
+        rows[beyond] = shuffled(rows[beyond], num_rows, seed, np.broadcast_to(keys, rows.shape)[beyond])
+    return rows
 
 
 @lru_cache(maxsize=2)

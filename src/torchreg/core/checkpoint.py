@@ -57,11 +57,13 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     body = json.dumps(plain, allow_nan=False).encode() + b"\n" + tensors.getvalue()
     first_line = f"{_MAGIC} {SCHEMA_VERSION} {hashlib.sha256(body).hexdigest()}\n".encode()
 
-    folder.mkdir(exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir()
+        sync_folder(folder.parent)  # else a power cut may lose the folder, with all that is in it
     path = folder / f"step-{checkpoint.step:010}.pt"
     write_atomically(path, first_line + body)
     sync_folder(folder)
-    up_to_this = [found for found in _newest_first(folder) if found.name <= path.name]
+    up_to_this = [found for found in sorted(folder.glob("step-*.pt"), reverse=True) if found.name <= path.name]
     for found in folder.glob("step-*"):
         if found not in up_to_this[:keep]:
             with contextlib.suppress(OSError):  # an old file that stays is no reason to end the run
@@ -101,7 +103,7 @@ def load(path: Path) -> Checkpoint:
 def newest(folder: Path, reason_against: Callable[[Checkpoint], str | None]) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint without a `reason_against` it, and why each newer one cannot be used."""
     refused = []
-    for path in _newest_first(folder):
+    for path in sorted(folder.glob("step-*.pt"), reverse=True):
         try:
             checkpoint = load(path)
         except ValueError as error:
@@ -112,10 +114,6 @@ def newest(folder: Path, reason_against: Callable[[Checkpoint], str | None]) -> 
             return checkpoint, refused
         refused.append(f"{path}: {reason}")
     return None, refused
-
-
-def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*.pt"), reverse=True) if folder.is_dir() else []
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -141,10 +139,7 @@ def write_synced(path: Path, content: bytes, mode: str = "wb") -> None:
 
 
 def sync(descriptor: int) -> None:
-    """Bring a file to disk, where the file system can: some network and FUSE file systems cannot.
-
-    Raises `OSError` where it can and fails.
-    """
+    """Bring a file to disk; some network and FUSE file systems cannot. Raises `OSError` where one can and fails."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -162,10 +157,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_regular(path: Path, num_bytes: int = -1) -> bytes:
-    """The content of a regular file, or its first `num_bytes`.
-
-    Raises `OSError` where it cannot be read, and for a FIFO or a device, which might never end.
-    """
+    """The content of a regular file, or its first `num_bytes`. Raises `OSError`, also for a FIFO or a device."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

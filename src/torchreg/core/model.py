@@ -50,17 +50,11 @@ class FlatParameters:
         return parameters
 
 
-def with_constant(x: Tensor) -> Tensor:
-    """Samples a = (x, 1), (samples, num_features + 1), of x (samples, num_features)."""
-    return torch.hstack([x, x.new_ones(len(x), 1)])
-
-
 def add_half_gradient(theta: Tensor, a: Tensor, y: Tensor, gradient: Tensor) -> Tensor:
     """Add half the gradient of the samples' squared error to `gradient`, and return that squared error.
 
-    With the residual r = aθ − y the squared error is rᵀr, and its gradient 2 aᵀr; the caller, who scales anyway,
-    applies the factor 2. `a` is (samples, num_features + 1), `y` (samples,), `theta` and `gradient`
-    (num_features + 1,).
+    With the residual r = aθ − y the squared error is rᵀr, and its gradient 2 aᵀr; the caller applies the factor 2.
+    `a` is (samples, num_features + 1), `y` (samples,), `theta` and `gradient` (num_features + 1,).
     """
     residual = torch.addmv(y, a, theta, beta=-1)
     gradient.addmv_(a.T, residual)

@@ -30,8 +30,7 @@ class Reduction:
     the step, which is 0 on all ranks but one: the all-reduce is exact, because x + 0 = x, and the rows are summed in
     the same order at every world size. The price is a longer message.
 
-    `like` (num_parameters,) gives the gradient's size, dtype and device; `num_micro_batches` is that of a step on all
-    ranks.
+    `like` (num_parameters,) gives the gradient's size, dtype, device; `num_micro_batches` counts a step's on all ranks.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from torchreg.core.batches import Batch, BatchPlan
-from torchreg.core.model import FlatParameters, add_half_gradient, squared_error, with_constant
+from torchreg.core.model import FlatParameters, add_half_gradient, squared_error
 from torchreg.core.reduction import Communicator, Reduction
 
 LearningRates = tuple[float, ...]
@@ -79,10 +79,7 @@ def no_sync(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def reproducible_gradient(model: nn.Module, reduction: Reduction, batch: Batch) -> Tensor:
-    """The gradient by autograd, summed over micro-batches and ranks by a reproducible `Reduction`.
-
-    The `model` is not wrapped by DistributedDataParallel.
-    """
+    """The gradient by autograd, summed over micro-batches and ranks by a reproducible `Reduction` instead of DDP."""
     parameters = list(model.parameters())
 
     def add_gradient(x: Tensor, y: Tensor, part: Tensor) -> Tensor:
@@ -109,8 +106,7 @@ def manual_step(
     """The same update without autograd: the gradient as derived on paper, summed over ranks, applied.
 
     `gradient` names the parts of `reduction.gradient`, which is half the gradient of the squared error. `sequential` is
-    the lesson's order: the weight first, then the bias with the gradient at the new weight. The micro-batches are those
-    of `manual_samples`.
+    the lesson's order: the weight, then the bias with the gradient at the new weight. Samples are `manual_samples`.
     """
     add_gradient = partial(add_half_gradient, parameters.flat)
     own_error = reduction.sum(batch, add_gradient)
@@ -123,7 +119,7 @@ def manual_step(
 
 def manual_samples(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The samples as on paper: a = (x, 1), (num_rows, num_features + 1), and y as a vector (num_rows,)."""
-    return with_constant(x), y[:, 0].contiguous()
+    return torch.hstack([x, x.new_ones(len(x), 1)]), y[:, 0].contiguous()
 
 
 class Checkpoints(Protocol):

@@ -26,10 +26,7 @@ def make_houses(num_rows: int, num_features: int, seed: int) -> tuple[NDArray[np
     The random stream is NumPy's frozen `RandomState` (NEP 19), so a seed gives the same rows in every release.
     """
     if num_rows < num_features + 2:
-        raise ValueError(
-            f"num_rows is {num_rows} and num_features is {num_features}: the synthetic table needs at least "
-            f"num_features + 2 = {num_features + 2} rows"
-        )
+        raise ValueError(f"num_rows is {num_rows}: give at least num_features + 2 = {num_features + 2} rows")
     stream = np.random.RandomState(seed)
     shape = _standardized(np.exp(0.38 * _clipped_normal(stream, num_rows)))
     area = _MEAN_X + np.sqrt(_VARIANCE_X) * shape

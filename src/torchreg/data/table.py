@@ -99,9 +99,8 @@ def load_table(
     drop_missing: bool = False,
 ) -> Table:
     """The table of `synthetic`, `ames`, or a CSV or Parquet file, checked: all numbers finite, two rows or more, no
-    constant feature. Blanks around column names are ignored.
-
-    Raises `ValueError` with the column, the row (counted from 1, without the header) and the remedy.
+    constant feature. Blanks around column names are ignored. Raises `ValueError` with the column, the row (counted from
+    1, without the header) and the remedy.
     """
     if source == "synthetic":
         x, y = make_houses(num_rows or REAL_NUM_ROWS, num_features or 1, data_seed)
@@ -124,19 +123,15 @@ def load_table(
     missing = np.flatnonzero(np.isnan(columns).any(axis=1))
     if len(missing) and not drop_missing:
         first = names[int(np.argmax(np.isnan(columns[missing[0]])))]
-        raise ValueError(
-            f"{path}: {len(missing)} of {len(columns)} rows have a missing value (NaN), the first in row "
-            f"{missing[0] + 1}, column {first!r}: correct the file, or exclude such rows with --drop-missing"
-        )
+        reason = f"{path}: {len(missing)} of {len(columns)} rows have a missing value (NaN)"
+        where = f"the first in row {missing[0] + 1}, column {first!r}"
+        raise ValueError(f"{reason}, {where}: correct the file, or exclude such rows with --drop-missing")
     columns = np.delete(columns, missing, axis=0)
     if len(columns) < 2:
         raise ValueError(f"{path} has {len(columns)} usable row{'s' * (len(columns) != 1)}: a line needs two or more")
     for name, values in zip(features, columns.T, strict=False):
         if np.ptp(values) == 0:
-            raise ValueError(
-                f"{path}: feature {name!r} is {values[0]:g} in every row, and a constant predicts nothing: "
-                "choose other --features"
-            )
+            raise ValueError(f"{path}: feature {name!r} is {values[0]:g} in every row: choose other --features")
     return Table(columns[:, :-1], columns[:, -1:], features, target, source, num_dropped=len(missing))
 
 
@@ -153,10 +148,9 @@ def fetch_ames(url: str = AMES_URL, sha256: str = AMES_SHA256) -> Path:
     try:
         return Path(cache.fetch(file))
     except (requests.RequestException, OSError) as error:
-        raise ValueError(
-            f"data is ames: its table cannot be fetched from {url} ({type(error).__name__}); run `torchreg data fetch` "
-            f"where there is a network (on a compute node set https_proxy), or use --data synthetic"
-        ) from error
+        reason = f"data is ames: its table cannot be fetched from {url} ({type(error).__name__})"
+        remedy = "run `torchreg data fetch` where there is a network (on a compute node set https_proxy)"
+        raise ValueError(f"{reason}: {remedy}, or use --data synthetic") from error
     except ValueError as error:
         raise ValueError(f"data is ames: the file at {url} is not the table: {error}") from error
 

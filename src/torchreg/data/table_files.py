@@ -56,10 +56,8 @@ def _read_parquet(path: Path, wanted: Sequence[str]) -> NDArray[np.float64]:
     for field in fields:
         kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
         if not re.match("u?int|half|float|double|decimal|null", str(kind)):
-            raise ValueError(
-                f"{path}: column {field.name.strip()!r} has the type {kind}, which is not a number: choose other "
-                "columns with --features and --target, or convert it"
-            )
+            reason = f"{path}: column {field.name.strip()!r} has the type {kind}, which is not a number"
+            raise ValueError(f"{reason}: choose other --features or --target, or convert it")
     with file_errors(path, "Parquet"):
         read = file.read(columns=[field.name for field in fields])  # and no other column
         return np.column_stack([read[field.name].cast(pa.float64(), safe=False).to_numpy() for field in fields])
@@ -82,11 +80,9 @@ def _read_csv(path: Path, wanted: Sequence[str]) -> NDArray[np.float64]:
     offset = int(is_wider and _have_names([row for _, row in _csv_rows(path, separator)][1:]))
     for width, line in first_line.items():
         if width != len(header) + offset:
-            raise ValueError(
-                f"{path}: line {line} has {width} field{'s' * (width != 1)}, and the header has {len(header)}, "
-                f"separated by {separator!r}: give each line as many as the header (no thousands separators, and a "
-                "name for each column)"
-            )
+            reason = f"{path}: line {line} has {width} field{'s' * (width != 1)}, and the header has {len(header)}"
+            remedy = "give each line as many as the header (no thousands separators, and a name for each column)"
+            raise ValueError(f"{reason}, separated by {separator!r}: {remedy}")
     indices = [offset + index for index in _indices(header, wanted, path, separator)]
     options: dict[str, Any] = {"header": 0, "index_col": False, "encoding": _ENCODING, "low_memory": False}
     options |= {"delimiter": separator, "skipinitialspace": separator != "\t"}
@@ -100,11 +96,9 @@ def _read_csv(path: Path, wanted: Sequence[str]) -> NDArray[np.float64]:
         if column.dtype.kind not in "iuf":
             numbers = pd.to_numeric(column.astype(str), errors="coerce")  # as text: True is no number
             if len(bad := np.flatnonzero(numbers.isna() & column.notna())):
-                raise ValueError(
-                    f"{path}: column {name!r} is {str(column[bad[0]])!r} in row {bad[0] + 1}, which is not a number: "
-                    "correct the file (a decimal point, no thousands separators), or choose other columns with "
-                    "--features and --target"
-                )
+                where = f"{path}: column {name!r} is {str(column[bad[0]])!r} in row {bad[0] + 1}"
+                remedy = "correct it (a decimal point, no thousands separators), or choose other --features or --target"
+                raise ValueError(f"{where}, which is not a number: {remedy}")
             column = numbers
         columns.append(column.to_numpy(dtype=np.float64, na_value=np.nan))
     return np.column_stack(columns)
@@ -159,8 +153,7 @@ def _indices(names: Sequence[str], wanted: Sequence[str], path: Path, separator:
             by_folded = {column.casefold(): column for column in names}
             close = [by_folded[match] for match in difflib.get_close_matches(name.casefold(), by_folded)]
             listed = ", ".join(map(repr, close or names[:_MAX_NAMES])) + ", …" * (not close and len(names) > _MAX_NAMES)
-            raise ValueError(
-                f"{field} is {name!r}: {path} has no such column; {'the nearest names' if close else 'its columns'} "
-                f"are {listed}" + (f", separated by {separator!r}" if separator else "")
-            )
+            listed += f", separated by {separator!r}" if separator else ""
+            what = "the nearest names" if close else "its columns"
+            raise ValueError(f"{field} is {name!r}: {path} has no such column; {what} are {listed}")
     return [names.index(name) for name in wanted]

@@ -35,10 +35,8 @@ def choose_device_type(device: str, sync: str, world_size: int, dtype: str = "au
     if device == "mps" and world_size > 1:
         raise ValueError(f"device is mps, which trains on one rank only, not {world_size}: choose --device cpu")
     if sync == "mpi" and device != "cpu":
-        raise ValueError(
-            f"sync is mpi and the device is {device}, whose tensors mpi4py cannot reduce: add --device cpu, or "
-            "choose --sync ddp or allreduce"
-        )
+        reason = f"sync is mpi and the device is {device}, whose tensors mpi4py cannot reduce"
+        raise ValueError(f"{reason}: choose --device cpu, or --sync ddp or allreduce")
     return device
 
 
@@ -48,10 +46,8 @@ def why_not_a_gpu(device: str, environ: Mapping[str, str]) -> str | None:
     driver = next((path for path in DRIVERS if os.path.exists(path)), None)
     if device != "auto" or hidden or driver is None:
         return None
-    return (
-        f"device is auto, which is the CPU here: this machine has a GPU driver ({driver}), and torch "
-        f"{torch.__version__} sees no GPU; --device cuda makes this an error, --device cpu is silent"
-    )
+    reason = f"this machine has a GPU driver ({driver}), and torch {torch.__version__} sees no GPU"
+    return f"device is auto, which is the CPU here: {reason}; --device cuda makes this an error, --device cpu is silent"
 
 
 def take_device(device_type: str, local_rank: int) -> tuple[torch.device, str]:

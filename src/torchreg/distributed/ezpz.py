@@ -21,12 +21,13 @@ from typing import Literal
 import torch
 from torch import nn
 
+_REMEDY = "pip install '.[ezpz]' in torchreg's checkout, or --distributed torch"
+
 
 def find_ezpz(choice: Literal["auto", "ezpz", "torch"]) -> str | None:
     """The version of the real ezpz if it is to be used, or None for torch alone.
 
-    Raises `ValueError` when another package of that name is installed (PyPI's ezpz crops images), or when ezpz is
-    chosen and not installed.
+    Raises `ValueError` when another package of that name is installed, or when ezpz is chosen and not installed.
     """
     if choice == "torch":
         return None
@@ -34,10 +35,7 @@ def find_ezpz(choice: Literal["auto", "ezpz", "torch"]) -> str | None:
     if spec is None or spec.origin is None:  # no origin: only a folder of that name
         if choice == "auto":
             return None
-        raise ValueError(
-            "distributed is ezpz, which is not installed: pip install '.[ezpz]' in torchreg's checkout, or "
-            "--distributed torch"
-        )
+        raise ValueError(f"distributed is ezpz, which is not installed: {_REMEDY}")
     try:
         version = importlib.metadata.version("ezpz")
     except importlib.metadata.PackageNotFoundError:
@@ -48,11 +46,8 @@ def find_ezpz(choice: Literal["auto", "ezpz", "torch"]) -> str | None:
     except ImportError as error:
         raise ValueError(f"ezpz {version} cannot be imported ({error}): fix it, or --distributed torch") from error
     if not is_real:
-        raise ValueError(
-            f"the installed package ezpz {version} has no setup_torch: it is another package of that name (PyPI's "
-            "ezpz crops images). pip uninstall ezpz, and pip install '.[ezpz]' in torchreg's checkout, or "
-            "--distributed torch"
-        )
+        reason = f"the installed package ezpz {version} has no setup_torch: it is another package of that name"
+        raise ValueError(f"{reason} (PyPI's ezpz crops images). pip uninstall ezpz, and {_REMEDY}")
     return version
 
 

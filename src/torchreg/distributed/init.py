@@ -18,7 +18,7 @@ from torchreg.distributed import ezpz, mpi
 from torchreg.distributed.communicator import AnySync, Communicator, Placement
 from torchreg.distributed.devices import choose_device_type, device_name, own_cpus, take_device, threads_for
 from torchreg.distributed.launcher import detect_launcher
-from torchreg.distributed.rendezvous import agree_with_mpi, connect, exchange
+from torchreg.distributed.rendezvous import agree_with_mpi, allow_connections, connect, exchange
 from torchreg.distributed.watchdog import Watchdog, exit_after
 
 _MAIN_RANK_FIRST_S = 5.0  # its time-out names the ranks that are missing
@@ -38,9 +38,8 @@ def init_distributed(
 ) -> Communicator:
     """Initialise this rank: detect the launcher, choose the device, make the process group.
 
-    `run` has the options that must be equal on all ranks, by name. Raises `ValueError` for what the user can fix:
-    launchers that disagree, a missing package or device; as an `AgreedError` once all ranks are connected, with the
-    hosts of those that differ.
+    `run` has the options that must be equal on all ranks, by name. Raises `ValueError` for what the user can fix, such
+    as a missing package; once all ranks are connected it is an `AgreedError`, with the hosts of those that differ.
     """
     launcher = detect_launcher(os.environ)
     with exit_after(timeout_s, launcher.rank) if launcher.world_size > 1 else nullcontext():
@@ -48,13 +47,14 @@ def init_distributed(
     rank, world_size, host = launcher.rank, launcher.world_size, socket.gethostname()
     if comm is not None and world_size > 1:
         mpi.finalize_within(timeout_s)
-    device_type, device_error = "cpu", None
+    device_type, own_error = "cpu", None
     try:
         device_type = choose_device_type(device, sync, world_size, dtype)
+        allow_connections(world_size)
     except ValueError as error:
         if world_size == 1:
             raise
-        device_error = str(error)  # raised on all ranks, once they are connected
+        own_error = str(error)  # raised on all ranks, once they are connected
     ezpz_version = ezpz.find_ezpz(distributed) if world_size > 1 or distributed == "ezpz" else None
     if world_size == 1:
         torch_device, device_id = take_device(device_type, 0)
@@ -65,7 +65,7 @@ def init_distributed(
         "host": host,
         "cpus": own_cpus(),
         "device": device_type,
-        "device_error": device_error,
+        "error": own_error,
         "job": next((f"{name}={os.environ[name]}" for name in _JOB_IDS if name in os.environ), None),
         "options": {name: str(value) for name, value in (run or {}).items()},
     }
@@ -118,7 +118,7 @@ def _join(ranks: list[Any]) -> list[tuple[int, int]]:
         values = [each["options"].get(name, "unknown") for each in ranks]
         require_equal(name, values, "start all ranks with the same options")
     for rank, each in enumerate(ranks):
-        if each["device_error"]:
+        if each["error"]:
             raise ValueError(f"rank {rank} ({each['host']}): {each['device_error']}")
     require_equal("device", [each["device"] for each in ranks], "name one with --device, or exclude the host")
     local_ranks, cpus_of = list[int](), defaultdict[str, list[int]](list)
@@ -136,8 +136,7 @@ def _require_distinct_devices(devices: list[Any]) -> list[None]:
         other = first.setdefault((host, identity), rank)
         if identity and other != rank:
             num_here = len({i for h, _, i in devices if h == host})
-            raise ValueError(
-                f"rank {other} and rank {rank} ({host}) have one {device_type} device ({identity}): start {num_here} "
-                f"rank{'s' * (num_here > 1)} on this host, or choose --device cpu"
-            )
+            reason = f"rank {other} and rank {rank} ({host}) have one {device_type} device ({identity})"
+            remedy = f"start {num_here} rank{'s' * (num_here > 1)} on this host, or choose --device cpu"
+            raise ValueError(f"{reason}: {remedy}")
     return [None] * len(devices)

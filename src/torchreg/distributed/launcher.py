@@ -81,11 +81,7 @@ _SIGNS_OF_MPI = "PALS_RANKID", "PMI_RANK", "PMI_FD", "PMIX_RANK", "ALPS_APP_PE",
 
 
 def detect_launcher(environ: Mapping[str, str]) -> Launcher:
-    """The launcher of the process with this environment.
-
-    Raises `ValueError` when a number is malformed or missing, and when RANK and WORLD_SIZE, left from an earlier run,
-    contradict the launcher.
-    """
+    """The launcher of an environment. Raises `ValueError` for numbers that are malformed, missing or contradictory."""
     rows = [row for row in LAUNCHERS if row.name != _SRUN.name or _is_slurm_step(environ)]
     present = (row for row in rows if all(name in environ for name in (row.rank, *row.required)))
     found = next((_read(environ, row) for row in present), NO_LAUNCHER)
@@ -95,10 +91,9 @@ def detect_launcher(environ: Mapping[str, str]) -> Launcher:
         return found
     exported = _read(environ, _EXPORTED)
     if not found.is_none and (exported.rank, exported.world_size) != (found.rank, found.world_size):
-        raise ValueError(
-            f"{found.name} started rank {found.rank} of {found.world_size}, but RANK is {exported.rank} and WORLD_SIZE "
-            f"is {exported.world_size}: unset RANK, WORLD_SIZE and LOCAL_RANK"
-        )
+        started = f"{found.name} started rank {found.rank} of {found.world_size}"
+        variables = f"but RANK is {exported.rank} and WORLD_SIZE is {exported.world_size}"
+        raise ValueError(f"{started}, {variables}: unset RANK, WORLD_SIZE and LOCAL_RANK")
     return exported if found.is_none else found
 
 
@@ -116,16 +111,13 @@ def _is_slurm_step(environ: Mapping[str, str]) -> bool:
 
 
 def _read(environ: Mapping[str, str], row: Variables) -> Launcher:
-    for name in (row.rank, row.world_size, row.local_rank, row.local_world_size):
+    names = (row.rank, row.world_size, row.local_rank, row.local_world_size)
+    for name in names:
         if name in environ and not environ[name].isdecimal():
             raise ValueError(f"{row.name} started this process, but {name} is {environ[name]!r}: it must be a number")
-    values = (environ.get(name) for name in (row.rank, row.world_size, row.local_rank, row.local_world_size))
-    rank, world_size, local_rank, local_world_size = (None if value is None else int(value) for value in values)
+    rank, world_size, local_rank, local_world_size = (int(environ[name]) if name in environ else None for name in names)
     if rank is None or world_size is None:
-        raise ValueError(
-            f"{row.rank} is {environ[row.rank]} and {row.world_size} is not set, so that the number of ranks is not "
-            f"known: set {row.world_size}, or unset {row.rank}"
-        )
+        raise ValueError(f"{row.rank} is {environ[row.rank]}, {row.world_size} is not set: set it, or unset {row.rank}")
     if rank >= world_size:
         raise ValueError(f"{row.name} started rank {rank} of {world_size}: unset {row.rank} and {row.world_size}")
     return Launcher(row.name, rank, world_size, local_rank, local_world_size, row.uses_mpi)

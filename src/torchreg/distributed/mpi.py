@@ -15,17 +15,13 @@ from torchreg.distributed.watchdog import Watchdog, exit_after
 
 def import_mpi(reason: str = "") -> Any:
     """`mpi4py.MPI`. Raises `ValueError`, with the reason that it is needed for, where it cannot be imported."""
-    # A Cray MPICH with GPU support ends the process in MPI_Init where torch was imported first. No tensor on a GPU is
-    # ever handed to MPI.
+    # A Cray MPICH with GPU support ends the process in MPI_Init if torch was imported first. MPI gets CPU tensors only.
     os.environ["MPICH_GPU_SUPPORT_ENABLED"] = "0"
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # mpi4py's wheel raises RuntimeError when it finds no libmpi
-        cause = str(error).splitlines()[0]
-        raise ValueError(
-            f"{reason}, and mpi4py cannot be imported ({cause}): pip install mpi4py mpich, or on an HPC system use "
-            "the site's mpi4py"
-        ) from error
+        reason += f", and mpi4py cannot be imported ({str(error).splitlines()[0]})"
+        raise ValueError(f"{reason}: pip install mpi4py mpich, or on an HPC system use the site's mpi4py") from error
     return MPI
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import resource
 import socket
 import sys
 import time
@@ -24,6 +25,8 @@ from torchreg.distributed.mpi import import_mpi, mpi_library
 _ALCF_NODE = re.compile(r"x\d+c\d+s\d+b\d+n\d+")
 _NOT_STARTED_BY_MPI = "torchrun", "RANK and WORLD_SIZE", "horovodrun"
 _READ_WITHIN_S = 2.0
+_MOST_CONNECTED = 64  # ranks
+_OTHER_FILES = 256  # that a process may have open beside its connections
 
 
 class AgreedError(ValueError):
@@ -56,21 +59,20 @@ def agree_with_mpi(launcher: Launcher, sync: str, environ: Mapping[str, str]) ->
     rank, size = comm.Get_rank(), comm.Get_size()
     reported = f"but MPI ({mpi_library()}) reports rank {rank} of {size}"
     if sign and environ[sign].isdecimal() and sign != "PMI_FD" and int(environ[sign]) != rank:
-        raise ValueError(
-            f"{sign} is {environ[sign]}, {reported}: use the launcher of the MPI that mpi4py was built for"
-        )
+        raise ValueError(f"{sign} is {environ[sign]}, {reported}: use the launcher of mpi4py's MPI")
     if sign and size > 1:
         return Launcher("MPI", rank, size, None, None, uses_mpi=True), comm
     if (rank, size) != (launcher.rank, launcher.world_size):
         started = f"{launcher.name} started rank {launcher.rank} of {launcher.world_size}"
-        remedy = {
-            **dict.fromkeys(_NOT_STARTED_BY_MPI, "start with mpiexec, or choose --sync ddp or allreduce"),
-            "srun": "set SLURM_MPI_TYPE (or srun --mpi) to the plug-in of mpi4py's MPI, pmi2 for MPICH or pmix for "
-            "Open MPI, as `srun --mpi=list` names it",
-        }.get(launcher.name, "use the mpiexec of the MPI that mpi4py was built for")
-        raise ValueError(
-            f"{'no launcher is detected (rank 0 of 1)' if launcher.is_none else started}, {reported}: {remedy}"
-        )
+        if launcher.is_none:
+            started = "no launcher is detected (rank 0 of 1)"
+        remedy = "use the mpiexec of mpi4py's MPI"
+        if launcher.name in _NOT_STARTED_BY_MPI:
+            remedy = "start with mpiexec, or choose --sync ddp or allreduce"
+        elif launcher.name == "srun":
+            remedy = "set SLURM_MPI_TYPE (or srun --mpi) to the plug-in of mpi4py's MPI, pmi2 for MPICH or pmix for "
+            remedy += "Open MPI, as `srun --mpi=list` names it"
+        raise ValueError(f"{started}, {reported}: {remedy}")
     return launcher, comm
 
 
@@ -100,6 +102,23 @@ def connect(launcher: Launcher, comm: Any, timeout: timedelta) -> Store:
     return server or TCPStore(address, port, launcher.world_size, is_master=False, timeout=timeout)
 
 
+def allow_connections(world_size: int) -> None:
+    """Prepare this process for gloo's connections to many ranks. Raises `ValueError` where too few files may be open.
+
+    gloo connects every two of N ranks at once: 2N² + N requests of the store, and N + 5 sockets of each rank. Beyond 64
+    ranks only those are connected that exchange messages, when they first do; the main rank does with all.
+    """
+    if world_size <= _MOST_CONNECTED:
+        return
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = world_size + _OTHER_FILES
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise ValueError(f"the limit of open files (ulimit -Hn) is {hard}: {world_size} ranks need {wanted}")
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def exchange(
     store: Store, launcher: Launcher, timeout_s: float, topic: str, item: Any, answer: Callable[[list[Any]], list[Any]]
 ) -> Any:
@@ -112,10 +131,8 @@ def exchange(
     own = json.dumps([os.urandom(8).hex(), socket.gethostname(), item])
     first = store.compare_set(f"{topic}/{rank}", "", own).decode()
     if first != own:
-        raise ValueError(
-            f"this is a second rank {rank} of {world_size}, and the first is on {json.loads(first)[1]}: two runs have "
-            "one MASTER_ADDR and MASTER_PORT; choose another MASTER_PORT"
-        )
+        reason = f"this is a second rank {rank} of {world_size}, and the first is on {json.loads(first)[1]}"
+        raise ValueError(f"{reason}: two runs have one MASTER_ADDR and MASTER_PORT; choose another MASTER_PORT")
     if rank == 0:
         keys = [f"{topic}/{other}" for other in range(world_size)]
         if not poll(lambda: store.check(keys), timeout_s):
@@ -213,10 +230,8 @@ def _address_without_mpi(launcher: Launcher, environ: Mapping[str, str]) -> tupl
     if launcher.name == "srun" and nodes and "SLURM_JOB_ID" in environ:
         step = int(environ.get("SLURM_STEP_ID", "0"))
         return first_slurm_node(nodes), 20_000 + (int(environ["SLURM_JOB_ID"]) * 37 + step) % 20_000
-    raise ValueError(
-        f"{launcher.name} started {launcher.world_size} ranks, which need an address to connect to: install mpi4py, or "
-        "set MASTER_ADDR and MASTER_PORT"
-    )
+    ranks = f"{launcher.name} started {launcher.world_size} ranks, which need an address to connect to"
+    raise ValueError(f"{ranks}: install mpi4py, or set MASTER_ADDR and MASTER_PORT")
 
 
 def first_slurm_node(nodes: str) -> str:

@@ -64,8 +64,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         for number in SIGNALS:
             before = signal.getsignal(number)
-            # nohup ignores SIGHUP on purpose. A shell ignores SIGINT for background processes, such as an mpiexec that
-            # a job script starts: that one is handled.
+            # nohup ignores SIGHUP on purpose. A shell ignores SIGINT for a job script's `mpiexec … &`: it is handled.
             if number is not signal.SIGHUP or before != signal.SIG_IGN:
                 self._signals_before[number] = signal.signal(number, self._remember)
         return self

@@ -32,15 +32,13 @@ def elapsed_on_ranks(communicator: Communicator, work: Callable[[], None]) -> li
     start_s = time.perf_counter()
     work()
     communicator.synchronize()
-    own_s = time.perf_counter() - start_s
-    return communicator.gather(own_s)
+    return communicator.gather(time.perf_counter() - start_s)
 
 
 def warm_up(communicator: Communicator, take_steps: TakeSteps, window_s: float) -> tuple[int, float]:
     """Take steps until their time has settled: the number of steps, and the last chunk's seconds per step.
 
-    Chunks double until two in a row differ by less than a tenth, and a tenth of a window is over; no longer than half a
-    window in all.
+    Chunks double until two in a row differ by less than a tenth, after a tenth of a window at least and half at most.
     """
     count, num_steps, total_s, before_s = _FIRST_STEPS, 0, 0.0, math.inf
     while True:

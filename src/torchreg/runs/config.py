@@ -33,8 +33,7 @@ def _check_counts(config: object, names: str) -> None:
 class DataConfig:
     """The table that is trained on."""
 
-    # Where the rows come from: `synthetic` (rows with the real table's moments), `ames` (the real table, fetched once),
-    # or a CSV or Parquet file.
+    # Where the rows come from: `synthetic` (the real table's moments), `ames` (the real table), a CSV or Parquet file.
     data: str = "synthetic"
     features: tuple[str, ...] = ()  # Feature columns of the file, separated by commas. Default: GrLivArea.
     target: str | None = None  # Target column of the file. Default: SalePrice.
@@ -53,17 +52,14 @@ class DataConfig:
             remedy = "only the synthetic table has a size to choose; omit it or choose --data synthetic"
             raise ValueError(f"{size} and data is {self.data}: {remedy}")
         if self.data == "synthetic" and (self.features or self.target):
-            raise ValueError(
-                "features or target are given for the synthetic table, whose columns are fixed: name a file with --data"
-            )
+            raise ValueError("features or target are given, and data is synthetic: name a file with --data")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
     """The samples of a step, and how their gradients are summed."""
 
-    # `shuffle`: a new permutation each epoch. `random`: each step draws its samples without replacement. `full`: every
-    # step takes all rows.
+    # `shuffle`: a new permutation each epoch. `random`: each step draws without replacement. `full`: all rows.
     sampling: Sampling = "shuffle"
     # Samples of a step over all ranks (strong scaling). Give this or `local_batch_size`, not both.
     global_batch_size: int | None = None
@@ -73,8 +69,7 @@ class BatchConfig:
     # reproducible` an eighth of the global batch.
     micro_batch_size: int | None = None
     # `reproducible` sums gradients in an order that does not depend on the world size: the same `global_batch_size` and
-    # `micro_batch_size` then give the same bits on any number of ranks. It takes longer messages and one thread on each
-    # rank.
+    # `micro_batch_size` then give the same bits on any number of ranks. It takes longer messages and one thread a rank.
     reduction: Literal["fast", "reproducible"] = "fast"
     seed: int = 0  # Seed of the order of samples. A step has the same samples at every world size.
 
@@ -82,15 +77,10 @@ class BatchConfig:
         _check_counts(self, "global_batch_size local_batch_size micro_batch_size")
         _check(self, "seed", lambda seed: 0 <= seed < 2**32, "0 or more, and less than 2³²")
         if self.global_batch_size is not None and self.local_batch_size is not None:
-            raise ValueError(
-                f"global_batch_size is {self.global_batch_size} and local_batch_size is {self.local_batch_size}: "
-                "give one of them; the world size makes the other"
-            )
+            reason = f"global_batch_size is {self.global_batch_size} and local_batch_size is {self.local_batch_size}"
+            raise ValueError(f"{reason}: give one of them; the world size makes the other")
         if self.sampling == "full" and (self.global_batch_size or self.local_batch_size):
-            raise ValueError(
-                "sampling is full, which takes all rows in every step, and a batch size is given: "
-                "omit the batch size, or choose --sampling shuffle or random"
-            )
+            raise ValueError("sampling is full: omit the batch size, or choose --sampling shuffle or random")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +92,7 @@ class OptimizerConfig:
     # What averages gradients over ranks: `ddp` (with sgd), `allreduce` (with manual), `mpi` (with both, on the CPU).
     # `auto` is `ddp` for sgd and `allreduce` for manual.
     sync: Literal["auto", "ddp", "allreduce", "mpi"] = "auto"
-    # `sequential` updates the weight first and the bias with the new weight, as the lesson does; it needs `--optimizer
-    # manual`.
+    # `sequential` updates the weight, then the bias with the new weight, as the lesson does (`--optimizer manual`).
     update_order: UpdateOrder = "simultaneous"
     # Learning rates of weight and bias at `reference_batch_size`, as 1e-7,1e-1, or one for both. Default: 0.05 for the
     # bias and 0.05 / (mean square of the features) for the weight, less where the stability limit asks for it.
@@ -116,8 +105,7 @@ class OptimizerConfig:
     decay_to: float = 0.0  # Where `linear` and `cosine` decay end, as a fraction of the scaled learning rates.
     decay_factor: float = 0.1  # The factor of `step` decay, applied every `decay_every` steps.
     decay_every: int | None = None  # Steps between two drops of `step` decay. Default: a third of the run.
-    # What to do when the learning rates are above the stability limit: `warn` and train, `refuse` to train, or `cap`
-    # them at half the limit.
+    # What to do with learning rates above the stability limit: `warn`, `refuse` to train, or `cap` at half the limit.
     on_unstable: Literal["warn", "refuse", "cap"] = "warn"
     initial_weight: float = 0.0  # Initial value of every weight, in the data's own units.
     initial_bias: float = 0.0  # Initial value of the bias, in the data's own units.
@@ -134,10 +122,7 @@ class OptimizerConfig:
             names = f"sync is {self.sync} and optimizer is {self.optimizer}"
             raise ValueError(f"{names}: sgd goes with ddp or mpi, manual with allreduce or mpi")
         if self.update_order == "sequential" and self.optimizer == "sgd":
-            raise ValueError(
-                "update_order is sequential and optimizer is sgd, which updates all parameters at once: add "
-                "--optimizer manual"
-            )
+            raise ValueError("update_order is sequential and optimizer is sgd: add --optimizer manual")
 
     @property
     def effective_sync(self) -> Literal["ddp", "allreduce", "mpi"]:

@@ -139,8 +139,7 @@ class StopRule:
 class Logger:
     """Takes the squared error of each step, and returns whether to stop: the `log` of `torchreg.core.train.fit`.
 
-    Between two flushes nothing synchronises or communicates. All decisions come from sums over ranks, so that every
-    rank stops after the same step.
+    Between two flushes nothing synchronises or communicates. Sums over ranks decide, so that all stop after one step.
     """
 
     config: RunConfig

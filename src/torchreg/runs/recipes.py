@@ -24,17 +24,9 @@ RECIPES["homework"] = RECIPES["lesson"].replace(sampling="random", global_batch_
 `homework` its exercise: batches of 64 rows that each step draws afresh."""
 
 
+_HOMEWORK = RECIPES["homework"].replace(global_batch_size=None)
 SWEEP_DEFAULTS: dict[str, TrainConfig] = {
-    "batch": RECIPES["homework"].replace(name="sweep-batch", global_batch_size=None),
-    "lr-scaling": RECIPES["homework"].replace(
-        name="sweep-lr-scaling", global_batch_size=None, epochs=None, max_steps=1_000
-    ),
+    "batch": _HOMEWORK.replace(name="sweep-batch"),
+    "lr-scaling": _HOMEWORK.replace(name="sweep-lr-scaling", epochs=None, max_steps=1_000),
 }
 """The defaults of the runs of a sweep: the lesson's homework."""
-
-
-def with_recipe(recipe: str, **overrides: object) -> TrainConfig:
-    """A recipe with some of its values replaced."""
-    if recipe not in RECIPES:
-        raise ValueError(f"recipe is {recipe}: the recipes are {', '.join(RECIPES)}")
-    return RECIPES[recipe].replace(**overrides)

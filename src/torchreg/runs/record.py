@@ -9,10 +9,9 @@ import fcntl
 import hashlib
 import itertools
 import json
-import math
 import os
+import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,6 +30,7 @@ TRAINING_FIGURE = "training"
 
 _ENDING_FILES = (RECORD_FILE, *(f"{TRAINING_FIGURE}.{kind}" for kind in ("png", "svg")))
 _OWN_FILES = (CONFIG_FILE, METRICS_FILE, METRICS_FILE + PARTIAL, *_ENDING_FILES)
+_IS_WRITTEN_WITHIN_S = 0.1  # how long `is_written` keeps a run from locking its folder, at most
 _METRICS_JSON = json.JSONEncoder(allow_nan=False)  # made once: a line is written from inside the loop
 
 
@@ -55,26 +55,25 @@ def create_run_folder(runs_dir: str | Path, name: str | None, kind: str, *, over
             break
         except FileExistsError:
             if name is not None:  # else another run was started in the same second
-                raise ValueError(
-                    f"name is {name!r}, and {path} exists already: choose another --name, or replace it with "
-                    "--overwrite"
-                ) from None
+                reason = f"name is {name!r}, and {path} exists already"
+                raise ValueError(f"{reason}: choose another --name, or --overwrite") from None
         except OSError as error:
             what = f"runs_dir is {str(runs_dir)!r}, where {path} cannot be written ({error.strerror})"
             raise ValueError(f"{what}: choose another --runs-dir") from error
     return path
 
 
-class RunDirectory(AbstractContextManager["RunDirectory"]):
-    """The folder of one run; see `create_run_folder` for its name and what can go wrong.
-
-    While it is open no other run can write there: a second one gets a `ValueError`.
-    """
+class RunDirectory:
+    """The folder of one run, locked until it is closed: another run that would write there gets a `ValueError`."""
 
     def __init__(self, config: RunConfig) -> None:
         overwrite = config.overwrite or config.resume == "auto"
         self.path = create_run_folder(config.runs_dir, config.name, "train", overwrite=overwrite)
-        self._lock = _lock(self.path)
+        try:
+            self._lock = _lock(self.path)
+        except ValueError:
+            time.sleep(_IS_WRITTEN_WITHIN_S)
+            self._lock = _lock(self.path)
         self._partial_metrics = self.path / (METRICS_FILE + PARTIAL)
         self._metrics: BinaryIO | None = None
         self._digest = hashlib.sha256()  # of the metrics so far
@@ -127,9 +126,6 @@ class RunDirectory(AbstractContextManager["RunDirectory"]):
         self._partial_metrics.replace(self.path / METRICS_FILE)
         write_json(self.path / RECORD_FILE, record)
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
     def close(self) -> None:
         """Close the files and release the lock."""
         try:
@@ -138,11 +134,10 @@ class RunDirectory(AbstractContextManager["RunDirectory"]):
         finally:
             if self._lock is not None:
                 os.close(self._lock)
-                self._lock = None
 
 
 def is_written(folder: Path) -> bool:
-    """Whether a process has locked the folder of a run."""
+    """Whether a process has locked the folder of a run. To find out, this locks it too, for an instant."""
     try:
         descriptor = _lock(folder, fcntl.LOCK_SH)
     except ValueError:
@@ -164,10 +159,8 @@ def _lock(folder: Path, kind: int = fcntl.LOCK_EX) -> int | None:
     except OSError as error:
         os.close(descriptor)
         if isinstance(error, BlockingIOError):
-            raise ValueError(
-                f"name is {folder.name!r}, and another run is writing {folder} just now: wait for its end, or choose "
-                "another --name"
-            ) from None
+            reason = f"name is {folder.name!r}, and another run is writing {folder} just now"
+            raise ValueError(f"{reason}: wait for its end, or choose another --name") from None
         return None
 
 
@@ -178,17 +171,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def to_json(content: Any, indent: int | None = None) -> str:
     """JSON that any reader accepts: a number that is not finite becomes null."""
-    return json.dumps(_finite(content), indent=indent, allow_nan=False)
-
-
-def _finite(content: Any) -> Any:
-    if isinstance(content, float):
-        return content if math.isfinite(content) else None
-    if isinstance(content, Mapping):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [_finite(value) for value in content]
-    return content
+    plain = json.loads(json.dumps(content), parse_constant=lambda not_finite: None)
+    return json.dumps(plain, indent=indent, allow_nan=False)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

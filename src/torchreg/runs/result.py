@@ -118,8 +118,7 @@ def make_record(
 ) -> dict[str, Any]:
     """The record of a run: its result, what was derived before the first step, and its provenance.
 
-    `num_dropped` rows had missing values. `sessions` are the processes that the run took, each with its first step; the
-    last of them writes the record.
+    `num_dropped` rows had missing values. `sessions` are the run's processes, each with its first step, this one last.
     """
     of_plan = ("global_batch_size", "local_batch_size", "accumulation_steps", "steps_per_epoch")
     derived = {

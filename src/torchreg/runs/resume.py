@@ -54,10 +54,8 @@ def _resume(config: TrainConfig, state: RunState, directory: RunDirectory, devic
         lambda found: _differences(found.run_signature, config, state) or _lacks_metrics(found, directory),
     )
     if not saved and (refused or finished):
-        raise ValueError(
-            f"resume is auto, and no checkpoint of {run} can be used{f' ({refused[0]})' if refused else ''}: choose "
-            "another --name, or start from scratch with --overwrite"
-        )
+        reason = f"resume is auto, and no checkpoint of {run} can be used{f' ({refused[0]})' if refused else ''}"
+        raise ValueError(f"{reason}: choose another --name, or start from scratch with --overwrite")
     message = "resumed      no checkpoint yet: from scratch"
     if saved:
         _refuse_fewer_steps(saved.step, run, config, state)
@@ -81,9 +79,8 @@ def _finished(run: Path, config: TrainConfig, state: RunState) -> Result | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"resume is auto, and {path} cannot be read: move the folder away") from error
     if differs:
-        raise ValueError(
-            f"resume is auto, and {run} is a finished run of another configuration ({differs}): choose another --name"
-        )
+        reason = f"resume is auto, and {run} is a finished run of another configuration ({differs})"
+        raise ValueError(f"{reason}: choose another --name")
     _refuse_fewer_steps(result.num_steps, run, config, state)
     return result
 

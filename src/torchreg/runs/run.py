@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -39,8 +39,7 @@ from torchreg.runs.resume import open_run
 from torchreg.runs.saving import RunCheckpoints
 from torchreg.runs.setup import RunState
 
-STARTS_ON_FIRST_USE = {"cuda", "xpu", "mps"}
-"""Devices whose libraries start when they are first used."""
+STARTS_ON_FIRST_USE = {"cuda", "xpu", "mps"}  # devices
 
 
 @dataclass(frozen=True)
@@ -74,10 +73,14 @@ def train(
     session = {"started_utc": utc_now(), "world_size": communicator.world_size}
     session |= {"launcher": communicator.launcher.name, "device": communicator.device.type}
     state, table, directory = set_up(config, communicator)
-    with directory or nullcontext():
-        report(state, reporter)
+    with closing(directory) if directory else nullcontext():
+        for message in state.messages:
+            reporter.info(message)
         if state.finished:
             return state.finished
+        reporter.info(f"forecast     {state.forecast.message()}")
+        for warning in state.warnings:
+            reporter.warn(warning)
 
         x, y = to_device(table, state, communicator)
         model = seams.model(make_model(*state.start, device=communicator.device, dtype=x.dtype))
@@ -97,7 +100,9 @@ def train(
         logger = Logger(config.run, state, communicator, directory, reporter, stop, loss_on_all_rows)
         checkpoints = RunCheckpoints(logger, model, optimizer, sessions)
 
-        start_device(loader, step, communicator.device)
+        if communicator.device.type in STARTS_ON_FIRST_USE:
+            for batch in loader.iterate(0, 2):  # NCCL, cuBLAS and DDP start when first used, which is not training
+                step(batch, (0.0, 0.0))
         logger.start(first_step, progress)
         with single_thread(state.plan.reproducible), nullcontext() if optimizer else torch.inference_mode():
             fit(loader.iterate(first_step, state.schedule.num_steps), step, state.schedule, logger, checkpoints)
@@ -122,7 +127,7 @@ def init_ranks(config: TrainConfig) -> Communicator:
 
 def set_up(config: TrainConfig, communicator: Communicator) -> tuple[RunState, Table | None, RunDirectory | None]:
     """Set a run up on the main rank, which alone has the table and the directory, and send its state to all ranks."""
-    dtype = dtype_name(torch_dtype(config.run.dtype, communicator.device))
+    dtype = str(torch_dtype(config.run.dtype, communicator.device)).removeprefix("torch.")
     main: list[Any] = [None, None]
 
     def on_main() -> RunState:
@@ -133,16 +138,6 @@ def set_up(config: TrainConfig, communicator: Communicator) -> tuple[RunState, T
     return state, *main
 
 
-def report(state: RunState, reporter: Reporter) -> None:
-    """Report how the run was resumed, what is predicted of it, and what may be wrong with it."""
-    for message in state.messages:
-        reporter.info(message)
-    if not state.finished:
-        reporter.info(f"forecast     {state.forecast.message()}")
-        for warning in state.warnings:
-            reporter.warn(warning)
-
-
 def torch_dtype(choice: Literal["auto", "float32", "float64"], device: torch.device) -> torch.dtype:
     """The precision that a choice means on a device. Raises `AgreedError` for one that the device does not have."""
     if choice == "float64" and device.type == "mps":
@@ -150,22 +145,15 @@ def torch_dtype(choice: Literal["auto", "float32", "float64"], device: torch.dev
     return torch.float64 if choice == "float64" or (choice == "auto" and device.type == "cpu") else torch.float32
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """The dtype without `torch.`, as JSON has it."""
-    return str(dtype).removeprefix("torch.")
-
-
 def to_device(table: Table | None, state: RunState, communicator: Communicator) -> tuple[Tensor, Tensor]:
-    """The whole table on every rank's device, as the model sees it: x (num_rows, num_features) and y (num_rows, 1).
-
-    Only the main rank has the `table`.
-    """
-    rows = torch.empty(state.plan.num_rows, len(state.feature_names) + 1, dtype=torch.float64)
+    """The main rank's table on every device, as the model sees it: x (num_rows, num_features) and y (num_rows, 1)."""
+    dtype = getattr(torch, state.run_signature["dtype"])
+    rows = torch.empty(state.plan.num_rows, len(state.feature_names) + 1, dtype=dtype)
     if table:
         rows[:, :-1] = torch.from_numpy(state.standardizer.apply(table.features))
         rows[:, -1:] = torch.from_numpy(table.target)
-    rows = communicator.broadcast(rows).to(getattr(torch, state.run_signature["dtype"]))
-    x, y = (part.contiguous().to(communicator.device) for part in (rows[:, :-1], rows[:, -1:]))
+    rows = communicator.broadcast(rows.to(communicator.device))
+    x, y = (part.contiguous() for part in (rows[:, :-1], rows[:, -1:]))
     return x, y
 
 
@@ -177,27 +165,15 @@ def make_step(
     *,
     sequential: bool = False,
 ) -> Step:
-    """The step that an optimizer, the plan's reduction and the communicator's carrier make.
-
-    Without an optimizer it is the manual step, which takes the samples as `manual_samples` arranges them.
-    """
-    parameters = None if optimizer else FlatParameters.of(model)
+    """The step of an optimizer; without one the manual step, which takes samples as `manual_samples` arranges them."""
     like = torch.cat([parameter.detach().view(-1) for parameter in model.parameters()])
     reduction = Reduction(communicator, like, plan.num_micro_batches, reproducible=plan.reproducible)
-    if parameters:
-        gradient = FlatParameters(reduction.gradient)
+    if optimizer is None:
+        parameters, gradient = FlatParameters.of(model), FlatParameters(reduction.gradient)
         return partial(manual_step, parameters, gradient, reduction, sequential)
-    assert optimizer
     if plan.reproducible:
         return partial(sgd_step, optimizer, partial(reproducible_gradient, model, reduction))
     return partial(sgd_step, optimizer, partial(ddp_gradient, communicator.wrap(model), communicator.world_size))
-
-
-def start_device(loader: BatchLoader, step: Step, device: torch.device) -> None:
-    """Take two steps at a learning rate of 0: NCCL, cuBLAS and DDP start when first used, which is not training."""
-    if device.type in STARTS_ON_FIRST_USE:
-        for batch in loader.iterate(0, 2):
-            step(batch, (0.0, 0.0))
 
 
 @contextmanager

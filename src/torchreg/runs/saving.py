@@ -18,15 +18,12 @@ from torchreg.runs.record import CHECKPOINTS_FOLDER
 
 @dataclass(frozen=True)
 class RunCheckpoints:
-    """Saves a run every so many steps, and when its `logger` asks for it. All ranks call it; the main rank writes.
-
-    `sessions` describes the processes that the run has had so far, this one last.
-    """
+    """Saves a run every so many steps, and when its `logger` asks for it. All ranks call it; the main rank writes."""
 
     logger: Logger
     model: nn.Linear
     optimizer: torch.optim.Optimizer | None
-    sessions: Sequence[Mapping[str, Any]]
+    sessions: Sequence[Mapping[str, Any]]  # the run's processes so far, this one last
 
     def due(self, num_steps: int) -> bool:
         """Whether to save after `num_steps` steps: the same on every rank."""

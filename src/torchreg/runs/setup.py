@@ -107,16 +107,11 @@ class RunState:
 
 
 def prepare(config: TrainConfig, world_size: int, least_squares: LeastSquares | None = None) -> tuple[RunState, Table]:
-    """Read the data (unless `least_squares` has it), derive the batches and choose the learning rates of a run.
-
-    Raises `ValueError` with the field, its value and the remedy for what cannot work.
-    """
+    """The state and table of a run; `least_squares` saves reading it. Raises `ValueError` for what cannot work."""
     data = least_squares or LeastSquares.of(config)
     table, best, target_excess = data.table, data.closed_form, config.run.target_excess
     if target_excess is not None and best.loss == 0:
-        raise ValueError(
-            f"target_excess is {target_excess}, a fraction of the closed form's loss, which is 0 for this data: omit it"
-        )
+        raise ValueError(f"target_excess is {target_excess}, a fraction of the closed form's loss, which is 0: omit it")
     options = dict(vars(config.batch))
     reproducible = options.pop("reduction") == "reproducible"
     plan = BatchPlan.derive(table.num_rows, world_size, reproducible=reproducible, **options)
@@ -210,11 +205,10 @@ def _learning_rates(
     lower = not chosen.base_learning_rate and limit * _SAFE_FRACTION < 1
     if chosen.base_learning_rate and limit < 1:
         weight, bias = (learning_rate * scale for learning_rate in base)
-        reason = (
-            f"scaled_learning_rate is {weight:.4g} (weight) and {bias:.4g} (bias) at global_batch_size {batch_size}, "
-            f"{number(1 / limit)} times the stability limit ({dynamics.criterion}) of {weight * limit:.4g} and "
-            f"{bias * limit:.4g}"
-        )
+        scaled = f"scaled_learning_rate is {weight:.4g} (weight) and {bias:.4g} (bias)"
+        times = f"{number(1 / limit)} times the stability limit ({dynamics.criterion})"
+        bounds = f"{weight * limit:.4g} and {bias * limit:.4g}"
+        reason = f"{scaled} at global_batch_size {batch_size}, {times} of {bounds}"
         if chosen.lr_scaling != "none" and plan.sampling != "full" and not config.batch.global_batch_size:
             most, local = stable_world_size(config, data, plan.local_batch_size), plan.local_batch_size
             reason += f"; at {local} samples on each rank the largest stable world size is {most}"
@@ -227,7 +221,6 @@ def _learning_rates(
         dynamics = dynamics.times(limit * _SAFE_FRACTION)
     epochs = config.run.epochs or (None if config.run.max_steps else DEFAULT_EPOCHS)
     limits = [config.run.max_steps, epochs and math.ceil(epochs * plan.steps_per_epoch)]
-    decay = {
-        name: getattr(chosen, name) for name in ("warmup_steps", "decay", "decay_to", "decay_factor", "decay_every")
-    }
+    names = ("warmup_steps", "decay", "decay_to", "decay_factor", "decay_every")
+    decay = {name: getattr(chosen, name) for name in names}
     return Schedule(base, scale, min(filter(None, limits)), **decay), dynamics, tuple(warnings)

@@ -25,7 +25,7 @@ from torchreg.runs.config import TrainConfig
 from torchreg.runs.environment import machine_facts
 from torchreg.runs.logger import MOST_WAITING
 from torchreg.runs.record import read_metrics
-from torchreg.runs.run import Seams, dtype_name, torch_dtype, train
+from torchreg.runs.run import Seams, torch_dtype, train
 from torchreg.runs.setup import prepare
 from torchreg.scaling.campaign import Campaign, Launch, Setting, settings
 from torchreg.scaling.launch_record import Point
@@ -68,7 +68,7 @@ def measure_launch(
     facts = communicator.gather(machine_facts())  # where they differ between hosts, all values are recorded
     values = {name: sorted({str(one[name]) for one in facts if one[name]}) for name in facts[0]}
     return {
-        "dtype": dtype_name(dtype),
+        "dtype": str(dtype).removeprefix("torch."),
         "points": msgspec.to_builtins(points),
         "allreduce": allreduce,
         "distributed": communicator.describe_environment(campaign.distributed),
