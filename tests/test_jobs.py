@@ -167,7 +167,7 @@ def test_the_job_on_perlmutter_runs_to_its_end(job):
 def test_the_verification_job_proves_the_stack(job):
     code, out, err = job.run("polaris_verify.pbs", VERIFY="--quick --distributed torch")
     assert (code, err) == (0, "")
-    assert "verdict      this stack trains correctly" in out
+    assert "verdict      this stack trains this model correctly" in out
 
 
 TINY_CAMPAIGN = """\

@@ -1,6 +1,7 @@
 """If these fail, `torchreg verify` passes a stack that trains wrongly, or fails one that is right."""
 
 import json
+from xml.etree import ElementTree
 
 import pytest
 
@@ -38,7 +39,11 @@ def test_a_right_stack_passes(launcher, request):
     assert status["files", "shared checkpoint"] == "PASS"
     by_mpi, sharded = ("exact path", "manual × mpi, float64"), ("exact path", "sgd × fsdp, float32")
     assert (by_mpi in status, sharded in status) == ((True, False) if launcher == "mpiexec" else (False, True))
-    assert not any((launched.folder / "right stack/runs").iterdir()), "the checks leave nothing behind"
+    (record,) = (launched.folder / "right stack/runs").iterdir()  # the checks leave nothing else behind
+    assert content == {**json.loads(record.read_text()), "record": f"runs/{record.name}"}
+    timed = {timing["operation"] for check in content["checks"] for timing in check["timings"]}
+    others = {"broadcast", "all-gather", "reduce-scatter", "all-to-all", "send and receive"}
+    assert timed == {"all-reduce", *(["all-reduce by MPI"] if launcher == "mpiexec" else others)}
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +52,7 @@ def status_with(on_two_ranks):
     return {defect: status_of(checks) for defect, checks in json.loads(on_two_ranks["defects"][0].out).items()}
 
 
+SUMMED = {("collectives", f"{name}{by}") for name in ("all-reduce", "repeated all-reduce") for by in ("", " by MPI")}
 IN_DDP = {"sgd × ddp", "sgd × mpi"}
 IN_STEPS = {"manual × allreduce", "manual × mpi"}
 
@@ -67,7 +73,7 @@ END = {("closed form", "full batch")}
 @pytest.mark.parametrize(
     ("defect", "failing"),
     [
-        ("wrong-average", {("collectives", "all-reduce"), ("collectives", "all-reduce by MPI"), *TRAINED, *LARGE}),
+        ("wrong-average", {*SUMMED, *TRAINED, *LARGE}),
         ("duplicate-shard", TRAINED | END),
         # DistributedDataParallel broadcasts the main rank's parameters when it is made.
         ("skewed-start", {("initial state", "parameters"), *(TRAINED - exact_paths(IN_DDP)), *END}),
@@ -112,7 +118,10 @@ def test_the_table_names_what_fails(on_two_ranks):
 
 
 def test_one_process_needs_no_others(capsys):
-    assert main(["verify", "--quick", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["passed"] is True
+    assert main(["verify", "--quick", "--json", "--junit", "checks.xml"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["passed"] is True
+    suite = ElementTree.parse("checks.xml").getroot()
+    assert (suite.get("tests"), suite.get("failures")) == (str(len(record["checks"])), "0")
     assert main(["verify", "--quick", "--inject", "stale-rank"]) == 2
     assert "inject is stale-rank, which needs other ranks" in capsys.readouterr().err

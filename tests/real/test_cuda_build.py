@@ -33,4 +33,4 @@ def test_the_demo_ends_at_the_lessons_digits(start, device, run, tmp_path):
 def test_the_stack_is_verified(start, run, tmp_path):
     done = run(*STARTS[start], "torchreg", "verify", "--quick", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "this stack trains correctly" in done.stdout
+    assert "this stack trains this model correctly" in done.stdout

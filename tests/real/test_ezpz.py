@@ -31,7 +31,7 @@ def test_the_stack_is_verified(run, tmp_path):
         *STARTS["MPICH"], "torchreg", "verify", "--quick", "--distributed", "ezpz", "--device", "cpu", cwd=tmp_path
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "this stack trains correctly" in done.stdout
+    assert "this stack trains this model correctly" in done.stdout
 
 
 def test_an_sbatch_on_the_path_is_no_slurm_job(run, tmp_path):

@@ -30,7 +30,7 @@ def test_mpiexec_trains_and_writes_plain_lines(ranks, sync):
 def test_mpiexec_verifies(ranks):
     done = ranks("mpiexec", "-n", "2", "torchreg", "verify", "--quick", "--device", "cpu")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "this stack trains correctly" in done.stdout
+    assert "this stack trains this model correctly" in done.stdout
 
 
 def test_a_campaign_finds_open_mpi_by_itself(ranks, tmp_path):

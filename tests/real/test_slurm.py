@@ -109,7 +109,7 @@ def test_a_stack_is_verified(slurm, checkout):
     ended = slurm.wait(job)
     out = (checkout / "job.out").read_text()
     assert ended["ExitCode"] == "0:0", out
-    assert "this stack trains correctly" in out
+    assert "this stack trains this model correctly" in out
 
 
 def test_a_campaign_measures_with_srun_and_reports(slurm, checkout):

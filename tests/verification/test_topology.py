@@ -23,6 +23,8 @@ class Ranks:
     identities: tuple[str, ...] = ()
     masks: tuple[tuple[str, frozenset[int], bool], ...] = ()
     rank: int = 0
+    backend: str = "gloo"
+    over_mpi: bool = False
 
     @property
     def placements(self):
@@ -41,6 +43,13 @@ class Ranks:
     @property
     def launcher(self):
         return Launcher("MPICH mpiexec", self.rank, self.world_size, 0, self.promised, uses_mpi=True)
+
+    @property
+    def num_nodes(self):
+        return len(set(self.hosts))
+
+    def all_reduce(self, tensor):
+        pass
 
     def world_sizes(self):
         return self.sizes
@@ -65,7 +74,7 @@ UNBOUND = (("n1", frozenset({0, 1}), False), ("n1", frozenset({0, 1}), False))
 
 def test_a_correct_topology_passes():
     rows = list(topology.topology_checks(Ranks(masks=UNBOUND)))
-    assert [row.status for row in rows] == ["PASS", "PASS", "SKIP", "SKIP"]
+    assert [row.status for row in rows] == ["PASS", "PASS", "SKIP", "SKIP", "PASS"]
 
 
 def test_an_mpi_that_knows_of_one_rank_is_named():
@@ -109,3 +118,17 @@ def test_cpu_masks_that_overlap_are_named(second, status):
     row = check(ranks, "CPU masks")
     assert row.status == status
     assert (status == "PASS") or "ranks 0 and 1 on n1 share CPU 1" in row.measured
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_with_fewer_bits_fail_by_name(monkeypatch, dtype):
+    """A GPU that computes in TF32 rounds the factors to 11 bits, and trains to another end."""
+    really_multiply = torch.Tensor.__matmul__
+
+    def with_fewer_bits(left, right):
+        return really_multiply(*(each.half().to(each.dtype) if each.dtype == dtype else each for each in (left, right)))
+
+    assert {row.status for row in topology.arithmetic_checks(Ranks())} == {"PASS"}
+    monkeypatch.setattr(torch.Tensor, "__matmul__", with_fewer_bits)
+    failing = [row.name for row in topology.arithmetic_checks(Ranks()) if row.status == "FAIL"]
+    assert failing == [f"{str(dtype).removeprefix('torch.')} products"]

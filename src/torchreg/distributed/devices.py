@@ -86,6 +86,15 @@ def threads_for(own: int, of_node: Sequence[int]) -> int:
     return max(1, own.bit_count() // overlapping)
 
 
+def free_bytes(device: torch.device) -> int:
+    """Free memory of an accelerator, or of the host; 0 where that is unknown."""
+    if device.type != "cpu":
+        return int(torch.get_device_module(device).mem_get_info(device)[0])
+    with suppress(ValueError, OSError):  # not Linux
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
 def device_name(device: torch.device) -> str:
     """The model of the device."""
     if device.type == "mps":

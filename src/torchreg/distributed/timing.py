@@ -82,12 +82,17 @@ def time_all_reduce(
     """The median over repetitions of the slowest rank's seconds to all-reduce `num_bytes`."""
     buffer = torch.zeros(max(1, num_bytes // dtype.itemsize), dtype=dtype, device=communicator.device)
     communicator = communicator.using(sync)
+    return statistics.median(time_repeats(communicator, lambda: communicator.all_reduce(buffer), num_repeats))
+
+
+def time_repeats(communicator: Communicator, work: Callable[[], object], num_repeats: int) -> list[float]:
+    """The slowest rank's seconds of each repetition; the same list on every rank."""
     times = []
     for _ in range(num_repeats + 2):  # the first two set up connections and buffers
         communicator.barrier()
         communicator.synchronize()
         start_s = time.perf_counter()
-        communicator.all_reduce(buffer)
+        work()
         communicator.synchronize()
         times.append(time.perf_counter() - start_s)
-    return statistics.median(max(each) for each in zip(*communicator.gather(times[2:]), strict=True))
+    return [max(each) for each in zip(*communicator.gather(times[2:]), strict=True)]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torchreg.distributed.communicator import Communicator
 
@@ -16,7 +16,8 @@ _MOST_NAMED = 3  # ranks in a row, and checks in the verdict; there may be thous
 class Check:
     """One row. `area` is the part of the stack, `name` what is checked there.
 
-    `measured` of a check that is skipped, because it does not apply here, is the reason.
+    `measured` of a check that is skipped, because it does not apply here, is the reason. The last three fields are for
+    the record: what was timed, and what a known answer covers: training steps, and bytes of the longest message.
     """
 
     area: str
@@ -24,6 +25,9 @@ class Check:
     status: Literal["PASS", "FAIL", "SKIP"]
     measured: str
     expected: str = ""
+    timings: tuple[Mapping[str, Any], ...] = ()
+    num_steps: int = 0
+    message_bytes: int = 0
 
 
 def agree(communicator: Communicator, area: str, name: str, error: str | None, measured: str, expected: str) -> Check:
@@ -52,9 +56,18 @@ def verdict(checks: Sequence[Check]) -> str:
     counts = Counter(check.status for check in checks)
     counted = f"{counts['PASS']} passed, {counts['FAIL']} failed, {counts['SKIP']} skipped"
     failed = [f"{check.area}: {check.name}" for check in checks if check.status == "FAIL"]
-    if not failed:
-        return f"verdict      this stack trains correctly ({counted})"
-    return f"verdict      this stack does NOT train correctly ({counted}). Failed: {_first(failed, ', ', 'checks')}"
+    if failed:
+        return f"this stack does NOT train correctly ({counted}). Failed: {_first(failed, ', ', 'checks')}"
+    num_steps, message_bytes = sum(c.num_steps for c in checks), max((c.message_bytes for c in checks), default=0)
+    steps = f" in {num_steps:,} steps" if num_steps else ""
+    messages = f", with messages to {size_text(message_bytes)}" if message_bytes else ""
+    return f"this stack trains this model correctly{steps}{messages} ({counted})"
+
+
+def size_text(num_bytes: int) -> str:
+    """Bytes in the largest binary unit of which there is at least one."""
+    power = max(0, num_bytes.bit_length() - 1) // 10
+    return f"{num_bytes / 1024**power:.3g} {('B', 'KiB', 'MiB', 'GiB')[power]}"
 
 
 def _first(found: Sequence[str], separator: str, what: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from functools import partial
@@ -38,6 +40,11 @@ def file_checks(communicator: Communicator, runs_dir: str) -> Iterator[Check]:
         yield row("free space", error, f"{free_bytes >> 30} GiB", f"at least {_LEAST_FREE_BYTES >> 20} MiB")
         error = _rename_error(folder) if communicator.is_main else None
         yield row("atomic rename", error, "replaced at once", "the new file")
+        start_s = time.perf_counter()
+        error = _fsync_error(folder) if communicator.is_main else None
+        yield row("fsync", error, f"1 MiB in {1e3 * (time.perf_counter() - start_s):.3g} ms", "no error")
+        error, links = _hard_links(folder) if communicator.is_main else (None, "")
+        yield row("hard links", error, links, "refused where a file exists")
     finally:
         communicator.barrier()
         if communicator.is_main:
@@ -62,3 +69,23 @@ def _rename_error(folder: Path) -> str | None:
     except OSError as error:
         return f"rename fails ({error.strerror})"
     return None if old.read_text() == "new" and not new.exists() else "rename leaves the old content"
+
+
+def _fsync_error(folder: Path) -> str | None:
+    try:
+        checkpoint.write_synced(folder / "synced", bytes(1 << 20))
+    except OSError as error:
+        return f"fsync fails ({error.strerror})"
+    return None
+
+
+def _hard_links(folder: Path) -> tuple[str | None, str]:
+    """An error, and what there is: locks are links, or files that are created, where a file system has no links."""
+    try:
+        os.link(folder / "old", folder / "link")
+        os.link(folder / "old", folder / "link")
+    except FileExistsError:
+        return None, "refused where a file exists"
+    except OSError as error:
+        return None, f"none ({error.strerror}): locks are files"
+    return "a link replaces a file: two jobs would have one lock", ""

@@ -8,8 +8,11 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import combinations
 
+import torch
+
 from torchreg.distributed.communicator import Communicator
 from torchreg.verification.checks import Check, agree
+from torchreg.verification.network import network_check
 
 
 def topology_checks(communicator: Communicator) -> Iterator[Check]:
@@ -45,6 +48,18 @@ def topology_checks(communicator: Communicator) -> Iterator[Check]:
         error = f"shares its {communicator.device.type} device with rank {others[0]}" if others else None
         yield row("devices", error, f"{len(set(devices))} different ones", "a device of its own for each rank")
     yield _cpu_masks(communicator)
+    yield network_check(communicator)
+
+
+def arithmetic_checks(communicator: Communicator) -> Iterator[Check]:
+    """Products that need all bits of the significand: TF32 keeps 11 of float32's 24."""
+    for dtype, half in ((torch.float32, 12), (torch.float64, 26))[: 1 if communicator.device.type == "mps" else 2]:
+        # (2^h + 1) (2^h - 1) = 2^2h - 1 is odd, with 2h bits. In each sum the other products are 0.
+        left = torch.eye(256, dtype=dtype, device=communicator.device) * (2**half + 1)
+        off = (left @ torch.full_like(left, 2**half - 1) - (4**half - 1)).abs().max().item()
+        remedy = "unset NVIDIA_TF32_OVERRIDE and TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which may select TF32"
+        error, bits = f"a product is off by {off:g}: {remedy}" if off else None, f"{2 * half} bits"
+        yield agree(communicator, "arithmetic", f"{str(dtype).removeprefix('torch.')} products", error, bits, bits)
 
 
 def _cpu_masks(communicator: Communicator) -> Check:

@@ -16,7 +16,7 @@ from torchreg.verification.checks import Check
 from torchreg.verification.collectives import collective_checks
 from torchreg.verification.file_checks import file_checks
 from torchreg.verification.known_answers import training_checks
-from torchreg.verification.topology import topology_checks
+from torchreg.verification.topology import arithmetic_checks, topology_checks
 
 Defect = Literal["wrong-average", "duplicate-shard", "skewed-start", "stale-rank"]
 
@@ -30,6 +30,7 @@ def verify(
     """
     communicator, seams = inject(defect, communicator)
     yield from topology_checks(communicator)
+    yield from arithmetic_checks(communicator)
     yield from collective_checks(communicator, quick=quick)
     yield from training_checks(communicator, seams, quick=quick)
     yield from file_checks(communicator, runs_dir)
