@@ -197,9 +197,8 @@ def _exact_path(
     if digest.digest() != communicator.gather(digest.digest())[0] and error is None:
         error = "other bits than rank 0"
     name = f"{optimizer} × {sync}, {str(dtype).removeprefix('torch.')}"
-    return agree(
-        communicator, "exact path", name, error, f"{total} steps, off by {worst:.1e}", f"within {tolerance:.0e}"
-    )
+    measured, expected = f"{total} steps, off by {worst:.1e}", f"within {tolerance:.0e}"
+    return replace(agree(communicator, "exact path", name, error, measured, expected), num_steps=total)
 
 
 def _bits_of_one_process(
@@ -238,7 +237,9 @@ def _average_of_buckets(communicator: Communicator, sync: AnySync, num_bytes: in
             index = int(wrong[0])
             error = f"{gradient[index]:.6g} in place of {average[index]:.6g} at {index}, in {buckets}"
     measured, expected = f"{sum(sizes)} elements averaged", f"within {_BUCKET_TOLERANCE:.0e}"
-    return agree(communicator, "large gradient", f"sgd × {sync}, {num_bytes >> 20} MiB", error, measured, expected)
+    name = f"sgd × {sync}, {num_bytes >> 20} MiB"
+    row = agree(communicator, "large gradient", name, error, measured, expected)
+    return replace(row, message_bytes=num_bytes)
 
 
 def _closed_form(communicator: Communicator, seams: Seams, config: TrainConfig) -> Check:
