@@ -99,7 +99,7 @@ pip_install() { # ARGUMENTS...: on a terminal with pip's progress, elsewhere qui
     local messages quiet=--quiet
     [[ ! -t 2 ]] || quiet=--progress-bar=on
     export PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1
-    if ! messages=$(.venv/bin/python -m pip install "$quiet" "$@" 3>&1 1>&2 2>&3); then
+    if ! messages=$(.venv/bin/python -m pip install "$quiet" --no-compile "$@" 3>&1 1>&2 2>&3); then
         # pip ended by itself, and a package is either installed or not: an earlier .venv is as good as before.
         [[ -n $is_new ]] || rm -f .venv/torchreg.unfinished
         if [[ $messages == *Retrying* ]]; then
@@ -157,6 +157,7 @@ elif [[ $(uname) == Linux && -n $is_new ]]; then
 fi
 pip_install --no-deps --require-hashes --requirement <(locked)
 pip_install --no-build-isolation --constraint scripts/constraints.txt --editable ".[$extras]" # torch is missing yet
+.venv/bin/python -m compileall -qq -j 0 .venv/lib || true # on all cores; some packages carry files that do not compile
 printf '%s\n' "$origin" "$extras" >.venv/torchreg.stamp.new
 mv .venv/torchreg.stamp.new .venv/torchreg.stamp
 rm .venv/torchreg.unfinished

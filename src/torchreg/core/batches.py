@@ -106,8 +106,7 @@ class BatchPlan:
     @property
     def local_batch_size(self) -> int:
         """The most samples that any rank has in one step."""
-        shard = self.shard(self.global_batch_size, 0)
-        return shard.stop - shard.start
+        return self.shard(self.global_batch_size, 0).stop
 
     @property
     def accumulation_steps(self) -> int:
@@ -192,21 +191,18 @@ class BatchLoader:
 
     def _chunk(self, start: int, stop: int) -> tuple[list[_Shape], Indices]:
         """As many steps from `start` on as are gathered at once, and this rank's samples of them."""
-        plan = self.plan
-        steps: list[_Shape] = []
-        samples: list[Indices] = []
-        num_gathered = 0
-        most = max(1, _CHUNK_SAMPLES // plan.local_batch_size)
+        plan, steps, samples = self.plan, list[_Shape](), list[Indices]()
+        most = min(_CHUNK_STEPS, max(1, _CHUNK_SAMPLES // plan.local_batch_size))
         num_whole = plan.num_rows // plan.global_batch_size if plan.sampling == "shuffle" else plan.steps_per_group
-        while start < stop and len(steps) < _CHUNK_STEPS and num_gathered < _CHUNK_SAMPLES:
+        while start < stop and len(steps) < most:
             group, position = divmod(start, plan.steps_per_group)
-            count = min(num_whole - position, stop - start, most) if position < num_whole else 1  # of one shape
+            # Steps of one shape in a row: whole batches, or the short last one.
+            count = min(num_whole - position, stop - start, most - len(steps)) if position < num_whole else 1
             shape = self._shapes[plan.num_samples(start)]
             starts = np.arange(position, position + count) * plan.global_batch_size
             positions = np.add.outer(starts, np.arange(shape.shard.start, shape.shard.stop)).ravel()
             samples.append(plan.rows_at(group, positions))
             steps += [shape] * count
-            num_gathered += len(positions)
             start += count
         return steps, np.concatenate(samples)
 
