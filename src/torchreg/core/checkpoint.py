@@ -63,11 +63,10 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     path = folder / f"step-{checkpoint.step:010}.pt"
     write_atomically(path, first_line + body)
     sync_folder(folder)
-    up_to_this = [found for found in sorted(folder.glob("step-*.pt"), reverse=True) if found.name <= path.name]
-    for found in folder.glob("step-*"):
-        if found not in up_to_this[:keep]:
-            with contextlib.suppress(OSError):  # an old file that stays is no reason to end the run
-                found.unlink()
+    up_to_this = sorted(found for found in folder.glob("step-*.pt") if found.name <= path.name)
+    for found in {*folder.glob("step-*")} - {*up_to_this[-keep:]}:
+        with contextlib.suppress(OSError):  # an old file that stays is no reason to end the run
+            found.unlink()
     return path
 
 
@@ -102,16 +101,14 @@ def load(path: Path) -> Checkpoint:
 
 def newest(folder: Path, reason_against: Callable[[Checkpoint], str | None]) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint without a `reason_against` it, and why each newer one cannot be used."""
-    refused = []
+    refused = list[str]()
     for path in sorted(folder.glob("step-*.pt"), reverse=True):
         try:
             checkpoint = load(path)
+            if (reason := reason_against(checkpoint)) is None:
+                return checkpoint, refused
         except ValueError as error:
-            refused.append(f"{path}: {error}")
-            continue
-        reason = reason_against(checkpoint)
-        if reason is None:
-            return checkpoint, refused
+            reason = str(error)
         refused.append(f"{path}: {reason}")
     return None, refused
 
