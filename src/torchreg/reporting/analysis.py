@@ -22,7 +22,7 @@ from torchreg.runs.record import write_json
 from torchreg.scaling.records import Records, allreduce_table, launches_table, points_table
 
 KIND = "scaling-report"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _OF_ONE_LAUNCH = r"(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|SLURM_(JOB_NUM_NODES|NTASKS)|TORCHELASTIC_.*"
 _OF_SEVERAL_RANKS = ("backend", "effective", "mpi_library", "nccl_version", "ezpz_version")
