@@ -287,14 +287,17 @@ def test_time_and_node_hours_to_the_target_over_ranks(group):
     assert time.patches[0].get_x() == pytest.approx(6.25)
     drawn = {line.get_color(): line for line in hours.lines}
     (target,) = [
-        one for one in group["targets"] if one["series"].startswith("g1-weak-across-nodes-4") and "ddp" in one["series"]
+        target
+        for one in group["series"]
+        if one["id"].startswith("g1-weak-across-nodes-4") and "ddp" in one["id"]
+        for target in one["targets"]
     ]
     np.testing.assert_allclose(drawn["#D55E00"].get_ydata(), [target["rows"][0]["node_hours"]])
 
 
 def test_a_target_that_is_never_reached_is_marked(group):
     group = copy.deepcopy(group)
-    for target in group["targets"]:
+    for target in (target for one in group["series"] for target in one["targets"]):
         for row in target["rows"]:
             row |= {"predicted_steps": None, "measured_steps": None, "predicted_time_s": None, "measured_time_s": None}
             row |= {"node_hours": None, "is_stable": False, "stability_limit": 0.5}

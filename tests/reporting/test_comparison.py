@@ -74,8 +74,8 @@ def test_a_step_that_takes_longer_beyond_noise_and_threshold_is_a_regression(fac
     ],
 )
 def test_outcomes_go_by_both_ends_of_the_interval(low, high, outcome):
-    # Six times of which the two smallest are equal, and the two largest, have these as the ends of the interval of their
-    # median; an old side without noise leaves them the ends of the ratio.
+    # Six times of which the two smallest are equal, and the two largest, have these as the ends of the interval of
+    # their median; an old side without noise leaves them the ends of the ratio.
     path = as_report(OLD.write(Path("campaign")))
     report = json.loads(path.read_text())
 

@@ -55,6 +55,11 @@ class Picture:
     margin: float = 0.68
 
     @property
+    def panel_width(self) -> float:
+        """Inches of a panel, so that its text has a similar size in two and in three columns."""
+        return 3.7 if self.columns == 2 else 3.1
+
+    @property
     def name(self) -> str:
         """The name of its files, without their ending."""
         return slug(f"figure {self.number} {self.kind} {self.scope}")
