@@ -384,10 +384,7 @@ def test_a_failed_check_of_verify_is_a_wrong_stack():
             if record["launch"]["id"] == "block-00-nodes-1-ranks-4":
                 checks = [("collectives", "sum", "PASS"), ("training", "sgd/ddp", status)]
                 names = ("area", "name", "status")
-                record["verify"] = {
-                    "passed": status == "PASS",
-                    "checks": [dict(zip(names, c, strict=True)) for c in checks],
-                }
+                record["verification"] = [dict(zip(names, check, strict=True)) for check in checks]
             return record
 
         return report_of(replace(NOISY, num_blocks=1), change=change)
@@ -484,7 +481,9 @@ def test_time_to_target_is_predicted_steps_times_step_time():
     assert [row["predicted_time_s"]["value"] for row in table["rows"]] == pytest.approx([0.32, 0.256, 0.256])
     assert [row["measured_time_s"]["value"] for row in table["rows"]] == pytest.approx([0.32, 0.256, 0.256])
     assert [row["predicted_over_measured"]["value"] for row in table["rows"]] == pytest.approx([1, 1, 1])
-    assert [row["node_hours"] for row in table["rows"]] == pytest.approx([0.32 / 3600, 0.256 / 3600, 0.256 / 3600])
+    assert [row["node_hours"]["value"] for row in table["rows"]] == pytest.approx(
+        [0.32 / 3600, 0.256 / 3600, 0.256 / 3600]
+    )
     assert table["stable_up_to_world_size"] == 4
     error = report_of(ARITHMETIC, change=_ten_percent_longer)["groups"][0]["prediction_error"]
     assert (error["largest"], error["world_size"]) == (pytest.approx(1 - 1 / 1.1), 2)
@@ -512,7 +511,7 @@ def test_the_fastest_may_need_more_node_hours_than_the_lowest():
     assert fastest["world_size"] == 2
     assert fastest["time_s"]["value"] == pytest.approx(640 * 1000e-6, rel=1e-4)
     assert lowest["world_size"] == 1
-    assert lowest["node_hours"] < fastest["node_hours"]
+    assert lowest["node_hours"]["value"] < fastest["node_hours"]["value"]
     # 640 · 1700 µs on one node are 0.0003 node-hours.
     line = "Fastest to 1 % above the optimum: 2 ranks, 640 ms, measured; lowest node-hours: 1 rank, 0.0003 node-hours."
     assert line in summary_lines(report)

@@ -29,21 +29,16 @@ _PARTS = {  # of a step; a hatched one is contained in the others
     "undivided": Style("compute and communication", GREEN),
     "imbalance_time_s": Style("slowest minus median rank", BLACK, hatch="///"),
 }
-_MEASURES = {
-    "throughput": "throughput (samples/s)",
-    "speedup": "speedup over p0",
-    "efficiency": "efficiency",
-    "karp_flatt": "Karp–Flatt serial fraction",
-}
+_MEASURES = {"throughput": "throughput (samples/s)", "efficiency": "efficiency", "karp_flatt": "Karp–Flatt fraction"}
 
 
 def draw_scaling(group: Json, number: int, kind: str, scope: str) -> Picture:
-    """Throughput, efficiency and, in strong scaling, speedup and Karp–Flatt (where there is any) over world sizes."""
+    """Throughput, efficiency and, where there is any, Karp–Flatt over world sizes."""
     panels = _panels(group, kind, scope)
     series = [*itertools.chain(*panels.values())]
     drawn = tuple(
         (title, partial(_draw_measure, part, measure, _shared_limits(series, measure)))
-        for measure in (_MEASURES if kind == "strong" else ("throughput", "efficiency"))
+        for measure in _MEASURES
         for title, part in panels.items()
         if any(point[measure] for one in series for point in one["points"])
     )
@@ -55,16 +50,13 @@ def _draw_measure(series: Sequence[Json], measure: str, limits: tuple[float, flo
     sizes = sorted({point["world_size"] for one in series for point in one["points"]})
     for one, offset in with_offsets(series):
         draw_estimates(axes, one["points"], "world_size", measure, one["style"], offset, line=True)
-        if measure in ("throughput", "speedup"):
+        if measure == "throughput":
             first = one["points"][0][measure]["value"] / one["points"][0]["world_size"]
             axes.plot(sizes, first * np.array(sizes), color=GREY, linestyle="--", linewidth=1, zorder=1)
     pictures.size_axis(axes, sizes, "ranks")
     axes.set(ylim=limits, ylabel=_MEASURES[measure])
     if measure == "throughput":
         pictures.log_axis(axes, "k")
-    elif measure == "speedup":
-        axes.set_yscale("log", base=2)
-        axes.yaxis.set_major_formatter(pictures.power_of_two)
     elif measure == "efficiency":
         _mark_efficiency(axes, series)
 
@@ -83,7 +75,7 @@ def _efficient(series: Sequence[Json]) -> list[Style]:
 def _shared_limits(series: Sequence[Json], measure: str) -> tuple[float, float]:
     points = [point[measure] for one in series for point in one["points"] if point[measure]]
     ends = [point[end] for point in points for end in ("low", "value", "high") if point[end] is not None]
-    if measure in ("throughput", "speedup"):
+    if measure == "throughput":
         outer = [(one["points"][0], one["points"][-1]["world_size"]) for one in series]
         ideal = [first[measure]["value"] * last / first["world_size"] for first, last in outer]
         return _padded([*ends, *ideal])

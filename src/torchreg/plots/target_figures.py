@@ -67,7 +67,7 @@ def _draw_limits(targets: Sequence[Json], axes: Axes) -> None:
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, 0.5), max(high, 2))  # so that the limit is visible
     axes.axhline(1, color=GREY, linestyle="--", linewidth=1)
-    axes.yaxis.set_major_formatter(pictures.power_of_two)
+    axes.yaxis.set_major_formatter(pictures.ticks("%"))
     _finish(axes, limits, "global batch (samples)", "fraction of the stability limit")
 
 
@@ -88,13 +88,13 @@ def draw_targets(group: Json, number: int, scope: str) -> Picture:
 
 def _draw_by_ranks(targets: Sequence[Json], axes: Axes, is_time: bool) -> None:
     for target, offset in pictures.with_offsets(targets):
-        style, rows, name = target["style"], target["rows"], "predicted_time_s" if is_time else "node_hours"
-        found = [(row["world_size"] * offset, row[name]) for row in rows if row[name]]
-        if line := [(size, value["value"] if is_time else value) for size, value in found]:
-            looks: Json = {"color": style.colour, "linestyle": style.dashes, "marker": "" if is_time else style.marker}
-            axes.plot(*zip(*line, strict=True), **looks, linewidth=1, markersize=4.5, label=f"predicted, {style.label}")
-        if is_time:
-            draw_estimates(axes, rows, "world_size", "measured_time_s", style, offset)
+        style, rows = target["style"], target["rows"]
+        predicted = [(row["world_size"] * offset, row["predicted_time_s"]) for row in rows if row["predicted_time_s"]]
+        if is_time and predicted:
+            sizes, times = [size for size, _ in predicted], [time["value"] for _, time in predicted]
+            axes.plot(sizes, times, color=style.colour, linestyle=style.dashes, label=f"predicted, {style.label}")
+        measure = "measured_time_s" if is_time else "node_hours"
+        draw_estimates(axes, rows, "world_size", measure, style, offset, line=not is_time)
     label, unit = ("time to the target", "s") if is_time else ("node-hours to the target", "")
     _finish(axes, _limits(targets, "world_size"), "ranks", label, unit)
     if axes.lines and not is_time:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -43,13 +44,16 @@ def analyse(records: Records, min_efficiency: float = 0.8) -> Json:
     - `verdict`: `correct` (`status` yes, no or unknown), `headline` (what the first screen is about), `slow_hosts`
     - `groups`: `points` (times and the breakdown of a step), `series` (with `models`, `limit`, `bottleneck` and
       `targets`), `allreduce`, `best` (of each number of features and target), `prediction_error`
-    - `sources` (directory, campaign and machine), `cost`, `provenance`, `excluded`, `failed`, `method`
+    - `sources` (directory, campaign and machine), `largest_launch`, `cost`, `provenance`
+    - `excluded`, `failed`, `method`
     """
     if not 0 < min_efficiency <= 1:
         raise ValueError(f"min_efficiency is {min_efficiency}: give a fraction above 0, to 1, such as 0.8 for 80 %")
-    launches, points, allreduce = launches_table(records), points_table(records), allreduce_table(records)
-    groups = [_group(heading, own, points, allreduce, min_efficiency) for heading, own in comparable_groups(launches)]
+    launches, points = launches_table(records), points_table(records)
+    tables = points, allreduce_table(records)
+    groups = [_group(heading, own["launch"], tables, min_efficiency) for heading, own in comparable_groups(launches)]
     times = pd.concat([launches["finished_utc"], launches["started_utc"]]).dropna()
+    largest = max((one.content for one in records.launches), key=lambda one: one["launch"]["world_size"], default=None)
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": KIND,
@@ -65,6 +69,7 @@ def analyse(records: Records, min_efficiency: float = 0.8) -> Json:
             "slow_hosts": slow_hosts(records),
         },
         "groups": groups,
+        "largest_launch": largest and {**largest["launch"], "command": shlex.join(largest["command"])},
         "cost": cost(launches),
         "provenance": provenance(records),
         "excluded": excluded(records),
@@ -73,10 +78,9 @@ def analyse(records: Records, min_efficiency: float = 0.8) -> Json:
     }
 
 
-def _group(
-    heading: Json, launches: pd.DataFrame, points: pd.DataFrame, allreduce: pd.DataFrame, min_efficiency: float
-) -> Json:
-    by_point = launches_by_point(heading["id"], launches["launch"], points)
+def _group(heading: Json, launches: pd.Series[str], tables: tuple[pd.DataFrame, ...], min_efficiency: float) -> Json:
+    points, allreduce = tables
+    by_point = launches_by_point(heading["id"], launches, points)
     found = [point_of(name, rows) for name, rows in by_point.items()]
     series, points_by_id = series_of(heading["id"], found, by_point), {point["id"]: point for point in found}
     for one in series:
@@ -87,19 +91,21 @@ def _group(
         **heading,
         "points": found,
         "series": series,
-        "allreduce": allreduce_of(allreduce[allreduce["launch"].isin(launches["launch"])]),
+        "allreduce": allreduce_of(allreduce[allreduce["launch"].isin(launches)]),
         "best": best_of(series),
         "prediction_error": prediction_error(series),
     }
 
 
 def _correct(launches: pd.DataFrame, points: pd.DataFrame, records: Records) -> Json:
-    """Whether all runs end at the closed-form solution, those whose check failed included, and `verify` passed."""
+    """Whether all runs end at the closed-form solution, those whose check failed included, and all of verify passed."""
     wrong = points[~points["check_passed"]]
     first = wrong[["launch", "optimizer", "sync", "num_features", "world_size"]].to_dict("records")[:1]
-    verified = [one.content.get("verify") for one in (*records.launches, *records.failed)]  # of a campaign's first
-    checks = [check for one in verified if one for check in one["checks"]]
-    failed_checks = [f"{check['area']}: {check['name']}" for check in checks if check["status"] == "FAIL"]
+    good = {launch.name for launch in records.launches}
+    latest = [*records.launches, *(launch for launch in records.failed if launch.name not in good)]
+    verified = [launch.content.get("verification") for launch in latest]  # a failed record's fields may be anything
+    checks = [check for rows in verified if isinstance(rows, list) for check in rows if isinstance(check, dict)]
+    failed_checks = [f"{check.get('area')}: {check.get('name')}" for check in checks if check.get("status") == "FAIL"]
     return {
         "status": "no" if len(wrong) or failed_checks else "unknown" if points.empty else "yes",
         "num_checks": len(checks),
@@ -178,7 +184,7 @@ def _fields(content: Mapping[str, Any]) -> dict[str, str | None]:
     """What a record has of its origin, as texts; None where it was not recorded."""
     campaign, communicator, origin = content["campaign"], content["distributed"], content["provenance"]
     sections = {
-        "campaign.": {key: campaign[key] for key in ("name", "machine", "fingerprint")},
+        "campaign.": {**campaign, "without": " ".join(campaign["without"]) or None},
         "distributed.": {key: communicator[key] for key in _DISTRIBUTED},
         "source.": origin["source"],
         "libraries.": origin["libraries"],
@@ -187,7 +193,6 @@ def _fields(content: Mapping[str, Any]) -> dict[str, str | None]:
         "": {key: origin[key] for key in ("python", "platform", "job_id")} | {"dtype": content["dtype"]},
     }
     fields = {prefix + key: value for prefix, section in sections.items() for key, value in section.items()}
-    fields["campaign.without"] = " ".join(campaign["without"]) or None
     fields["devices"] = ", ".join(sorted({place["device"].split(":")[0] for place in communicator["placements"]}))
     return {key: one if one is None or isinstance(one, str) else json.dumps(one) for key, one in fields.items()}
 

@@ -15,9 +15,9 @@ import numpy as np
 from scipy.stats import false_discovery_control, ttest_ind_from_stats
 
 from torchreg.console import percent
-from torchreg.reporting.analysis import KIND, SCHEMA_VERSION, excluded, failures
-from torchreg.reporting.groups import VERSIONS, Json, comparable_groups, launches_by_point, point_of
-from torchreg.scaling.records import launches_table, points_table, read_records
+from torchreg.reporting.analysis import KIND, SCHEMA_VERSION, analyse
+from torchreg.reporting.groups import VERSIONS, Json
+from torchreg.scaling.records import read_records
 from torchreg.scaling.statistics import Estimate, ratio_interval
 
 _WHERE = ("machine", "device_name", "backend", "dtype", "distributed")
@@ -81,7 +81,8 @@ def judged(pairs: Sequence[tuple[Times, Times]], threshold: float) -> list[Json]
     """`ratio`, `p_slower`, `p_faster` and `outcome` of each point of a family, from its (new, old) times."""
     rows: list[Json] = [{"ratio": _ratio(*pair), "p_slower": None, "p_faster": None} for pair in pairs]
     if tested := [k for k, row in enumerate(rows) if row["ratio"].low is not None]:
-        new, old = (np.transpose([_log_moments(pairs[k][side]) for k in tested]) for side in (0, 1))
+        logs = [[np.log(pairs[k][side]) for k in tested] for side in (0, 1)]
+        new, old = (np.transpose([(np.mean(one), np.std(one, ddof=1), len(one)) for one in side]) for side in logs)
         for name, (mean, sd, count), (mean_2, sd_2, count_2) in (("p_slower", new, old), ("p_faster", old, new)):
             # Not ranks: with 6 launches a side their p-value is at least 1/924, too large for one of 48 points.
             first = (mean - math.log1p(threshold), sd, count)
@@ -90,11 +91,6 @@ def judged(pairs: Sequence[tuple[Times, Times]], threshold: float) -> list[Json]
             for k, p_value in zip(tested, corrected.tolist(), strict=True):
                 rows[k][name] = p_value
     return [{**row, "ratio": asdict(row["ratio"]), "outcome": _outcome(**row, factor=1 + threshold)} for row in rows]
-
-
-def _log_moments(times: Times) -> tuple[float, float, int]:
-    """Mean, standard deviation and number of log times."""
-    return float(np.mean(logs := np.log(times))), float(np.std(logs, ddof=1)), len(times)
 
 
 def _ratio(new: Times, old: Times) -> Estimate:
@@ -165,12 +161,7 @@ def conclusion(comparison: Json) -> list[str]:
 
 def _read(path: Path) -> Json:
     if not path.is_file():
-        records = read_records([path])
-        points, groups = points_table(records), []
-        for heading, launches in comparable_groups(launches_table(records)):
-            by_point = launches_by_point(heading["id"], launches["launch"], points)
-            groups.append({**heading, "points": [point_of(name, own) for name, own in by_point.items()]})
-        return _side({"groups": groups, "excluded": excluded(records), "failed": failures(records)})
+        return _side(analyse(read_records([path])))
     try:
         report = json.loads(path.read_bytes())
         if report["kind"] != KIND or report["schema_version"] != SCHEMA_VERSION:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Iterable
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from torchreg.core.checkpoint import write_atomically
-from torchreg.plots.pictures import Picture, slug
-from torchreg.plots.quantities import count, counted, features, in_unit, ranks
+from torchreg.plots.pictures import Picture, best_model, slug
+from torchreg.plots.quantities import count, counted, features, in_unit, nodes, ranks
 from torchreg.plots.rendering import inline_legend, inline_panels, picture_files
 from torchreg.plots.scaling_figures import draw_allreduce, draw_breakdown, draw_models, draw_scaling
 from torchreg.plots.target_figures import draw_headline, draw_steps, draw_targets
 from torchreg.reporting import tables
 from torchreg.reporting.groups import Json
+
+Language: TypeAlias = Literal["html", "markdown", "text"]
 
 _KINDS = ("strong", "weak")
 
@@ -35,9 +38,9 @@ def write_pages(report: Json, folder: Path) -> list[Path]:
     files: dict[str, bytes] = {}
     for picture in (*first, *(picture for section in sections for picture in section["pictures"])):
         files |= picture_files(picture)
-    markdown = _render("report.md.j2", _environment("markdown"), report, groups, first)
+    markdown = _render("markdown", report, groups, first)
     files["report.md"] = re.sub(r"\n{3,}", "\n\n", markdown).encode()
-    files["report.html"] = _render("report.html.j2", _environment("html"), report, groups, first).encode()
+    files["report.html"] = _render("html", report, groups, first).encode()
     for name, content in files.items():  # the pages last, when the figures that they show are there
         write_atomically(folder / name, content)
     return [folder / name for name in files]
@@ -45,11 +48,10 @@ def write_pages(report: Json, folder: Path) -> list[Path]:
 
 def summary_lines(report: Json) -> list[str]:
     """The verdict in at most six sentences, the most important first."""
-    lines: list[str] = _first_screen(report, _environment("text"))["lines"]
-    return lines
+    return list(_first_screen(report, _environment("text"))["lines"])
 
 
-def _environment(language: Literal["html", "markdown", "text"]) -> Environment:
+def _environment(language: Language) -> Environment:
     environment = Environment(
         loader=PackageLoader("torchreg.reporting"), autoescape=language != "text",
         finalize=escape_markdown if language == "markdown" else None, undefined=StrictUndefined,
@@ -57,24 +59,25 @@ def _environment(language: Literal["html", "markdown", "text"]) -> Environment:
     )  # fmt: skip
     environment.globals |= {
         "count": count, "features": features, "in_unit": in_unit, "ranks": ranks, "counted": counted, "slug": slug,
-        "percent": _percent, "duration": _duration, "panels": inline_panels,
+        "nodes": nodes, "percent": _percent, "timedelta": timedelta, "best_model": best_model, "panels": inline_panels,
         "legend": inline_legend,
     }  # fmt: skip
     return environment
 
 
-def _render(
-    template: str, environment: Environment, report: Json, groups: list[tuple[Json, Any]], pictures: list[Picture]
-) -> str:
+def _render(language: Language, report: Json, groups: list[tuple[Json, Any]], pictures: list[Picture]) -> str:
+    environment = _environment(language)
+    first = _first_screen(report, environment)
     title = f"Scaling of {', '.join(report['campaigns'])} on {', '.join(report['machines'])}"
-    return environment.get_template(template).render(
+    return environment.get_template({"html": "report.html.j2", "markdown": "report.md.j2"}[language]).render(
         report=report,
         title=title if groups else "Scaling: no usable launch",
         groups=groups,
         sections=[],
         tables=tables.report_tables(report),
         series_table=_series_table(report["groups"], environment),
-        first=_first_screen(report, environment) | {"pictures": pictures},
+        first=first | {"pictures": pictures},
+        proposal=[tables.proposal_table(group, first["figures"]["shown"]) for group in report["groups"][:1]],
     )
 
 
@@ -87,7 +90,7 @@ def _first_screen(report: Json, environment: Environment) -> Json:
     """The verdict: at most six sentences (`lines`), and what the four figures are made of."""
     sentences: Any = environment.get_template("sentences.j2").module
     correct, headline = report["verdict"]["correct"], report["verdict"]["headline"]
-    lines, shown, best, limited = [f"{sentences.status(correct)}. {sentences.correctness(correct)}"], [], None, []
+    lines, shown, best, limited = [sentences.correctness(correct)], [], None, []
     if headline:
         group = next(one for one in report["groups"] if one["id"] == headline["group"])
         series, best = {one["id"]: one for one in group["series"]}, headline["best"]
@@ -133,8 +136,7 @@ def _parts(group: Json, number: int) -> dict[str, list[Json]]:
         scaling, models, targets = zip(*(tables.series_tables(group, kind, scope) for kind in _KINDS), strict=True)
         for kind, table in zip(_KINDS, scaling, strict=True):
             add(kind, scope, [draw_scaling(group, number, kind, scope)], [table])
-        breakdowns = (draw_breakdown(group, number, kind, scope) for kind in _KINDS)
-        add("breakdown", scope, breakdowns, [tables.breakdown_table(group, scope)])
+        add("breakdown", scope, (draw_breakdown(group, number, kind, scope) for kind in _KINDS), [])
         add("models", scope, (draw_models(group, number, kind, scope) for kind in _KINDS), models)
         add("targets", scope, [draw_targets(group, number, scope)], targets)
     return parts
@@ -143,11 +145,6 @@ def _parts(group: Json, number: int) -> dict[str, list[Json]]:
 def _percent(estimate: Json) -> str:
     value, low, high = (estimate[end] for end in ("value", "low", "high"))
     return f"{100 * value:.0f} %" + ("" if low is None or high is None else f" ({100 * low:.0f}–{100 * high:.0f} %)")
-
-
-def _duration(seconds: float) -> str:
-    scale, unit = (1, "s") if seconds < 120 else (60, "min") if seconds < 7200 else (3600, "h")
-    return f"{seconds / scale:.{int(unit == 'h')}f} {unit}"
 
 
 def escape_markdown(value: object) -> object:

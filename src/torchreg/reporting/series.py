@@ -112,7 +112,8 @@ def models_of(series: Json, launches: Mapping[str, pd.DataFrame], others: Sequen
         last = max(min(last, global_batch), measured[-1])  # each rank has a sample
     else:
         fits = [models.fit_usl(times, local_batch_size=round(local_batch))]
-    ranks = np.unique([*np.rint(np.geomspace(measured[0], last, _CURVE_POINTS)), *measured])
+    doubled = [size for size in (2 * measured[-1], 4 * measured[-1]) if size < last]
+    ranks = np.unique([*np.rint(np.geomspace(measured[0], last, _CURVE_POINTS)), *measured, *doubled])
 
     alike = [other for other in others if all(other[field] == series[field] for field in ("scope", *_SETTING))]
     rows = pd.concat([launches[name] for name in {row["point"]: None for other in alike for row in other["points"]}])

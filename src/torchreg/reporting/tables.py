@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import compress
 from typing import Any, NamedTuple
 
 from torchreg.console import number
-from torchreg.plots.pictures import best_model, combination_of, placement_text
-from torchreg.plots.quantities import count, in_unit
+from torchreg.plots.pictures import batch_text, best_model, combination_of, placement_text
+from torchreg.plots.quantities import count, counted, in_unit
 from torchreg.reporting.groups import Json
 
 _LONG = 14  # rows; a longer table is folded
@@ -22,10 +23,13 @@ _HEADINGS = {
     },
     "s": {
         "step time": "step_time_s", "data": "data_time_s", "compute": "compute_time_s",
-        "exposed communication": "exposed_time_s", "slowest − median rank": "imbalance_time_s", "time": "time_s",
-        "predicted time": "predicted_time_s", "measured time": "measured_time_s",
+        "exposed communication": "exposed_time_s", "time": "time_s", "predicted time": "predicted_time_s",
+        "measured time": "measured_time_s",
     },
-    "%": {"spread": "spread", "efficiency": "efficiency", "held-out error": "held_out_error"},
+    "%": {
+        "spread": "spread", "efficiency": "efficiency", "held-out error": "held_out_error",
+        "compute, of the step": "compute_fraction",
+    },
     "B": {"message": "message_bytes"},
     "B/s": {"bandwidth": "bandwidth"},
     "k": {"samples/s": "throughput"},
@@ -103,30 +107,19 @@ def make_entry(value: Any, unit: str | None, missing: str = _MISSING) -> Entry:
 
 # Of a group
 
-_POINT = ["ranks", "nodes", "combination", "message", "global batch"]
 _SETTING = ["combination", "message", "batch"]
 _FIT = ["model", "parameters", "held-out error"]
 
 
 def points_tables(group: Json) -> list[Table]:
-    """Step times within a node and across nodes."""
-    columns = [*_POINT, "launches", "step time", "spread", "slowest / median rank", "samples/s"]
-    within, across = ([p for p in _points(group) if (p["num_nodes"] > 1) == is_across] for is_across in (False, True))
-    parts = {"Within a node": within, "Across nodes": across}
-    return [make_table(title, columns, points, ("nodes", "launches")) for title, points in parts.items()]
-
-
-def _points(group: Json) -> list[Json]:
+    """Step times and their parts within a node and across nodes."""
+    columns = ["ranks", "nodes", "combination", "message", "global batch", "launches", "step time", "spread"]
+    columns += ["data", "compute", "exposed communication", "slowest / median rank"]
     keys = ("message_bytes", "optimizer", "global_batch_size", "world_size", "sync")
-    return sorted(group["points"], key=lambda point: [point[key] for key in keys])
-
-
-def breakdown_table(group: Json, scope: str) -> Table:
-    """The parts of a step in the series of a scope."""
-    named = {row["point"] for one in group["series"] if one["scope"] == scope for row in one["points"]}
-    columns = [*_POINT, "step time", "data", "compute", "exposed communication", "slowest − median rank"]
-    rows = (point for point in _points(group) if point["id"] in named)
-    return make_table(f"Parts of a step, {scope}", columns, rows, ("nodes",))
+    points = sorted(group["points"], key=lambda point: [point[key] for key in keys])
+    within, across = ([p for p in points if (p["num_nodes"] > 1) == is_across] for is_across in (False, True))
+    parts = {"Within a node": within, "Across nodes": across}
+    return [make_table(title, columns, own, ("nodes", "launches")) for title, own in parts.items()]
 
 
 def series_tables(group: Json, kind: str, scope: str) -> tuple[Table, Table, Table]:
@@ -170,6 +163,25 @@ def _fit_row(fit: Json) -> Json:
         value, interval = in_unit([one["value"]], one["unit"]), in_unit([one["low"], one["high"]], one["unit"])
         parts.append(f"{one['symbol']} = {value} [{interval}]")
     return {**fit, "parameters": "; ".join(parts)}
+
+
+def proposal_table(group: Json, series: Sequence[Json]) -> Table:
+    """The measured points of series, and 2, 4 and 8 times the largest world size as their best models have them."""
+    points, rows = {point["id"]: point for point in group["points"]}, []
+    for one in series:
+        scaling, last, fit = f"{one['kind']}, {batch_text(one)}", one["points"][-1], best_model(one)
+        for row in one["points"]:
+            point = points[row["point"]]
+            compute, launches = point["compute_time_s"], counted(point["num_launches"], "launch")
+            fraction = compute and compute["value"] / point["step_time_s"]["value"]
+            rows.append({"scaling": scaling, **row, "compute_fraction": fraction, "basis": f"measured, {launches}"})
+        for at in fit["curve"] if fit else ():
+            if at["world_size"] in (factor * last["world_size"] for factor in (2, 4, 8)):
+                num_nodes = math.ceil(at["world_size"] * last["num_nodes"] / last["world_size"])
+                extrapolated = {"num_nodes": num_nodes, "compute_fraction": None, "basis": "extrapolated"}
+                rows.append({"scaling": scaling, **at, **extrapolated})
+    columns = ["scaling", "nodes", "ranks", "step time", "efficiency", "compute, of the step", "basis"]
+    return make_table("Step times", columns, rows)
 
 
 def allreduce_tables(group: Json) -> list[Table]:

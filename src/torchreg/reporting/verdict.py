@@ -6,15 +6,15 @@ The time to a target is statistical efficiency (steps, predicted by theory) time
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import takewhile
 from operator import itemgetter
 from statistics import median
 
 import pandas as pd
 
-from torchreg.reporting.groups import Json, over_launches, scaled
-from torchreg.scaling.statistics import median_interval
+from torchreg.reporting.groups import Json, scaled
+from torchreg.scaling.statistics import Estimate, median_interval
 
 _NEVER = 1e300  # stands for "not reached" in a median, and sorts above every time
 
@@ -98,36 +98,38 @@ def _row(point: Json, launches: pd.DataFrame) -> Json:
     steps, measured_time, step_time = (launches[f] for f in ("predicted_steps", "measured_time_s", "step_time_s"))
     predicted_steps = None if steps.isna().any() else float(steps.median())
     step, measured = median_interval(step_time), _reached(measured_time)
-    predicted = None if predicted_steps is None else asdict(scaled(step, predicted_steps))
+    predicted = None if predicted_steps is None else scaled(step, predicted_steps)
     both = (steps * step_time / measured_time.where(measured_time > 0)).dropna()
     chosen, limit = measured or predicted, float(launches["stability_limit"].median())
+    estimates = {
+        "measured_steps": _reached(launches["measured_steps"]),
+        "step_time_s": step,
+        "predicted_time_s": predicted,
+        "measured_time_s": measured,
+        "predicted_over_measured": median_interval(both) if len(both) else None,
+        "time_s": chosen,
+        "node_hours": chosen and scaled(chosen, point["num_nodes"] / 3600),
+    }
     return {
         "world_size": point["world_size"],
         "num_nodes": point["num_nodes"],
         "global_batch_size": int(launches["global_batch_size"].iloc[0]),
         "predicted_steps": predicted_steps,
-        "measured_steps": _reached(launches["measured_steps"]),
         "num_reached": int(launches["measured_steps"].notna().sum()),
         "num_launches": len(launches),
-        "step_time_s": asdict(step),
-        "predicted_time_s": predicted,
-        "measured_time_s": measured,
-        "predicted_over_measured": over_launches(both) if len(both) else None,
-        "time_s": chosen,
         "time_from": "measured" if measured else "predicted" if predicted else None,
-        "node_hours": chosen and chosen["value"] * point["num_nodes"] / 3600,
         "stability_limit": limit,
         "is_stable": limit >= 1,
+        **{name: one and asdict(one) for name, one in estimates.items()},
     }
 
 
-def _reached(values: pd.Series[float]) -> Json | None:
+def _reached(values: pd.Series[float]) -> Estimate | None:
     """The median over launches, of which those that did not reach the target are the longest; None where it is one."""
-    found = over_launches(values.fillna(_NEVER))
-    if found["value"] > _NEVER / 1e6:
+    found = median_interval(values.fillna(_NEVER))
+    if found.value > _NEVER / 1e6:
         return None
-    is_open = found["high"] is not None and found["high"] > _NEVER / 1e6
-    return {**found, "high": None} if is_open else found
+    return replace(found, high=None) if (found.high or 0) > _NEVER / 1e6 else found
 
 
 def best_of(series: Sequence[Json]) -> list[Json]:
@@ -149,20 +151,17 @@ def best_of(series: Sequence[Json]) -> list[Json]:
 
 
 def _best(rows: Sequence[Json], criterion: str) -> Json:
-    """The row of the lowest cost, and the next one of another world size (`runner_up`).
+    """The row where the criterion is lowest, and the next one of another world size (`runner_up`).
 
     `is_distinct` of the runner-up is whether its interval lies above that of the best, None without intervals.
     """
-
-    def cost(row: Json, end: str = "value") -> float | None:
-        time_s, weight = row["time_s"][end], row["num_nodes"] / 3600 if criterion == "node_hours" else 1
-        return None if time_s is None else time_s * weight
-
     measured = [row for row in rows if row["time_from"] == "measured"]
-    best, *others = sorted(measured or rows, key=lambda row: (cost(row), row["world_size"], row["series"]))
+    best, *others = sorted(
+        measured or rows, key=lambda row: (row[criterion]["value"], row["world_size"], row["series"])
+    )
     runner_up = next((row for row in others if row["world_size"] != best["world_size"]), None)
     if runner_up:
-        high, low = cost(best, "high"), cost(runner_up, "low")
+        high, low = best[criterion]["high"], runner_up[criterion]["low"]
         runner_up = {**runner_up, "is_distinct": None if high is None or low is None else high < low}
     return {**best, "runner_up": runner_up}
 
