@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,9 +20,9 @@ from markdown_it import MarkdownIt
 from torchreg.cli import main
 from torchreg.plots import rendering
 from torchreg.reporting.pages import escape_markdown, write_pages
-from torchreg.reporting.tables import Entry, make_entry, make_table
+from torchreg.reporting.tables import Entry, make_entry, make_table, proposal_table
 
-from .synthetic import Campaign, report_of
+from .synthetic import Campaign, Machine, report_of, without_noise
 
 EVIL = '<script>alert(1)</script>"><img src=x onerror=alert(2)> | `a` | **b** [c](https://evil.example) $d$ & é 中'
 """What somebody else may have named their machine."""
@@ -323,6 +324,31 @@ def test_numbers_have_units_and_intervals_and_what_is_missing_has_a_reason(repor
     assert "(constant global batch: ideal is p/p0 times the throughput), baseline p0 = 1. " in shown
     assert "not identifiable: " in shown
     assert "stable up to 4 ranks" in shown
+
+
+def test_a_proposal_keeps_what_was_measured_apart_from_what_is_extrapolated(report, markdown):
+    section = markdown[markdown.index("## For an allocation proposal") : markdown.index("## Cost")]
+    (table,) = re.findall(r"(?:^\|.*\n)+", section, flags=re.MULTILINE)
+    rows = [[entry.strip() for entry in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    (strong,) = [one for one in report["groups"][0]["series"] if one["scope"].startswith("across")]
+    assert [row[1:3] for row in rows] == [["1", "4"], ["2", "8"]], "two world sizes determine no model"
+    for row, point in zip(rows, strong["points"], strict=True):
+        assert row[3].startswith(f"{1e6 * point['step_time_s']['value']:.3g} µs (")
+        assert row[-1] == "measured, 6 launches"
+    assert "Extrapolated, strong scaling: nothing, because the points determine no model." in section
+    assert "was started by: mpiexec -n 8" in section
+
+
+def test_a_proposal_goes_on_to_eight_times_the_largest_world_size_where_a_model_is_known(tmp_path):
+    # 50 + 10 · 256/p + 100 · log₂ p µs: 2610 µs on one rank; 50 + 40 + 600 µs on 64, and 2610 / 690 / 64 = 5.91 %.
+    machine = without_noise(Machine(beta_s_per_byte=1e-15))
+    exact = replace(LARGE, machine=machine, nodes=(1,), ranks_per_node=(1, 2, 4, 8), message_sizes=())
+    found = report_of(exact, folder=tmp_path)
+    table = proposal_table(found["groups"][0], found["groups"][0]["series"][:1])
+    assert [row[2].text for row in table.rows] == ["1", "2", "4", "8", "16", "32", "64"]
+    assert [row[-1].text for row in table.rows] == ["measured, 6 launches"] * 4 + ["extrapolated"] * 3
+    assert [row[1].text for row in table.rows] == ["1", "1", "1", "1", "2", "4", "8"], "nodes of 8 ranks"
+    assert (table.rows[-1][3].text, table.rows[-1][4].text) == ("690 µs", "5.91 %")
 
 
 def test_within_a_node_is_apart_from_across_nodes(page):
