@@ -295,6 +295,7 @@ def test_a_wrong_result_comes_first(status, shown, empty, tmp_path):
     assert f'class="verdict {status}"' in html_page
     if status == "no":
         assert "✗ no" in html_page
+        assert ", 2 wrong" in html_page
     sentence = {"no": " miss the closed-form solution, the first in block-3 (sgd/ddp", "unknown": "No run was checked"}
     for page in (html_page[html_page.index("<h1>") :], markdown_page):
         assert page.index(shown) < page.index(sentence[status]) < page.index("9 launches failed: see below")
