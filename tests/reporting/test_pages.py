@@ -391,6 +391,7 @@ def test_a_report_of_nothing_is_a_page_too(empty, tmp_path):
         page = path.read_text(encoding="utf-8")
         assert "No launch left a valid record" in page
         assert "A launch is the unit of repetition" in page
+        assert all(text in page for text in ("no series of world sizes", "no target was tried", "no step was divided"))
         assert "block-02-nodes-1-ranks-2" in page, "the failed launch"
 
 
