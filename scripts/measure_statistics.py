@@ -396,11 +396,10 @@ def alarms(
     for seed in range(campaigns):
         generator = np.random.default_rng(seed)
         sides = [synthetic_launches(generator, lambda _: 1e-3, POINTS, launches, noise) for _ in range(2)]
-        times: list[list[dict[int, float]]] = [
-            [{block: factor * of_block[point] for block, of_block in enumerate(side.values())} for point in POINTS]
+        new, old = (
+            [[factor * of_block[point] for of_block in side.values()] for point in POINTS]
             for side, factor in zip(sides, (1 + slowdown, 1.0), strict=True)
-        ]
-        new, old = ([(median_interval(of_point.values()), of_point) for of_point in side] for side in times)
+        )
         rows = judged(list(zip(new, old, strict=True)), threshold)
         alone.append(any(row["ratio"]["low"] > 1 + threshold for row in rows))
         corrected.append(any(row["outcome"] == "regression" for row in rows))

@@ -28,6 +28,7 @@ class ReportArguments:
     # Campaign directories, as `torchreg scale run` made them.
     dirs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR [DIR ...]")]
     out: Path | None = None  # Where the report is written. Default: `report` in the campaign's directory.
+    min_efficiency: float = 0.8  # The efficiency that counts as scaling well.
     json: bool = False  # Print the result as one JSON object on stdout, and nothing else there.
 
 
@@ -61,7 +62,7 @@ def run(argv: list[str]) -> int:
     from torchreg.scaling.records import read_records
 
     records = read_records(arguments.dirs)
-    report = analyse(records)
+    report = analyse(records, arguments.min_efficiency)
     folder = arguments.out or arguments.dirs[0] / "report"
     written = write_data(report, records, folder)
 

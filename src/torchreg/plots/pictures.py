@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from torchreg.console import printable
 from torchreg.plots.quantities import count, in_unit, nodes, ranks
@@ -53,6 +53,11 @@ class Picture:
     columns: int
     height: float = 2.4
     margin: float = 0.68
+
+    @property
+    def panel_width(self) -> float:
+        """Inches of a panel, so that its text has a similar size in two and in three columns."""
+        return 3.7 if self.columns == 2 else 3.1
 
     @property
     def name(self) -> str:
@@ -130,15 +135,11 @@ def with_offsets(things: Sequence[Thing], octaves: float = 0.07) -> Iterator[tup
 
 
 def size_axis(axes: Axes, sizes: Iterable[float], label: str, num_ticks: int = 10, margin: float = 1.25) -> None:
-    """A logarithmic x axis with ticks at the sizes, as far as their labels have room."""
-    first, *others = sorted(set(sizes))
-    last = max(others, default=first)
-    kept = [first]
-    for size in others:
-        if size / kept[-1] >= 0.999 * (last / first) ** (1 / (num_ticks - 1)):
-            kept.append(size)
-    axes.set(xscale="log", xticks=kept, xlim=(first / margin, last * margin), xlabel=label)
-    axes.set_xticks([], minor=True)
+    """A logarithmic x axis with ticks at the sizes, or at every second or third of them where there are many."""
+    ordered = sorted(set(sizes))
+    axes.set(xscale="log", xlim=(ordered[0] / margin, ordered[-1] * margin), xlabel=label)
+    axes.xaxis.set_major_locator(FixedLocator(ordered, nbins=num_ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:g}")
 
 
@@ -156,8 +157,3 @@ def log_axis(axes: Axes, unit: str) -> None:
 def ticks(unit: str) -> Callable[[float, object], str]:
     """A formatter of ticks; `unit` as for `in_unit`."""
     return lambda value, _position: in_unit([value], unit)
-
-
-def power_of_two(value: float, _position: float | None = None) -> str:
-    """A power of two as 4 or as 1/4, for a tick."""
-    return f"{value:g}" if value >= 1 else f"1/{1 / value:g}"

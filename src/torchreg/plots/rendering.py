@@ -20,7 +20,6 @@ from torchreg.console import printable
 from torchreg.plots.pictures import Panel, Picture, Style
 from torchreg.plots.style import BLACK, BLUE, GREEN, GREY, ORANGE, SKY, default_style, file_content
 
-_PANEL_WIDTH = 3.1  # inches
 _TOP, _BOTTOM, _RIGHT = 0.3, 0.5, 0.12  # inches around the axes of a panel; its left margin is its own
 _SETTINGS: Any = {
     "axes.axisbelow": True, "axes.grid": True, "axes.labelsize": 8.5, "axes.spines.right": False,
@@ -39,7 +38,7 @@ _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 def picture_files(picture: Picture) -> dict[str, bytes]:
     """PNG and SVG of all panels with the legend above them, by the file's name."""
     num_rows, row_height = math.ceil(len(picture.panels) / picture.columns), picture.height + _TOP + _BOTTOM
-    width = picture.columns * _PANEL_WIDTH
+    width = picture.columns * picture.panel_width
     legend_columns = min(len(picture.legend), max(1, round(width / 1.9)))
     height = num_rows * row_height + 0.35 + 0.2 * math.ceil(len(picture.legend) / legend_columns)
     figure = Figure(figsize=(width, height))
@@ -50,7 +49,7 @@ def picture_files(picture: Picture) -> dict[str, bytes]:
     )  # fmt: skip
     for index, panel in enumerate(picture.panels):
         row, column = divmod(index, picture.columns)
-        _add_panel(figure, picture, panel, column * _PANEL_WIDTH, (num_rows - 1 - row) * row_height)
+        _add_panel(figure, picture, panel, column * picture.panel_width, (num_rows - 1 - row) * row_height)
     svg = file_content(figure, "svg", metadata={"Date": None})
     return {f"{picture.name}.png": file_content(figure, "png"), f"{picture.name}.svg": svg}
 
@@ -60,7 +59,7 @@ def inline_panels(picture: Picture) -> list[str]:
     """Each panel as an `<svg>` element with its description as title; ids are unique in a page."""
     elements = []
     for index, panel in enumerate(picture.panels, 1):
-        figure = Figure(figsize=(_PANEL_WIDTH, picture.height + _TOP + _BOTTOM))
+        figure = Figure(figsize=(picture.panel_width, picture.height + _TOP + _BOTTOM))
         axes = _add_panel(figure, picture, panel, 0.0, 0.0)
         title = ET.Element("title", {"id": "title"})
         title.text = printable(f"{panel[0]}: {_description(axes)}")
@@ -106,10 +105,10 @@ def _add_panel(figure: Figure, picture: Picture, panel: Panel, left: float, bott
     title, draw = panel
     width, height = figure.get_size_inches()
     bar_number = 0.5 * (picture.margin > 1)  # bars have a number at their right
-    axes_width = _PANEL_WIDTH - picture.margin - _RIGHT - bar_number
+    axes_width = picture.panel_width - picture.margin - _RIGHT - bar_number
     corner = ((left + picture.margin) / width, (bottom + _BOTTOM) / height)
     axes = figure.add_axes((*corner, axes_width / width, picture.height / height))
-    middle = (_PANEL_WIDTH / 2 - picture.margin) / axes_width  # of the panel, so that a long title has room
+    middle = (picture.panel_width / 2 - picture.margin) / axes_width  # of the panel, so that a long title has room
     axes.set_title(title, x=middle, y=1.02)  # an automatic y takes a quarter of the time
     draw(axes)
     return axes

@@ -20,7 +20,6 @@ from torchreg.plots.quantities import features, in_unit
 from torchreg.plots.style import BLACK, BLUE, GREEN, GREY, ORANGE, SKY
 
 _IDEAL = Style("ideal, from the baseline", GREY, dashes="--", width=1)
-_EFFICIENT = Style("80 %", GREY, dashes=":", width=1.5)
 _EXTRAPOLATED = Style("extrapolated beyond the measurements", GREY, dashes="--")
 _FIT = Style("model, where measured", GREY, dashes="-")
 _PARTS = {  # of a step; a hatched one is contained in the others
@@ -30,25 +29,20 @@ _PARTS = {  # of a step; a hatched one is contained in the others
     "undivided": Style("compute and communication", GREEN),
     "imbalance_time_s": Style("slowest minus median rank", BLACK, hatch="///"),
 }
-# What is drawn: the label of its axis, and the lines to compare with.
-_MEASURES: dict[str, tuple[str, dict[float, Style]]] = {
-    "throughput": ("throughput (samples/s)", {}),
-    "speedup": ("speedup over p0", {}),
-    "efficiency": ("efficiency", {1: _IDEAL, 0.8: _EFFICIENT}),
-    "karp_flatt": ("Karp–Flatt serial fraction", {0: _IDEAL}),
-}
+_MEASURES = {"throughput": "throughput (samples/s)", "efficiency": "efficiency", "karp_flatt": "Karp–Flatt fraction"}
 
 
 def draw_scaling(group: Json, number: int, kind: str, scope: str) -> Picture:
-    """Throughput, efficiency and, in strong scaling, speedup and Karp–Flatt over world sizes."""
+    """Throughput, efficiency and, where there is any, Karp–Flatt over world sizes."""
     panels = _panels(group, kind, scope)
     series = [*itertools.chain(*panels.values())]
     drawn = tuple(
         (title, partial(_draw_measure, part, measure, _shared_limits(series, measure)))
-        for measure in (_MEASURES if kind == "strong" else ("throughput", "efficiency"))
+        for measure in _MEASURES
         for title, part in panels.items()
+        if any(point[measure] for one in series for point in one["points"])
     )
-    title, legend = f"{kind.capitalize()} scaling, {scope}", pictures.legend_of(series, _IDEAL, _EFFICIENT)
+    title, legend = f"{kind.capitalize()} scaling, {scope}", pictures.legend_of(series, _IDEAL, *_efficient(series))
     return Picture(number, kind, scope, title, legend, drawn, _columns(panels))
 
 
@@ -56,32 +50,36 @@ def _draw_measure(series: Sequence[Json], measure: str, limits: tuple[float, flo
     sizes = sorted({point["world_size"] for one in series for point in one["points"]})
     for one, offset in with_offsets(series):
         draw_estimates(axes, one["points"], "world_size", measure, one["style"], offset, line=True)
-        if measure in ("throughput", "speedup"):
+        if measure == "throughput":
             first = one["points"][0][measure]["value"] / one["points"][0]["world_size"]
             axes.plot(sizes, first * np.array(sizes), color=GREY, linestyle="--", linewidth=1, zorder=1)
     pictures.size_axis(axes, sizes, "ranks")
-    label, lines = _MEASURES[measure]
-    axes.set(ylim=limits, ylabel=label)
-    for height, style in lines.items():
-        axes.axhline(height, color=GREY, linestyle=style.dashes, linewidth=style.width, zorder=1)
+    axes.set(ylim=limits, ylabel=_MEASURES[measure])
     if measure == "throughput":
         pictures.log_axis(axes, "k")
-    elif measure == "speedup":
-        axes.set_yscale("log", base=2)
-        axes.yaxis.set_major_formatter(pictures.power_of_two)
     elif measure == "efficiency":
-        axes.yaxis.set_major_formatter(pictures.ticks("%"))
+        _mark_efficiency(axes, series)
+
+
+def _mark_efficiency(axes: Axes, series: Sequence[Json]) -> None:
+    axes.yaxis.set_major_formatter(pictures.ticks("%"))
+    for height, style in zip((1, series[0]["limit"]["min_efficiency"]), (_IDEAL, *_efficient(series)), strict=True):
+        axes.axhline(height, color=GREY, linestyle=style.dashes, linewidth=style.width, zorder=1)
+
+
+def _efficient(series: Sequence[Json]) -> list[Style]:
+    """The line of the lowest efficiency that counts as scaling well."""
+    return [Style(in_unit([one["limit"]["min_efficiency"]], "%"), GREY, dashes=":") for one in series[:1]]
 
 
 def _shared_limits(series: Sequence[Json], measure: str) -> tuple[float, float]:
     points = [point[measure] for one in series for point in one["points"] if point[measure]]
     ends = [point[end] for point in points for end in ("low", "value", "high") if point[end] is not None]
-    if measure in ("throughput", "speedup"):
+    if measure == "throughput":
         outer = [(one["points"][0], one["points"][-1]["world_size"]) for one in series]
         ideal = [first[measure]["value"] * last / first["world_size"] for first, last in outer]
         return _padded([*ends, *ideal])
-    low, high = min([0.0, *ends]), max([1.0 if measure == "efficiency" else 0.1, *ends])
-    return low - 0.04 * (high - low) * (low < 0), high + 0.08 * (high - low)
+    return 0.0, 1.08 * max([1.0 if measure == "efficiency" else 0.1, *ends])
 
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:
@@ -137,18 +135,19 @@ def draw_models(group: Json, number: int, kind: str, scope: str) -> Picture:
     """Measured step times, and the model with the smallest held-out error, dashed where it is extrapolated."""
     panels = _panels(group, kind, scope, is_fitted=True)
     legend = pictures.legend_of(itertools.chain(*panels.values()), _FIT, _EXTRAPOLATED)
-    drawn = tuple((title, partial(_draw_fits, part)) for title, part in panels.items())
+    drawn = tuple((title, partial(draw_fits, part, "step_time_s")) for title, part in panels.items())
     title = f"Models of the step time, {kind} scaling, {scope}"
     return Picture(number, f"models {kind}", scope, title, legend, drawn, _columns(panels))
 
 
-def _draw_fits(series: Sequence[Json], axes: Axes) -> None:
+def draw_fits(series: Sequence[Json], measure: str, axes: Axes) -> None:
+    """The step time or the efficiency of series by world size: as measured, and as their best models have it."""
     measured = {point["world_size"] for one in series for point in one["points"]}
     sizes = set(measured)
     for one, offset in with_offsets(series):
-        draw_estimates(axes, one["points"], "world_size", "step_time_s", one["style"], offset)
         fitted = (pictures.best_model(one) or {"curve": []})["curve"]
-        curve = [(at["world_size"] * offset, at["step_time_s"]) for at in fitted]
+        draw_estimates(axes, one["points"], "world_size", measure, one["style"], offset, line=not fitted)
+        curve = [(at["world_size"] * offset, at[measure]) for at in fitted]
         num_inside = sum(not at["extrapolated"] for at in fitted)
         for part, dashes in ((curve[:num_inside], "-"), (curve[max(0, num_inside - 1) :], "--")):
             if len(part) > 1:
@@ -158,9 +157,13 @@ def _draw_fits(series: Sequence[Json], axes: Axes) -> None:
     pictures.size_axis(axes, labelled, "ranks")  # the curve may be finer
     if max(sizes) > max(measured):
         axes.axvspan(max(measured) * 1.12, axes.get_xlim()[1], color=GREY, alpha=0.18, linewidth=0)
-    axes.autoscale(axis="y")
-    pictures.log_axis(axes, "s")
-    axes.set_ylabel("step time")
+    if measure == "efficiency":
+        axes.set(ylim=_shared_limits(series, measure), ylabel="efficiency")
+        _mark_efficiency(axes, series)
+    else:
+        axes.autoscale(axis="y")
+        pictures.log_axis(axes, "s")
+        axes.set_ylabel("step time")
 
 
 def draw_allreduce(group: Json, number: int) -> Picture:
@@ -199,4 +202,4 @@ def _panels(group: Json, kind: str, scope: str, *, is_fitted: bool = False) -> d
 
 
 def _columns(panels: Mapping[str, object]) -> int:
-    return len(panels) if len(panels) <= 4 else 3
+    return 2 if len(panels) in (1, 2, 4) else 3

@@ -13,11 +13,29 @@ from matplotlib.axes import Axes
 from torchreg.plots import pictures
 from torchreg.plots.pictures import Json, Picture, Style, batch_text, by_title, combination_of, draw_estimates
 from torchreg.plots.quantities import features, in_unit
-from torchreg.plots.style import BLACK, GREY
+from torchreg.plots.scaling_figures import draw_fits
+from torchreg.plots.style import BLACK, BLUE, GREY, ORANGE
 
+_SERIES = {"strong": Style("strong scaling", BLUE, "o", "-"), "weak": Style("weak scaling", ORANGE, "^", "-.")}
 _UNSTABLE = Style("training diverges", GREY)
 _PREDICTED = Style("predicted", BLACK, dashes="-", width=1)
 _BOTH = Style("line: predicted; marker: measured", GREY, dashes="-", width=1)
+
+
+def draw_headline(group: Json, number: int, headline: Json) -> Picture:
+    """Efficiency and time to the target by world size, of what the first screen is about."""
+    series = [{**one, "style": _SERIES[one["kind"]]} for one in group["series"]]
+    named = {one["series"] for one in (headline["strong"], headline["weak"]) if one}
+    shown, panels = [one for one in series if one["id"] in named], []
+    if shown:
+        panels.append(("efficiency", partial(draw_fits, shown, "efficiency")))
+    if best := headline["best"] and headline["best"]["fastest"]:
+        own = [{**one, **target} for one in series if one["id"] == best["series"] for target in one["targets"]]
+        chosen = [one for one in own if one["target_excess"] == best["target_excess"]]
+        title = f"time to {in_unit([best['target_excess']], '%')} above the optimum"
+        panels.append((title, partial(_draw_by_ranks, chosen, is_time=True)))
+    legend, title = pictures.legend_of(shown), "Efficiency and time to the target"
+    return Picture(number, "headline", "", title, legend, tuple(panels), columns=2, height=1.8)
 
 
 def draw_steps(group: Json, number: int) -> Picture:
@@ -49,7 +67,7 @@ def _draw_limits(targets: Sequence[Json], axes: Axes) -> None:
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, 0.5), max(high, 2))  # so that the limit is visible
     axes.axhline(1, color=GREY, linestyle="--", linewidth=1)
-    axes.yaxis.set_major_formatter(pictures.power_of_two)
+    axes.yaxis.set_major_formatter(pictures.ticks("%"))
     _finish(axes, limits, "global batch (samples)", "fraction of the stability limit")
 
 
@@ -70,13 +88,13 @@ def draw_targets(group: Json, number: int, scope: str) -> Picture:
 
 def _draw_by_ranks(targets: Sequence[Json], axes: Axes, is_time: bool) -> None:
     for target, offset in pictures.with_offsets(targets):
-        style, rows, name = target["style"], target["rows"], "predicted_time_s" if is_time else "node_hours"
-        found = [(row["world_size"] * offset, row[name]) for row in rows if row[name]]
-        if line := [(size, value["value"] if is_time else value) for size, value in found]:
-            looks: Json = {"color": style.colour, "linestyle": style.dashes, "marker": "" if is_time else style.marker}
-            axes.plot(*zip(*line, strict=True), **looks, linewidth=1, markersize=4.5, label=f"predicted, {style.label}")
-        if is_time:
-            draw_estimates(axes, rows, "world_size", "measured_time_s", style, offset)
+        style, rows = target["style"], target["rows"]
+        predicted = [(row["world_size"] * offset, row["predicted_time_s"]) for row in rows if row["predicted_time_s"]]
+        if is_time and predicted:
+            sizes, times = [size for size, _ in predicted], [time["value"] for _, time in predicted]
+            axes.plot(sizes, times, color=style.colour, linestyle=style.dashes, label=f"predicted, {style.label}")
+        measure = "measured_time_s" if is_time else "node_hours"
+        draw_estimates(axes, rows, "world_size", measure, style, offset, line=not is_time)
     label, unit = ("time to the target", "s") if is_time else ("node-hours to the target", "")
     _finish(axes, _limits(targets, "world_size"), "ranks", label, unit)
     if axes.lines and not is_time:
@@ -120,9 +138,9 @@ def _limits(targets: Sequence[Json], by: str) -> dict[float, float]:
 
 def _targets(group: Json) -> dict[str, list[Json]]:
     """Targets with the fields of their series, by number of features and, where there are several, by target."""
-    series = {one["id"]: one for one in pictures.styled(group["series"])}
-    several = len({target["target_excess"] for target in group["targets"]}) > 1
-    targets = [{**series[target["series"]], **target} for target in group["targets"] if target["rows"]]
+    series = pictures.styled(group["series"])
+    targets = [{**one, **target} for one in series for target in one["targets"] if target["rows"]]
+    several = len({target["target_excess"] for target in targets}) > 1
     return by_title(
         (features(one["num_features"]) + f", to {in_unit([one['target_excess']], '%')}" * several, one)
         for one in sorted(targets, key=lambda one: (one["num_features"], one["target_excess"]))

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median, mode
 from typing import Any
 
 import pandas as pd
+from scipy.stats import binomtest
 
 from torchreg import __version__
 from torchreg.console import printable
 from torchreg.core.checkpoint import write_atomically
 from torchreg.reporting.groups import Json, comparable_groups, launches_by_point, point_of
 from torchreg.reporting.series import allreduce_of, models_of, series_of
-from torchreg.reporting.verdict import best_of, bottleneck, prediction_error, scaling_limit, targets_of
+from torchreg.reporting.verdict import best_of, bottleneck, headline, prediction_error, scaling_limit, targets_of
 from torchreg.runs.record import write_json
 from torchreg.scaling.records import Records, allreduce_table, launches_table, points_table
 
 KIND = "scaling-report"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _OF_ONE_LAUNCH = r"(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|SLURM_(JOB_NUM_NODES|NTASKS)|TORCHELASTIC_.*"
 _OF_SEVERAL_RANKS = ("backend", "effective", "mpi_library", "nccl_version", "ezpz_version")
@@ -30,20 +33,27 @@ _NOT_OF_ONE_RANK = frozenset(f"distributed.{field}" for field in _OF_SEVERAL_RAN
 _DISTRIBUTED = (*_OF_SEVERAL_RANKS, "launcher", "requested", "device_name", "cpus_per_rank")
 
 
-def analyse(records: Records) -> Json:
+def analyse(records: Records, min_efficiency: float = 0.8) -> Json:
     """The content of report.json: numbers and identifiers. The same records give the same report.
+
+    `min_efficiency` is the efficiency that counts as scaling well. Raises `ValueError` for one not above 0, to 1.
 
     An interval is `{"value", "low", "high", "num_launches"}`; its ends are None where there are too few launches.
     Groups are never compared with each other. Every string may come from a record: pages must escape it.
 
-    - `verdict`: `correct` (`status` yes, no or unknown), `scaling` and `bottlenecks` of each series, `targets` (one for
-      each group, number of features and target; `fastest` and `lowest_node_hours` are the first's), `prediction_errors`
-    - `groups`: `points` (times and the breakdown of a step), `series` (with `models`), `allreduce`, `targets`
-    - `sources` (directory, campaign and machine), `cost`, `provenance`, `excluded`, `failed`, `method`
+    - `verdict`: `correct` (`status` yes, no or unknown), `headline` (what the first screen is about), `slow_hosts`
+    - `groups`: `points` (times and the breakdown of a step), `series` (with `models`, `limit`, `bottleneck` and
+      `targets`), `allreduce`, `best` (of each number of features and target), `prediction_error`
+    - `sources` (directory, campaign and machine), `largest_launch`, `cost`, `provenance`
+    - `excluded`, `failed`, `method`
     """
-    launches, points, allreduce = launches_table(records), points_table(records), allreduce_table(records)
-    groups = [_group(heading, own, points, allreduce) for heading, own in comparable_groups(launches)]
+    if not 0 < min_efficiency <= 1:
+        raise ValueError(f"min_efficiency is {min_efficiency}: give a fraction above 0, to 1, such as 0.8 for 80 %")
+    launches, points = launches_table(records), points_table(records)
+    tables = points, allreduce_table(records)
+    groups = [_group(heading, own["launch"], tables, min_efficiency) for heading, own in comparable_groups(launches)]
     times = pd.concat([launches["finished_utc"], launches["started_utc"]]).dropna()
+    largest = max((one.content for one in records.launches), key=lambda one: one["launch"]["world_size"], default=None)
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": KIND,
@@ -53,8 +63,13 @@ def analyse(records: Records) -> Json:
         "data_from_utc": min(launches["started_utc"].dropna(), default=None),
         "data_to_utc": max(times, default=None),
         "sources": sources(launches),
-        "verdict": {"correct": _correct(launches, points, records), **_verdict(groups)},
+        "verdict": {
+            "correct": _correct(launches, points, records),
+            "headline": headline(groups[0]) if groups else None,
+            "slow_hosts": slow_hosts(records),
+        },
         "groups": groups,
+        "largest_launch": largest and {**largest["launch"], "command": shlex.join(largest["command"])},
         "cost": cost(launches),
         "provenance": provenance(records),
         "excluded": excluded(records),
@@ -63,25 +78,38 @@ def analyse(records: Records) -> Json:
     }
 
 
-def _group(heading: Json, launches: pd.DataFrame, points: pd.DataFrame, allreduce: pd.DataFrame) -> Json:
-    by_point = launches_by_point(heading["id"], launches["launch"], points)
+def _group(heading: Json, launches: pd.Series[str], tables: tuple[pd.DataFrame, ...], min_efficiency: float) -> Json:
+    points, allreduce = tables
+    by_point = launches_by_point(heading["id"], launches, points)
     found = [point_of(name, rows) for name, rows in by_point.items()]
-    series = series_of(heading["id"], found, by_point)
+    series, points_by_id = series_of(heading["id"], found, by_point), {point["id"]: point for point in found}
+    for one in series:
+        one["limit"] = scaling_limit(one, min_efficiency)
+        one["bottleneck"] = bottleneck(one, points_by_id, min_efficiency)
+        one |= {"models": models_of(one, by_point, series), "targets": targets_of(one, by_point)}
     return {
         **heading,
         "points": found,
-        "series": [{**one, "models": models_of(one, by_point, series)} for one in series],
-        "allreduce": allreduce_of(allreduce[allreduce["launch"].isin(launches["launch"])]),
-        "targets": targets_of(series, by_point),
+        "series": series,
+        "allreduce": allreduce_of(allreduce[allreduce["launch"].isin(launches)]),
+        "best": best_of(series),
+        "prediction_error": prediction_error(series),
     }
 
 
 def _correct(launches: pd.DataFrame, points: pd.DataFrame, records: Records) -> Json:
-    """Whether all runs end at the closed-form solution, those whose check failed included."""
+    """Whether all runs end at the closed-form solution, those whose check failed included, and all of verify passed."""
     wrong = points[~points["check_passed"]]
     first = wrong[["launch", "optimizer", "sync", "num_features", "world_size"]].to_dict("records")[:1]
+    good = {launch.name for launch in records.launches}
+    latest = [*records.launches, *(launch for launch in records.failed if launch.name not in good)]
+    verified = [launch.content.get("verification") for launch in latest]  # a failed record's fields may be anything
+    checks = [check for rows in verified if isinstance(rows, list) for check in rows if isinstance(check, dict)]
+    failed_checks = [f"{check.get('area')}: {check.get('name')}" for check in checks if check.get("status") == "FAIL"]
     return {
-        "status": "unknown" if points.empty else "yes" if wrong.empty else "no",
+        "status": "no" if len(wrong) or failed_checks else "unknown" if points.empty else "yes",
+        "num_checks": len(checks),
+        "failed_checks": failed_checks,
         "num_runs": len(points),
         "num_wrong": len(wrong),
         "first_wrong": first[0] if first else None,
@@ -91,18 +119,28 @@ def _correct(launches: pd.DataFrame, points: pd.DataFrame, records: Records) -> 
     }
 
 
-def _verdict(groups: list[Json]) -> Json:
-    points = {point["id"]: point for group in groups for point in group["points"]}
-    series = [(group["id"], one) for group in groups for one in group["series"]]
-    bottlenecks = [(group, bottleneck(one, points)) for group, one in series]
-    best = [one for group in groups for one in best_of(group)]
-    return {
-        "scaling": [{"group": group, **scaling_limit(one)} for group, one in series],
-        "bottlenecks": [{"group": group, **one} for group, one in bottlenecks if one],
-        "targets": best,
-        **{name: best[0][name] if best else None for name in ("fastest", "lowest_node_hours")},
-        "prediction_errors": [error for group in groups if (error := prediction_error(group))],
-    }
+def slow_hosts(records: Records) -> list[Json]:
+    """Hosts that had the slowest rank in more of their launches on several hosts than chance explains.
+
+    By chance each host of a launch has it equally often: a binomial test, corrected for the number of hosts. A launch
+    counts once, by most of its points. `slowdown` is the slowest rank over the median rank, less 1, in the median.
+    """
+    rows = []
+    for content in (launch.content for launch in records.launches if launch.content["points"]):
+        hosts = {one["host"] for one in content["distributed"]["placements"]}
+        slowest = mode(point["slowest_host"] for point in content["points"])
+        slowdown = median(point["rank_max_s"] / point["rank_median_s"] - 1 for point in content["points"])
+        for host in hosts if len(hosts) > 1 else ():
+            rows.append((content["campaign"]["machine"], host, host == slowest, slowdown, 1 / len(hosts)))
+    table = pd.DataFrame(rows, columns=["machine", "host", "is_slowest", "slowdown", "chance"])
+    by_host, found = table.groupby(["machine", "host"]), []
+    for (machine, host), own in by_host:
+        num_slowest, slow = int(own["is_slowest"].sum()), own.loc[own["is_slowest"], "slowdown"]
+        p_value = binomtest(num_slowest, len(own), own["chance"].mean(), alternative="greater").pvalue * len(by_host)
+        if p_value <= 0.05:
+            counts = {"num_launches": len(own), "num_slowest": num_slowest, "slowdown": float(slow.median())}
+            found.append({"machine": machine, "host": host, **counts, "p_value": float(p_value)})
+    return found
 
 
 def sources(launches: pd.DataFrame) -> list[Json]:
@@ -146,7 +184,7 @@ def _fields(content: Mapping[str, Any]) -> dict[str, str | None]:
     """What a record has of its origin, as texts; None where it was not recorded."""
     campaign, communicator, origin = content["campaign"], content["distributed"], content["provenance"]
     sections = {
-        "campaign.": {key: campaign[key] for key in ("name", "machine", "fingerprint")},
+        "campaign.": {**campaign, "without": " ".join(campaign["without"]) or None},
         "distributed.": {key: communicator[key] for key in _DISTRIBUTED},
         "source.": origin["source"],
         "libraries.": origin["libraries"],
@@ -155,7 +193,6 @@ def _fields(content: Mapping[str, Any]) -> dict[str, str | None]:
         "": {key: origin[key] for key in ("python", "platform", "job_id")} | {"dtype": content["dtype"]},
     }
     fields = {prefix + key: value for prefix, section in sections.items() for key, value in section.items()}
-    fields["campaign.without"] = " ".join(campaign["without"]) or None
     fields["devices"] = ", ".join(sorted({place["device"].split(":")[0] for place in communicator["placements"]}))
     return {key: one if one is None or isinstance(one, str) else json.dumps(one) for key, one in fields.items()}
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import TypeAlias
 
 import numpy as np
-from scipy.stats import false_discovery_control, t, ttest_ind_from_stats
+from scipy.stats import false_discovery_control, ttest_ind_from_stats
 
 from torchreg.console import percent
-from torchreg.reporting.analysis import KIND, SCHEMA_VERSION, excluded, failures
-from torchreg.reporting.groups import VERSIONS, Json, comparable_groups, launches_by_point, point_of
-from torchreg.scaling.records import launches_table, points_table, read_records
-from torchreg.scaling.statistics import CONFIDENCE, Estimate, ratio_interval
+from torchreg.reporting.analysis import KIND, SCHEMA_VERSION, analyse
+from torchreg.reporting.groups import VERSIONS, Json
+from torchreg.scaling.records import read_records
+from torchreg.scaling.statistics import Estimate, ratio_interval
 
 _WHERE = ("machine", "device_name", "backend", "dtype", "distributed")
 _POINT = ("num_nodes", "ranks_per_node", "optimizer", "sync", "num_features", "global_batch_size")
@@ -32,8 +33,8 @@ _HOURS = (
 
 Key: TypeAlias = tuple[Hashable, ...]
 """The fields of `_WHERE` and `_POINT`. Versions may differ, because a comparison is often about them."""
-Measured: TypeAlias = tuple[Estimate, Mapping[int, float] | None]
-"""The step time of a point, and its times by block where they are known."""
+Times: TypeAlias = Sequence[float]
+"""The step times of a point in seconds, one of each launch."""
 
 
 def compare(old: Path, new: Path, threshold: float = 0.05) -> Json:
@@ -42,8 +43,7 @@ def compare(old: Path, new: Path, threshold: float = 0.05) -> Json:
     `rows` has a point each, with `ratio` of new over old step time. Its `outcome` is a regression where the low end of
     the ratio's interval is above 1 + threshold, and `p_slower`, the p-value of "at most threshold slower" corrected for
     the `family` of points, is at most its `level`; "faster" likewise. Intervals cover what differs between launches,
-    not between the hours of two campaigns. From the intervals of a report.json the ratio has the widest interval that
-    they allow. Raises `ValueError` where nothing can be compared.
+    not between the hours of two campaigns. Raises `ValueError` where nothing can be compared.
     """
     if not (math.isfinite(threshold) and threshold >= 0):
         raise ValueError(f"threshold is {threshold}: give a fraction of at least 0, such as 0.05 for 5 %")
@@ -53,9 +53,9 @@ def compare(old: Path, new: Path, threshold: float = 0.05) -> Json:
     pairs = {key: (after["points"][key], before["points"][key]) for key in keys if key in after["points"]}
     found = dict(zip(pairs, judged(list(pairs.values()), threshold), strict=True))
     for key in keys:
-        row: Json = dict(zip((*_WHERE, *_POINT), key, strict=True), old_step_time_s=before["points"][key][0].value)
+        row: Json = dict(zip((*_WHERE, *_POINT), key, strict=True), old_step_time_s=median(before["points"][key]))
         if key in found:
-            rows.append({**row, "new_step_time_s": after["points"][key][0].value, **found[key]})
+            rows.append({**row, "new_step_time_s": median(after["points"][key]), **found[key]})
         elif tuple(row[field] for field in _LAUNCH) in after["failed"]:
             row |= dict.fromkeys(("new_step_time_s", "ratio", "p_slower", "p_faster"))
             rows.append({**row, "outcome": "no result any more"})
@@ -77,11 +77,12 @@ def compare(old: Path, new: Path, threshold: float = 0.05) -> Json:
     }
 
 
-def judged(pairs: Sequence[tuple[Measured, Measured]], threshold: float) -> list[Json]:
-    """`ratio`, `p_slower`, `p_faster` and `outcome` of each point of a family, from its (new, old) measurements."""
+def judged(pairs: Sequence[tuple[Times, Times]], threshold: float) -> list[Json]:
+    """`ratio`, `p_slower`, `p_faster` and `outcome` of each point of a family, from its (new, old) times."""
     rows: list[Json] = [{"ratio": _ratio(*pair), "p_slower": None, "p_faster": None} for pair in pairs]
     if tested := [k for k, row in enumerate(rows) if row["ratio"].low is not None]:
-        new, old = (np.transpose([_log_moments(*pairs[k][side]) for k in tested]) for side in (0, 1))
+        logs = [[np.log(pairs[k][side]) for k in tested] for side in (0, 1)]
+        new, old = (np.transpose([(np.mean(one), np.std(one, ddof=1), len(one)) for one in side]) for side in logs)
         for name, (mean, sd, count), (mean_2, sd_2, count_2) in (("p_slower", new, old), ("p_faster", old, new)):
             # Not ranks: with 6 launches a side their p-value is at least 1/924, too large for one of 48 points.
             first = (mean - math.log1p(threshold), sd, count)
@@ -92,24 +93,9 @@ def judged(pairs: Sequence[tuple[Measured, Measured]], threshold: float) -> list
     return [{**row, "ratio": asdict(row["ratio"]), "outcome": _outcome(**row, factor=1 + threshold)} for row in rows]
 
 
-def _log_moments(estimate: Estimate, times: Mapping[int, float] | None) -> tuple[float, float, int]:
-    """Mean, standard deviation and number of log times; of a report those of which its interval would be Student's."""
-    if times is not None:
-        return float(np.mean(logs := np.log(list(times.values())))), float(np.std(logs, ddof=1)), len(logs)
-    width, count = math.log((estimate.high or math.nan) / (estimate.low or math.nan)), estimate.num_launches
-    return math.log(estimate.value), width / 2 / float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * math.sqrt(count), count
-
-
-def _ratio(new: Measured, old: Measured) -> Estimate:
-    (one, new_times), (other, old_times) = new, old
-    if new_times is not None and old_times is not None:
-        # The same block number in two campaigns is not the same block.
-        sides = [{(side, block): t for block, t in times.items()} for side, times in enumerate((new_times, old_times))]
-        return ratio_interval(*sides)
-    value, fewer = one.value / other.value, min(one.num_launches, other.num_launches)
-    if one.low is None or one.high is None or other.low is None or other.high is None:
-        return Estimate(value, None, None, fewer)
-    return Estimate(value, one.low / other.high, one.high / other.low, fewer)
+def _ratio(new: Times, old: Times) -> Estimate:
+    # A launch of one campaign shares no disturbance with one of the other, so no two have the same block.
+    return ratio_interval(*({(side, k): time for k, time in enumerate(times)} for side, times in enumerate((new, old))))
 
 
 def _outcome(ratio: Estimate, p_slower: float | None, p_faster: float | None, factor: float) -> str:
@@ -175,13 +161,7 @@ def conclusion(comparison: Json) -> list[str]:
 
 def _read(path: Path) -> Json:
     if not path.is_file():
-        records = read_records([path])
-        points, groups = points_table(records), []
-        for heading, launches in comparable_groups(launches_table(records)):
-            by_point = launches_by_point(heading["id"], launches["launch"], points).items()
-            measured = [{**point_of(name, own), "times": own["step_time_s"].to_dict()} for name, own in by_point]
-            groups.append({**heading, "points": measured})
-        return _side({"groups": groups, "excluded": excluded(records), "failed": failures(records)})
+        return _side(analyse(read_records([path])))
     try:
         report = json.loads(path.read_bytes())
         if report["kind"] != KIND or report["schema_version"] != SCHEMA_VERSION:
@@ -198,25 +178,20 @@ def _read(path: Path) -> Json:
 def _side(report: Json) -> Json:
     """The points of a report, those that were measured with several sets of versions (`mixed`), and what failed."""
     groups, mixed = report["groups"], set()
-    points: dict[Key, Measured] = {}
+    points: dict[Key, Times] = {}
     for group in groups:
         for point in group["points"]:
-            measured = (_estimate(point["step_time_s"]), point.get("times"))
+            times = point["step_times_s"]
+            if not times or not all(math.isfinite(time) and time > 0 for time in times):
+                raise ValueError(f"step_times_s is {str(times)[:80]}")
             # One rank uses neither backend nor communicator: it is the same point in each group.
             unused = ("backend", "distributed") if point["num_nodes"] * point["ranks_per_node"] == 1 else ()
             where = (None if field in unused else group[field] for field in _WHERE)
             key = (*where, *(point[field] for field in _POINT))
-            if points.setdefault(key, measured) != measured:
+            if points.setdefault(key, times) != times:
                 mixed.add(key)
     wrong = [f"{one['what']}: {one['reason']}" for one in report["excluded"] if one["is_wrong_result"]]
     failed = {tuple(one[field] for field in _LAUNCH) for one in report["failed"] if not one["is_retried"]}
     found = {name: {str(value) for group in groups if (value := group["versions"].get(name))} for name in VERSIONS}
     versions = {name: sorted(values) for name, values in found.items()}
     return {"points": points, "mixed": mixed, "wrong": wrong, "failed": failed, "versions": versions}
-
-
-def _estimate(content: Json) -> Estimate:
-    value, low, high = (None if content[end] is None else float(content[end]) for end in ("value", "low", "high"))
-    if value is None or not all(math.isfinite(end) and end > 0 for end in (value, low, high) if end is not None):
-        raise ValueError(f"step_time_s is {str(content)[:80]}")
-    return Estimate(value, low, high, int(content["num_launches"]))

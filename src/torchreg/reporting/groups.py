@@ -96,7 +96,7 @@ def point_of(name: str, launches: pd.DataFrame) -> Json:
 
     The step time of the slowest rank is data + compute + exposed communication. The imbalance, by which the slowest
     rank exceeds the median rank, is a part of these. Compute and exposed are None where no steps without all-reduce
-    were timed. The spread is the interquartile range over the median.
+    were timed. The spread is the interquartile range over the median. `step_times_s` are those of the launches.
     """
     step, data, local = (launches[field] for field in ("step_time_s", "data_time_s", "local_step_time_s"))
     slowest, middle = launches["rank_max_s"], launches["rank_median_s"]
@@ -113,7 +113,8 @@ def point_of(name: str, launches: pd.DataFrame) -> Json:
     }
     estimates = {field: over_launches(values) if values.notna().all() else None for field, values in times.items()}
     spread = float(np.subtract(*np.percentile(step, [75, 25])) / np.median(step))
-    return {"id": name, **setting, "num_launches": len(launches), "spread": spread, **estimates}
+    numbers = {"num_launches": len(launches), "step_times_s": step.tolist(), "spread": spread}
+    return {"id": name, **setting, **numbers, **estimates}
 
 
 def over_launches(values: Iterable[float]) -> Json:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from torchreg.core.checkpoint import write_atomically
-from torchreg.plots.pictures import Picture, by_title, slug
-from torchreg.plots.quantities import count, counted, features, in_unit, ranks
+from torchreg.plots.pictures import Picture, best_model, slug
+from torchreg.plots.quantities import count, counted, features, in_unit, nodes, ranks
 from torchreg.plots.rendering import inline_legend, inline_panels, picture_files
 from torchreg.plots.scaling_figures import draw_allreduce, draw_breakdown, draw_models, draw_scaling
-from torchreg.plots.target_figures import draw_steps, draw_targets
+from torchreg.plots.target_figures import draw_headline, draw_steps, draw_targets
 from torchreg.reporting import tables
 from torchreg.reporting.groups import Json
+
+Language: TypeAlias = Literal["html", "markdown", "text"]
 
 _KINDS = ("strong", "weak")
 
@@ -29,26 +32,26 @@ def write_pages(report: Json, folder: Path) -> list[Path]:
     Every string of the report may come from records of others: it is escaped. The same report gives the same bytes.
     """
     groups = [(group, _parts(group, number)) for number, group in enumerate(report["groups"], 1)]
+    first = [draw_headline(report["groups"][0], 1, report["verdict"]["headline"])] if groups else []
+    first = [picture for picture in first if picture.panels]
+    sections = [section for _, parts in groups for part in parts.values() for section in part]
     files: dict[str, bytes] = {}
-    for section in (section for _, parts in groups for part in parts.values() for section in part):
-        for picture in section["pictures"]:
-            files |= picture_files(picture)
-    markdown = _render("report.md.j2", _environment("markdown"), report, groups)
+    for picture in (*first, *(picture for section in sections for picture in section["pictures"])):
+        files |= picture_files(picture)
+    markdown = _render("markdown", report, groups, first)
     files["report.md"] = re.sub(r"\n{3,}", "\n\n", markdown).encode()
-    files["report.html"] = _render("report.html.j2", _environment("html"), report, groups).encode()
+    files["report.html"] = _render("html", report, groups, first).encode()
     for name, content in files.items():  # the pages last, when the figures that they show are there
         write_atomically(folder / name, content)
     return [folder / name for name in files]
 
 
 def summary_lines(report: Json) -> list[str]:
-    """The verdict in plain sentences, the most important first."""
-    verdict = _verdict(report, _environment("text"))
-    found = [f"{title}: {line}" if title else line for title, lines in verdict["by_group"] for line in lines]
-    return [f"{verdict['status']}. {verdict['correctness']}", *found]
+    """The verdict in at most six sentences, the most important first."""
+    return list(_first_screen(report, _environment("text"))["lines"])
 
 
-def _environment(language: Literal["html", "markdown", "text"]) -> Environment:
+def _environment(language: Language) -> Environment:
     environment = Environment(
         loader=PackageLoader("torchreg.reporting"), autoescape=language != "text",
         finalize=escape_markdown if language == "markdown" else None, undefined=StrictUndefined,
@@ -56,22 +59,25 @@ def _environment(language: Literal["html", "markdown", "text"]) -> Environment:
     )  # fmt: skip
     environment.globals |= {
         "count": count, "features": features, "in_unit": in_unit, "ranks": ranks, "counted": counted, "slug": slug,
-        "percent": _percent, "duration": _duration, "by_sentence": _by_sentence, "panels": inline_panels,
+        "nodes": nodes, "percent": _percent, "timedelta": timedelta, "best_model": best_model, "panels": inline_panels,
         "legend": inline_legend,
     }  # fmt: skip
     return environment
 
 
-def _render(template: str, environment: Environment, report: Json, groups: list[tuple[Json, Any]]) -> str:
+def _render(language: Language, report: Json, groups: list[tuple[Json, Any]], pictures: list[Picture]) -> str:
+    environment = _environment(language)
+    first = _first_screen(report, environment)
     title = f"Scaling of {', '.join(report['campaigns'])} on {', '.join(report['machines'])}"
-    return environment.get_template(template).render(
+    return environment.get_template({"html": "report.html.j2", "markdown": "report.md.j2"}[language]).render(
         report=report,
         title=title if groups else "Scaling: no usable launch",
         groups=groups,
         sections=[],
-        series={one["id"]: one for group in report["groups"] for one in group["series"]},
         tables=tables.report_tables(report),
-        **_verdict(report, environment),
+        series_table=_series_table(report["groups"], environment),
+        first=first | {"pictures": pictures},
+        proposal=[tables.proposal_table(group, first["figures"]["shown"]) for group in report["groups"][:1]],
     )
 
 
@@ -80,36 +86,38 @@ def _line(text: str) -> str:
     return type(text)(" ".join(text.split()))
 
 
-def _verdict(report: Json, environment: Environment) -> Json:
-    """The sentences of the verdict, `by_group` in pairs of its name ("" where there is one) and lines; a table."""
+def _first_screen(report: Json, environment: Environment) -> Json:
+    """The verdict: at most six sentences (`lines`), and what the four figures are made of."""
     sentences: Any = environment.get_template("sentences.j2").module
-    verdict, groups, by_group, rows = report["verdict"], report["groups"], [], []
-    limits, causes = ({one["series"]: one for one in verdict[name]} for name in ("scaling", "bottlenecks"))
-    for group in groups:
-        own = [{**one, **limits[one["id"]], "bottleneck": None, **causes.get(one["id"], {})} for one in group["series"]]
-        lines = [sentences.scaling(some) for some in by_title((sentences.baseline(one), one) for one in own).values()]
-        if group["oversubscribed_ranks_per_node"]:
-            lines.append(sentences.oversubscribed(group))
-        for target in verdict["targets"]:
-            if target["group"] == group["id"]:
-                lines.append(sentences.best(target["fastest"], "Fastest", "time_s"))
-                lines.append(sentences.best(target["lowest_node_hours"], "Lowest node-hours", "node_hours"))
-        lines += [sentences.prediction(one) for one in verdict["prediction_errors"] if one["group"] == group["id"]]
-        is_alone = sum(other["machine"] == group["machine"] for other in groups) == 1
-        name = "" if len(groups) == 1 else group["machine"] if is_alone else group["title"]
-        by_group.append((name, [_line(line) for line in lines]))
-        for one in own:
-            series, details = _line(sentences.series_title(one)), _line(sentences.limit_details(one))
-            cause = _line(sentences.bottleneck_details(one)) if one["bottleneck"] else None
-            rows.append({**one, "series": series, "details": details, "bottleneck": cause})
-    correct = {name: _line(getattr(sentences, name)(verdict["correct"])) for name in ("status", "correctness")}
-    columns = ["series", "scaling limit (ranks)", "details", "bottleneck"]
-    return {**correct, "by_group": by_group, "series_table": tables.make_table("Series", columns, rows)}
+    correct, headline = report["verdict"]["correct"], report["verdict"]["headline"]
+    lines, shown, best, limited = [sentences.correctness(correct)], [], None, []
+    if headline:
+        group = next(one for one in report["groups"] if one["id"] == headline["group"])
+        series, best = {one["id"]: one for one in group["series"]}, headline["best"]
+        shown = [series[one["series"]] | one for one in (headline["strong"], headline["weak"]) if one]
+        limited = [one for one in shown if one["bottleneck"]][:1]
+        lines += [*map(sentences.scaling, shown), *map(sentences.limited, limited)]
+        lines += [sentences.target(best)] if best else []
+        lines += [sentences.caution(report, group)]
+    lines = [line for line in map(_line, lines) if line]
+    figures = {"correct": correct, "shown": shown, "best": best, "limited": limited}
+    return {"lines": lines, "figures": figures}
 
 
-def _by_sentence(items: Iterable[Json], sentence: Callable[[Json], str]) -> list[tuple[str, list[Json]]]:
-    """Items with the same sentence together, the most frequent sentence first."""
-    return sorted(by_title((_line(sentence(one)), one) for one in items).items(), key=lambda pair: -len(pair[1]))
+def _series_table(groups: list[Json], environment: Environment) -> tables.Table:
+    """How far each series scales, and what limits it."""
+    sentences: Any = environment.get_template("sentences.j2").module
+    rows = [
+        {
+            "series": _line(sentences.series_title(one)),
+            **one["points"][-1],
+            "scaling limit": _line(sentences.limit(one)),
+            "bottleneck": _line(sentences.limited(one)) if one["bottleneck"] else None,
+        }
+        for group in groups
+        for one in group["series"]
+    ]
+    return tables.make_table("Series", ["series", "ranks", "efficiency", "scaling limit", "bottleneck"], rows)
 
 
 def _parts(group: Json, number: int) -> dict[str, list[Json]]:
@@ -128,8 +136,7 @@ def _parts(group: Json, number: int) -> dict[str, list[Json]]:
         scaling, models, targets = zip(*(tables.series_tables(group, kind, scope) for kind in _KINDS), strict=True)
         for kind, table in zip(_KINDS, scaling, strict=True):
             add(kind, scope, [draw_scaling(group, number, kind, scope)], [table])
-        breakdowns = (draw_breakdown(group, number, kind, scope) for kind in _KINDS)
-        add("breakdown", scope, breakdowns, [tables.breakdown_table(group, scope)])
+        add("breakdown", scope, (draw_breakdown(group, number, kind, scope) for kind in _KINDS), [])
         add("models", scope, (draw_models(group, number, kind, scope) for kind in _KINDS), models)
         add("targets", scope, [draw_targets(group, number, scope)], targets)
     return parts
@@ -138,11 +145,6 @@ def _parts(group: Json, number: int) -> dict[str, list[Json]]:
 def _percent(estimate: Json) -> str:
     value, low, high = (estimate[end] for end in ("value", "low", "high"))
     return f"{100 * value:.0f} %" + ("" if low is None or high is None else f" ({100 * low:.0f}–{100 * high:.0f} %)")
-
-
-def _duration(seconds: float) -> str:
-    scale, unit = (1, "s") if seconds < 120 else (60, "min") if seconds < 7200 else (3600, "h")
-    return f"{seconds / scale:.{int(unit == 'h')}f} {unit}"
 
 
 def escape_markdown(value: object) -> object:

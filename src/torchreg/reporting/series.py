@@ -69,7 +69,7 @@ def _series(group: str, kind: str, scope: str, points: Sequence[Json], launches:
             if kind == "strong":  # T(p0)·p0 / (T(p)·p); weak: T(p0) / T(p)
                 efficiency = scaled(efficiency, 1 / k)
         speedup = scaled(efficiency, k)
-        serial = asdict(karp_flatt(speedup, k)) if kind == "strong" and k > 1 else None
+        serial = _serial_fraction(speedup, k) if kind == "strong" and k > 1 else None
         row = {field: point[field] for field in ("world_size", "num_nodes", "throughput", "step_time_s")}
         row |= {"speedup": asdict(speedup), "efficiency": asdict(efficiency), "karp_flatt": serial}
         rows.append({"point": point["id"], **row})
@@ -87,6 +87,16 @@ def _series(group: str, kind: str, scope: str, points: Sequence[Json], launches:
     }
 
 
+def _serial_fraction(speedup: Estimate, k: float) -> Json | None:
+    """The Karp–Flatt metric; None where its interval is not within 0 to 1, so that it means no fraction."""
+    found = karp_flatt(speedup, k)
+    if found.low is None or found.high is None:
+        return None
+    return (
+        asdict(found) if 0 <= round(found.low, 9) <= round(found.high, 9) <= 1 else None
+    )  # exactly 0 or 1 are rounded
+
+
 def models_of(series: Json, launches: Mapping[str, pd.DataFrame], others: Sequence[Json]) -> list[Json]:
     """Amdahl (strong scaling only), the universal scalability law, and compute + α–β; `launches` are those by point.
 
@@ -102,7 +112,8 @@ def models_of(series: Json, launches: Mapping[str, pd.DataFrame], others: Sequen
         last = max(min(last, global_batch), measured[-1])  # each rank has a sample
     else:
         fits = [models.fit_usl(times, local_batch_size=round(local_batch))]
-    ranks = np.unique([*np.rint(np.geomspace(measured[0], last, _CURVE_POINTS)), *measured])
+    doubled = [size for size in (2 * measured[-1], 4 * measured[-1]) if size < last]
+    ranks = np.unique([*np.rint(np.geomspace(measured[0], last, _CURVE_POINTS)), *measured, *doubled])
 
     alike = [other for other in others if all(other[field] == series[field] for field in ("scope", *_SETTING))]
     rows = pd.concat([launches[name] for name in {row["point"]: None for other in alike for row in other["points"]}])
@@ -112,17 +123,19 @@ def models_of(series: Json, launches: Mapping[str, pd.DataFrame], others: Sequen
     local_batches = global_batch / ranks if series["kind"] == "strong" else np.full_like(ranks, local_batch)
     mechanistic = models.fit_mechanistic(_times(works, rows["step_time_s"]))
     at_works = np.stack([ranks, local_batches, np.full_like(ranks, series["message_bytes"])], 1)
-    return [
-        {
-            **_fit(fit),
-            "curve": [
-                {"world_size": int(p), "step_time_s": float(seconds), "extrapolated": bool(p > measured[-1])}
-                for p, seconds in zip(ranks, fit.predict(at), strict=True)
-                if fit.identifiable
-            ],
+    ideal = ranks[0] / ranks if series["kind"] == "strong" else np.ones(len(ranks))  # step time over that at p0
+    found = []
+    for fit, at in (*((fit, ranks) for fit in fits), (mechanistic, at_works)):
+        step_times = fit.predict(at)
+        columns = {
+            "world_size": ranks.astype(int),
+            "step_time_s": step_times,
+            "efficiency": ideal * step_times[0] / step_times,
+            "extrapolated": ranks > measured[-1],
         }
-        for fit, at in (*((fit, ranks) for fit in fits), (mechanistic, at_works))
-    ]
+        curve = pd.DataFrame(columns).to_dict("records") if fit.identifiable else []
+        found.append({**_fit(fit), "curve": curve})
+    return found
 
 
 def _times(sizes: Iterable[Any], seconds: pd.Series[float]) -> dict[Hashable, dict[Any, float]]:

@@ -1,38 +1,35 @@
-"""The tables of a report: columns as data; entries with units and intervals, and footnotes on missing numbers."""
+"""The tables of a report: columns as data; entries with units and intervals, and words for missing numbers."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import compress
 from typing import Any, NamedTuple
 
 from torchreg.console import number
-from torchreg.plots.pictures import best_model, combination_of, placement_text
-from torchreg.plots.quantities import count, in_unit
+from torchreg.plots.pictures import batch_text, best_model, combination_of, placement_text
+from torchreg.plots.quantities import count, counted, in_unit
 from torchreg.reporting.groups import Json
 
 _LONG = 14  # rows; a longer table is folded
-_FEW, _NONE, _NEVER, _NOT_REACHED, _NOT_RECORDED = "abcde"
-_NOTES = {
-    _FEW: "too few launches for a 95 % interval: 6 are needed",
-    _NONE: "not measured, or not defined at this point",
-    _NEVER: "never: training diverges, or its noise floor lies above the target",
-    _NOT_REACHED: "the target was not reached, or was not tried",
-    _NOT_RECORDED: "not recorded",
-}
+_MISSING = "–"  # not measured, not recorded, or not defined; a column of nothing else is not shown
 _WHOLE = "whole"  # the unit of counts, which are written with every digit
 _HEADINGS = {
     _WHOLE: {
         "ranks": "world_size", "nodes": "num_nodes", "p0": "baseline_world_size", "global batch": "global_batch_size",
         "launches": "num_launches", "failed": "num_failed", "predicted steps": "predicted_steps",
-        "measured steps": "measured_steps", "scaling limit (ranks)": "largest_efficient_world_size",
+        "measured steps": "measured_steps",
     },
     "s": {
         "step time": "step_time_s", "data": "data_time_s", "compute": "compute_time_s",
-        "exposed communication": "exposed_time_s", "slowest − median rank": "imbalance_time_s", "time": "time_s",
-        "predicted time": "predicted_time_s", "measured time": "measured_time_s",
+        "exposed communication": "exposed_time_s", "time": "time_s", "predicted time": "predicted_time_s",
+        "measured time": "measured_time_s",
     },
-    "%": {"spread": "spread", "efficiency": "efficiency", "held-out error": "held_out_error"},
+    "%": {
+        "spread": "spread", "efficiency": "efficiency", "held-out error": "held_out_error",
+        "compute, of the step": "compute_fraction",
+    },
     "B": {"message": "message_bytes"},
     "B/s": {"bandwidth": "bandwidth"},
     "k": {"samples/s": "throughput"},
@@ -47,58 +44,53 @@ _COLUMNS = {heading: (key, unit) for unit, keys in _HEADINGS.items() for heading
 
 
 class Entry(NamedTuple):
-    """A value with its interval; `note` is the letter of a footnote."""
+    """A value with its interval."""
 
     text: str
     interval: str = ""
-    note: str = ""
     is_number: bool = True
 
 
 class Table(NamedTuple):
-    """Columns, rows, and the footnotes that its entries refer to; a long one is folded until a reader opens it."""
+    """A long table is folded until a reader opens it."""
 
     title: str
     columns: list[str]
     rows: list[list[Entry]]
-    notes: list[tuple[str, str]]
     is_long: bool
 
 
 def make_table(title: str, columns: Sequence[str], rows: Iterable[Json], constant: Sequence[str] = ()) -> Table:
-    """A table with the footnotes that its entries need.
+    """A table without empty columns.
 
     Of the columns named in `constant`, those with the same value in all rows move into the title, because a table that
-    is too wide hides its last columns. A row's `missing` is the footnote of its missing numbers.
+    is too wide hides its last columns. A row's `missing` is the word for its missing numbers.
     """
 
     def entry(row: Json, heading: str) -> Entry:
         key, unit = _COLUMNS.get(heading, (heading, None))
         value = combination_of(row) if heading == "combination" else row[key]
-        return make_entry(value, unit, row.get("missing", _NONE))
+        return make_entry(value, unit, row.get("missing", _MISSING))
 
     entries = [[entry(row, heading) for heading in columns] for row in rows]
     shared = {
         heading: found[0].text
         for heading, *found in zip(columns, *entries, strict=True)
-        if heading in constant and len(set(found)) == 1 < len(found) and not found[0].note
+        if heading in constant and len(set(found)) == 1 < len(found)
     }
-    kept = [heading not in shared for heading in columns]
-    entries = [list(compress(row, kept)) for row in entries]
-    used = {entry.note for row in entries for entry in row}
-    notes = [(letter, note) for letter, note in _NOTES.items() if letter in used]
+    filled = [any(entry.text != _MISSING for entry in column) for column in zip(*entries, strict=True)]
+    kept = [heading not in shared and is_filled for heading, is_filled in zip(columns, filled, strict=False)]
     title = ": ".join(filter(None, [title, ", ".join(map(" ".join, shared.items()))]))
-    return Table(title, list(compress(columns, kept)), entries, notes, len(entries) > _LONG)
+    rows_kept = [list(compress(row, kept)) for row in entries]
+    return Table(title, list(compress(columns, kept)), rows_kept, len(entries) > _LONG)
 
 
-def make_entry(value: Any, unit: str | None, missing: str = _NONE) -> Entry:
-    """A number or an estimate in `unit`, a text where that is None; `missing` is the footnote of a missing number."""
+def make_entry(value: Any, unit: str | None, missing: str = _MISSING) -> Entry:
+    """A number or an estimate in `unit`, a text where that is None; `missing` is the word for a missing number."""
     if isinstance(value, Entry):
         return value
-    if unit is None:
-        return Entry("–", note=_NOT_RECORDED, is_number=False) if value is None else Entry(str(value), is_number=False)
-    if value is None:
-        return Entry("–", note=missing)
+    if value is None or unit is None:
+        return Entry(missing if value is None else str(value), is_number=unit is not None)
 
     def shown(*values: float) -> str:
         return " – ".join(count(round(one)) for one in values) if unit == _WHOLE else in_unit(values, unit)
@@ -107,7 +99,7 @@ def make_entry(value: Any, unit: str | None, missing: str = _NONE) -> Entry:
         return Entry(shown(value))
     middle, low, high = (value[end] for end in ("value", "low", "high"))
     if low is None:
-        return Entry(shown(middle), "–", _FEW)
+        return Entry(shown(middle))
     if high is None:  # so many launches missed the target that the interval has no upper end
         return Entry(shown(middle), f"{shown(low)} or more")
     return Entry(shown(middle), "" if low == high else shown(low, high))  # the baseline's ratio to itself is exact
@@ -115,30 +107,19 @@ def make_entry(value: Any, unit: str | None, missing: str = _NONE) -> Entry:
 
 # Of a group
 
-_POINT = ["ranks", "nodes", "combination", "message", "global batch"]
 _SETTING = ["combination", "message", "batch"]
 _FIT = ["model", "parameters", "held-out error"]
 
 
 def points_tables(group: Json) -> list[Table]:
-    """Step times within a node and across nodes."""
-    columns = [*_POINT, "launches", "step time", "spread", "slowest / median rank", "samples/s"]
-    within, across = ([p for p in _points(group) if (p["num_nodes"] > 1) == is_across] for is_across in (False, True))
-    parts = {"Within a node": within, "Across nodes": across}
-    return [make_table(title, columns, points, ("nodes", "launches")) for title, points in parts.items()]
-
-
-def _points(group: Json) -> list[Json]:
+    """Step times and their parts within a node and across nodes."""
+    columns = ["ranks", "nodes", "combination", "message", "global batch", "launches", "step time", "spread"]
+    columns += ["data", "compute", "exposed communication", "slowest / median rank"]
     keys = ("message_bytes", "optimizer", "global_batch_size", "world_size", "sync")
-    return sorted(group["points"], key=lambda point: [point[key] for key in keys])
-
-
-def breakdown_table(group: Json, scope: str) -> Table:
-    """The parts of a step in the series of a scope."""
-    named = {row["point"] for one in group["series"] if one["scope"] == scope for row in one["points"]}
-    columns = [*_POINT, "step time", "data", "compute", "exposed communication", "slowest − median rank"]
-    rows = (point for point in _points(group) if point["id"] in named)
-    return make_table(f"Parts of a step, {scope}", columns, rows, ("nodes",))
+    points = sorted(group["points"], key=lambda point: [point[key] for key in keys])
+    within, across = ([p for p in points if (p["num_nodes"] > 1) == is_across] for is_across in (False, True))
+    parts = {"Within a node": within, "Across nodes": across}
+    return [make_table(title, columns, own, ("nodes", "launches")) for title, own in parts.items()]
 
 
 def series_tables(group: Json, kind: str, scope: str) -> tuple[Table, Table, Table]:
@@ -155,9 +136,9 @@ def series_tables(group: Json, kind: str, scope: str) -> tuple[Table, Table, Tab
         scaling += [{**setting, **point} for point in one["points"]]
         drawn = best_model(one)
         models += [{**setting, **_fit_row(fit), "drawn": "yes" if fit is drawn else ""} for fit in one["models"]]
-        for row in (row for target in group["targets"] if target["series"] == one["id"] for row in target["rows"]):
+        for row in (row for target in one["targets"] for row in target["rows"]):
             fraction = number(1 / row["stability_limit"]) + ("" if row["is_stable"] else ", diverges")
-            missing = _NEVER if row["predicted_steps"] is None else _NOT_REACHED
+            missing = "never" if row["predicted_steps"] is None else "not reached"
             targets.append({**setting, **row, "limit_fraction": Entry(fraction), "missing": missing})
     scaling_columns = [*_SETTING, "ranks", "nodes", "p0", "speedup", "efficiency", "samples/s"]
     target_columns = [
@@ -182,6 +163,25 @@ def _fit_row(fit: Json) -> Json:
         value, interval = in_unit([one["value"]], one["unit"]), in_unit([one["low"], one["high"]], one["unit"])
         parts.append(f"{one['symbol']} = {value} [{interval}]")
     return {**fit, "parameters": "; ".join(parts)}
+
+
+def proposal_table(group: Json, series: Sequence[Json]) -> Table:
+    """The measured points of series, and 2, 4 and 8 times the largest world size as their best models have them."""
+    points, rows = {point["id"]: point for point in group["points"]}, []
+    for one in series:
+        scaling, last, fit = f"{one['kind']}, {batch_text(one)}", one["points"][-1], best_model(one)
+        for row in one["points"]:
+            point = points[row["point"]]
+            compute, launches = point["compute_time_s"], counted(point["num_launches"], "launch")
+            fraction = compute and compute["value"] / point["step_time_s"]["value"]
+            rows.append({"scaling": scaling, **row, "compute_fraction": fraction, "basis": f"measured, {launches}"})
+        for at in fit["curve"] if fit else ():
+            if at["world_size"] in (factor * last["world_size"] for factor in (2, 4, 8)):
+                num_nodes = math.ceil(at["world_size"] * last["num_nodes"] / last["world_size"])
+                extrapolated = {"num_nodes": num_nodes, "compute_fraction": None, "basis": "extrapolated"}
+                rows.append({"scaling": scaling, **at, **extrapolated})
+    columns = ["scaling", "nodes", "ranks", "step time", "efficiency", "compute, of the step", "basis"]
+    return make_table("Step times", columns, rows)
 
 
 def allreduce_tables(group: Json) -> list[Table]:

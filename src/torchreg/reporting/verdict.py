@@ -6,57 +6,45 @@ The time to a target is statistical efficiency (steps, predicted by theory) time
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import takewhile
+from operator import itemgetter
 from statistics import median
 
 import pandas as pd
 
-from torchreg.reporting.groups import Json, over_launches, scaled
-from torchreg.scaling.statistics import median_interval
+from torchreg.reporting.groups import Json, scaled
+from torchreg.scaling.statistics import Estimate, median_interval
 
-GOOD = 0.8  # the efficiency that counts as scaling well
 _NEVER = 1e300  # stands for "not reached" in a median, and sorts above every time
 
 
-def scaling_limit(series: Json) -> Json:
-    """Up to which world size every efficiency is at least 80 %, and how certain that is.
+def scaling_limit(series: Json, min_efficiency: float) -> Json:
+    """Up to which world size every efficiency is at least `min_efficiency`, and how certain that is.
 
     `largest_efficient_world_size` goes by the estimates, `shown_up_to` by the low ends of their intervals,
-    `about_up_to` by the high ends: where they differ, an interval includes 80 %. The last two are None where there
-    are too few launches for intervals. `efficiencies` are those that decide it, `first_world_size` and
-    `largest_world_size` the ends of what was measured beyond the baseline.
+    `about_up_to` by the high ends: where they differ, an interval includes `min_efficiency`. The last two are None
+    where there are too few launches for intervals.
     """
     baseline, *others = series["points"]
 
     def last(end: str) -> int:
-        kept = takewhile(lambda point: (point["efficiency"][end] or 0) >= GOOD, others)
+        kept = takewhile(lambda point: (point["efficiency"][end] or 0) >= min_efficiency, others)
         return max((point["world_size"] for point in kept), default=baseline["world_size"])
 
-    by_value = last("value")
     has_intervals = all(point["efficiency"]["low"] is not None for point in others)
     shown, about = (last("low"), last("high")) if has_intervals else (None, None)
-    deciding = [point for point in others if point["world_size"] in (shown, about, by_value)]
-    deciding += [point for point in others if point["world_size"] > (about or by_value)][:1]
-    return {
-        "series": series["id"],
-        "baseline_world_size": baseline["world_size"],
-        "first_world_size": others[0]["world_size"],
-        "largest_world_size": others[-1]["world_size"],
-        "largest_efficient_world_size": by_value,
-        "shown_up_to": shown,
-        "about_up_to": about,
-        "efficiencies": [{field: point[field] for field in ("world_size", "efficiency")} for point in deciding],
-    }
+    sizes = {"largest_efficient_world_size": last("value"), "shown_up_to": shown, "about_up_to": about}
+    return {"min_efficiency": min_efficiency, **sizes}
 
 
-def bottleneck(series: Json, points: Mapping[str, Json]) -> Json | None:
+def bottleneck(series: Json, points: Mapping[str, Json], min_efficiency: float) -> Json | None:
     """What the time beyond ideal scaling is spent on at the largest world size; None where it was not broken down.
 
     T(p) - k·T(p0), with k = p0/p for strong scaling and 1 for weak, is the lost time. It splits into exposed
-    communication beyond k times that at p0, and data and compute beyond k times those at p0. `bottleneck` is `none`
-    where the efficiency is at least 80 %, else `communication`, `imbalance` (most of the exposed communication is
-    waiting for the slowest rank) or `compute`.
+    communication beyond k times that at p0, and data and compute beyond k times those at p0. `cause` is `none`
+    where the efficiency is at least `min_efficiency`, else `communication`, `imbalance` (most of the exposed
+    communication is waiting for the slowest rank) or `compute`.
     """
     first, last = (points[series["points"][index]["point"]] for index in (0, -1))
     is_divided = first["world_size"] == 1 or first["exposed_time_s"]
@@ -67,27 +55,37 @@ def bottleneck(series: Json, points: Mapping[str, Json]) -> Json | None:
     before = first["exposed_time_s"]["value"] if first["exposed_time_s"] else 0.0
     exposed = last["exposed_time_s"]["value"] - k * before
     imbalance, efficiency = last["imbalance_time_s"]["value"], series["points"][-1]["efficiency"]
-    if lost <= 0 or (efficiency["low"] or 0) >= GOOD:
+    if lost <= 0 or (efficiency["low"] or 0) >= min_efficiency:
         cause = "none"
     elif exposed < lost - exposed:
         cause = "compute"
     else:
         cause = "imbalance" if imbalance > exposed / 2 else "communication"
-    parts = {"lost_s": lost, "exposed_s": exposed, "compute_s": lost - exposed, "imbalance_s": imbalance}
-    at = {"world_size": last["world_size"], "efficiency": efficiency}
-    return {"series": series["id"], "kind": series["kind"], "bottleneck": cause, **at, **parts}
+    return {"cause": cause, "lost_s": lost, "exposed_s": exposed, "compute_s": lost - exposed, "imbalance_s": imbalance}
 
 
-def targets_of(series: Sequence[Json], launches: Mapping[str, pd.DataFrame]) -> list[Json]:
-    """One table for each series and target; `launches` are those of each point by its id."""
-    found = []
-    for one in series:
-        by_size = [(row, launches[row["point"]]) for row in one["points"]]
-        for target in sorted({value for _, own in by_size for value in own["target_excess"].dropna()}):
-            rows = [_row(row, tried) for row, own in by_size if len(tried := own[own["target_excess"] == target])]
-            stable = [row["world_size"] for row in takewhile(lambda row: row["is_stable"], rows)]
-            heading = {"series": one["id"], "target_excess": target}
-            found.append({**heading, "stable_up_to_world_size": max(stable, default=None), "rows": rows})
+def targets_of(series: Json, launches: Mapping[str, pd.DataFrame]) -> list[Json]:
+    """The rows of each target of a series; `launches` are those of each point by its id."""
+    by_size, found = [(row, launches[row["point"]]) for row in series["points"]], []
+    for target in sorted({value for _, own in by_size for value in own["target_excess"].dropna()}):
+        rows = [_row(row, tried) for row, own in by_size if len(tried := own[own["target_excess"] == target])]
+        stable = [row["world_size"] for row in takewhile(lambda row: row["is_stable"], rows)]
+        found.append({"target_excess": target, "stable_up_to_world_size": max(stable, default=None), "rows": rows})
+    return found
+
+
+def headline(group: Json) -> Json:
+    """What the first screen is about: `strong` and `weak` series, and the first of the `best` rows.
+
+    Of each kind it is the series with the lowest efficiency at the largest world size of the group, of `num_settings`
+    that were measured there.
+    """
+    found: Json = {"group": group["id"], "best": next(iter(group["best"]), None)}
+    for kind in ("strong", "weak"):
+        last = {one["id"]: one["points"][-1] for one in group["series"] if one["kind"] == kind}
+        largest = max((point["world_size"] for point in last.values()), default=None)
+        at = {name: point["efficiency"]["value"] for name, point in last.items() if point["world_size"] == largest}
+        found[kind] = {"series": min(at, key=lambda name: at[name]), "num_settings": len(at)} if at else None
     return found
 
 
@@ -100,83 +98,80 @@ def _row(point: Json, launches: pd.DataFrame) -> Json:
     steps, measured_time, step_time = (launches[f] for f in ("predicted_steps", "measured_time_s", "step_time_s"))
     predicted_steps = None if steps.isna().any() else float(steps.median())
     step, measured = median_interval(step_time), _reached(measured_time)
-    predicted = None if predicted_steps is None else asdict(scaled(step, predicted_steps))
+    predicted = None if predicted_steps is None else scaled(step, predicted_steps)
     both = (steps * step_time / measured_time.where(measured_time > 0)).dropna()
     chosen, limit = measured or predicted, float(launches["stability_limit"].median())
+    estimates = {
+        "measured_steps": _reached(launches["measured_steps"]),
+        "step_time_s": step,
+        "predicted_time_s": predicted,
+        "measured_time_s": measured,
+        "predicted_over_measured": median_interval(both) if len(both) else None,
+        "time_s": chosen,
+        "node_hours": chosen and scaled(chosen, point["num_nodes"] / 3600),
+    }
     return {
         "world_size": point["world_size"],
         "num_nodes": point["num_nodes"],
         "global_batch_size": int(launches["global_batch_size"].iloc[0]),
         "predicted_steps": predicted_steps,
-        "measured_steps": _reached(launches["measured_steps"]),
         "num_reached": int(launches["measured_steps"].notna().sum()),
         "num_launches": len(launches),
-        "step_time_s": asdict(step),
-        "predicted_time_s": predicted,
-        "measured_time_s": measured,
-        "predicted_over_measured": over_launches(both) if len(both) else None,
-        "time_s": chosen,
         "time_from": "measured" if measured else "predicted" if predicted else None,
-        "node_hours": chosen and chosen["value"] * point["num_nodes"] / 3600,
         "stability_limit": limit,
         "is_stable": limit >= 1,
+        **{name: one and asdict(one) for name, one in estimates.items()},
     }
 
 
-def _reached(values: pd.Series[float]) -> Json | None:
+def _reached(values: pd.Series[float]) -> Estimate | None:
     """The median over launches, of which those that did not reach the target are the longest; None where it is one."""
-    found = over_launches(values.fillna(_NEVER))
-    if found["value"] > _NEVER / 1e6:
+    found = median_interval(values.fillna(_NEVER))
+    if found.value > _NEVER / 1e6:
         return None
-    is_open = found["high"] is not None and found["high"] > _NEVER / 1e6
-    return {**found, "high": None} if is_open else found
+    return replace(found, high=None) if (found.high or 0) > _NEVER / 1e6 else found
 
 
-def best_of(group: Json) -> list[Json]:
+def best_of(series: Sequence[Json]) -> list[Json]:
     """For each number of features and target that is reached: the fastest row and the one of the lowest node-hours.
 
     Measured times are compared with measured times. Predicted times are compared only where none was measured.
     """
-    series = {one["id"]: one for one in group["series"]}
     rows: dict[tuple[int, float], list[Json]] = {}
-    for table in group["targets"]:
-        one, target = series[table["series"]], table["target_excess"]
+    for one, target in ((own, target) for own in series for target in own["targets"]):
         setting = {field: one[field] for field in ("optimizer", "sync", "num_features")}
-        setting |= {"group": group["id"], "series": one["id"], "target_excess": target}
-        reached = [setting | row for row in table["rows"] if row["time_s"] is not None]
-        rows.setdefault((one["num_features"], target), []).extend(reached)
-    found = []
-    for (num_features, target), own in sorted(rows.items()):
-        if own:
-            best = {"fastest": _best(own, "time_s"), "lowest_node_hours": _best(own, "node_hours")}
-            found.append({"group": group["id"], "num_features": num_features, "target_excess": target, **best})
-    return found
+        setting |= {"series": one["id"], "target_excess": target["target_excess"]}
+        reached = [setting | row for row in target["rows"] if row["time_s"] is not None]
+        rows.setdefault((one["num_features"], target["target_excess"]), []).extend(reached)
+    return [
+        {"fastest": _best(own, "time_s"), "lowest_node_hours": _best(own, "node_hours")}
+        for _, own in sorted(rows.items(), key=itemgetter(0))
+        if own
+    ]
 
 
 def _best(rows: Sequence[Json], criterion: str) -> Json:
-    """The row of the lowest cost, and the next one of another world size (`runner_up`).
+    """The row where the criterion is lowest, and the next one of another world size (`runner_up`).
 
     `is_distinct` of the runner-up is whether its interval lies above that of the best, None without intervals.
     """
-
-    def cost(row: Json, end: str = "value") -> float | None:
-        time_s, weight = row["time_s"][end], row["num_nodes"] / 3600 if criterion == "node_hours" else 1
-        return None if time_s is None else time_s * weight
-
     measured = [row for row in rows if row["time_from"] == "measured"]
-    best, *others = sorted(measured or rows, key=lambda row: (cost(row), row["world_size"], row["series"]))
+    best, *others = sorted(
+        measured or rows, key=lambda row: (row[criterion]["value"], row["world_size"], row["series"])
+    )
     runner_up = next((row for row in others if row["world_size"] != best["world_size"]), None)
     if runner_up:
-        high, low = cost(best, "high"), cost(runner_up, "low")
+        high, low = best[criterion]["high"], runner_up[criterion]["low"]
         runner_up = {**runner_up, "is_distinct": None if high is None or low is None else high < low}
     return {**best, "runner_up": runner_up}
 
 
-def prediction_error(group: Json) -> Json | None:
+def prediction_error(series: Sequence[Json]) -> Json | None:
     """How far predicted and measured times to a target differ: median and largest relative error, and where."""
-    rows = [row for table in group["targets"] for row in table["rows"] if row["predicted_over_measured"]]
+    targets = [target for one in series for target in one["targets"]]
+    rows = [row for target in targets for row in target["rows"] if row["predicted_over_measured"]]
     errors = [abs(row["predicted_over_measured"]["value"] - 1) for row in rows]
     if not errors:
         return None
     worst = {field: rows[errors.index(max(errors))][field] for field in ("world_size", "global_batch_size")}
-    return {"group": group["id"], "median": median(errors), "largest": max(errors), **worst}
+    return {"median": median(errors), "largest": max(errors), **worst}
