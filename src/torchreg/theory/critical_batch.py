@@ -23,6 +23,7 @@ def largest_stable_world_size(
     scale: Callable[[int], float],
     order: Order = "simultaneous",
     sampling: Sampling = "random",
+    scale_last_batch: bool = True,
 ) -> int:
     """The most ranks, with `local_batch_size` rows each, at which training is stable; 0 if not even one is.
 
@@ -32,7 +33,9 @@ def largest_stable_world_size(
 
     def is_unstable(world_size: int) -> bool:
         batch_size = world_size * local_batch_size
-        dynamics = Dynamics.of(rows, base_learning_rates, batch_size, order, sampling)
+        dynamics = Dynamics.of(
+            rows, base_learning_rates, batch_size, order, sampling, scale_last_batch=scale_last_batch
+        )
         return not scale(batch_size) < dynamics.largest_multiplier()
 
     most = max(1, rows.num_rows // local_batch_size)
