@@ -294,12 +294,12 @@ class Dynamics:
             *_, end = steps.states(coordinates(const), [x] * steps.num_steps)
             return self.error_unit**2 * self._independent.noise_floor(x, matrices(end)[:-1, :-1])
         assert not isinstance(steps, MatrixFreeSteps)
-        change = steps.change(x)
+        added = steps.change(x)[self._inner, -1]  # by an epoch from the optimum
         try:
-            steady = np.linalg.solve(change[:-1, :-1], -change[:-1, -1])
+            steady = np.linalg.solve(self._inner_change(self._independent, k), -added)
         except np.linalg.LinAlgError:
             return math.nan
-        noise_floor = float(self._excess(np.append(steady, 1.0)))
+        noise_floor = float(steady @ self._weights[self._inner])
         return noise_floor if noise_floor > 1e-24 * self.error_unit**2 else 0.0  # a full batch has none, to rounding
 
     def learning_curve(

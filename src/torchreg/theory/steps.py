@@ -33,9 +33,11 @@ NARROWEST = 1e-50  # of the widest direction: its fourth power is still a number
 MOST_EPOCH_STEPS = 20_000
 """Longer epochs are predicted as independent steps of whole batches."""
 
-_MOST_WORK = 2e10  # floating-point operations of matrix-free steps
+_MOST_STEPS = 5_000  # without a matrix
+_MOST_WORK = 2e10  # their floating-point operations
 _LIMIT_EPOCHS = 20  # that matrix-free stability and noise floor take, about
 _LIMIT_BISECTIONS = 6
+_STILL = 1e-9  # of an entry of the second moment, what an epoch changes
 _RUNS = 400
 _MOST_SIMULATED = 3e8  # numbers read
 _EXTREME = 1e305  # learning rates beyond which the stability limit would not be a number
@@ -211,7 +213,7 @@ class MatrixFreeSteps:
     @property
     def most_steps(self) -> int:
         """How many steps are taken at most."""
-        return min(MOST_EPOCH_STEPS, int(_MOST_WORK / (4 * self.rows.size * self.rows.shape[1])))
+        return min(_MOST_STEPS, int(_MOST_WORK / (4 * self.rows.size * self.rows.shape[1])))
 
     def second_moment(self, weights: Matrix) -> Matrix:
         """The mean over rows of weights_i r_i r_iᵀ, (p, p)."""
@@ -278,7 +280,8 @@ class MatrixFreeSteps:
         shrinks = np.prod(
             [1 - x * f * self.curvature for f, _ in [self.batch] * (self.num_steps - 1) + [self.last_batch]], axis=0
         )
-        decay = coordinates(1 - np.outer(shrinks, shrinks))
+        decay = 1 - np.outer(shrinks, shrinks)[np.triu_indices(len(shrinks))]
+        decay[decay < _STILL] = math.inf  # directions that hardly move add as little to the noise floor
         found = solve(lambda state: (state - self._epoch(x, state)) / decay, coordinates(source) / decay)
         return math.nan if found is None else float(np.trace(matrices(found)))
 
