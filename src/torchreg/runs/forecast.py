@@ -19,15 +19,15 @@ _MOST_STEPS = 20_000  # of a curve
 class Curve:
     """Expected excess loss, bounds of 95 % of runs, and the mean of simulated runs, after some numbers of steps.
 
-    Without simulated runs (`simulated` and its standard error are NaN) the bounds are only about those of 95 %.
+    Without simulated runs (`simulated` and its standard error are None) the bounds are only about those of 95 %.
     """
 
     steps: tuple[int, ...]
     excess: tuple[float, ...]
     low: tuple[float, ...]
     high: tuple[float, ...]
-    simulated: tuple[float, ...]
-    simulated_error: tuple[float, ...]
+    simulated: tuple[float, ...] | None
+    simulated_error: tuple[float, ...] | None
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ class Forecast:
     @property
     def simulated_ratio(self) -> tuple[float, float] | None:
         """The mean end of simulated runs over the expected one, and its standard error; None without them."""
-        if not self.curve or math.isnan(self.curve.simulated[-1]) or not self.curve.excess[-1]:
+        curve = self.curve
+        if not (curve and curve.simulated and curve.simulated_error and curve.excess[-1]):
             return None
-        end = self.curve.excess[-1]
-        return self.curve.simulated[-1] / end, self.curve.simulated_error[-1] / end
+        return curve.simulated[-1] / curve.excess[-1], curve.simulated_error[-1] / curve.excess[-1]
 
     def message(self) -> str:
         """The prediction in one line, with its approximations."""
@@ -124,9 +124,18 @@ def forecast(
         last = len(factors)
         at = np.unique(np.rint([np.geomspace(1, last + 1, 120) - 1, np.linspace(0, last, 120)]).astype(np.int64))
         expected = dynamics.learning_curve(start_error, factors, at, simulate=True)
-        names = ("excess", "low", "high", "simulated", "simulated_error")
-        values = {name: tuple((getattr(expected, name) / best_loss).tolist()) for name in names}
-        curve = Curve(tuple(at.tolist()), **values)
+
+        def relative(losses: Matrix) -> tuple[float, ...]:
+            return tuple((losses / best_loss).tolist())
+
+        curve = Curve(
+            steps=tuple(at.tolist()),
+            excess=relative(expected.excess),
+            low=relative(expected.low),
+            high=relative(expected.high),
+            simulated=None if expected.simulated is None else relative(expected.simulated),
+            simulated_error=None if expected.simulated_error is None else relative(expected.simulated_error),
+        )
         is_constant = schedule.decay == "constant"  # then the search continues beyond the end of the run
         last = schedule.warmup_steps if is_constant else schedule.num_steps
         hold = is_constant and last <= most

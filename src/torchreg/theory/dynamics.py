@@ -61,18 +61,18 @@ class LearningCurve:
     """The expected excess loss L − L* after `steps` steps, and bounds of single runs.
 
     `excess` is exact where the dynamics are. `low` and `high` enclose 95 % of the simulated runs, whose mean and its
-    standard error are `simulated` and `simulated_error`. Where simulation costs too much these are NaN, and the bounds
+    standard error are `simulated` and `simulated_error`. Where nothing is simulated these are None, and the bounds
     enclose 95 % of runs if δ is normal with its exact mean and covariance: good for small learning rates and large
-    batches, too narrow near the stability limit and for heavy tails. NaN too beyond 16 features, or where only the mean
-    is predicted. All are (len(steps),); losses are in the loss's own units.
+    batches, too narrow near the stability limit and for heavy tails. They are NaN then beyond `MAX_FEATURES`, and where
+    only the mean is predicted. All are (len(steps),); losses are in the loss's own units.
     """
 
     steps: StepNumbers
     excess: Matrix
     low: Matrix
     high: Matrix
-    simulated: Matrix
-    simulated_error: Matrix
+    simulated: Matrix | None = None
+    simulated_error: Matrix | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -317,7 +317,7 @@ class Dynamics:
         """
         wanted = np.arange(len(factors) + 1) if at is None else np.asarray(at, dtype=np.int64)
         chosen, p = set(wanted.tolist()), len(self.curvature)
-        (simulated, error, low, high), runs = np.full((4, len(wanted)), np.nan), None
+        (low, high), runs, simulated, error = np.full((2, len(wanted)), np.nan), None, None, None
         with np.errstate(over="ignore", invalid="ignore"):
             states = np.array([state for step, state in enumerate(self._states(start, factors)) if step in chosen])
             excess = np.nan_to_num(self._excess(states), nan=np.inf)
