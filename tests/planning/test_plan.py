@@ -47,7 +47,8 @@ def test_a_row_is_the_forecast_of_training_at_that_world_size():
 def test_the_default_recipe_is_stable_as_far_as_the_data_has_rows():
     planned = plan(TrainConfig(), [1, 8])
     assert planned.verdict == "linear scaling from these learning rates is stable up to 8 ranks, the most for this data"
-    assert planned.critical.critical in planned.critical.batch_sizes
+    assert "doubling saves at least a quarter of the steps" in "\n".join(planned.conclusion())
+    planned = plan(TrainConfig.of(num_features=6, target_excess=0.1), [1])
     assert f"from {planned.critical.critical} samples" in "\n".join(planned.conclusion())
 
 

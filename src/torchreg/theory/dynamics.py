@@ -312,8 +312,8 @@ class Dynamics:
     ) -> LearningCurve:
         """The expected curve from δ = `start` (p,), in the model's units, with k = `factors[t]` in step t.
 
-        `at` are increasing numbers of steps, from 0 to len(factors); by default all. With `simulate`
-        runs are simulated too, where that is not too costly.
+        `at` are increasing numbers of steps, from 0 to len(factors); by default all. With `simulate` runs are simulated
+        too, where that is not too costly.
         """
         wanted = np.arange(len(factors) + 1) if at is None else np.asarray(at, dtype=np.int64)
         chosen, p = set(wanted.tolist()), len(self.curvature)
@@ -329,9 +329,7 @@ class Dynamics:
                 simulated, error = runs.mean(axis=1), runs.std(axis=1, ddof=1) / math.sqrt(runs.shape[1])
                 low, high = np.quantile(runs, _BAND, axis=1, method="weibull")
             elif self.runs and p <= MAX_FEATURES + 1:
-                turned, triangle = np.linalg.qr(
-                    self.basis
-                )  # back to the parameters' order, so that draws stay the same
+                turned, triangle = np.linalg.qr(self.basis)  # the parameters' order, so that draws stay the same
                 root = (turned * np.copysign(1.0, np.diag(triangle))).T
                 low, high = self.error_unit**2 * band(matrices(states), root, _BAND)
             elif self.criterion == "mean square" and not self.runs:
@@ -349,7 +347,7 @@ class Dynamics:
         """
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             steps, independent = self.steps, self._independent
-            period = steps.num_steps if steps.num_steps <= MOST_EPOCH_STEPS or not self.runs else 1
+            period = steps.num_steps if self.runs and steps.num_steps <= MOST_EPOCH_STEPS else 1
             more = -len(factors) % period  # to the end of an epoch
             if isinstance(independent, MatrixFreeSteps):
                 more = min(most_steps, self.most_steps) - len(factors)
@@ -360,27 +358,20 @@ class Dynamics:
                     return step
             if not hold or isinstance(steps, MatrixFreeSteps) or isinstance(independent, MatrixFreeSteps):
                 return None
-            x = factors[-1] * self.lr_unit
-            if not self.runs:
-                change, weights = steps.change(x), None
-            else:
+            x, weights = factors[-1] * self.lr_unit, None
+            if self.runs:
                 change, weights = steps.cycle(x, self._weights)
+            else:  # a short last batch hardly matters
+                change = polynomial(independent.maps, x)
 
             def reached(states: Matrix) -> NDArray[np.bool_]:  # (len(states), period): in which steps of a cycle
-                if weights is None:  # at its end
-                    after = states + (states * change if change.ndim == 1 else states @ change.T)
-                    return np.asarray(self._excess(after)[:, None] <= excess)
-                return np.asarray(states @ weights.T <= excess)
+                return np.asarray((self._excess(states)[:, None] if weights is None else states @ weights.T) <= excess)
 
             found = first_reached(change, state, reached, most_steps // period)
             if found is None:
                 return None
             cycles, state = found
-            in_cycle = int(np.argmax(reached(state[None])))
-            if weights is None:
-                found_in = (self._excess(state) <= excess for state in steps.states(state, [x] * period))
-                in_cycle = next((step for step, is_reached in enumerate(found_in) if is_reached), period)
-            return len(factors) + cycles * period + in_cycle
+            return len(factors) + cycles * period + int(np.argmax(reached(state[None])))
 
     @property
     def most_steps(self) -> int:

@@ -172,14 +172,11 @@ class IndependentSteps:
         step = polynomial(self.maps, x)
         if self.short is None:
             return step
-
-        def then(first: Matrix, second: Matrix) -> Matrix:
-            return first + second + (second * first if first.ndim == 1 else second @ first)
-
         epoch = polynomial(self.short, x)
         for bit in reversed(f"{self.num_steps - 1:b}"):
-            epoch = then(step, epoch) if bit == "1" else epoch
-            step = then(step, step)
+            if bit == "1":
+                epoch = epoch + step + epoch @ step
+            step = 2 * step + step @ step
         return epoch
 
     def cycle(self, x: float, weights: Matrix) -> tuple[Matrix, Matrix]:
