@@ -65,9 +65,10 @@ def test_the_band_and_the_noise_floor_are_those_of_the_dynamics():
     best = least_squares.closed_form.loss
     assert forecast.noise_floor == pytest.approx(dynamics.noise_floor() / best, rel=1e-12)
     curve = dynamics.learning_curve(least_squares.start_error, [1.0] * 50, simulate=True)
-    for name in ("excess", "low", "high", "simulated"):
+    for name in ("excess", "low", "high"):
         expected = getattr(curve, name)[list(forecast.curve.steps)] / best
         np.testing.assert_allclose(getattr(forecast.curve, name), expected, rtol=1e-9, err_msg=name)
+    assert forecast.simulated_ratio[0] == pytest.approx(curve.simulated[-1] / curve.excess[-1], rel=1e-9)
 
 
 def test_long_runs_are_predicted_to_their_first_20_000_steps():

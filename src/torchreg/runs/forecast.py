@@ -17,17 +17,12 @@ _MOST_STEPS = 20_000  # of a curve
 
 @dataclass(frozen=True)
 class Curve:
-    """Expected excess loss, bounds of 95 % of runs, and the mean of simulated runs, after some numbers of steps.
-
-    Without simulated runs (`simulated` and its standard error are None) the bounds are only about those of 95 %.
-    """
+    """Expected excess loss, and the bounds of 95 % of runs, after some numbers of steps."""
 
     steps: tuple[int, ...]
     excess: tuple[float, ...]
     low: tuple[float, ...]
     high: tuple[float, ...]
-    simulated: tuple[float, ...] | None
-    simulated_error: tuple[float, ...] | None
 
 
 @dataclass(frozen=True)
@@ -38,9 +33,10 @@ class Forecast:
     `criterion` is what was predicted: "mean square", or only the "mean", without the noise of mini-batches, whose limit
     does not make a run stable. `mean_converges` is whether the mean does. `noise_floor` is infinite where the run is
     unstable, NaN where it is unknown. `curve` covers at most the first 20,000 steps; None where the run is unstable or
-    the closed form's loss is 0. `steps_to_target` is where the expected excess is first at most `target_excess`, also
-    beyond the run's end where the learning rates stay constant; None if never, or not within `steps_searched` (None:
-    never at all).
+    the closed form's loss is 0. `simulated_ratio` is the mean end of simulated runs over the expected one, and its
+    standard error; without them (None) the curve's bounds are only about those of 95 %. `steps_to_target` is where the
+    expected excess is first at most `target_excess`, also beyond the run's end where the learning rates stay constant;
+    None if never, or not within `steps_searched` (None: never at all).
     """
 
     criterion: str
@@ -54,6 +50,7 @@ class Forecast:
     steps_to_target: int | None
     steps_searched: int | None
     curve: Curve | None
+    simulated_ratio: tuple[float, float] | None
 
     @property
     def is_stable(self) -> bool | None:
@@ -64,14 +61,6 @@ class Forecast:
     def state(self) -> str:
         """`is_stable` in a word or two."""
         return {True: "stable", False: "diverges", None: "mean converges"}[self.is_stable]
-
-    @property
-    def simulated_ratio(self) -> tuple[float, float] | None:
-        """The mean end of simulated runs over the expected one, and its standard error; None without them."""
-        curve = self.curve
-        if not (curve and curve.simulated and curve.simulated_error and curve.excess[-1]):
-            return None
-        return curve.simulated[-1] / curve.excess[-1], curve.simulated_error[-1] / curve.excess[-1]
 
     def message(self) -> str:
         """The prediction in one line, with its approximations."""
@@ -117,25 +106,18 @@ def forecast(
     limit = dynamics.largest_multiplier() / schedule.highest
     most = min(_MOST_STEPS, dynamics.most_steps)
     target = DEFAULT_TARGET_EXCESS if target_excess is None else target_excess
-    curve, steps_to_target, searched, noise_floor = None, None, None, math.nan if limit > 1 else math.inf
+    curve, ratio, steps_to_target, searched, noise_floor = None, None, None, None, math.nan if limit > 1 else math.inf
     if limit > 1 and best_loss > 0:
         noise_floor = dynamics.noise_floor(schedule.scale) / best_loss
         factors = [schedule.factor(step) for step in range(min(schedule.num_steps, most))]
         last = len(factors)
         at = np.unique(np.rint([np.geomspace(1, last + 1, 120) - 1, np.linspace(0, last, 120)]).astype(np.int64))
         expected = dynamics.learning_curve(start_error, factors, at, simulate=True)
-
-        def relative(losses: Matrix) -> tuple[float, ...]:
-            return tuple((losses / best_loss).tolist())
-
-        curve = Curve(
-            steps=tuple(at.tolist()),
-            excess=relative(expected.excess),
-            low=relative(expected.low),
-            high=relative(expected.high),
-            simulated=None if expected.simulated is None else relative(expected.simulated),
-            simulated_error=None if expected.simulated_error is None else relative(expected.simulated_error),
-        )
+        values = ((part / best_loss).tolist() for part in (expected.excess, expected.low, expected.high))
+        curve = Curve(tuple(at.tolist()), *map(tuple, values))
+        if expected.simulated is not None and expected.simulated_error is not None and expected.excess[-1]:
+            ends = float(expected.simulated[-1]), float(expected.simulated_error[-1])
+            ratio = ends[0] / float(expected.excess[-1]), ends[1] / float(expected.excess[-1])
         is_constant = schedule.decay == "constant"  # then the search continues beyond the end of the run
         last = schedule.warmup_steps if is_constant else schedule.num_steps
         hold = is_constant and last <= most
@@ -154,4 +136,5 @@ def forecast(
         steps_to_target=steps_to_target,
         steps_searched=searched if steps_to_target is None else None,
         curve=curve,
+        simulated_ratio=ratio,
     )
