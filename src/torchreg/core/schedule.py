@@ -45,11 +45,6 @@ class Schedule:
         return self.base[0] * self.scale, self.base[1] * self.scale
 
     @property
-    def highest(self) -> float:
-        """The largest factor of `base` in a run: at its start where the warm-up goes down."""
-        return max(self.factor(0), self.scale)
-
-    @property
     def steps_per_drop(self) -> int:
         """Steps between two drops of `step` decay: by default a third of the run."""
         return self.decay_every or max(1, math.ceil(self.num_steps / 3))

@@ -78,14 +78,13 @@ class Plan:
             if f:
                 entries += [*(f"{value:.3g}" for value in row.scaled_learning_rate), number(1 / f.stability_limit)]
             if f and f.is_stable is not False:
-                is_whole = f.curve and f.curve.steps[-1] == f.num_steps
                 steps = f"> {f.steps_searched:,}" if f.steps_searched else "never" if f.curve else ""
                 entries += [
                     f.state,
                     steps if f.steps_to_target is None else f"{f.steps_to_target:,}",
                     "" if row.samples_to_target is None else f"{row.samples_to_target:,}",
                     "not predicted" if math.isnan(f.noise_floor) else percent(f.noise_floor),
-                    percent(f.curve.excess[-1]) if f.curve and is_whole else "not predicted" if f.curve else "",
+                    percent(f.expected_end) if f.expected_end is not None else "not predicted" if f.curve else "",
                 ]
             else:
                 entries += ["diverges", "never"] if f else ["", "", "", "impossible"]

@@ -13,6 +13,7 @@ from torchreg.theory import Dynamics, Matrix
 
 DEFAULT_TARGET_EXCESS = 0.01
 _MOST_STEPS = 20_000  # of a curve
+_LEVELLED = 0.01  # of the noise floor, what is left of the start
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,14 @@ class Curve:
 
 @dataclass(frozen=True)
 class Forecast:
-    """The expected course of one run of `num_steps` steps. Excess losses are fractions of the closed form's loss.
+    """The expected course of one run. Excess losses are fractions of the closed form's loss.
 
     `stability_limit` is the largest stable multiple of the schedule's learning rates, whose highest counts.
     `criterion` is what was predicted: "mean square", or only the "mean", without the noise of mini-batches, whose limit
     does not make a run stable. `mean_converges` is whether the mean does. `noise_floor` is infinite where the run is
     unstable, NaN where it is unknown. `curve` covers at most the first 20,000 steps; None where the run is unstable or
-    the closed form's loss is 0. `simulated_ratio` is the mean end of simulated runs over the expected one, and its
+    the closed form's loss is 0. `expected_end` is its end, or the noise floor where a longer run has levelled off; None
+    where neither is known. `simulated_ratio` is the mean end of simulated runs over the expected one, and its
     standard error; without them (None) the curve's bounds are only about those of 95 %. `steps_to_target` is where the
     expected excess is first at most `target_excess`, also beyond the run's end where the learning rates stay constant;
     None if never, or not within `steps_searched` (None: never at all).
@@ -41,11 +43,11 @@ class Forecast:
 
     criterion: str
     sampling: str
-    num_steps: int
     stability_limit: float
     stability_limit_error: float
     mean_converges: bool
     noise_floor: float
+    expected_end: float | None
     target_excess: float
     steps_to_target: int | None
     steps_searched: int | None
@@ -81,8 +83,9 @@ class Forecast:
         if not self.curve:
             return f"{state} ({accuracy})"
         end, low, high = (percent(values[-1]) for values in (self.curve.excess, self.curve.low, self.curve.high))
-        steps = self.curve.steps[-1]
-        when = "end" if steps == self.num_steps else f"after {steps:,} steps"
+        when = f"after {self.curve.steps[-1]:,} steps"
+        if self.expected_end is not None:
+            when, end = "end", percent(self.expected_end)
         if about and ratio:
             accuracy = f"simulated runs: {ratio[0]:.2f} ± {ratio[1]:.2f} times that"
         band = ""
@@ -103,10 +106,12 @@ def forecast(
 
     `start_error` is start − optimum, (num_features + 1,), in the model's units; `best_loss` the closed form's.
     """
-    limit = dynamics.largest_multiplier() / schedule.highest
+    highest = max(schedule.factor(0), schedule.scale)  # a warm-up may go down
+    limit = dynamics.largest_multiplier() / highest
     most = min(_MOST_STEPS, dynamics.most_steps)
     target = DEFAULT_TARGET_EXCESS if target_excess is None else target_excess
-    curve, ratio, steps_to_target, searched, noise_floor = None, None, None, None, math.nan if limit > 1 else math.inf
+    curve, ratio, expected_end, steps_to_target, searched = None, None, None, None, None
+    noise_floor = math.nan if limit > 1 else math.inf
     if limit > 1 and best_loss > 0:
         noise_floor = dynamics.noise_floor(schedule.scale) / best_loss
         factors = [schedule.factor(step) for step in range(min(schedule.num_steps, most))]
@@ -119,6 +124,10 @@ def forecast(
             ends = float(expected.simulated[-1]), float(expected.simulated_error[-1])
             ratio = ends[0] / float(expected.excess[-1]), ends[1] / float(expected.excess[-1])
         is_constant = schedule.decay == "constant"  # then the search continues beyond the end of the run
+        if last == schedule.num_steps:
+            expected_end = curve.excess[-1]
+        elif is_constant and dynamics.radius(schedule.scale) ** last * curve.excess[0] < _LEVELLED * noise_floor:
+            expected_end = noise_floor
         last = schedule.warmup_steps if is_constant else schedule.num_steps
         hold = is_constant and last <= most
         searched = dynamics.most_steps if hold and not noise_floor >= target else most if last > most else None
@@ -127,11 +136,11 @@ def forecast(
     return Forecast(
         criterion=dynamics.criterion,
         sampling=sampling,
-        num_steps=schedule.num_steps,
         stability_limit=limit,
-        stability_limit_error=dynamics.sampling_error(Dynamics.largest_multiplier) / schedule.highest,
-        mean_converges=dynamics.contraction(schedule.highest) < 1,
+        stability_limit_error=dynamics.sampling_error(Dynamics.largest_multiplier) / highest,
+        mean_converges=dynamics.contraction(highest) < 1,
         noise_floor=noise_floor,
+        expected_end=expected_end,
         target_excess=target,
         steps_to_target=steps_to_target,
         steps_searched=searched if steps_to_target is None else None,

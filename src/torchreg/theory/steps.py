@@ -270,7 +270,7 @@ class MatrixFreeSteps:
     def noise_floor(self, x: float, source: Matrix) -> float:
         """The trace of the second moment that an epoch leaves as it is if it adds `source` (p, p); NaN if too costly.
 
-        With the noise of the curvature left out an epoch divides the entries by 1 / (1 − D); GMRES solves the rest.
+        But for the noise of the curvature an epoch multiplies each entry by 1 − decay; GMRES solves for all of it.
         """
         if self.num_steps * _LIMIT_EPOCHS > self.most_steps:
             return math.nan
@@ -385,8 +385,10 @@ class SimulatedRuns:
 
         None where fewer than 200 runs can be simulated at moderate cost.
         """
-        num_runs = min(_RUNS, int(_MOST_SIMULATED / (max(1, len(xs)) * self.global_batch_size * self.rows.shape[1])))
-        if num_runs < _RUNS / 2 or self.global_batch_size == len(self.rows):
+        num_rows, width = self.rows.shape
+        work = max(len(xs) * self.global_batch_size * width, 20 * num_rows)  # to draw the rows costs more than to read
+        num_runs = min(_RUNS, int(_MOST_SIMULATED / work))
+        if num_runs < _RUNS / 2 or self.global_batch_size == num_rows:
             return None
         z = np.tile(np.append(start, 1.0), (num_runs, 1))
         wanted, found = set(at), []
