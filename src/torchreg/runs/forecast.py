@@ -126,7 +126,7 @@ def forecast(
         is_constant = schedule.decay == "constant"  # then the search continues beyond the end of the run
         if last == schedule.num_steps:
             expected_end = curve.excess[-1]
-        elif is_constant and dynamics.radius(schedule.scale) ** last * curve.excess[0] < _LEVELLED * noise_floor:
+        elif is_constant and dynamics.radius(schedule.scale) ** last * curve.excess[0] <= _LEVELLED * noise_floor:
             expected_end = noise_floor
         last = schedule.warmup_steps if is_constant else schedule.num_steps
         hold = is_constant and last <= most
