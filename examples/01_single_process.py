@@ -50,15 +50,15 @@ squared_error, num_samples = torch.zeros((), dtype=torch.float64), 0
 for step, samples in enumerate(batches(args.batch_size), start=1):
     inputs, targets = x[samples], y[samples]
     # On paper: the loss is the mean of r², where r = weight · x + bias - y. Its derivative is the mean of 2 r x by the
-    # weight, and the mean of 2 r by the bias.
+    # weight, and the mean of 2 r by the bias. In the short last batch batch_size makes each sample count as in others.
     residual = weight * inputs + bias - targets
     sums = torch.stack([(residual * inputs).sum(), residual.sum()])
-    weight_gradient, bias_gradient = (2 * sums / len(samples)).tolist()
+    weight_gradient, bias_gradient = (2 * sums / args.batch_size).tolist()
     weight, bias = weight - args.lr * weight_gradient, bias - args.lr * bias_gradient
     squared_error += residual.square().sum()
 
     optimizer.zero_grad()
-    nn.functional.mse_loss(model(inputs), targets).backward()
+    (nn.functional.mse_loss(model(inputs), targets, reduction="sum") / args.batch_size).backward()
     optimizer.step()
 
     num_samples += len(samples)

@@ -75,11 +75,11 @@ for step, samples in enumerate(batches(batch_size), start=1):
     shard = samples.tensor_split(world_size)[rank]
     inputs, targets = x[shard], y[shard]
     # On paper: the loss is the mean of r², where r = weight · x + bias - y. Its derivative is the mean of 2 r x by the
-    # weight, and the mean of 2 r by the bias.
+    # weight, and the mean of 2 r by the bias. In the short last batch batch_size makes each sample count as in others.
     residual = weight * inputs + bias - targets
     sums = torch.stack([(residual * inputs).sum(), residual.sum()])
     all_reduce(sums)  # sums, and then a mean: a mean of the ranks' means would weigh samples unequally
-    weight_gradient, bias_gradient = (2 * sums / len(samples)).tolist()
+    weight_gradient, bias_gradient = (2 * sums / batch_size).tolist()
     weight, bias = weight - lr * weight_gradient, bias - lr * bias_gradient
     squared_error += residual.square().sum()
 

@@ -90,8 +90,8 @@ for step, samples in enumerate(batches(batch_size), start=1):
         # Without no_sync each micro-batch is all-reduced. DDP decides in the forward, which therefore is inside.
         with nullcontext() if number == len(micro_batches) else ddp_model.no_sync():
             error = nn.functional.mse_loss(ddp_model(inputs), targets, reduction="sum")
-            # DDP averages over ranks. With this factor that is the mean over the samples of all ranks.
-            (error * world_size / len(samples)).backward()
+            # DDP averages over ranks; this makes it a mean of all samples. Those of a short last batch count alike.
+            (error * world_size / batch_size).backward()
         squared_error += error.detach()  # .item() would wait for the device in every step
     optimizer.step()
 

@@ -311,13 +311,82 @@ def measure_shuffle(options: Options, report: Report) -> None:
             order = generator.integers(0, 2**32, (num_runs, num_rows), dtype=np.uint32).argsort(axis=1)
             for start in range(0, num_rows, batch_size):
                 rows = order[:, start : start + batch_size]
-                runs.step(np.sum(runs.terms[rows], axis=1), rows.shape[1])
+                # The short last batch has learning rates in proportion to its size: a sum over a whole batch's.
+                runs.step(np.sum(runs.terms[rows], axis=1), batch_size)
         m = Measured.of(runs.excess()[0])
         predicted = state.forecast.curve.excess[-1]
         report.row(
             name, str(batch_size), str(num_rows % batch_size or "none"), f"{100 * predicted:.4g}",
             f"{100 * m.mean:.4g} ± {100 * m.error:.2g}", f"{m.mean / predicted:.3f}",
         )  # fmt: skip
+
+
+def heavy_tailed(path: Path, num_rows: int, num_features: int) -> str:
+    """Write features and errors of a t distribution with 3 degrees of freedom as CSV; returns the path."""
+    generator = np.random.default_rng(num_rows + num_features)
+    x = generator.standard_t(3, (num_rows, num_features))
+    columns = np.column_stack([x, x.sum(axis=1) + generator.standard_t(3, num_rows)])
+    names = [*(f"x{i}" for i in range(num_features)), "y"]
+    np.savetxt(path, columns, "%.17g", ",", header=",".join(names), comments="")
+    return str(path)
+
+
+def simulated_ends(config: TrainConfig, num_runs: int) -> Matrix:
+    """Excess loss at the end of plain NumPy runs of the simultaneous order, as a fraction of the best loss."""
+    state, _ = prepare(config, 1)
+    data, size = LeastSquares.of(config), state.plan.global_batch_size
+    a = np.hstack([data.standardizer.apply(data.table.features), np.ones((data.table.num_rows, 1))])
+    start = np.append(*data.start)
+    error = data.table.target[:, 0] - a @ (start - data.start_error)
+    off, generator = np.tile(data.start_error, (num_runs, 1)), np.random.default_rng(size)
+    rates = np.array([state.schedule.scaled[0]] * (a.shape[1] - 1) + [state.schedule.scaled[1]])
+    for step in range(state.schedule.num_steps):
+        position = step % state.plan.steps_per_epoch if config.batch.sampling == "shuffle" else 0
+        if position == 0:
+            order = generator.random((num_runs, len(a))).argsort(axis=1)
+        rows = order[:, position * size : (position + 1) * size]
+        part = rows.shape[1] / size if config.optimizer.last_batch_lr == "scaled" else 1.0
+        batch = a[rows]
+        residual = (batch @ off[:, :, None])[:, :, 0] - error[rows]
+        off -= 2 * part * rates * (residual[:, None] @ batch)[:, 0] / rows.shape[1]
+    return np.asarray(np.mean((off @ a.T) ** 2, axis=1) / data.closed_form.loss)
+
+
+def measure_many(options: Options, report: Report, folder: Path) -> None:
+    """Forecasts beside simulated runs for many features, both samplings, heavy tails and a last batch of one row."""
+    report.begin(
+        "Many features, heavy tails, a last batch of one row: excess at the end, in %",
+        ["data", "features", "sampling", "last batch", "lr / limit", "predicted", "measured ± standard error",
+         "measured / predicted", "runs within the band"],
+    )  # fmt: skip
+    cases = [(p, heavy, 551) for p in (3, 6, 8, 20, 64) for heavy in (False, True)] + [(3, True, 513), (20, True, 513)]
+    for (p, heavy, num_rows), sampling in itertools.product(cases, ("shuffle", "random")):
+        config = TrainConfig.of(sampling=sampling, base_learning_rate=(0.2 / p, 0.2), global_batch_size=64, epochs=20)
+        if heavy:
+            data = heavy_tailed(folder / f"{num_rows}-{p}.csv", num_rows, p)
+            config = config.replace(data=data, features=tuple(f"x{i}" for i in range(p)), target="y")
+        else:
+            config = config.replace(num_features=p, num_rows=num_rows)
+        rules = ("scaled", "full") if sampling == "shuffle" and num_rows == 513 else ("scaled",)
+        for rule in rules:
+            each = config.replace(last_batch_lr=rule)
+            forecast = prepare(each, 1)[0].forecast
+            ends = simulated_ends(each, (200 if options.quick else 2_000) // (1 + 4 * (p > 20)))
+            m = Measured.of(ends)
+            last = f"{num_rows % 64} rows, {rule}" if sampling == "shuffle" else ""
+            entries = ["heavy-tailed" if heavy else "synthetic", str(p), sampling, last]
+            measured = f"{100 * m.mean:.4g} ± {100 * m.error:.2g}"
+            if forecast.curve is None:
+                report.row(
+                    *entries, f"{1 / forecast.stability_limit:.2f}", "diverges in the mean square", measured, "", ""
+                )
+                continue
+            end, low, high = (values[-1] for values in (forecast.curve.excess, forecast.curve.low, forecast.curve.high))
+            inside = np.mean((ends >= low) & (ends <= high))
+            report.row(
+                *entries, f"{1 / forecast.stability_limit:.2f}", f"{100 * end:.4g}", measured, f"{m.mean / end:.3f}",
+                f"{100 * inside:.0f} %",
+            )  # fmt: skip
 
 
 def main() -> int:
@@ -328,6 +397,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as runs_dir, init_distributed(device="cpu") as communicator:
         measure_limits(options, communicator, report, runs_dir)
         measure_curves(options, communicator, report, runs_dir)
+        measure_many(options, report, Path(runs_dir))
     measure_noise_floors(options, report)
     measure_shuffle(options, report)
     print(f"\n{'All exact predictions are met.' if report.all_met else '**An exact prediction is not met.**'}")

@@ -47,7 +47,8 @@ def test_a_row_is_the_forecast_of_training_at_that_world_size():
 def test_the_default_recipe_is_stable_as_far_as_the_data_has_rows():
     planned = plan(TrainConfig(), [1, 8])
     assert planned.verdict == "linear scaling from these learning rates is stable up to 8 ranks, the most for this data"
-    assert planned.critical.critical in planned.critical.batch_sizes
+    assert "doubling saves at least a quarter of the steps" in "\n".join(planned.conclusion())
+    planned = plan(TrainConfig.of(num_features=6, target_excess=0.1), [1])
     assert f"from {planned.critical.critical} samples" in "\n".join(planned.conclusion())
 
 
@@ -127,12 +128,18 @@ def test_without_plot_nothing_is_written():
     assert not Path("runs").exists()
 
 
-def test_beyond_sixteen_features_the_noise_is_not_predicted(capsys):
-    assert main(["plan", "--num-features", "17", "--num-rows", "300", "--world-sizes", "1,2"]) == 0
+def test_beyond_sixteen_features_the_noise_is_predicted_but_not_in_the_sequential_order(capsys):
+    options = ["plan", "--num-features", "17", "--num-rows", "300", "--world-sizes", "1,2"]
+    assert main(options) == 0
     out = capsys.readouterr().out
-    assert out.count("not predicted") == 2  # in both rows
-    assert "17 features: only the mean is predicted" in out
-    assert "not the noise of mini-batches" in out
+    assert out.count("stable") == 3  # in both rows and the verdict
+    assert "not predicted" not in out
+    assert main([*options, "--recipe", "homework"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("mean converges") == out.count("not predicted") == 2
+    assert "stable " not in out
+    assert "17 features in the sequential order: only the mean is predicted" in out
+    assert "expected to converge in the mean" in out
     assert "batch size " not in out
 
 

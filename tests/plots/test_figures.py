@@ -22,7 +22,18 @@ from torchreg.sweeps.sweep_tables import read_sweep, trials_table
 COMMANDS = {
     "training": ["train", "--recipe", "homework", "--max-steps", "20", "--plot"],
     "training of many features": ["train", "--num-features", "3", "--num-rows", "100", "--max-steps", "9", "--plot"],
-    "plan": ["plan", "--world-sizes", "1,2,8,16", "--no-standardize", "--base-learning-rate", "1e-7", "1e-1", "--plot"],
+    "plan": [
+        "plan",
+        "--world-sizes",
+        "1,2,8,16",
+        "--no-standardize",
+        "--base-learning-rate",
+        "1e-7",
+        "1e-1",
+        "--sampling",
+        "random",
+        "--plot",
+    ],
     "batch": ["sweep", "batch", "--batch-sizes", "64,256", "--num-seeds", "2", "--epochs", "3"],
     "lr-scaling": ["sweep", "lr-scaling", "--multipliers", "1,2,4,8,32", "--num-seeds", "1", "--max-steps", "60"],
 }

@@ -135,6 +135,7 @@ def test_rates_above_the_limit_are_warned_of_with_limit_and_world_size():
     config = TrainConfig.of(
         standardize=False,
         base_learning_rate=(4e-7, 4e-1),
+        sampling="random",
         max_steps=1,
         on_unstable="refuse",
     )

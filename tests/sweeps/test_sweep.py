@@ -275,8 +275,9 @@ def test_a_perfect_line_has_a_table_without_multiples_of_its_loss(capsys):
     assert json.loads(capsys.readouterr().out)[0]["excess"] is None
 
 
-def test_beyond_sixteen_features_only_the_mean_is_set_beside_the_runs(capsys):
+def test_beyond_sixteen_features_in_the_sequential_order_only_the_mean_is_set_beside_the_runs(capsys):
     options = ["--num-features", "17", "--num-rows", "200", "--standardize", "--base-learning-rate", "0.01", "0.01"]
+    options += ["--optimizer", "manual", "--update-order", "sequential"]
     assert main([*SWEEP, *options, "--batch-sizes", "64", "--num-seeds", "1", "--epochs", "2"]) == 0
     (row,) = pd.read_csv("runs/sweep-batch/trials.csv").to_dict("records")
     assert row["predicted_excess"] > 0

@@ -251,29 +251,33 @@ def test_a_target_below_the_noise_floor_is_never_reached_and_the_answer_is_fast(
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "learning_rate"),
+    ("batch_size", "learning_rate", "scaled"),
     [
-        (64, 0.05),  # the default recipe on one rank: independent batches would have six times the noise floor
-        (29, 0.05),  # 551 = 19·29: no short batch, so the noise of an epoch cancels but for what its decay leaves
-        (256, 0.2),  # three batches an epoch, the last of 39 rows
+        (64, 0.05, True),  # the default recipe on one rank: independent batches would have 14 times the noise floor
+        (64, 0.05, False),
+        (29, 0.05, True),  # 551 = 19·29: no short batch
+        (256, 0.2, True),  # three batches an epoch, the last of 39 rows
+        (256, 0.2, False),
     ],
 )
-def test_shuffled_epochs_end_where_simulated_ones_do(batch_size, learning_rate):
+def test_shuffled_epochs_end_where_simulated_ones_do(batch_size, learning_rate, scaled):
     houses = Houses(standardize=True)
     num_epochs, num_runs = 8, 1_500
-    dynamics = Dynamics.of(houses.rows, (learning_rate, learning_rate), batch_size, sampling="shuffle")
+    rates = (learning_rate, learning_rate)
+    dynamics = Dynamics.of(houses.rows, rates, batch_size, sampling="shuffle", scale_last_batch=scaled)
     steps_per_epoch = math.ceil(551 / batch_size)
     start = np.zeros(2)
     curve = dynamics.learning_curve(start - houses.optimum, [1.0] * num_epochs * steps_per_epoch)
     factors = [1.0] * (len(curve.steps) - 1)
-    thetas = list(simulate(houses, start, (learning_rate,) * 2, batch_size, factors, num_runs, shuffle=True))
+    options = {"shuffle": True, "scale_last_batch": scaled}
+    thetas = list(simulate(houses, start, rates, batch_size, factors, num_runs, **options))
     for steps in (2, steps_per_epoch + 1, num_epochs * steps_per_epoch - 1, num_epochs * steps_per_epoch):
         runs = houses.excess(thetas[steps - 1])
         error = runs.std(ddof=1) / math.sqrt(num_runs)
         # The noise of the curvature is approximated: a few percent beside what is measured.
         assert curve.excess[steps] == pytest.approx(runs.mean(), rel=0.06, abs=3 * error), steps
-    random = Dynamics.of(houses.rows, (learning_rate, learning_rate), batch_size)
-    assert (dynamics.noise_floor(1.0) < 0.5 * random.noise_floor(1.0)) == (batch_size < 256)
+    random = Dynamics.of(houses.rows, rates, batch_size)
+    assert (dynamics.noise_floor(1.0) < 0.5 * random.noise_floor(1.0)) == (scaled or batch_size < 256)
 
 
 def test_the_batches_of_a_shuffled_epoch_compensate_each_other():
@@ -290,12 +294,14 @@ def test_the_batches_of_a_shuffled_epoch_compensate_each_other():
     assert dynamics.noise_floor() == pytest.approx(1 / 15)
 
 
-def test_a_short_last_batch_raises_the_noise_floor_and_lowers_the_limit():
+def test_a_short_last_batch_at_full_learning_rates_raises_the_noise_floor_and_lowers_the_limit():
     # 551 = 2·256 + 39: at learning rates meant for 256 rows, every third step has the noise of 39.
     houses = Houses()
-    random, shuffled = (Dynamics.of(houses.rows, LESSON_RATES, 256, sampling=s) for s in ("random", "shuffle"))
+    random, scaled = (Dynamics.of(houses.rows, LESSON_RATES, 256, sampling=s) for s in ("random", "shuffle"))
+    shuffled = Dynamics.of(houses.rows, LESSON_RATES, 256, sampling="shuffle", scale_last_batch=False)
     assert shuffled.noise_floor(2.0) > 3 * random.noise_floor(2.0)
-    assert shuffled.largest_multiplier() < random.largest_multiplier()
+    assert shuffled.largest_multiplier() < random.largest_multiplier() < scaled.largest_multiplier()
+    assert scaled.noise_floor(2.0) < 0.3 * shuffled.noise_floor(2.0)
     assert shuffled.radius(shuffled.largest_multiplier()) == pytest.approx(1, abs=1e-5)
     start = np.array(LESSON_START) - houses.optimum
     steps = shuffled.steps_to(0.01 * houses.best_loss, start, [1.0])
@@ -308,9 +314,12 @@ def test_the_noise_floor_of_tiny_learning_rates_is_proportional_to_them():
     houses = Houses(standardize=True)
     # (`shuffle` too, because of the short last batch; there an epoch's change is a small difference, of fewer digits.)
     for sampling, digits in (("random", 2e-3), ("shuffle", 1e-2)):
-        dynamics = Dynamics.of(houses.rows, (1e-4, 1e-4), 64, sampling=sampling)
+        dynamics = Dynamics.of(houses.rows, (1e-4, 1e-4), 64, sampling=sampling, scale_last_batch=False)
         assert dynamics.noise_floor(1e-9) == pytest.approx(1e-9 * dynamics.noise_floor(1.0), rel=digits)
         assert 0 < Dynamics.of(houses.rows, (1e-300, 1e-300), 64, sampling=sampling).largest_multiplier() < math.inf
+    # Where the last batch counts its samples as the others do, an epoch's noise cancels but for what its decay leaves.
+    scaled = Dynamics.of(houses.rows, (1e-4, 1e-4), 64, sampling="shuffle")
+    assert scaled.noise_floor(0.1) < 0.02 * scaled.noise_floor(1.0)
 
 
 def test_learning_rates_that_cannot_be_computed_with_are_refused_by_name():
@@ -327,15 +336,101 @@ def test_a_direction_lost_in_float64_rounding_has_no_noise_floor_but_no_crash():
     assert not dynamics.noise_floor() > 1e9
 
 
-def test_beyond_sixteen_features_the_mean_is_predicted_and_named():
+@pytest.mark.parametrize(("num_features", "order"), [(20, "simultaneous"), (64, "simultaneous"), (6, "sequential")])
+@pytest.mark.parametrize("heavy", [False, True])
+def test_shuffled_epochs_of_many_features_and_of_the_sequential_order_end_where_simulated_ones_do(
+    num_features, order, heavy
+):
+    # Taken as independent, the batches would give up to twice the noise.
+    options = {"num_rows": 300, "num_features": num_features}
+    houses = Houses.with_outliers(**options) if heavy else Houses(standardize=True, **options)
+    rates, batch_size, num_epochs, num_runs = (0.2 / num_features, 0.2), 64, 12, 300
+    dynamics = Dynamics.of(houses.rows, rates, batch_size, order, "shuffle")
+    factors = [1.0] * 5 * num_epochs
+    curve = dynamics.learning_curve(-houses.optimum, factors, [5 * num_epochs], simulate=True)
+    ends = simulate(houses, 0 * houses.optimum, rates, batch_size, factors, num_runs, order=order, shuffle=True)
+    runs = houses.excess(list(ends)[-1])
+    error = runs.std(ddof=1) / math.sqrt(num_runs)
+    assert error < 0.06 * runs.mean()
+    assert curve.excess[0] == pytest.approx(runs.mean(), rel=0.08, abs=3 * error)
+    assert curve.simulated[0] == pytest.approx(runs.mean(), abs=4 * math.hypot(error, curve.simulated_error[0]))
+
+
+def test_beyond_sixteen_features_random_batches_are_exact_against_the_map_written_out():
+    # All terms of theory.md, as matrices of p⁴ entries, in the model's own units.
+    num_features, k, steps = MAX_FEATURES + 1, 2.0, 40
+    houses = Houses.with_outliers(60, num_features)
+    p, n, batch_size, rates = num_features + 1, 60, 7, (0.004, 0.05)
+    a, e = houses.a, houses.y[:, 0] - houses.a @ houses.optimum
+    phi, lr = (n - batch_size) / (batch_size * (n - 1)), np.diag([rates[0]] * num_features + [rates[1]])
+    gram, squares = a.T @ a / n, np.einsum("ni,nj->nij", a, a).reshape(n, -1)
+    fourth = squares.T @ squares / n  # (1/n) Σ (a aᵀ) ⊗ (a aᵀ): symmetric in all four indices
+
+    def second_moment_map(k):
+        shrink, pp = np.eye(p) - 2 * k * lr @ gram, np.kron(lr, lr)
+        noise = fourth.reshape(p, p, p, p).transpose(0, 2, 1, 3).reshape(p * p, p * p) - np.kron(gram, gram)
+        return np.kron(shrink, shrink) + 4 * k * k * phi * pp @ noise
+
+    dynamics = Dynamics.of(houses.rows, rates, batch_size)
+    limit = dynamics.largest_multiplier()
+    assert dynamics.criterion == "mean square"
+    radii = [np.abs(np.linalg.eigvals(second_moment_map(side * limit))).max() for side in (0.9999, 1, 1.0001)]
+    assert radii[0] < 1 < radii[2]
+    assert [dynamics.radius(side * limit) for side in (0.9999, 1, 1.0001)] == pytest.approx(radii, rel=1e-5)
+    source = 4 * k * k * phi * lr @ (a.T @ (e[:, None] ** 2 * a) / n) @ lr
+    steady = np.linalg.solve(np.eye(p * p) - second_moment_map(k), source.ravel()).reshape(p, p)
+    assert dynamics.noise_floor(k) == pytest.approx(np.sum(gram * steady), rel=1e-5)
+    mean, second, full = -houses.optimum, np.outer(houses.optimum, houses.optimum), second_moment_map(k)
+    curve = dynamics.learning_curve(mean, [k] * steps)
+    for excess in curve.excess:
+        assert excess == pytest.approx(np.sum(gram * second), rel=1e-9)
+        third = lr @ (a.T @ ((e * (a @ mean))[:, None] * a) / n) @ lr
+        second = (full @ second.ravel()).reshape(p, p) + source - 8 * k * k * phi * third
+        mean = mean - 2 * k * lr @ gram @ mean
+    assert dynamics.steps_to(curve.excess[-1] * (1 + 1e-9), -houses.optimum, [k]) == steps
+
+
+def test_where_a_step_costs_too_much_or_the_order_is_sequential_only_the_mean_is_predicted():
     houses = Houses(standardize=True, num_rows=400, num_features=MAX_FEATURES + 1)
-    dynamics = Dynamics.of(houses.rows, (0.01, 0.01), 32)
+    dynamics = Dynamics.of(houses.rows, (0.01, 0.01), 32, "sequential")
     assert dynamics.criterion == "mean"
     assert math.isnan(dynamics.noise_floor(1.0))
-    curve = dynamics.learning_curve(-houses.optimum, [1.0] * 50)
-    full = simulate(houses, 0 * houses.optimum, (0.01, 0.01), 400, [1.0] * 50, 1)
+    curve = dynamics.learning_curve(-houses.optimum, [1.0] * 50, simulate=True)
+    full = simulate(houses, 0 * houses.optimum, (0.01, 0.01), 400, [1.0] * 50, 1, order="sequential")
     np.testing.assert_allclose(curve.excess[1:], [houses.excess(t)[0] for t in full], rtol=1e-9)
     assert np.isnan(curve.low).all()
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_last_batch_of_one_row_that_may_be_an_outlier_makes_training_unstable_first_of_all(scaled):
+    # Eleven rows in batches of 5, 5 and 1: the map of an epoch is the product of those of its steps, each the mean over
+    # all batches of its size. It is unstable far below the limit of the batches of 5 alone, and just above the limit.
+    x = np.linspace(-1, 1, 11)[:, None]
+    x[0] = 8.0
+    x, residual, rates = x - x.mean(), np.ones((11, 1)), (1.0, 0.5)
+    dynamics = Dynamics.of(RowGradients.of(x, residual), rates, 5, sampling="shuffle", scale_last_batch=scaled)
+    limit = dynamics.largest_multiplier()
+
+    def radius(k):
+        sizes = [(5, k), (5, k), (1, k / 5 if scaled else k)]
+        steps = [maps_of_all_batches(x, residual, rates, size, "simultaneous", k)[0] for size, k in sizes]
+        squares = [np.mean([np.kron(m[:-1, :-1], m[:-1, :-1]) for m in maps], axis=0) for maps in steps]
+        return np.abs(np.linalg.eigvals(np.linalg.multi_dot(squares))).max()
+
+    assert all(radius(side * limit) < 1 for side in (0.03, 0.1, 0.3, 0.6, 0.9, 0.9999))
+    assert radius(1.0001 * limit) > 1
+    assert dynamics.radius(0.9) ** 3 == pytest.approx(radius(0.9), rel=1e-9)
+    alone = Dynamics.of(RowGradients.of(x, residual), rates, 5).largest_multiplier()
+    assert limit > 0.9 * alone if scaled else limit < 0.7 * alone
+
+
+def test_the_limit_of_many_features_with_a_short_last_batch_is_where_the_radius_is_one():
+    houses = Houses.with_outliers(101, MAX_FEATURES + 2)
+    for scaled in (False, True):
+        dynamics = Dynamics.of(houses.rows, (0.001, 0.02), 20, sampling="shuffle", scale_last_batch=scaled)
+        limit = dynamics.largest_multiplier()
+        assert dynamics.radius(0.999 * limit) < 1 < dynamics.radius(1.05 * limit)
+        assert dynamics.noise_floor(1.01 * limit) == math.inf
 
 
 def test_hundreds_of_features_are_predicted_as_well():

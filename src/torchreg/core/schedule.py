@@ -18,7 +18,8 @@ class Schedule:
     """The learning rates (weight, bias) of each step: warm-up from base to scaled, then decay.
 
     `linear` and `cosine` decay end at the fraction `decay_to` of the scaled learning rates, on the last of `num_steps`;
-    `step` multiplies by `decay_factor` every `decay_every` steps after the warm-up.
+    `step` multiplies by `decay_factor` every `decay_every` steps after the warm-up. The last of every `steps_per_epoch`
+    steps takes `last_factor` times that: its batch may be short, and the mean over few samples is noisy.
     """
 
     base: tuple[float, float]
@@ -29,10 +30,12 @@ class Schedule:
     decay_to: float = 0.0
     decay_factor: float = 0.1
     decay_every: int | None = None
+    steps_per_epoch: int = 1
+    last_factor: float = 1.0
 
     def __call__(self, step: int) -> tuple[float, float]:
         """The learning rates of step 0, 1, …, `num_steps` − 1."""
-        factor = self.factor(step)
+        factor = self.factor(step) * (1.0 if (step + 1) % self.steps_per_epoch else self.last_factor)
         weight, bias = self.base
         return weight * factor, bias * factor
 
@@ -47,7 +50,7 @@ class Schedule:
         return self.decay_every or max(1, math.ceil(self.num_steps / 3))
 
     def factor(self, step: int) -> float:
-        """The factor of `base` in a step."""
+        """The factor of `base` in a step with a whole batch."""
         if step < self.warmup_steps:
             return 1 + (self.scale - 1) * step / self.warmup_steps
         if self.decay == "constant":

@@ -12,7 +12,7 @@ from torchreg.runs import setup
 from torchreg.runs.config import LRScaling, TrainConfig
 from torchreg.runs.forecast import Forecast
 from torchreg.runs.setup import LeastSquares
-from torchreg.theory import MAX_SEQUENTIAL, CriticalBatch, critical_batch_size
+from torchreg.theory import MAX_FEATURES, MAX_SEQUENTIAL, CriticalBatch, critical_batch_size
 
 _RULES: dict[LRScaling, str] = {"linear": "linear scaling from", "sqrt": "square-root scaling from", "none": "keeping"}
 
@@ -74,17 +74,17 @@ class Plan:
         rows = []
         for row in self.rows:
             f = row.forecast
-            entries = [f"{'' if row.is_stable else '!'}{row.world_size}", f"{row.global_batch_size:,}"]
+            entries = [f"{'!' if not f or f.is_stable is False else ''}{row.world_size}", f"{row.global_batch_size:,}"]
             if f:
                 entries += [*(f"{value:.3g}" for value in row.scaled_learning_rate), number(1 / f.stability_limit)]
-            if f and f.is_stable:
+            if f and f.is_stable is not False:
                 steps = f"> {f.steps_searched:,}" if f.steps_searched else "never" if f.curve else ""
                 entries += [
-                    "stable",
+                    f.state,
                     steps if f.steps_to_target is None else f"{f.steps_to_target:,}",
                     "" if row.samples_to_target is None else f"{row.samples_to_target:,}",
                     "not predicted" if math.isnan(f.noise_floor) else percent(f.noise_floor),
-                    percent(f.curve.excess[-1]) if f.curve else "",
+                    percent(f.expected_end) if f.expected_end is not None else "not predicted" if f.curve else "",
                 ]
             else:
                 entries += ["diverges", "never"] if f else ["", "", "", "impossible"]
@@ -112,7 +112,7 @@ def plan(config: TrainConfig, world_sizes: Sequence[int]) -> Plan:
     if first is None:
         raise ValueError(rows[0].reason)
     learning_rates = setup.base_learning_rates(config, least_squares)
-    limits = [row.scaled_learning_rate[1] * row.forecast.stability_limit if row.forecast else None for row in rows]
+    limits = [_bias_limit(config, row) for row in rows]
     largest: dict[LRScaling, int] = {}
     fractions: dict[str, tuple[tuple[int, float | None], ...]] = {}
     for rule in _RULES:
@@ -120,11 +120,14 @@ def plan(config: TrainConfig, world_sizes: Sequence[int]) -> Plan:
         if not config.batch.global_batch_size and config.batch.sampling != "full":  # the batch grows with the ranks
             largest[rule] = setup.stable_world_size(scaled, least_squares, local_batch_size)
         fractions[rule] = tuple(
-            (row.world_size, limit and learning_rates[1] * setup.scale_at(scaled, row.global_batch_size) / limit)
+            (
+                row.world_size,
+                limit and learning_rates[1] * setup.highest_scale_at(scaled, row.global_batch_size) / limit,
+            )
             for row, limit in zip(rows, limits, strict=True)
         )
     critical, target = None, first.target_excess * best.loss
-    if first.criterion == "mean square" and target > 0:
+    if table.num_features <= MAX_FEATURES and target > 0:
         start = least_squares.start_error
         critical = critical_batch_size(least_squares.rows, learning_rates, start, target, config.optimizer.update_order)
     return Plan(
@@ -141,7 +144,7 @@ def plan(config: TrainConfig, world_sizes: Sequence[int]) -> Plan:
         largest_stable=largest,
         critical=critical,
         verdict=_verdict(config, rows, largest, local_batch_size, table.num_rows),
-        notes=_notes(config, first, least_squares),
+        notes=_notes(config, [row.forecast for row in rows if row.forecast], least_squares),
     )
 
 
@@ -156,22 +159,33 @@ def _forecast(config: TrainConfig, least_squares: LeastSquares, local_batch_size
     return WorldSize(world_size, size, state.schedule.scaled, forecast, None, forecast.is_stable, samples)
 
 
+def _bias_limit(config: TrainConfig, row: WorldSize) -> float | None:
+    """The largest stable learning rate of the bias, with that of the weight in proportion."""
+    if row.forecast is None:
+        return None
+    size = row.global_batch_size
+    highest = row.scaled_learning_rate[1] * setup.highest_scale_at(config, size) / setup.scale_at(config, size)
+    return row.forecast.stability_limit * highest
+
+
 def _verdict(
     config: TrainConfig, rows: Sequence[WorldSize], largest: dict[LRScaling, int], local_batch_size: int, num_rows: int
 ) -> str:
     """Whether training is stable, up to which world size, and the remedies, in sentences."""
-    unstable = [(row.world_size, row.forecast) for row in rows if row.forecast and not row.is_stable]
+    unstable = [(row.world_size, row.forecast) for row in rows if row.forecast and row.is_stable is False]
+    is_mean = any(row.forecast and row.forecast.criterion == "mean" for row in rows)
+    state = "expected to converge in the mean" if is_mean else "stable"
     omit = "standardise and omit base_learning_rate"
     lower = f"{'' if config.data.standardize else f'{omit}, '}lower base_learning_rate, or use --on-unstable cap"
     if not largest:
         name = f"every step takes {rows[0].global_batch_size} samples at any world size, and these learning rates"
         if not unstable:
-            return f"{name} are stable"
+            return f"{name} are {state}"
         return f"{name} diverge: they are {number(1 / unstable[0][1].stability_limit)} times the limit. Remedy: {lower}"
 
     def up_to(world_size: int) -> str:
         is_most = world_size == num_rows // local_batch_size
-        return f"stable up to {_count(world_size, 'rank')}{', the most for this data' * is_most}"
+        return f"{state} up to {_count(world_size, 'rank')}{', the most for this data' * is_most}"
 
     name, stable = f"{_RULES[config.optimizer.lr_scaling]} these learning rates", largest[config.optimizer.lr_scaling]
     if not unstable:
@@ -191,18 +205,21 @@ def _verdict(
     return f"{name} is {up_to(stable)}. At {first}{node} it diverges. Remedy: {'. Or '.join(remedies)}"
 
 
-def _notes(config: TrainConfig, forecast: Forecast, least_squares: LeastSquares) -> tuple[str, ...]:
-    num_features, best = least_squares.table.num_features, least_squares.closed_form
+def _notes(config: TrainConfig, forecasts: Sequence[Forecast], least_squares: LeastSquares) -> tuple[str, ...]:
+    num_features, best, forecast = least_squares.table.num_features, least_squares.closed_form, forecasts[0]
     error = forecast.stability_limit_error / forecast.stability_limit
     is_mean, is_sequential = forecast.criterion == "mean", config.optimizer.update_order == "sequential"
     is_shuffled = not is_mean and forecast.sampling == "shuffle"
-    shuffle = "predicted to a few percent, with the noise floor at the end of an epoch"
-    if is_sequential:
-        shuffle = "approximated by independent batches, which overestimates the noise floor"
+    only_square = any(each.is_stable is False and each.mean_converges for each in forecasts)
+    ratios = [forecast.simulated_ratio[0] for forecast in forecasts if forecast.simulated_ratio]
+    shuffle = f"runs that were simulated end at {min(ratios):.2f} to {max(ratios):.2f} times that" if ratios else ""
     notes = {
-        f"{num_features} features: only the mean is predicted (more than 16 cost too much), not the noise of "
-        "mini-batches, and the steps are a lower bound": is_mean,
-        f"shuffle sampling is {shuffle}; --sampling random is predicted exactly": is_shuffled,
+        f"{num_features} features{' in the sequential order' * is_sequential}: only the mean is predicted (more costs "
+        "too much), not the noise of mini-batches: its limit makes no run stable, its steps are a lower bound": is_mean,
+        f"shuffle sampling is predicted approximately{'; ' * bool(ratios)}{shuffle}": is_shuffled,
+        "it is the mean square that diverges: single runs may last for long, until a rare batch throws them far off": (
+            only_square
+        ),
         setup.SEQUENTIAL_NOT_PREDICTED: is_sequential and num_features > MAX_SEQUENTIAL,
         f"the sequential order is predicted from sampled batches: standard error of the limit {percent(error)}": error,
         best.warning: best.warning,

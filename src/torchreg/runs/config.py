@@ -99,6 +99,9 @@ class OptimizerConfig:
     base_learning_rate: tuple[float, float] | None = None
     reference_batch_size: int = 64  # The global batch size that `base_learning_rate` is meant for.
     lr_scaling: LRScaling = "linear"  # How the learning rates grow with global_batch_size / reference_batch_size.
+    # Learning rates of the short last batch of an epoch in `shuffle` sampling: `scaled` to its number of samples, so
+    # that every sample counts the same; or `full`, which adds noise and with few samples may be unstable.
+    last_batch_lr: Literal["scaled", "full"] = "scaled"
     warmup_steps: int = 0  # Steps over which the learning rates go linearly from base to scaled.
     # How the learning rates decrease after the warm-up.
     decay: Literal["constant", "linear", "cosine", "step"] = "constant"

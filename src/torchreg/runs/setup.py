@@ -154,6 +154,7 @@ def _run_signature(config: TrainConfig, fingerprint: str, plan: BatchPlan, sched
         **{name: options[name] for name in same},
         "base_learning_rate": list(schedule.base),
         "learning_rate_scale": schedule.scale,
+        "last_batch_factor": schedule.last_factor,
         "warmup_steps": schedule.warmup_steps,
         "decay": schedule.decay,
         **{"constant": {}, "linear": to_end, "cosine": to_end, "step": by_steps}[schedule.decay],
@@ -171,6 +172,11 @@ def scale_at(config: TrainConfig, global_batch_size: int) -> float:
     return lr_scale(config.optimizer.lr_scaling, global_batch_size, config.optimizer.reference_batch_size)
 
 
+def highest_scale_at(config: TrainConfig, global_batch_size: int) -> float:
+    """The largest factor of the base learning rates in a run: the warm-up begins with 1."""
+    return max(scale_at(config, global_batch_size), float(config.optimizer.warmup_steps > 0))
+
+
 def base_learning_rates(config: TrainConfig, least_squares: LeastSquares) -> tuple[float, float]:
     """The learning rates of weight and bias at the reference batch size, before any lowering for stability.
 
@@ -186,9 +192,10 @@ def stable_world_size(config: TrainConfig, least_squares: LeastSquares, local_ba
         least_squares.rows,
         base_learning_rates(config, least_squares),
         local_batch_size,
-        lambda global_batch_size: scale_at(config, global_batch_size),
+        lambda global_batch_size: highest_scale_at(config, global_batch_size),
         config.optimizer.update_order,
         config.batch.sampling,
+        config.optimizer.last_batch_lr == "scaled",
     )
 
 
@@ -197,8 +204,9 @@ def _learning_rates(
 ) -> tuple[Schedule, Dynamics, tuple[str, ...]]:
     """The schedule, the dynamics of its base learning rates, and warnings."""
     chosen, batch_size = config.optimizer, plan.global_batch_size
-    scale, base = scale_at(config, batch_size), base_learning_rates(config, data)
-    dynamics = Dynamics.of(data.rows, base, batch_size, chosen.update_order, plan.sampling)
+    scale, base = highest_scale_at(config, batch_size), base_learning_rates(config, data)
+    is_scaled = chosen.last_batch_lr == "scaled"
+    dynamics = Dynamics.of(data.rows, base, batch_size, chosen.update_order, plan.sampling, scale_last_batch=is_scaled)
     limit = dynamics.largest_multiplier() / scale
 
     warnings = [] if dynamics.order == chosen.update_order else [SEQUENTIAL_NOT_PREDICTED]
@@ -221,6 +229,9 @@ def _learning_rates(
         dynamics = dynamics.times(limit * _SAFE_FRACTION)
     epochs = config.run.epochs or (None if config.run.max_steps else DEFAULT_EPOCHS)
     limits = [config.run.max_steps, epochs and math.ceil(epochs * plan.steps_per_epoch)]
+    num_steps = min(filter(None, limits))
     names = ("warmup_steps", "decay", "decay_to", "decay_factor", "decay_every")
-    decay = {name: getattr(chosen, name) for name in names}
-    return Schedule(base, scale, min(filter(None, limits)), **decay), dynamics, tuple(warnings)
+    options = {name: getattr(chosen, name) for name in names}
+    options["steps_per_epoch"] = plan.steps_per_epoch
+    options["last_factor"] = plan.num_samples(plan.steps_per_epoch - 1) / batch_size if is_scaled else 1.0
+    return Schedule(base, scale_at(config, batch_size), num_steps, **options), dynamics, tuple(warnings)

@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -13,7 +14,9 @@ from torchreg.theory.dynamics import MOST_STEPS, Dynamics, Sampling
 from torchreg.theory.moments import Matrix, RowGradients
 from torchreg.theory.steps import Order
 
-_TRIED_MULTIPLIERS = np.geomspace(0.95, 1 / 64, 25)  # of the stability limit
+_HIGHEST = 0.95  # of the stability limit
+_BISECTIONS = 20
+_WIDTHS = (8.0, 2.0, 1.2)  # of the ranges of learning rates that are searched one after the other
 
 
 def largest_stable_world_size(
@@ -23,6 +26,7 @@ def largest_stable_world_size(
     scale: Callable[[int], float],
     order: Order = "simultaneous",
     sampling: Sampling = "random",
+    scale_last_batch: bool = True,
 ) -> int:
     """The most ranks, with `local_batch_size` rows each, at which training is stable; 0 if not even one is.
 
@@ -32,7 +36,9 @@ def largest_stable_world_size(
 
     def is_unstable(world_size: int) -> bool:
         batch_size = world_size * local_batch_size
-        dynamics = Dynamics.of(rows, base_learning_rates, batch_size, order, sampling)
+        dynamics = Dynamics.of(
+            rows, base_learning_rates, batch_size, order, sampling, scale_last_batch=scale_last_batch
+        )
         return not scale(batch_size) < dynamics.largest_multiplier()
 
     most = max(1, rows.num_rows // local_batch_size)
@@ -65,23 +71,35 @@ def critical_batch_size(
 
     McCandlish et al. (2018) find steps S(B) = S_min (1 + B_crit / B): doubling the batch halves the steps far below
     B_crit, saves nothing far above it, and a quarter of them at B_crit. As in their and Shallue's (2019) measurements,
-    each batch size has its own best learning rates: the given pair times the best of 25 multipliers from 1/64 to 0.95
-    of the stability limit, of those whose noise floor is below the target. Valid for `random` sampling and up to
+    each batch size has its own best learning rates: the given pair times the best multiplier, to about 5 %, of those
+    below 0.95 of the stability limit whose noise floor is below the target. Valid for `random` sampling and up to
     `MAX_FEATURES` features.
     """
 
+    @cache
     def fewest_steps(batch_size: int) -> tuple[int | None, float]:
         dynamics = Dynamics.of(rows, learning_rates, batch_size, order)
-        fewest, best = None, math.nan
-        for k in dynamics.largest_multiplier() * _TRIED_MULTIPLIERS:
-            if dynamics.noise_floor(k) < target_excess:
+        low, highest = 0.0, _HIGHEST * dynamics.largest_multiplier()
+        if dynamics.noise_floor(highest) >= target_excess:
+            for _ in range(_BISECTIONS):
+                middle = (low + highest) / 2
+                low, highest = (middle, highest) if dynamics.noise_floor(middle) < target_excess else (low, middle)
+            highest = low
+        fewest, best = None, highest / _WIDTHS[0]
+        for width in _WIDTHS:
+            for k in [k for k in best * np.geomspace(1 / width, width, 9) if k <= highest]:
                 steps = dynamics.steps_to(target_excess, start, [k], most_steps=fewest or MOST_STEPS)
                 if steps is not None and (fewest is None or steps < fewest):
                     fewest, best = steps, float(k)
-        return fewest, best
+        return fewest, best if fewest is not None else math.nan
+
+    def saves_little(batch_size: int) -> bool:
+        now, doubled = fewest_steps(batch_size)[0], fewest_steps(2 * batch_size)[0]
+        return bool(now and doubled and doubled > 0.75 * now)
 
     batch_sizes = tuple(2**i for i in range(rows.num_rows.bit_length()))
     steps, multipliers = zip(*map(fewest_steps, batch_sizes), strict=True)
-    doublings = zip(batch_sizes, steps, steps[1:], strict=False)
-    critical = (size for size, now, doubled in doublings if now and doubled and doubled > 0.75 * now)
-    return CriticalBatch(batch_sizes, steps, multipliers, next(critical, None))
+    critical = next(filter(saves_little, batch_sizes[:-1]), None)
+    if critical is not None:  # between it and half of it
+        critical = bisect_left(range(critical), True, critical // 2 + 1, key=saves_little)
+    return CriticalBatch(batch_sizes, steps, multipliers, critical)

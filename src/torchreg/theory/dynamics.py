@@ -23,54 +23,80 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from torchreg.theory.maps import band, first_reached, is_contraction, polynomial, spectral_radius, symmetric_basis
-from torchreg.theory.moments import Matrix, RowGradients
-from torchreg.theory.steps import MAX_SEQUENTIAL, NARROWEST, IndependentSteps, Order, ShuffledEpochs, square_maps, units
+from torchreg.theory.maps import (
+    band,
+    coordinates,
+    first_reached,
+    is_contraction,
+    matrices,
+    polynomial,
+    spectral_radius,
+)  # fmt: skip
+from torchreg.theory.moments import MAX_FEATURES, Matrix, RowGradients
+from torchreg.theory.steps import (
+    MAX_SEQUENTIAL,
+    MOST_EPOCH_STEPS,
+    NARROWEST,
+    IndependentSteps,
+    MatrixFreeSteps,
+    Order,
+    ShuffledSteps,
+    SimulatedRuns,
+    square_maps,
+    units,
+)  # fmt: skip
 
-Steps = NDArray[np.int64]
+StepNumbers = NDArray[np.int64]
 Sampling = Literal["random", "shuffle", "full"]
 
 MOST_STEPS = 10**9
 """The largest number of steps to a target that is searched for."""
 
-_MOST_SHUFFLED_FEATURES = 4
-_MOST_SHUFFLED_STEPS = 512
+_SCANNED = 24  # learning rates tried for the first at which training is unstable
+_BAND = (0.025, 0.975)
 
 
 @dataclass(frozen=True)
 class LearningCurve:
     """The expected excess loss L − L* after `steps` steps, and bounds of single runs.
 
-    `excess` is exact where the dynamics are. `low` and `high` enclose 95 % of runs if δ is normal with its exact mean
-    and covariance: good for small learning rates and large batches; near the stability limit the true tails are
-    heavier. They are NaN where only the mean is predicted. All are (len(steps),); losses are in the loss's own units.
+    `excess` is exact where the dynamics are. `low` and `high` enclose 95 % of the simulated runs, whose mean and its
+    standard error are `simulated` and `simulated_error`. Where nothing is simulated these are None, and the bounds
+    enclose 95 % of runs if δ is normal with its exact mean and covariance: good for small learning rates and large
+    batches, too narrow near the stability limit and for heavy tails. They are NaN then beyond `MAX_FEATURES`, and where
+    only the mean is predicted. All are (len(steps),); losses are in the loss's own units.
     """
 
-    steps: Steps
+    steps: StepNumbers
     excess: Matrix
     low: Matrix
     high: Matrix
+    simulated: Matrix | None = None
+    simulated_error: Matrix | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Dynamics:
     """SGD with one batch size and the learning rates k·(weight, bias), as a function of k.
 
-    Exact for `random` sampling and for full batches, approximate for `shuffle`. There, in the simultaneous order and up
-    to four features and 512 steps an epoch, `ShuffledEpochs` follows how the batches of an epoch compensate each other.
-    Otherwise batches have the sizes that an epoch has, the short last one too, but are taken as independent, which
-    overestimates the noise floor. In the `sequential` order the bias moves with the new weight but the same rows, so
-    higher moments of a batch enter at k³ and k⁴: means over sampled batches, adjusted to the exact first and second
-    moments, with the error given by `sampling_error`.
+    Exact for `random` sampling and for full batches. In `shuffle` sampling `ShuffledSteps` follows how the batches of
+    an epoch compensate each other, with the sizes that they have, but takes the noise of the curvature as independent,
+    and stability as that of an epoch of independent batches. In the `sequential` order the bias moves with the new
+    weight but the same rows, so higher moments of a batch enter at k³ and k⁴: means over sampled batches, adjusted to
+    the exact first and second moments, with the error given by `sampling_error`.
 
-    `criterion` is what is predicted and must shrink: the mean square of the error, or beyond `MAX_FEATURES` its mean
-    alone, without the noise of mini-batches. Beyond `MAX_SEQUENTIAL` features `order` is always the simultaneous one.
+    `criterion` is what is predicted and must shrink: the mean square of the error; or, in the sequential order beyond
+    `MAX_FEATURES` and beyond `MAX_STEP_COST`, its mean alone, without the noise of mini-batches: a bound that stable
+    training needs to be below, but that does not make it stable. Beyond `MAX_FEATURES` no matrix of the map is made,
+    and about `most_steps` steps are predicted at most. Beyond `MAX_SEQUENTIAL` `order` is always the simultaneous one.
 
     The error is held as ε = basis·δ, whose excess is error_unit²·|ε|² and which a full batch multiplies by
     1 − x·curvature, x = lr_unit·k: neither raw units nor extreme learning rates overflow. `basis` (p, p) and
     `curvature` (p,), the eigenvalues of 2G̃ where every learning rate is 1, are from the singular values of a factor of
     G̃, so the condition number is not squared. `steps` move a state: E[z zᵀ], z = (ε, 1), on the coordinates of
-    symmetric matrices; or, for the mean, E[ε]. `groups` are the dynamics of each group of sampled batches alone.
+    symmetric matrices; or E[ε] where only the mean is predicted, and beyond `MAX_FEATURES` for full batches, where the
+    mean is all. `runs` simulate; they are None in both cases. `groups` have the dynamics of each group of sampled
+    batches alone.
     """
 
     criterion: Literal["mean square", "mean"]
@@ -79,7 +105,8 @@ class Dynamics:
     basis: Matrix
     error_unit: float
     curvature: Matrix
-    steps: IndependentSteps | ShuffledEpochs
+    runs: SimulatedRuns | None
+    steps: IndependentSteps | MatrixFreeSteps | ShuffledSteps
     groups: tuple[Dynamics, ...] = ()
 
     @classmethod
@@ -91,48 +118,79 @@ class Dynamics:
         order: Order = "simultaneous",
         sampling: Sampling = "random",
         seed: int = 0,
+        scale_last_batch: bool = True,
     ) -> Dynamics:
         """The dynamics with these learning rates (weight, bias) at k = 1. The `sequential` order samples with `seed`.
 
+        With `scale_last_batch` the short last batch of a shuffled epoch has learning rates in proportion to its size.
         Raises `ValueError` for learning rates that are too far apart or too extreme for float64.
         """
-        num_features = len(rows.feature_unit)
-        key = (learning_rates, order, *(() if rows.covariance is None else (global_batch_size, sampling, seed)))
+        key = (learning_rates, global_batch_size, order, sampling, seed, scale_last_batch)
         if key in rows.known:
             return rows.known[key]
+        num_rows, p = rows.num_rows, len(rows.feature_unit) + 1
         lr_unit, scale, factors = units(rows, learning_rates)
         left, values, right = np.linalg.svd(rows.factor * factors)
         values = np.maximum(values, NARROWEST * values[0])
         curvature = 2 * values**2
-        common = (lr_unit, values[:, None] * right * scale, rows.error_unit, curvature)
-        bias_only = np.outer(values * right[:, -1], right[:, -1] / values)  # takes the bias's part of a step
-        if rows.rows is not None and rows.covariance is not None:
-            rotation, mean_q = np.pad(left, (0, 1)), np.pad(np.diag(curvature), (0, 1))
-            rotation[-1, -1], mean_q[:-1, -1] = 1.0, curvature * (left.T @ rows.mean)
+        order = "simultaneous" if p > MAX_SEQUENTIAL + 1 else order
+        bias_only = None  # takes the bias's part of a step in the sequential order
+        if order == "sequential":
+            bias_only = np.outer(values * right[:, -1], right[:, -1] / values)
+        common = (order, lr_unit, values[:, None] * right * scale, rows.error_unit, curvature)
+
+        num_steps = math.ceil(num_rows / global_batch_size) if sampling == "shuffle" else 1
+        last_size = num_rows - (num_steps - 1) * global_batch_size if num_steps > 1 else global_batch_size
+        last_factor = last_size / global_batch_size if scale_last_batch else 1.0
+
+        def epoch(maps: Matrix, of_last: Matrix) -> IndependentSteps:
+            of_last = (of_last.T * last_factor ** np.arange(1, len(of_last) + 1)).T
+            return IndependentSteps(maps, of_last if num_steps > 1 else None, num_steps)
+
+        is_full = global_batch_size == num_rows  # the mean is all there is
+        if rows.rows is None or (rows.covariance is None and (bias_only is not None or is_full)):
+            maps = -curvature[None]
+            if bias_only is not None:
+                # With B and W keeping the bias and the weight, E[A] = (I − kBC)(I − kWC) = I − kC + k² BCWC, C = 2G̃.
+                mean = np.diag(curvature)
+                maps = np.array([-mean, bias_only @ (mean - mean @ bias_only) @ mean])
+            rows.known[key] = cls("mean square" if is_full else "mean", *common, None, epoch(maps, maps))
+            return rows.known[key]
+
+        rotation = np.pad(left, (0, 1))
+        rotation[-1, -1] = 1.0
+        b, gradient = rows.rows @ rotation, curvature * (left.T @ rows.mean)
+        runs = SimulatedRuns(b, curvature, bias_only, global_batch_size, sampling == "shuffle", last_factor)
+        independent: tuple[IndependentSteps | MatrixFreeSteps, ...]
+        if rows.covariance is None:
+            whole_phi, last_phi = ((num_rows - n) / (n * (num_rows - 1)) for n in (global_batch_size, last_size))
+            batches = (1.0, whole_phi), (last_factor, last_phi)
+            matrix_free = MatrixFreeSteps(b, curvature, gradient, *batches, num_steps)
+            independent, noise = (matrix_free,), matrix_free.noise
+        else:
+            mean_q = np.pad(np.diag(curvature), (0, 1))
+            mean_q[:-1, -1] = gradient
             flat = np.kron(left, rotation) * np.repeat(curvature, len(rotation))
             covariance = flat.T @ rows.covariance @ flat
-            b, bias = (rows.rows @ rotation, bias_only) if order == "sequential" else (rows.rows, None)
-            of_batches = partial(square_maps, b, mean_q, covariance, bias, seed)
-            maps, of_groups = of_batches(global_batch_size)
-            groups = tuple(cls("mean square", order, *common, IndependentSteps(group)) for group in of_groups)
-            steps: IndependentSteps | ShuffledEpochs = IndependentSteps(maps)
-            num_steps, remainder = math.ceil(rows.num_rows / global_batch_size), rows.num_rows % global_batch_size
-            is_small = num_features <= _MOST_SHUFFLED_FEATURES and 1 < num_steps <= _MOST_SHUFFLED_STEPS
-            if sampling == "shuffle" and order == "simultaneous" and is_small:
-                covariance = covariance.reshape(mean_q[:-1].shape * 2)
-                steps = ShuffledEpochs(rows.num_rows, global_batch_size, mean_q, covariance)
-            elif sampling == "shuffle" and remainder:
-                steps = IndependentSteps(maps, of_batches(remainder)[0], num_steps)
-            dynamics = cls("mean square", order, *common, steps, groups=groups)
-        elif order == "sequential" and num_features <= MAX_SEQUENTIAL:
-            # With B and W keeping the bias and the weight, E[A] = (I − kBC)(I − kWC) = I − kC + k² BCWC, C = 2G̃.
-            mean = np.diag(curvature)
-            twice = bias_only @ (mean - mean @ bias_only) @ mean
-            dynamics = cls("mean", order, *common, IndependentSteps(np.array([-mean, twice])))
-        else:
-            dynamics = cls("mean", "simultaneous", *common, IndependentSteps(-curvature[None]))
-        rows.known[key] = dynamics
-        return dynamics
+            of_batches = partial(
+                square_maps, rows.rows if bias_only is None else b, mean_q, covariance, bias_only, seed
+            )
+            whole = of_batches(global_batch_size)
+            last = whole if last_size == global_batch_size else of_batches(last_size)
+            independent = (epoch(whole[0], last[0]), *map(epoch, whole[1], last[1]))
+            of_gradient = covariance.reshape(p, p + 1, p, p + 1)[..., -1].swapaxes(0, 1).reshape(p + 1, -1)
+
+            def noise(mean: Matrix) -> Matrix:
+                return np.asarray(mean @ of_gradient).reshape(*mean.shape[:-1], p, p)
+
+        steps = [
+            ShuffledSteps(each, noise, curvature, bias_only, num_rows, global_batch_size, last_factor)
+            if 1 < num_steps <= MOST_EPOCH_STEPS else each
+            for each in independent
+        ]  # fmt: skip
+        of_all, *of_groups = (cls("mean square", *common, runs, each) for each in steps)
+        rows.known[key] = replace(of_all, groups=tuple(of_groups))
+        return rows.known[key]
 
     def times(self, multiple: float) -> Dynamics:
         """The dynamics of the learning rates times `multiple`."""
@@ -141,11 +199,11 @@ class Dynamics:
 
     def contraction(self, k: float = 1.0) -> float:
         """The asymptotic factor by which a step shrinks the mean of the error: the spectral radius of E[A]."""
-        x, p = k * self.lr_unit, len(self.curvature)
-        if isinstance(self.steps, ShuffledEpochs) or self.order == "simultaneous":
+        x, p, independent = k * self.lr_unit, len(self.curvature), self._independent
+        if isinstance(independent, MatrixFreeSteps) or self.order == "simultaneous":
             return float(np.abs(1 - x * self.curvature).max())
-        change = polynomial(self.steps.maps, x)
-        if self.criterion == "mean square":  # its part that moves E[δ], the last column of Z
+        change = polynomial(independent.maps, x)
+        if self.runs:  # its part that moves E[δ], the last column of Z
             of_mean = np.flatnonzero(np.triu_indices(p + 1)[1] == p)[:-1]
             change = change[np.ix_(of_mean, of_mean)]
         return spectral_radius(np.eye(p) + change)
@@ -155,39 +213,64 @@ class Dynamics:
 
         In `shuffle` sampling it is the geometric mean over the steps of an epoch.
         """
-        if self.criterion == "mean":
-            return self.contraction(k)
-        change = self._inner_change(k)
+        if not self.runs:
+            return self.contraction(k) ** (2 if self.criterion == "mean square" else 1)
+        if isinstance(self._independent, MatrixFreeSteps):
+            return self._independent.radius(k * self.lr_unit) ** (1 / self.steps.num_steps)
+        change = self._inner_change(self._independent, k)
         return spectral_radius(np.eye(len(change)) + change) ** (1 / self.steps.num_steps)
 
     def is_stable(self, k: float = 1.0) -> bool:
         """Whether training converges with the learning rates times k: whether `radius` is below 1, at lower cost."""
-        is_mean = self.criterion == "mean"
-        return self.contraction(k) < 1 if is_mean else is_contraction(self._inner_change(k), np.diag(self.curvature))
+        if not self.runs or isinstance(self._independent, MatrixFreeSteps):
+            return self.radius(k) < 1
+        return is_contraction(self._inner_change(self._independent, k), np.diag(self.curvature))
 
-    def _inner_change(self, k: float) -> Matrix:
+    @property
+    def _independent(self) -> IndependentSteps | MatrixFreeSteps:
+        return self.steps.independent if isinstance(self.steps, ShuffledSteps) else self.steps
+
+    def _inner_change(self, independent: IndependentSteps, k: float) -> Matrix:
         with np.errstate(over="ignore", invalid="ignore"):
-            return self.steps.change(k * self.lr_unit)[np.ix_(self._inner, self._inner)]
+            return independent.change(k * self.lr_unit)[np.ix_(self._inner, self._inner)]
 
     def largest_multiplier(self) -> float:
         """The stability limit: the k from which training with the learning rates times k no longer converges.
 
-        In the simultaneous order E[A⊗A] − I = −kL + k²N with L and N positive maps, so the limit is k = 1 / ρ(L⁻¹N):
-        for a full batch, and in the mean, 1 / λmax(PG). In the sequential order and in `shuffle` sampling it is found
-        by bisection, to one part in a million.
+        In the simultaneous order E[A⊗A] − I = −kL + k²N with L and N positive maps, so the limit of one step is
+        k = 1 / ρ(L⁻¹N): for a full batch, and in the mean, 1 / λmax(PG). That of an epoch with a short last batch is
+        between those of its steps, and need not be the only k with a radius of 1: the first is searched for on a grid
+        and by bisection, to one part in a million. So is that of the sequential order.
         """
         return self._largest_multiplier
 
     @cached_property
     def _largest_multiplier(self) -> float:
         low, high = 0.0, 2 / float(self.curvature[0]) / self.lr_unit
-        if self.criterion == "mean" and self.order == "simultaneous":
-            return high
-        if self.order == "simultaneous" and isinstance(self.steps, IndependentSteps) and self.steps.short is None:
-            linear, quadratic = self.steps.maps[:, self._inner[:, None], self._inner]
-            return 1 / spectral_radius(np.linalg.solve(-linear, quadratic)) / self.lr_unit
-        while self.is_stable(high):
-            low, high = high, 2 * high
+        independent = self._independent
+        if isinstance(independent, MatrixFreeSteps):
+            return independent.limit() / self.lr_unit
+        if self.order == "simultaneous":
+            if not self.runs:
+                return high
+
+            def of_step(maps: Matrix) -> float:
+                linear, quadratic = maps[:, self._inner[:, None], self._inner]
+                return 1 / spectral_radius(np.linalg.solve(-linear, quadratic)) / self.lr_unit
+
+            low = high = of_step(independent.maps)
+            if independent.short is not None:
+                low, high = sorted([low, of_step(independent.short)])
+            if high <= low * (1 + 1e-9):
+                return low
+        for k in np.geomspace(low or high / 1000, high, _SCANNED):
+            if not self.is_stable(k):
+                high = float(k)
+                break
+            low = float(k)
+        while low == high and self.is_stable(2 * high):
+            low = high = 2 * high
+        high = 2 * high if low == high else high
         while high - low > 1e-6 * high:
             middle = (low + high) / 2
             low, high = (middle, high) if self.is_stable(middle) else (low, middle)
@@ -203,33 +286,55 @@ class Dynamics:
             return math.nan
         if not k < self.largest_multiplier():
             return math.inf
-        change = self.steps.change(k * self.lr_unit)
+        if not self.runs:  # full batches
+            return 0.0
+        x, steps = k * self.lr_unit, self.steps
+        if isinstance(self._independent, MatrixFreeSteps):
+            const = np.diag([0.0] * len(self.curvature) + [1.0])
+            *_, end = steps.states(coordinates(const), [x] * steps.num_steps)
+            return self.error_unit**2 * self._independent.noise_floor(x, matrices(end)[:-1, :-1])
+        assert not isinstance(steps, MatrixFreeSteps)
+        added = steps.change(x)[self._inner, -1]  # by an epoch from the optimum
         try:
-            steady = np.linalg.solve(change[:-1, :-1], -change[:-1, -1])
+            steady = np.linalg.solve(self._inner_change(self._independent, k), -added)
         except np.linalg.LinAlgError:
             return math.nan
-        noise_floor = float(self._excess(np.append(steady, 1.0)))
+        noise_floor = float(steady @ self._weights[self._inner])
         return noise_floor if noise_floor > 1e-24 * self.error_unit**2 else 0.0  # a full batch has none, to rounding
 
     def learning_curve(
-        self, start: Matrix, factors: Sequence[float], at: Sequence[int] | Steps | None = None
+        self,
+        start: Matrix,
+        factors: Sequence[float],
+        at: Sequence[int] | StepNumbers | None = None,
+        *,
+        simulate: bool = False,
     ) -> LearningCurve:
         """The expected curve from δ = `start` (p,), in the model's units, with k = `factors[t]` in step t.
 
-        `at` are increasing numbers of steps, from 0 to len(factors); by default all.
+        `at` are increasing numbers of steps, from 0 to len(factors); by default all. With `simulate` runs are simulated
+        too, where that is not too costly.
         """
         wanted = np.arange(len(factors) + 1) if at is None else np.asarray(at, dtype=np.int64)
-        chosen = set(wanted.tolist())
+        chosen, p = set(wanted.tolist()), len(self.curvature)
+        (low, high), runs, simulated, error = np.full((2, len(wanted)), np.nan), None, None, None
         with np.errstate(over="ignore", invalid="ignore"):
             states = np.array([state for step, state in enumerate(self._states(start, factors)) if step in chosen])
             excess = np.nan_to_num(self._excess(states), nan=np.inf)
-        bounds = np.full((2, len(wanted)), np.nan)
-        if self.criterion == "mean square":
-            q = len(self.curvature) + 1
-            turned, triangle = np.linalg.qr(self.basis)  # back to the parameters' order, so that draws stay the same
-            root = (turned * np.copysign(1.0, np.diag(triangle))).T
-            bounds = self.error_unit**2 * band((states @ symmetric_basis(q)).reshape(-1, q, q), root)
-        return LearningCurve(wanted, excess, *bounds)
+            xs = [k * self.lr_unit for k in factors]
+            if simulate and self.runs is not None:
+                runs = self.runs.excess(self.basis @ start, xs, chosen)
+            if runs is not None:
+                runs = self.error_unit**2 * np.nan_to_num(runs, nan=np.inf)
+                simulated, error = runs.mean(axis=1), runs.std(axis=1, ddof=1) / math.sqrt(runs.shape[1])
+                low, high = np.quantile(runs, _BAND, axis=1, method="weibull")
+            elif self.runs and p <= MAX_FEATURES + 1:
+                turned, triangle = np.linalg.qr(self.basis)  # the parameters' order, so that draws stay the same
+                root = (turned * np.copysign(1.0, np.diag(triangle))).T
+                low, high = self.error_unit**2 * band(matrices(states), root, _BAND)
+            elif self.criterion == "mean square" and not self.runs:
+                low = high = excess
+        return LearningCurve(wanted, excess, low, high, simulated, error)
 
     def steps_to(
         self, excess: float, start: Matrix, factors: Sequence[float], *, hold: bool = True, most_steps: int = MOST_STEPS
@@ -238,20 +343,26 @@ class Dynamics:
 
         The k of step t is `factors[t]`, and after the last one that one, unless `hold` is False. More than about
         `most_steps` count as never. (The expected curve reaches the target there; the mean over single runs differs.)
-        With constant learning rates `first_reached` defines which steps are checked. In `shuffle` sampling the short
-        last batch of epochs of more than 512 steps is then ignored.
+        With constant learning rates `first_reached` defines which steps are checked.
         """
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            period = self.steps.period
-            if hold:  # to the end of an epoch
-                factors = [*factors, *[factors[-1]] * (-len(factors) % period)]
+            steps, independent = self.steps, self._independent
+            period = steps.num_steps if self.runs and steps.num_steps <= MOST_EPOCH_STEPS else 1
+            more = -len(factors) % period  # to the end of an epoch
+            if isinstance(independent, MatrixFreeSteps):
+                more = min(most_steps, self.most_steps) - len(factors)
+            if hold:
+                factors = [*factors, *[factors[-1]] * more]
             for step, state in enumerate(self._states(start, factors)):
                 if self._excess(state) <= excess:
                     return step
-            if not hold:
+            if not hold or isinstance(steps, MatrixFreeSteps) or isinstance(independent, MatrixFreeSteps):
                 return None
-            x, is_mean = factors[-1] * self.lr_unit, self.criterion == "mean"
-            change, weights = (self.steps.change(x), None) if is_mean else self.steps.cycle(x, self._weights)
+            x, weights = factors[-1] * self.lr_unit, None
+            if self.runs:
+                change, weights = steps.cycle(x, self._weights)
+            else:  # a short last batch hardly matters
+                change = polynomial(independent.maps, x)
 
             def reached(states: Matrix) -> NDArray[np.bool_]:  # (len(states), period): in which steps of a cycle
                 return np.asarray((self._excess(states)[:, None] if weights is None else states @ weights.T) <= excess)
@@ -262,6 +373,11 @@ class Dynamics:
             cycles, state = found
             return len(factors) + cycles * period + int(np.argmax(reached(state[None])))
 
+    @property
+    def most_steps(self) -> int:
+        """How many steps are predicted at most."""
+        return self._independent.most_steps if isinstance(self._independent, MatrixFreeSteps) else MOST_STEPS
+
     def sampling_error(self, prediction: Callable[[Dynamics], float]) -> float:
         """The standard error of a prediction that comes from sampling batches; 0 where nothing is sampled."""
         values = [prediction(group) for group in self.groups]
@@ -269,9 +385,9 @@ class Dynamics:
 
     def _states(self, start: Matrix, factors: Sequence[float]) -> Iterator[Matrix]:
         state = self.basis @ start
-        if self.criterion == "mean square":
+        if self.runs:
             z = np.append(state, 1.0)
-            state = symmetric_basis(len(z)) @ np.outer(z, z).ravel()
+            state = coordinates(np.outer(z, z))
         return self.steps.states(state, [k * self.lr_unit for k in factors])
 
     @cached_property
@@ -283,10 +399,10 @@ class Dynamics:
     def _weights(self) -> Matrix:
         """The excess as a weighted sum of the coordinates of E[z zᵀ]: the trace without the constant's part."""
         of_error = np.pad(np.eye(len(self.curvature)), (0, 1))
-        return self.error_unit**2 * (symmetric_basis(len(of_error)) @ of_error.ravel())
+        return self.error_unit**2 * coordinates(of_error)
 
     def _excess(self, states: Matrix) -> Matrix:
         """The excess loss |ε|² of states (..., size), in the loss's own units."""
-        if self.criterion == "mean square":
+        if self.runs:
             return np.asarray(states @ self._weights)
         return np.asarray(self.error_unit**2 * np.sum(states**2, axis=-1))

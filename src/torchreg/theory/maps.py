@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -13,8 +13,9 @@ from torchreg.theory.moments import Matrix
 
 _CHECKS = 64  # states that are checked at once
 _STILL = 1e-12
+_KRYLOV = 60  # dimensions, at most
+_SETTLED = 1e-6
 _BAND_DRAWS = 4_000
-_BAND = (0.025, 0.975)
 
 
 def kron(left: Matrix, right: Matrix) -> Matrix:
@@ -36,10 +37,29 @@ def on_symmetric(array: Matrix) -> Matrix:
 @lru_cache(maxsize=4)
 def symmetric_basis(q: int) -> Matrix:
     """An orthonormal basis of the symmetric (q, q) matrices, (q(q + 1)/2, q²), upper triangle row by row."""
+    return matrices(np.eye(q * (q + 1) // 2)).reshape(-1, q * q)
+
+
+def coordinates(matrices: Matrix) -> Matrix:
+    """Symmetric matrices (..., q, q) in the coordinates (..., q(q + 1)/2) of `symmetric_basis`."""
+    row, column, weight = _triangle(matrices.shape[-1])
+    return np.asarray(matrices[..., row, column] * weight)
+
+
+def matrices(coordinates: Matrix) -> Matrix:
+    """The symmetric matrices (..., q, q) with these coordinates."""
+    q = math.isqrt(2 * coordinates.shape[-1])
+    row, column, weight = _triangle(q)
+    found = np.empty((*coordinates.shape[:-1], q, q))
+    found[..., row, column] = coordinates / weight
+    found[..., column, row] = found[..., row, column]
+    return found
+
+
+@lru_cache(maxsize=8)
+def _triangle(q: int) -> tuple[NDArray[np.intp], NDArray[np.intp], Matrix]:
     row, column = np.triu_indices(q)
-    basis, index = np.zeros((len(row), q, q)), np.arange(len(row))
-    basis[index, row, column] = basis[index, column, row] = np.where(row == column, 1.0, math.sqrt(0.5))
-    return basis.reshape(len(row), -1)
+    return row, column, np.where(row == column, 1.0, math.sqrt(2))
 
 
 def polynomial(maps: Matrix, x: float) -> Matrix:
@@ -53,6 +73,41 @@ def spectral_radius(matrix: NDArray[np.floating]) -> float:
     if not np.isfinite(matrix).all():
         return math.inf
     return float(np.abs(np.linalg.eigvals(matrix)).max())
+
+
+def krylov(apply: Callable[[Matrix], Matrix], start: Matrix) -> Iterator[tuple[Matrix, Matrix]]:
+    """Orthonormal vectors that span start, apply(start), …, and what `apply` makes of them, one more each time.
+
+    Arnoldi's method (Saad 2003, §6.3), orthogonalised twice. It ends where nothing new appears.
+    """
+    basis, images = np.empty((0, len(start))), np.empty((0, len(start)))
+    vector, length = start, float(np.linalg.norm(start))
+    while len(basis) < _KRYLOV and np.linalg.norm(vector) > 1e-10 * length:
+        basis = np.vstack([basis, vector / np.linalg.norm(vector)])
+        vector = apply(basis[-1])
+        length, images = float(np.linalg.norm(vector)), np.vstack([images, vector])
+        for _ in range(2):
+            vector = vector - (basis @ vector) @ basis
+        yield basis, images
+
+
+def largest_eigenvalue(apply: Callable[[Matrix], Matrix], start: Matrix) -> float:
+    """The spectral radius of a map that keeps positive matrices positive, to about 1e-6; `start` is one of them."""
+    value = 0.0
+    for basis, images in krylov(apply, start):
+        before, value = value, spectral_radius(images @ basis.T)
+        if not abs(value - before) > _SETTLED * value:
+            break
+    return value
+
+
+def solve(apply: Callable[[Matrix], Matrix], right: Matrix) -> Matrix | None:
+    """The v with apply(v) = right, to 1e-6 (GMRES: Saad 2003, §6.5); None if that is not reached."""
+    for basis, images in krylov(apply, right):
+        weights = np.linalg.lstsq(images.T, right)[0]
+        if np.linalg.norm(weights @ images - right) <= _SETTLED * np.linalg.norm(right):
+            return np.asarray(weights @ basis)
+    return None
 
 
 def is_contraction(change: Matrix, interior: Matrix) -> bool:
@@ -74,10 +129,10 @@ def is_contraction(change: Matrix, interior: Matrix) -> bool:
     return bool(np.linalg.eigvalsh((solution @ basis).reshape(interior.shape))[0] > 0)
 
 
-def band(second_moments: Matrix, root: Matrix) -> Matrix:
-    """Bounds of 95 % of |y|² for y = `root` δ and normal δ, (2, steps), from E[z zᵀ] (steps, p + 1, p + 1), z = (δ, 1).
+def band(second_moments: Matrix, root: Matrix, quantiles: tuple[float, float]) -> Matrix:
+    """Quantiles of |y|² for y = `root` δ and normal δ, (2, steps), from E[z zᵀ] (steps, p + 1, p + 1), z = (δ, 1).
 
-    Quantiles from the same draws at every step; infinite where a moment is.
+    From the same draws at every step; infinite where a moment is.
     """
     bounds = np.full((2, len(second_moments)), np.inf)
     finite = np.isfinite(second_moments).all(axis=(1, 2))
@@ -89,7 +144,7 @@ def band(second_moments: Matrix, root: Matrix) -> Matrix:
     draws = np.vstack([draws, -draws])
     for index, mean, spread in zip(np.flatnonzero(finite), means @ root.T, spreads, strict=True):
         y = mean + draws @ spread.T
-        bounds[:, index] = np.quantile(np.einsum("np,np->n", y, y), _BAND)
+        bounds[:, index] = np.quantile(np.einsum("np,np->n", y, y), quantiles)
     return bounds
 
 

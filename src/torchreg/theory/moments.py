@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 Matrix = NDArray[np.float64]
 
 MAX_FEATURES = 16
-"""The second moment costs num_features⁴: beyond this many features only the mean is predicted."""
+"""The map of the second moment has num_features⁴ entries: beyond this many features it is applied without them."""
+MAX_STEP_COST = 2e8
+"""Where num_rows · num_features² is larger, such a step costs too much, and only the mean is predicted."""
 
 _EPSILON = float(np.finfo(np.float64).eps)
 _CHUNK_ROWS = 65_536
@@ -166,8 +168,8 @@ class RowGradients:
     Features, in the model's units, are divided by `feature_unit` (num_features,) and residuals by `error_unit`. Then
     a_i = Rᵀu_i with the `factor` R (p, p), p being num_features + 1; G = RᵀR, and the mean of u_i u_iᵀ is I. R keeps
     directions of nearly dependent features that G loses. `rows` (num_rows, p + 1) are the b_i; `mean` (p,) is that of
-    −e_i u_i, and `covariance` (p(p + 1), p(p + 1)). Beyond `MAX_FEATURES` `rows` and `covariance` are None. `known`
-    caches the `Dynamics` of the same rows by their other arguments.
+    −e_i u_i, and `covariance` (p(p + 1), p(p + 1)), None beyond `MAX_FEATURES`; beyond `MAX_STEP_COST` `rows` are None.
+    `known` caches the `Dynamics` of the same rows by their other arguments.
     """
 
     num_rows: int
@@ -189,13 +191,16 @@ class RowGradients:
         error_unit = float(np.sqrt(np.mean(residual**2))) or 1.0
         centre = features.mean(axis=0)
         centred, mean = np.hstack([np.ones((num_rows, 1)), features - centre]), np.zeros(num_features + 1)
-        directions, triangle = np.linalg.qr(centred) if num_features <= MAX_FEATURES else (centred, _triangle(centred))
+        is_small = num_features <= MAX_FEATURES or num_rows * num_features**2 <= MAX_STEP_COST
+        directions, triangle = np.linalg.qr(centred) if is_small else (centred, _triangle(centred))
         triangle[0, 1:] += triangle[0, 0] * centre
         factor = np.roll(triangle, -1, axis=1) / np.append(feature_unit, 1.0) / math.sqrt(num_rows)
-        if num_features > MAX_FEATURES:
+        if not is_small:
             return cls(num_rows, None, feature_unit, error_unit, factor, mean, None, known)
         rows = np.hstack([directions * math.sqrt(num_rows), -residual / error_unit])
         product = rows[:, :-1].T @ rows / num_rows
+        if num_features > MAX_FEATURES:
+            return cls(num_rows, rows, feature_unit, error_unit, factor, product[:, -1], None, known)
         covariance = np.zeros((product.size, product.size))
         for i in range(0, num_rows, _GRADIENT_CHUNK_ROWS):
             b = rows[i : i + _GRADIENT_CHUNK_ROWS]

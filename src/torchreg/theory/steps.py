@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from torchreg.theory.maps import kron, on_symmetric, polynomial, symmetric_kron
+from torchreg.theory.maps import (
+    coordinates,
+    kron,
+    largest_eigenvalue,
+    matrices,
+    on_symmetric,
+    polynomial,
+    solve,
+    symmetric_kron,
+)  # fmt: skip
 from torchreg.theory.moments import Matrix, RowGradients
 
 Order = Literal["simultaneous", "sequential"]
@@ -19,7 +30,16 @@ MAX_SEQUENTIAL = 128
 """The sequential order has no symmetric matrix: beyond this many features it is predicted as the simultaneous one."""
 NARROWEST = 1e-50  # of the widest direction: its fourth power is still a number
 
-_MOST_EPOCH_STEPS = 512
+MOST_EPOCH_STEPS = 20_000
+"""Longer epochs are predicted as independent steps of whole batches."""
+
+_MOST_STEPS = 5_000  # without a matrix
+_MOST_WORK = 2e10  # their floating-point operations
+_LIMIT_EPOCHS = 20  # that matrix-free stability and noise floor take, about
+_LIMIT_BISECTIONS = 6
+_STILL = 1e-9  # of an entry of the second moment, what an epoch changes
+_RUNS = 400
+_MOST_SIMULATED = 3e8  # numbers read
 _EXTREME = 1e305  # learning rates beyond which the stability limit would not be a number
 _SAMPLED = 1e-4  # of the widest direction: what narrower ones add to a sampled covariance would be lost
 _SAMPLE_GROUPS = 8
@@ -134,14 +154,18 @@ class IndependentSteps:
     short: Matrix | None = None
     num_steps: int = 1
 
+    def after(self, state: Matrix, x: float, step: int) -> Matrix:
+        """The states (..., size) after a step."""
+        is_short = self.short is not None and (step + 1) % self.num_steps == 0
+        maps = self.short if is_short and self.short is not None else self.maps
+        moved = state @ maps.swapaxes(1, 2) if maps.ndim == 3 else state * maps
+        return state + (np.float64(x) ** np.arange(1, len(maps) + 1) @ moved.reshape(len(maps), -1)).reshape(
+            state.shape
+        )
+
     def states(self, state: Matrix, xs: Iterable[float]) -> Iterator[Matrix]:
-        """The states before each step and after the last."""
-        yield state
-        exponents = np.arange(1, len(self.maps) + 1)
-        for step, x in enumerate(xs, start=1):
-            maps = self.maps if self.short is None or step % self.num_steps else self.short
-            state = state + np.float64(x) ** exponents @ (maps @ state if maps.ndim == 3 else maps * state)
-            yield state
+        """The states before each step and after the last, with the learning rates xs[t] in step t."""
+        return accumulate(enumerate(xs), lambda before, step: self.after(before, step[1], step[0]), initial=state)
 
     def change(self, x: float) -> Matrix:
         """What an epoch adds to a state, composed of changes, I + C = (I + A)(I + B): tiny ones do not vanish."""
@@ -155,95 +179,247 @@ class IndependentSteps:
             step = 2 * step + step @ step
         return epoch
 
-    @property
-    def period(self) -> int:
-        """Steps of a cycle: an epoch, or a single step in long epochs, whose short step is ignored."""
-        return self.num_steps if self.num_steps <= _MOST_EPOCH_STEPS else 1
-
     def cycle(self, x: float, weights: Matrix) -> tuple[Matrix, Matrix]:
-        """What a cycle adds to a state, and `weights` before each step as weights at its start, (period, size)."""
-        step, before = polynomial(self.maps, x), [weights]
-        while len(before) < self.period:
-            before.append(before[-1] + before[-1] @ step)
-        return self.change(x) if self.period > 1 else step, np.array(before)
+        """What an epoch adds to a state, and `weights` before each step as weights at its start, (num_steps, size).
+
+        In epochs of more than 20,000 steps it is that of one step, and the short one is ignored.
+        """
+        step = polynomial(self.maps, x)
+        if self.num_steps > MOST_EPOCH_STEPS:
+            return step, weights[None]
+        before = accumulate(range(self.num_steps - 1), lambda found, _: found + found @ step, initial=weights)
+        return self.change(x), np.array(list(before))
 
 
-class ShuffledEpochs:
-    """Epochs of `num_rows` rows in batches of `global_batch_size`, the last one short, at learning rates times x.
+@dataclass(frozen=True, eq=False)
+class MatrixFreeSteps:
+    """`IndependentSteps` of the simultaneous order without their matrix: a step costs num_rows · num_features².
 
-    An epoch uses every row once, so the gradient noise of its batches sums to zero. Let g_i be a row's gradient at the
-    optimum (Σ_i g_i = 0), and w the sum of g_i over the rows used so far. With R rows left, the mean of g over the next
-    batch of B has, given the past, the expectation −w/R and the covariance c·Cov(g) with c = n(R − B) / ((n − 1)BR)
-    (sampling without replacement from the rest: Cochran 1977, §2.6, averaged over the rest). So (δ, w, 1) moves by a
-    linear map in each step, as (δ, 1) does for `random` sampling, and at the end of the epoch w is 0 again. The noise
-    of the curvature, which multiplies δ, is taken as independent from batch to batch; that is the approximation
-    (Mishchenko, Khaled and Richtárik 2020 bound the effect).
-
-    `mean_q` (p + 1, p + 1) is the mean over rows of Q_i, which steps δ ← δ − x(Q z)_δ with z = (δ, 1), and `covariance`
-    (p, p + 1, p, p + 1) that of its upper rows. Internally states are E[(δ, w, 1)(δ, w, 1)ᵀ]; arguments and results are
-    E[z zᵀ]; all on the coordinates of symmetric matrices.
+    `rows` are the b_i = (r_i, −e_i) (num_rows, p + 1) with mean r_i r_iᵀ = I, along the directions of ε, whose
+    `curvature` is (p,), and `gradient` (p,) is the mean of −e_i r_i times it. A batch is given by the factor of its
+    learning rates and by φ, and an epoch of `num_steps` by its `batch` and the last one.
     """
 
-    def __init__(self, num_rows: int, global_batch_size: int, mean_q: Matrix, covariance: Matrix) -> None:
-        # The mean map of a step is I − sW − x(Q + D/left), where W keeps w, D moves w to δ and s = size/left.
-        p = len(mean_q) - 1
-        identity, keep, move, q = np.eye(2 * p + 1), *np.zeros((3, 2 * p + 1, 2 * p + 1))
-        keep[p:-1, p:-1] = move[:p, p:-1] = np.eye(p)
-        q[:p, :p] = mean_q[:-1, :-1]
-        curvature, noise, crossed, drift = np.zeros((4, *(2 * p + 1,) * 4))
-        delta, const = np.arange(p), np.array([2 * p])
-        inner = np.append(delta, const)
-        noise[np.ix_(delta, delta, inner, inner)] = covariance.transpose(0, 2, 1, 3)
-        curvature[:p, :p, :p, :p] = noise[:p, :p, :p, :p]
-        crossed[np.ix_(delta, p + delta, inner, const)] = covariance[..., -1:].transpose(0, 2, 1, 3)
-        drift[np.ix_(p + delta, p + delta, const, const)] = covariance[:, -1:, :, -1:].transpose(0, 2, 1, 3)
+    rows: Matrix
+    curvature: Matrix
+    gradient: Matrix
+    batch: tuple[float, float]
+    last_batch: tuple[float, float]
+    num_steps: int = 1
 
-        left = np.arange(num_rows, 0, -global_batch_size)  # rows left before each step
-        size = np.minimum(global_batch_size, left)
-        fresh = num_rows * (left - size) / ((num_rows - 1) * size * left)
-        whole = (num_rows - size) / (size * (num_rows - 1))
-        s, one = size / left, np.ones(len(left))
-        terms = [  # the power of x, its factor in each step, the map
-            (0, -s, symmetric_kron(identity, keep)),
-            (0, s**2, kron(keep, keep)),
-            (0, size**2 * fresh, drift),
-            (1, -one, symmetric_kron(identity, q)),
-            (1, -1 / left, symmetric_kron(identity, move)),
-            (1, s, symmetric_kron(keep, q)),
-            (1, s / left, symmetric_kron(keep, move)),
-            (1, size * fresh, crossed + crossed.transpose(1, 0, 2, 3)),
-            (2, one, kron(q, q)),
-            (2, 1 / left, symmetric_kron(q, move)),
-            (2, 1 / left**2, kron(move, move)),
-            (2, fresh, noise),
-            (2, whole - fresh, curvature),
-        ]
-        # What each step of an epoch adds to a state: coefficients of x⁰, x¹ and x², (num_steps, 3, size, size).
-        factors = np.array([[(power == j) * factor for power, factor, _ in terms] for j in range(3)])
-        self._changes = np.tensordot(factors.T.swapaxes(1, 2), [on_symmetric(term) for *_, term in terms], axes=1)
-        # The map from E[z zᵀ] to the state at the start of an epoch, where w is 0.
-        row, column = np.triu_indices(2 * p + 1)
-        of_z = np.append(delta, const)
-        self._start = np.eye(len(row))[:, np.isin(row, of_z) & np.isin(column, of_z)]
-        self.num_steps = self.period = len(left)
+    @property
+    def most_steps(self) -> int:
+        """How many steps are taken at most."""
+        return min(_MOST_STEPS, int(_MOST_WORK / (4 * self.rows.size * self.rows.shape[1])))
+
+    def second_moment(self, weights: Matrix) -> Matrix:
+        """The mean over rows of weights_i r_i r_iᵀ, (p, p)."""
+        r = self.rows[:, :-1]
+        return np.asarray(r.T @ (weights[:, None] * r) / len(r))
+
+    def noise(self, mean: Matrix) -> Matrix:
+        """The covariance of Qz and g over rows, (p, p), for a z of this mean (p + 1,)."""
+        squares = self.second_moment((self.rows @ mean) * self.rows[:, -1])
+        fixed = self.curvature * mean[:-1] + self.gradient * mean[-1]
+        return np.asarray(np.outer(self.curvature, self.curvature) * squares - np.outer(fixed, self.gradient))
+
+    def after(self, state: Matrix, x: float, step: int) -> Matrix:
+        """The state after a step."""
+        factor, phi = self.batch if (step + 1) % self.num_steps else self.last_batch
+        z, x = matrices(state), x * factor
+        moved = self.curvature[:, None] * z[:-1] + np.outer(self.gradient, z[-1])  # Q̄Z
+        fixed = moved[:, :-1] * self.curvature + np.outer(moved[:, -1], self.gradient)  # Q̄ZQ̄ᵀ
+        squares = self.second_moment(np.einsum("ij,ij->i", self.rows @ z, self.rows))
+        squares *= np.outer(self.curvature, self.curvature)
+        z[:-1] -= x * moved
+        z[:, :-1] -= x * moved.T
+        z[:-1, :-1] += x * x * (phi * squares + (1 - phi) * fixed)
+        return coordinates(z)
 
     def states(self, state: Matrix, xs: Iterable[float]) -> Iterator[Matrix]:
-        """E[z zᵀ] before each step and after the last, with the learning rates xs[t] in step t."""
+        """The states before each step and after the last, with the learning rates xs[t] in step t."""
+        return accumulate(enumerate(xs), lambda before, step: self.after(before, step[1], step[0]), initial=state)
+
+    def limit(self) -> float:
+        """The x below which an epoch shrinks the second moment; where that costs too much, each of its steps.
+
+        With E[A⊗A] − I = −xL + x²N it is 1 / ρ(L⁻¹N) for one step, and for an epoch between those of its steps.
+        """
+        root = np.sqrt(np.outer(self.curvature, self.curvature) / (self.curvature[:, None] + self.curvature))
+
+        def of_batch(factor: float, phi: float) -> float:
+            def apply(state: Matrix) -> Matrix:  # L^-½ N L^-½, which no curvature makes overflow
+                z = root * matrices(state)
+                return coordinates(root * (phi * self._curved(z) + (1 - phi) * z))
+
+            return 1 / largest_eigenvalue(apply, coordinates(np.eye(len(root)))) / factor
+
+        low, high = sorted([of_batch(*self.batch), of_batch(*self.last_batch)])
+        if self.num_steps * _LIMIT_EPOCHS <= self.most_steps:
+            for _ in range(_LIMIT_BISECTIONS if high > low else 0):
+                middle = math.sqrt(low * high)
+                low, high = (middle, high) if self.radius(middle) < 1 else (low, middle)
+        return low
+
+    def radius(self, x: float) -> float:
+        """The spectral radius of an epoch's map of the second moment, to about 1e-6."""
+        p = len(self.curvature)
+        scale = np.sqrt(np.outer(self.curvature, self.curvature))[np.triu_indices(p)]  # makes a step symmetric
+        return largest_eigenvalue(lambda state: self._epoch(x, scale * state) / scale, coordinates(np.eye(p)))
+
+    def noise_floor(self, x: float, source: Matrix) -> float:
+        """The trace of the second moment that an epoch leaves as it is if it adds `source` (p, p); NaN if too costly.
+
+        But for the noise of the curvature an epoch multiplies each entry by 1 − decay; GMRES solves for all of it.
+        """
+        if self.num_steps * _LIMIT_EPOCHS > self.most_steps:
+            return math.nan
+        shrinks = np.prod(
+            [1 - x * f * self.curvature for f, _ in [self.batch] * (self.num_steps - 1) + [self.last_batch]], axis=0
+        )
+        decay = 1 - np.outer(shrinks, shrinks)[np.triu_indices(len(shrinks))]
+        decay[decay < _STILL] = math.inf  # directions that hardly move add as little to the noise floor
+        found = solve(lambda state: (state - self._epoch(x, state)) / decay, coordinates(source) / decay)
+        return math.nan if found is None else float(np.trace(matrices(found)))
+
+    def _curved(self, z: Matrix) -> Matrix:
+        return self.second_moment(np.einsum("ij,ij->i", self.rows[:, :-1] @ z, self.rows[:, :-1]))
+
+    def _epoch(self, x: float, state: Matrix) -> Matrix:
+        """The second moment (p, p) after an epoch, without the noise at the optimum, in coordinates."""
+        *_, end = self.states(coordinates(np.pad(matrices(state), (0, 1))), [x] * self.num_steps)
+        return coordinates(matrices(end)[:-1, :-1])
+
+
+class ShuffledSteps:
+    """Epochs of `num_rows` rows in batches of `global_batch_size`, the last one short: each row counts once an epoch.
+
+    So the noise of an epoch's batches sums to zero. Let g_i be a row's gradient at the optimum (Σ_i g_i = 0), and w the
+    sum of g_i over the U rows used so far. With R rows left, the mean of g over the next batch of s has, given the
+    past, the expectation −w/R and the covariance c·Cov(g) with c = n(R − s) / ((n − 1)sR), and E[w wᵀ] is
+    U(n − U)/(n − 1)·Cov(g) (sampling without replacement: Cochran 1977, §2.6). `states` adds what that changes to the
+    `independent` steps, and carries along E[δ wᵀ]. The noise of the curvature, which multiplies δ, is taken as
+    independent from batch to batch; that is the approximation (Mishchenko, Khaled and Richtárik 2020 bound the effect).
+
+    `noise` gives Cov(Qz, g) (..., p, p) for z = (δ, 1) of mean (..., p + 1), and `bias_only` (p, p) takes the bias's
+    part of a step in the sequential order. `last_factor` is that of the learning rates in the last step.
+    """
+
+    def __init__(
+        self,
+        independent: IndependentSteps | MatrixFreeSteps,
+        noise: Callable[[Matrix], Matrix],
+        curvature: Matrix,
+        bias_only: Matrix | None,
+        num_rows: int,
+        global_batch_size: int,
+        last_factor: float,
+    ) -> None:
+        self.independent, self._noise, self._curvature = independent, noise, curvature
+        self.num_steps = math.ceil(num_rows / global_batch_size)
+        p = len(curvature)
+        row, column = np.triu_indices(p + 1)
+        self._of_error, self._of_mean = np.flatnonzero(column < p), np.flatnonzero(column == p)
+        self._to_mean = np.where(row[self._of_mean] == p, 1.0, math.sqrt(0.5))
+        self._covariance, self._identity = noise(np.eye(p + 1)[-1]), np.eye(p)
+        self._twice = np.zeros((p, p)) if bias_only is None else bias_only * curvature @ (np.eye(p) - bias_only)
+        left = np.arange(num_rows, 0, -global_batch_size)  # rows left before each step
+        size, used = np.minimum(global_batch_size, left), num_rows - left
+        fresh = num_rows * (left - size) / ((num_rows - 1) * size * left)
+        more = fresh - (num_rows - size) / (size * (num_rows - 1))  # than the variance of independent batches
+        factor = np.append(np.ones(len(left) - 1), last_factor)
+        self._batches = list(zip(size, left, fresh, more, used * left / (num_rows - 1), factor, strict=True))
+
+    def states(self, state: Matrix, xs: Iterable[float]) -> Iterator[Matrix]:
+        """E[z zᵀ] (..., size) before each step and after the last, with the learning rates xs[t] in step t."""
         yield state
-        state = self._start @ state
-        for changes, x in zip(itertools.cycle(self._changes), xs, strict=False):
-            constant, linear, quadratic = changes @ state
-            state = state + constant + x * (linear + x * quadratic)
-            yield self._start.T @ state
+        crossed = np.zeros(0)  # E[δ wᵀ]
+        for step, x in enumerate(xs):
+            size, left, fresh, more, spread, factor = self._batches[step % self.num_steps]
+            mean = state[..., self._of_mean] * self._to_mean
+            noise, covariance = self._noise(mean), mean[..., -1:, None] * self._covariance
+            if step % self.num_steps == 0:
+                crossed = np.zeros_like(noise)
+            state, x = self.independent.after(state, x, step), x * factor
+            inject = self._identity - x * self._twice
+            kept = crossed - x * inject * self._curvature @ crossed
+            pulled = (x / left) ** 2 / 2 * spread * covariance + x * x * more * (noise - covariance / 2)
+            added = (x / left * kept + inject @ pulled) @ inject.T
+            state[..., self._of_error] += coordinates(added + added.swapaxes(-1, -2))
+            crossed = (1 - size / left) * (kept + x / left * spread * inject @ covariance)
+            crossed = crossed - x * size * fresh * inject @ noise
+            yield state
 
     def change(self, x: float) -> Matrix:
         """What an epoch adds to E[z zᵀ]."""
-        return self.cycle(x, np.zeros(self._start.shape[1]))[0]
+        return self.cycle(x, np.zeros(len(self._of_error) + len(self._of_mean)))[0]
 
     def cycle(self, x: float, weights: Matrix) -> tuple[Matrix, Matrix]:
         """What an epoch adds to E[z zᵀ], and `weights` before each step as weights at its start, (num_steps, size)."""
-        total, before = np.zeros_like(self._start), []
-        for constant, linear, quadratic in self._changes:
-            before.append(weights + weights @ self._start.T @ total)
-            total = total + (constant + x * (linear + x * quadratic)) @ (self._start + total)
-        return self._start.T @ total, np.array(before)
+        assert isinstance(self.independent, IndependentSteps)
+        change, before = self.independent.cycle(x, weights)
+        of_mean = np.eye(len(weights))[self._of_mean]  # all that the batches' dependence acts on
+        states = list(self.states(of_mean, [x] * self.num_steps))
+        change[:, self._of_mean] = (states[-1] - of_mean).T
+        before[:, self._of_mean] = np.array(states[:-1]) @ weights
+        return change, before
+
+
+@dataclass(frozen=True, eq=False)
+class SimulatedRuns:
+    """Many runs of SGD at once, each with samples of its own.
+
+    `rows` (num_rows, p + 1) are the b_i along the directions of ε, and `bias_only` (p, p) takes the bias's part of a
+    step in the sequential order. `last_factor` is that of the learning rates in the last step of a shuffled epoch.
+    """
+
+    rows: Matrix
+    curvature: Matrix
+    bias_only: Matrix | None
+    global_batch_size: int
+    is_shuffled: bool
+    last_factor: float
+
+    def excess(self, start: Matrix, xs: Sequence[float], at: Iterable[int]) -> Matrix | None:
+        """|ε|² from ε = `start` (p,) after `at` numbers of steps, (len(at), runs), at the learning rates times xs[t].
+
+        None where fewer than 200 runs can be simulated at moderate cost.
+        """
+        num_rows, width = self.rows.shape
+        work = max(len(xs) * self.global_batch_size * width, 20 * num_rows)  # to draw the rows costs more than to read
+        num_runs = min(_RUNS, int(_MOST_SIMULATED / work))
+        if num_runs < _RUNS / 2 or self.global_batch_size == num_rows:
+            return None
+        z = np.tile(np.append(start, 1.0), (num_runs, 1))
+        wanted, found = set(at), []
+        for step, (x, rows) in enumerate(zip([*xs, 0.0], self._batches(num_runs), strict=False)):
+            if step in wanted:
+                found.append(np.sum(z[:, :-1] ** 2, axis=1))
+            b = self.rows.take(rows, axis=0)
+            x *= self.last_factor if rows.shape[1] < self.global_batch_size else 1.0
+
+            def change(b: Matrix = b, x: float = x) -> Matrix:
+                residual = (b @ z[:, :, None])[:, :, 0]
+                return np.asarray(x / b.shape[1] * self.curvature * (residual[:, None] @ b)[:, 0, :-1])
+
+            if self.bias_only is None:
+                z[:, :-1] -= change()
+            else:
+                z[:, :-1] -= change() @ (np.eye(len(start)) - self.bias_only).T
+                z[:, :-1] -= change() @ self.bias_only.T
+        return np.array(found)
+
+    def _batches(self, num_runs: int) -> Iterator[NDArray[np.uint64]]:
+        """The samples of each step, (num_runs, samples)."""
+        generator, num_rows, size = np.random.default_rng(0), len(self.rows), self.global_batch_size
+        parts = num_rows // size  # of a permutation: batches of different runs in random sampling
+        shape, bits = (num_runs if self.is_shuffled else math.ceil(num_runs / parts), num_rows), num_rows.bit_length()
+        while True:  # to sort keys that end with the row's number is the fastest way to many permutations
+            keys = generator.integers(1 << (64 - bits), size=shape, dtype=np.uint64) << np.uint64(bits)
+            keys |= np.arange(num_rows, dtype=np.uint64)
+            keys.sort(axis=1)
+            order = keys & np.uint64((1 << bits) - 1)
+            if self.is_shuffled:
+                yield from (order[:, start : start + size] for start in range(0, num_rows, size))
+            else:
+                yield order[:, : parts * size].reshape(-1, size)[:num_runs]
