@@ -99,10 +99,10 @@ def test_long_runs_are_predicted_to_their_first_20_000_steps():
         (TrainConfig.of(sampling="random", max_steps=300_000), "expected end 0.206 % above"),  # the noise floor
         (TrainConfig.of(sampling="random", max_steps=20_000), "(exact). About 95 % of runs: "),
         (
-            with_recipe("homework", num_features=17, num_rows=300),
+            RECIPES["homework"].replace(num_features=17, num_rows=300),
             "mean converges: learning rate at 14 % of the limit of the mean, which makes no run stable; expected end ",
         ),
-        (with_recipe("homework", num_features=17, num_rows=300), "(without the noise of mini-batches)"),
+        (RECIPES["homework"].replace(num_features=17, num_rows=300), "(without the noise of mini-batches)"),
     ],
 )
 def test_the_forecast_in_one_line(config, part):
@@ -113,7 +113,7 @@ def test_the_forecast_in_one_line(config, part):
 
 
 def test_a_limit_of_the_mean_is_never_called_stable():
-    config = with_recipe("homework", num_features=17, num_rows=300, max_steps=3)
+    config = RECIPES["homework"].replace(num_features=17, num_rows=300, max_steps=3)
     sequential, simultaneous = (forecast_of(config.replace(update_order=o)) for o in ("sequential", "simultaneous"))
     assert simultaneous.criterion == "mean square"
     assert simultaneous.is_stable is True

@@ -36,7 +36,7 @@ _ALL_REDUCE_S = 0.05  # of repetitions at each size, about
 _MOST_REPEATS = 50
 
 # Of runs to the target.
-_MOST_FEATURES = 16  # beyond, theory predicts no noise and so no steps to a target
+_MOST_FEATURES = 16  # beyond, a forecast takes seconds in each launch
 _REFERENCE_BATCH_SIZE = 64
 _NUM_LINES = 4  # of metrics until the target, at least: more would cost a fast step a part of its time
 _MOST_STEPS = 20_000

@@ -76,12 +76,14 @@ def lr_scaling_trials(config: TrainConfig, multipliers: Sequence[float], num_see
 
 def lr_scaling_limit(config: TrainConfig, data: LeastSquares) -> float:
     """The multiplier at the stability limit of the batch size that an lr-scaling sweep has there."""
-    limit, learning_rates = 1.0, base_learning_rates(config, data)
+    limit, learning_rates, order = 1.0, base_learning_rates(config, data), config.optimizer.update_order
+    sampling, is_scaled = config.batch.sampling, config.optimizer.last_batch_lr == "scaled"
     for _ in range(8):  # a fixed point: the limit hardly depends on the batch size
         batch_size = _scaled(config, limit, data)[0].batch.global_batch_size
         assert batch_size
         before = limit
-        limit = Dynamics.of(data.rows, learning_rates, batch_size, config.optimizer.update_order).largest_multiplier()
+        dynamics = Dynamics.of(data.rows, learning_rates, batch_size, order, sampling, scale_last_batch=is_scaled)
+        limit = dynamics.largest_multiplier()
         if abs(limit - before) < 1e-6 * limit:
             break
     return limit
