@@ -28,7 +28,7 @@ from torchreg.runs.recipes import RECIPES
 from torchreg.runs.record import read_metrics
 from torchreg.runs.run import train
 from torchreg.runs.setup import LeastSquares, base_learning_rates, prepare
-from torchreg.theory import Dynamics, Matrix
+from torchreg.theory import Dynamics, Matrix, learning_curve
 
 ORDERS: tuple[UpdateOrder, ...] = ("simultaneous", "sequential")
 BATCH_SIZES = (16, 32, 64, 128, 256, 512)
@@ -252,8 +252,8 @@ def measure_curves(options: Options, communicator: Communicator, report: Report,
         trained = np.array(curves)
         num_steps = trained.shape[1]
         learning_rates = base_learning_rates(config, least_squares)
-        curve = Dynamics.of(least_squares.rows, learning_rates, 64, order).learning_curve(
-            least_squares.start_error, [1.0] * num_steps
+        curve = learning_curve(
+            Dynamics.of(least_squares.rows, learning_rates, 64, order), least_squares.start_error, [1.0] * num_steps
         )
         predicted, low, high = (values[1:] / best for values in (curve.excess, curve.low, curve.high))
         within = points_within(trained, predicted)

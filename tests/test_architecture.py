@@ -13,7 +13,7 @@ from .conftest import ROOT
 
 SOURCE = ROOT / "src" / "torchreg"
 FILES = sorted(SOURCE.rglob("*.py"))
-MOST_LINES = {"core": 800, "src": 13_841, "templates": 460, "a file": 300}
+MOST_LINES = {"core": 800, "src": 13_873, "templates": 460, "a file": 300}
 
 # The "not" column of the design's table of words.
 NOT_IN_NAMES = """

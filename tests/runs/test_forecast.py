@@ -12,7 +12,7 @@ from torchreg.cli import main
 from torchreg.runs.config import TrainConfig
 from torchreg.runs.recipes import RECIPES
 from torchreg.runs.setup import LeastSquares, prepare
-from torchreg.theory import Dynamics
+from torchreg.theory import Dynamics, learning_curve
 
 # Standardised features: G is the identity, so with all rows in every step and both learning rates r the error shrinks
 # by 1 − 2r a step and the excess loss by its square: by 1/4 with r = 1/4.
@@ -64,7 +64,7 @@ def test_the_band_and_the_noise_floor_are_those_of_the_dynamics():
     dynamics = Dynamics.of(least_squares.rows, config.optimizer.base_learning_rate, 64, "sequential")
     best = least_squares.closed_form.loss
     assert forecast.noise_floor == pytest.approx(dynamics.noise_floor() / best, rel=1e-12)
-    curve = dynamics.learning_curve(least_squares.start_error, [1.0] * 50, simulate=True)
+    curve = learning_curve(dynamics, least_squares.start_error, [1.0] * 50, simulate=True)
     for name in ("excess", "low", "high"):
         expected = getattr(curve, name)[list(forecast.curve.steps)] / best
         np.testing.assert_allclose(getattr(forecast.curve, name), expected, rtol=1e-9, err_msg=name)

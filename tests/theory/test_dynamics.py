@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchreg.theory import MAX_FEATURES, Dynamics, RowGradients
+from torchreg.theory import MAX_FEATURES, Dynamics, RowGradients, learning_curve, steps_to
 
 from ..conftest import data_sources
 from .simulation import Houses, simulate
@@ -63,7 +63,7 @@ def test_random_batches_are_exact_against_all_batches_one_by_one(num_features, s
     assert dynamics.radius(k) == pytest.approx(np.abs(np.linalg.eigvals(second)).max(), rel=1e-9)
     mean = np.mean(maps, axis=0)[:-1, :-1]
     assert dynamics.contraction(k) == pytest.approx(np.abs(np.linalg.eigvals(mean)).max(), rel=1e-9)
-    curve = dynamics.learning_curve(start, [k] * 8)
+    curve = learning_curve(dynamics, start, [k] * 8)
     # The residuals are not those of an optimum, so the mean of the noise is not 0: the recursion holds all the same.
     np.testing.assert_allclose(curve.excess, exact_curve(maps, gram, start, 8), rtol=1e-9)
 
@@ -77,7 +77,7 @@ def test_the_sequential_order_agrees_with_all_batches_within_its_sampling_error(
     exact = exact_curve(maps, gram, start, 8)[-1]
 
     def end(d):
-        return d.learning_curve(start, [k] * 8).excess[-1]
+        return learning_curve(d, start, [k] * 8).excess[-1]
 
     error = dynamics.sampling_error(end)
     assert end(dynamics) == pytest.approx(exact, rel=1e-9, abs=4 * error)
@@ -161,7 +161,7 @@ def test_the_learning_curve_and_its_band_hold_simulated_runs(order):
     factors = [0.2 + 0.8 * t / 20 for t in range(20)] + [1.0] * 60 + [1 - t / 40 for t in range(40)]
     start = np.zeros(2)
     dynamics = Dynamics.of(houses.rows, learning_rates, 32, order)
-    curve = dynamics.learning_curve(start - houses.optimum, factors)
+    curve = learning_curve(dynamics, start - houses.optimum, factors)
     runs = np.array(
         [houses.excess(t) for t in simulate(houses, start, learning_rates, 32, factors, num_runs, order=order)]
     )
@@ -178,13 +178,13 @@ def test_steps_to_a_target_are_where_the_curve_gets_there():
     dynamics = Dynamics.of(houses.rows, LESSON_RATES, 64)
     start = np.array(LESSON_START) - houses.optimum
     target = 0.05 * houses.best_loss
-    steps = dynamics.steps_to(target, start, [1.0])
-    curve = dynamics.learning_curve(start, [1.0] * steps)
+    steps = steps_to(dynamics, target, start, [1.0])
+    curve = learning_curve(dynamics, start, [1.0] * steps)
     assert curve.excess[-1] <= target < curve.excess[-2]
-    warmed = dynamics.steps_to(target, start, [0.1 * t for t in range(1, 10)] + [1.0])
+    warmed = steps_to(dynamics, target, start, [0.1 * t for t in range(1, 10)] + [1.0])
     assert warmed > steps
-    assert dynamics.steps_to(target, 0 * start, [1.0]) == 0
-    assert dynamics.steps_to(target, start, [1.0] * (steps - 1), hold=False) is None
+    assert steps_to(dynamics, target, 0 * start, [1.0]) == 0
+    assert steps_to(dynamics, target, start, [1.0] * (steps - 1), hold=False) is None
 
 
 @pytest.mark.parametrize(
@@ -201,9 +201,9 @@ def test_steps_to_a_far_target_are_found_without_taking_them_all(learning_rate, 
     # W2: what is found by doubling is where the curve, step by step, gets there first.
     houses = Houses(standardize=True)
     dynamics = Dynamics.of(houses.rows, (learning_rate, learning_rate), batch_size, order, sampling)
-    steps = dynamics.steps_to(0.01 * houses.best_loss, -houses.optimum, [1.0])
+    steps = steps_to(dynamics, 0.01 * houses.best_loss, -houses.optimum, [1.0])
     at = np.unique([*np.linspace(0, steps, 100, dtype=int), steps - 1, steps])
-    excess = dynamics.learning_curve(-houses.optimum, [1.0] * steps, at).excess / houses.best_loss
+    excess = learning_curve(dynamics, -houses.optimum, [1.0] * steps, at).excess / houses.best_loss
     assert steps > 1_500
     assert excess[-1] <= 0.01 < excess[:-1].min()
 
@@ -215,7 +215,7 @@ def test_hundreds_of_millions_of_steps_worked_out_by_arithmetic(learning_rate, n
     houses = Houses(standardize=True, num_rows=200, num_features=num_features)
     start = np.zeros(num_features + 1)
     start[-1] = math.sqrt(1000 * houses.best_loss)
-    steps = Dynamics.of(houses.rows, (learning_rate, learning_rate), 200).steps_to(houses.best_loss, start, [1.0])
+    steps = steps_to(Dynamics.of(houses.rows, (learning_rate, learning_rate), 200), houses.best_loss, start, [1.0])
     assert steps == pytest.approx(math.log(1000) / (-2 * math.log1p(-2 * learning_rate)), rel=1e-6, abs=1)
 
 
@@ -247,7 +247,7 @@ def test_a_target_below_the_noise_floor_is_never_reached_and_the_answer_is_fast(
     start = np.array(LESSON_START) - houses.optimum
     for k in (1.0, 5.0):  # stable with a noise floor above the target, and unstable
         dynamics = Dynamics.of(houses.rows, LESSON_RATES, 64)
-        assert dynamics.steps_to(0.001 * houses.best_loss, start, [k]) is None
+        assert steps_to(dynamics, 0.001 * houses.best_loss, start, [k]) is None
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_shuffled_epochs_end_where_simulated_ones_do(batch_size, learning_rate, 
     dynamics = Dynamics.of(houses.rows, rates, batch_size, sampling="shuffle", scale_last_batch=scaled)
     steps_per_epoch = math.ceil(551 / batch_size)
     start = np.zeros(2)
-    curve = dynamics.learning_curve(start - houses.optimum, [1.0] * num_epochs * steps_per_epoch)
+    curve = learning_curve(dynamics, start - houses.optimum, [1.0] * num_epochs * steps_per_epoch)
     factors = [1.0] * (len(curve.steps) - 1)
     options = {"shuffle": True, "scale_last_batch": scaled}
     thetas = list(simulate(houses, start, rates, batch_size, factors, num_runs, **options))
@@ -288,7 +288,7 @@ def test_the_batches_of_a_shuffled_epoch_compensate_each_other():
     # step goes to its own target, δ² = 1; back at 1/4, (δ + y″)/2 has (1 + 1)/4.
     rows = RowGradients.of(np.empty((2, 0)), np.array([[1.0], [-1.0]]))
     dynamics = Dynamics.of(rows, (1.0, 0.25), 1, sampling="shuffle")
-    curve = dynamics.learning_curve(np.zeros(1), [1.0] * 4 + [2.0] * 4 + [1.0])
+    curve = learning_curve(dynamics, np.zeros(1), [1.0] * 4 + [2.0] * 4 + [1.0])
     assert curve.excess == pytest.approx([0, 1 / 4, 1 / 16, 17 / 64, 17 / 256, 1, 1, 1, 1, 1 / 2])
     # At the end of each epoch δ ← (δ − y)/4, so the steady state E[δ²] = s has s = (s + 1)/16.
     assert dynamics.noise_floor() == pytest.approx(1 / 15)
@@ -304,8 +304,8 @@ def test_a_short_last_batch_at_full_learning_rates_raises_the_noise_floor_and_lo
     assert scaled.noise_floor(2.0) < 0.3 * shuffled.noise_floor(2.0)
     assert shuffled.radius(shuffled.largest_multiplier()) == pytest.approx(1, abs=1e-5)
     start = np.array(LESSON_START) - houses.optimum
-    steps = shuffled.steps_to(0.01 * houses.best_loss, start, [1.0])
-    curve = shuffled.learning_curve(start, [1.0] * steps)
+    steps = steps_to(shuffled, 0.01 * houses.best_loss, start, [1.0])
+    curve = learning_curve(shuffled, start, [1.0] * steps)
     assert curve.excess[-1] <= 0.01 * houses.best_loss < curve.excess[-2]
 
 
@@ -347,7 +347,7 @@ def test_shuffled_epochs_of_many_features_and_of_the_sequential_order_end_where_
     rates, batch_size, num_epochs, num_runs = (0.2 / num_features, 0.2), 64, 12, 300
     dynamics = Dynamics.of(houses.rows, rates, batch_size, order, "shuffle")
     factors = [1.0] * 5 * num_epochs
-    curve = dynamics.learning_curve(-houses.optimum, factors, [5 * num_epochs], simulate=True)
+    curve = learning_curve(dynamics, -houses.optimum, factors, [5 * num_epochs], simulate=True)
     ends = simulate(houses, 0 * houses.optimum, rates, batch_size, factors, num_runs, order=order, shuffle=True)
     runs = houses.excess(list(ends)[-1])
     error = runs.std(ddof=1) / math.sqrt(num_runs)
@@ -381,13 +381,13 @@ def test_beyond_sixteen_features_random_batches_are_exact_against_the_map_writte
     steady = np.linalg.solve(np.eye(p * p) - second_moment_map(k), source.ravel()).reshape(p, p)
     assert dynamics.noise_floor(k) == pytest.approx(np.sum(gram * steady), rel=1e-5)
     mean, second, full = -houses.optimum, np.outer(houses.optimum, houses.optimum), second_moment_map(k)
-    curve = dynamics.learning_curve(mean, [k] * steps)
+    curve = learning_curve(dynamics, mean, [k] * steps)
     for excess in curve.excess:
         assert excess == pytest.approx(np.sum(gram * second), rel=1e-9)
         third = lr @ (a.T @ ((e * (a @ mean))[:, None] * a) / n) @ lr
         second = (full @ second.ravel()).reshape(p, p) + source - 8 * k * k * phi * third
         mean = mean - 2 * k * lr @ gram @ mean
-    assert dynamics.steps_to(curve.excess[-1] * (1 + 1e-9), -houses.optimum, [k]) == steps
+    assert steps_to(dynamics, curve.excess[-1] * (1 + 1e-9), -houses.optimum, [k]) == steps
 
 
 def test_where_a_step_costs_too_much_or_the_order_is_sequential_only_the_mean_is_predicted():
@@ -395,7 +395,7 @@ def test_where_a_step_costs_too_much_or_the_order_is_sequential_only_the_mean_is
     dynamics = Dynamics.of(houses.rows, (0.01, 0.01), 32, "sequential")
     assert dynamics.criterion == "mean"
     assert math.isnan(dynamics.noise_floor(1.0))
-    curve = dynamics.learning_curve(-houses.optimum, [1.0] * 50, simulate=True)
+    curve = learning_curve(dynamics, -houses.optimum, [1.0] * 50, simulate=True)
     full = simulate(houses, 0 * houses.optimum, (0.01, 0.01), 400, [1.0] * 50, 1, order="sequential")
     np.testing.assert_allclose(curve.excess[1:], [houses.excess(t)[0] for t in full], rtol=1e-9)
     assert np.isnan(curve.low).all()
@@ -438,13 +438,13 @@ def test_hundreds_of_features_are_predicted_as_well():
     houses = Houses(standardize=True, num_rows=900, num_features=600)
     dynamics = Dynamics.of(houses.rows, (0.002, 0.01), 32, "sequential")
     assert dynamics.order == "simultaneous"
-    curve = dynamics.learning_curve(-houses.optimum, [1.0] * 300)
+    curve = learning_curve(dynamics, -houses.optimum, [1.0] * 300)
     full = simulate(houses, 0 * houses.optimum, (0.002, 0.01), 900, [1.0] * 300, 1)
     np.testing.assert_allclose(curve.excess[1:], [houses.excess(t)[0] for t in full], rtol=1e-6)
     sqrt_learning_rates = np.sqrt([0.002] * 600 + [0.01])
     largest = np.linalg.eigvalsh(houses.a.T @ houses.a / 900 * np.outer(sqrt_learning_rates, sqrt_learning_rates))[-1]
     assert dynamics.largest_multiplier() == pytest.approx(1 / largest, rel=1e-6)
-    steps = dynamics.steps_to(curve.excess[250] * (1 + 1e-9), -houses.optimum, [1.0])
+    steps = steps_to(dynamics, curve.excess[250] * (1 + 1e-9), -houses.optimum, [1.0])
     assert steps == 250
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from torchreg import TrainConfig, plan
-from torchreg.theory import MAX_FEATURES, Dynamics, RowGradients
+from torchreg.theory import MAX_FEATURES, Dynamics, RowGradients, learning_curve
 
 TARGET = [5, 1, 9, 4, 8, 2, 7, 3]
 LEARNING_RATES = (2.0**-10, 2.0**-4)
@@ -124,7 +124,7 @@ def solve(matrix, right):
 def test_the_curve_is_that_of_rational_arithmetic(bits, accuracy, batch_size, order):
     x = dependent_table(bits)
     exact = Exact(x)
-    curve = exact.dynamics(x, batch_size, order).learning_curve(exact.start, [1.0] * 12)
+    curve = learning_curve(exact.dynamics(x, batch_size, order), exact.start, [1.0] * 12)
     np.testing.assert_allclose(curve.excess, list(exact.curve(12, batch_size, order)), rtol=accuracy)
     assert np.isfinite([curve.low, curve.high]).all()
 

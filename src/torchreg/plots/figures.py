@@ -78,7 +78,7 @@ def _draw_loss(axes: Axes, metrics: list[dict[str, Any]], record: dict[str, Any]
     if curve:
         low, high, mean = (best * (1 + np.array(curve[name])) for name in ("low", "high", "excess"))
         if record["forecast"]["criterion"] == "mean square":
-            name = f"{_share(record)} of runs, all samples"
+            name = f"{_percent_of_runs(record)}, all samples"
             axes.fill_between(curve["steps"], low, high, color=GREY, alpha=0.35, linewidth=0, label=name)
         axes.plot(curve["steps"], mean, color=BLACK, linestyle="--", linewidth=1.5, label="predicted mean")
     if best > 0:
@@ -192,9 +192,9 @@ def _batch_figure(folder: Path, trials: pd.DataFrame) -> Figure:
     return figure
 
 
-def _share(record: dict[str, Any]) -> str:
-    """How many runs a predicted band holds, which is approximate without simulated runs."""
-    return "95 %" if record["forecast"]["simulated_ratio"] else "about 95 %"
+def _percent_of_runs(record: dict[str, Any]) -> str:
+    """What a predicted band holds, which is approximate without simulated runs."""
+    return "95 % of runs" if record["forecast"]["simulated_ratio"] else "about 95 % of runs"
 
 
 def _draw_curves(axes: Axes, folder: Path, group: pd.DataFrame, curves: pd.DataFrame) -> None:
@@ -208,7 +208,7 @@ def _draw_curves(axes: Axes, folder: Path, group: pd.DataFrame, curves: pd.DataF
         epochs = np.array(curve["steps"]) / record["derived"]["steps_per_epoch"]
         mean, low, high = (100 * np.array(curve[name], dtype=float) for name in ("excess", "low", "high"))
         axes.fill_between(
-            epochs, low, high, color=GREY, alpha=0.3, linewidth=0, label=f"{_share(record)} of runs, predicted"
+            epochs, low, high, color=GREY, alpha=0.3, linewidth=0, label=f"{_percent_of_runs(record)}, predicted"
         )
         axes.plot(epochs, mean, color=BLACK, linestyle="--", label="mean, predicted")
 

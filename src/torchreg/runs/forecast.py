@@ -9,7 +9,7 @@ import numpy as np
 
 from torchreg.console import number, percent
 from torchreg.core.schedule import Schedule
-from torchreg.theory import Dynamics, Matrix
+from torchreg.theory import Dynamics, Matrix, learning_curve, steps_to
 
 DEFAULT_TARGET_EXCESS = 0.01
 _MOST_STEPS = 20_000  # of a curve
@@ -108,7 +108,7 @@ def forecast(
     """
     highest = max(schedule.factor(0), schedule.scale)  # a warm-up may go down
     limit = dynamics.largest_multiplier() / highest
-    most = min(_MOST_STEPS, dynamics.most_steps)
+    most = min(_MOST_STEPS, dynamics.independent.most_steps)
     target = DEFAULT_TARGET_EXCESS if target_excess is None else target_excess
     curve, ratio, expected_end, steps_to_target, searched = None, None, None, None, None
     noise_floor = math.nan if limit > 1 else math.inf
@@ -117,7 +117,7 @@ def forecast(
         factors = [schedule.factor(step) for step in range(min(schedule.num_steps, most))]
         last = len(factors)
         at = np.unique(np.rint([np.geomspace(1, last + 1, 120) - 1, np.linspace(0, last, 120)]).astype(np.int64))
-        expected = dynamics.learning_curve(start_error, factors, at, simulate=True)
+        expected = learning_curve(dynamics, start_error, factors, at, simulate=True)
         values = ((part / best_loss).tolist() for part in (expected.excess, expected.low, expected.high))
         curve = Curve(tuple(at.tolist()), *map(tuple, values))
         if expected.simulated is not None and expected.simulated_error is not None and expected.excess[-1]:
@@ -130,9 +130,11 @@ def forecast(
             expected_end = noise_floor
         last = schedule.warmup_steps if is_constant else schedule.num_steps
         hold = is_constant and last <= most
-        searched = dynamics.most_steps if hold and not noise_floor >= target else most if last > most else None
+        searched = (
+            dynamics.independent.most_steps if hold and not noise_floor >= target else most if last > most else None
+        )
         factors = [schedule.factor(step) for step in range(min(last, most))] + [schedule.scale] * hold
-        steps_to_target = dynamics.steps_to(target * best_loss, start_error, factors, hold=hold)
+        steps_to_target = steps_to(dynamics, target * best_loss, start_error, factors, hold=hold)
     return Forecast(
         criterion=dynamics.criterion,
         sampling=sampling,

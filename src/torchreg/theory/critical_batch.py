@@ -10,9 +10,10 @@ from functools import cache
 
 import numpy as np
 
-from torchreg.theory.dynamics import MOST_STEPS, Dynamics, Sampling
+from torchreg.theory.curves import steps_to
+from torchreg.theory.dynamics import Dynamics, Sampling
 from torchreg.theory.moments import Matrix, RowGradients
-from torchreg.theory.steps import Order
+from torchreg.theory.steps import MOST_STEPS, Order
 
 _HIGHEST = 0.95  # of the stability limit
 _BISECTIONS = 20
@@ -88,7 +89,7 @@ def critical_batch_size(
         fewest, best = None, highest / _WIDTHS[0]
         for width in _WIDTHS:
             for k in [k for k in best * np.geomspace(1 / width, width, 9) if k <= highest]:
-                steps = dynamics.steps_to(target_excess, start, [k], most_steps=fewest or MOST_STEPS)
+                steps = steps_to(dynamics, target_excess, start, [k], most_steps=fewest or MOST_STEPS)
                 if steps is not None and (fewest is None or steps < fewest):
                     fewest, best = steps, float(k)
         return fewest, best if fewest is not None else math.nan

@@ -23,16 +23,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from torchreg.theory.maps import (
-    band,
-    coordinates,
-    first_reached,
-    is_contraction,
-    matrices,
-    polynomial,
-    spectral_radius,
-)  # fmt: skip
-from torchreg.theory.moments import MAX_FEATURES, Matrix, RowGradients
+from torchreg.theory.epochs import ShuffledSteps, SimulatedRuns
+from torchreg.theory.maps import coordinates, is_contraction, matrices, polynomial, spectral_radius
+from torchreg.theory.moments import Matrix, RowGradients
 from torchreg.theory.steps import (
     MAX_SEQUENTIAL,
     MOST_EPOCH_STEPS,
@@ -40,39 +33,13 @@ from torchreg.theory.steps import (
     IndependentSteps,
     MatrixFreeSteps,
     Order,
-    ShuffledSteps,
-    SimulatedRuns,
     square_maps,
     units,
 )  # fmt: skip
 
-StepNumbers = NDArray[np.int64]
 Sampling = Literal["random", "shuffle", "full"]
 
-MOST_STEPS = 10**9
-"""The largest number of steps to a target that is searched for."""
-
 _SCANNED = 24  # learning rates tried for the first at which training is unstable
-_BAND = (0.025, 0.975)
-
-
-@dataclass(frozen=True)
-class LearningCurve:
-    """The expected excess loss L − L* after `steps` steps, and bounds of single runs.
-
-    `excess` is exact where the dynamics are. `low` and `high` enclose 95 % of the simulated runs, whose mean and its
-    standard error are `simulated` and `simulated_error`. Where nothing is simulated these are None, and the bounds
-    enclose 95 % of runs if δ is normal with its exact mean and covariance: good for small learning rates and large
-    batches, too narrow near the stability limit and for heavy tails. They are NaN then beyond `MAX_FEATURES`, and where
-    only the mean is predicted. All are (len(steps),); losses are in the loss's own units.
-    """
-
-    steps: StepNumbers
-    excess: Matrix
-    low: Matrix
-    high: Matrix
-    simulated: Matrix | None = None
-    simulated_error: Matrix | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,9 +101,8 @@ class Dynamics:
         values = np.maximum(values, NARROWEST * values[0])
         curvature = 2 * values**2
         order = "simultaneous" if p > MAX_SEQUENTIAL + 1 else order
-        bias_only = None  # takes the bias's part of a step in the sequential order
-        if order == "sequential":
-            bias_only = np.outer(values * right[:, -1], right[:, -1] / values)
+        # Takes the bias's part of a step in the sequential order.
+        bias_only = np.outer(values * right[:, -1], right[:, -1] / values) if order == "sequential" else None
         common = (order, lr_unit, values[:, None] * right * scale, rows.error_unit, curvature)
 
         num_steps = math.ceil(num_rows / global_batch_size) if sampling == "shuffle" else 1
@@ -199,7 +165,7 @@ class Dynamics:
 
     def contraction(self, k: float = 1.0) -> float:
         """The asymptotic factor by which a step shrinks the mean of the error: the spectral radius of E[A]."""
-        x, p, independent = k * self.lr_unit, len(self.curvature), self._independent
+        x, p, independent = k * self.lr_unit, len(self.curvature), self.independent
         if isinstance(independent, MatrixFreeSteps) or self.order == "simultaneous":
             return float(np.abs(1 - x * self.curvature).max())
         change = polynomial(independent.maps, x)
@@ -215,19 +181,20 @@ class Dynamics:
         """
         if not self.runs:
             return self.contraction(k) ** (2 if self.criterion == "mean square" else 1)
-        if isinstance(self._independent, MatrixFreeSteps):
-            return self._independent.radius(k * self.lr_unit) ** (1 / self.steps.num_steps)
-        change = self._inner_change(self._independent, k)
+        if isinstance(self.independent, MatrixFreeSteps):
+            return self.independent.radius(k * self.lr_unit) ** (1 / self.steps.num_steps)
+        change = self._inner_change(self.independent, k)
         return spectral_radius(np.eye(len(change)) + change) ** (1 / self.steps.num_steps)
 
     def is_stable(self, k: float = 1.0) -> bool:
         """Whether training converges with the learning rates times k: whether `radius` is below 1, at lower cost."""
-        if not self.runs or isinstance(self._independent, MatrixFreeSteps):
+        if not self.runs or isinstance(self.independent, MatrixFreeSteps):
             return self.radius(k) < 1
-        return is_contraction(self._inner_change(self._independent, k), np.diag(self.curvature))
+        return is_contraction(self._inner_change(self.independent, k), np.diag(self.curvature))
 
     @property
-    def _independent(self) -> IndependentSteps | MatrixFreeSteps:
+    def independent(self) -> IndependentSteps | MatrixFreeSteps:
+        """The steps as if the batches of an epoch were independent."""
         return self.steps.independent if isinstance(self.steps, ShuffledSteps) else self.steps
 
     def _inner_change(self, independent: IndependentSteps, k: float) -> Matrix:
@@ -247,7 +214,7 @@ class Dynamics:
     @cached_property
     def _largest_multiplier(self) -> float:
         low, high = 0.0, 2 / float(self.curvature[0]) / self.lr_unit
-        independent = self._independent
+        independent = self.independent
         if isinstance(independent, MatrixFreeSteps):
             return independent.limit() / self.lr_unit
         if self.order == "simultaneous":
@@ -289,101 +256,26 @@ class Dynamics:
         if not self.runs:  # full batches
             return 0.0
         x, steps = k * self.lr_unit, self.steps
-        if isinstance(self._independent, MatrixFreeSteps):
+        if isinstance(self.independent, MatrixFreeSteps):
             const = np.diag([0.0] * len(self.curvature) + [1.0])
             *_, end = steps.states(coordinates(const), [x] * steps.num_steps)
-            return self.error_unit**2 * self._independent.noise_floor(x, matrices(end)[:-1, :-1])
+            return self.error_unit**2 * self.independent.noise_floor(x, matrices(end)[:-1, :-1])
         assert not isinstance(steps, MatrixFreeSteps)
         added = steps.change(x)[self._inner, -1]  # by an epoch from the optimum
         try:
-            steady = np.linalg.solve(self._inner_change(self._independent, k), -added)
+            steady = np.linalg.solve(self._inner_change(self.independent, k), -added)
         except np.linalg.LinAlgError:
             return math.nan
-        noise_floor = float(steady @ self._weights[self._inner])
+        noise_floor = float(steady @ self.weights[self._inner])
         return noise_floor if noise_floor > 1e-24 * self.error_unit**2 else 0.0  # a full batch has none, to rounding
-
-    def learning_curve(
-        self,
-        start: Matrix,
-        factors: Sequence[float],
-        at: Sequence[int] | StepNumbers | None = None,
-        *,
-        simulate: bool = False,
-    ) -> LearningCurve:
-        """The expected curve from δ = `start` (p,), in the model's units, with k = `factors[t]` in step t.
-
-        `at` are increasing numbers of steps, from 0 to len(factors); by default all. With `simulate` runs are simulated
-        too, where that is not too costly.
-        """
-        wanted = np.arange(len(factors) + 1) if at is None else np.asarray(at, dtype=np.int64)
-        chosen, p = set(wanted.tolist()), len(self.curvature)
-        (low, high), runs, simulated, error = np.full((2, len(wanted)), np.nan), None, None, None
-        with np.errstate(over="ignore", invalid="ignore"):
-            states = np.array([state for step, state in enumerate(self._states(start, factors)) if step in chosen])
-            excess = np.nan_to_num(self._excess(states), nan=np.inf)
-            xs = [k * self.lr_unit for k in factors]
-            if simulate and self.runs is not None:
-                runs = self.runs.excess(self.basis @ start, xs, chosen)
-            if runs is not None:
-                runs = self.error_unit**2 * np.nan_to_num(runs, nan=np.inf)
-                simulated, error = runs.mean(axis=1), runs.std(axis=1, ddof=1) / math.sqrt(runs.shape[1])
-                low, high = np.quantile(runs, _BAND, axis=1, method="weibull")
-            elif self.runs and p <= MAX_FEATURES + 1:
-                turned, triangle = np.linalg.qr(self.basis)  # the parameters' order, so that draws stay the same
-                root = (turned * np.copysign(1.0, np.diag(triangle))).T
-                low, high = self.error_unit**2 * band(matrices(states), root, _BAND)
-            elif self.criterion == "mean square" and not self.runs:
-                low = high = excess
-        return LearningCurve(wanted, excess, low, high, simulated, error)
-
-    def steps_to(
-        self, excess: float, start: Matrix, factors: Sequence[float], *, hold: bool = True, most_steps: int = MOST_STEPS
-    ) -> int | None:
-        """Steps after which the expected excess loss is first at most `excess`, from δ = `start`; None if never.
-
-        The k of step t is `factors[t]`, and after the last one that one, unless `hold` is False. More than about
-        `most_steps` count as never. (The expected curve reaches the target there; the mean over single runs differs.)
-        With constant learning rates `first_reached` defines which steps are checked.
-        """
-        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            steps, independent = self.steps, self._independent
-            period = steps.num_steps if self.runs and steps.num_steps <= MOST_EPOCH_STEPS else 1
-            more = -len(factors) % period  # to the end of an epoch
-            if isinstance(independent, MatrixFreeSteps):
-                more = min(most_steps, self.most_steps) - len(factors)
-            if hold:
-                factors = [*factors, *[factors[-1]] * more]
-            for step, state in enumerate(self._states(start, factors)):
-                if self._excess(state) <= excess:
-                    return step
-            if not hold or isinstance(steps, MatrixFreeSteps) or isinstance(independent, MatrixFreeSteps):
-                return None
-            x, weights = factors[-1] * self.lr_unit, None
-            if self.runs:
-                change, weights = steps.cycle(x, self._weights)
-            else:  # a short last batch hardly matters
-                change = polynomial(independent.maps, x)
-
-            def reached(states: Matrix) -> NDArray[np.bool_]:  # (len(states), period): in which steps of a cycle
-                return np.asarray((self._excess(states)[:, None] if weights is None else states @ weights.T) <= excess)
-
-            found = first_reached(change, state, reached, most_steps // period)
-            if found is None:
-                return None
-            cycles, state = found
-            return len(factors) + cycles * period + int(np.argmax(reached(state[None])))
-
-    @property
-    def most_steps(self) -> int:
-        """How many steps are predicted at most."""
-        return self._independent.most_steps if isinstance(self._independent, MatrixFreeSteps) else MOST_STEPS
 
     def sampling_error(self, prediction: Callable[[Dynamics], float]) -> float:
         """The standard error of a prediction that comes from sampling batches; 0 where nothing is sampled."""
         values = [prediction(group) for group in self.groups]
         return float(np.std(values, ddof=1) / math.sqrt(len(values))) if values else 0.0
 
-    def _states(self, start: Matrix, factors: Sequence[float]) -> Iterator[Matrix]:
+    def states(self, start: Matrix, factors: Sequence[float]) -> Iterator[Matrix]:
+        """The states before each step and after the last, from δ = `start` (p,), with k = factors[t] in step t."""
         state = self.basis @ start
         if self.runs:
             z = np.append(state, 1.0)
@@ -396,13 +288,13 @@ class Dynamics:
         return np.flatnonzero(np.triu_indices(len(self.curvature) + 1)[1] < len(self.curvature))
 
     @cached_property
-    def _weights(self) -> Matrix:
+    def weights(self) -> Matrix:
         """The excess as a weighted sum of the coordinates of E[z zᵀ]: the trace without the constant's part."""
         of_error = np.pad(np.eye(len(self.curvature)), (0, 1))
         return self.error_unit**2 * coordinates(of_error)
 
-    def _excess(self, states: Matrix) -> Matrix:
+    def excess(self, states: Matrix) -> Matrix:
         """The excess loss |ε|² of states (..., size), in the loss's own units."""
         if self.runs:
-            return np.asarray(states @ self._weights)
+            return np.asarray(states @ self.weights)
         return np.asarray(self.error_unit**2 * np.sum(states**2, axis=-1))

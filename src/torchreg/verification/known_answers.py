@@ -61,8 +61,8 @@ class KnownTraining(NamedTuple):
     def of(cls, num_features: int, world_size: int, *, reproducible: bool = False) -> KnownTraining:
         """Two large batches and one of a single sample are an epoch.
 
-        So shards are uneven, in the short last batch all but one are empty, and gradients accumulate. At these learning
-        rates a step of a single sample enlarges no error by more than 1.4.
+        So shards are uneven, in the short last batch all but one are empty, and gradients accumulate. With these
+        learning rates a step of a single sample enlarges no error by more than 1.4.
         """
         num_rows = max(550, min(4 * world_size, _MOST_VALUES // num_features)) + 1  # odd
         generator = np.random.default_rng(num_features)
@@ -139,8 +139,8 @@ def training_checks(communicator: Communicator, seams: Seams, *, quick: bool) ->
     """
     kind, several = communicator.device.type, communicator.world_size > 1
     by_ddp: list[AnySync] = ["ddp", "mpi"] if communicator.over_mpi else ["ddp"]
-    by_hand: list[AnySync] = ["allreduce", "mpi"] if communicator.over_mpi else ["allreduce"]
-    combinations: list[tuple[str, Sync]] = [*product(["sgd"], by_ddp), *product(["manual"], by_hand)]
+    in_steps: list[AnySync] = ["allreduce", "mpi"] if communicator.over_mpi else ["allreduce"]
+    combinations: list[tuple[str, Sync]] = [*product(["sgd"], by_ddp), *product(["manual"], in_steps)]
     sharded: list[tuple[str, Sync]] = [("sgd", "fsdp")] if several and not quick and kind != "mps" else []
     dtypes = [torch.float32] if kind == "mps" else [torch.float64, torch.float32]
     with tempfile.TemporaryDirectory(prefix="torchreg-verify-") as runs_dir:
