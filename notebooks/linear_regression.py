@@ -115,7 +115,7 @@ from IPython.display import display
 from torch import nn
 
 import torchreg
-from torchreg.theory import Dynamics, Moments, RowGradients
+from torchreg.theory import Dynamics, Moments, RowGradients, learning_curve
 
 # Okabe and Ito's colours, which colour-blind readers can distinguish.
 SKY, ORANGE, BLACK, GREEN, BLUE, PINK = "#56B4E9", "#D55E00", "#000000", "#009E73", "#0072B2", "#CC79A7"
@@ -1365,7 +1365,7 @@ floors = []
 for size, (_, _, losses) in runs_by_batch_size.items():
     dynamics = dynamics_of(size, "sequential")  # the order of homework 1
     second_half = slice(len(losses) // 2, None)
-    expected = dynamics.learning_curve(start_error, [1.0] * len(losses)).excess[1:]
+    expected = learning_curve(dynamics, start_error, [1.0] * len(losses)).excess[1:]
     floors.append(
         {
             "global_batch_size": size,
@@ -1393,7 +1393,7 @@ runs = [train_on_batches(CURVE_BATCH_SIZE, order="simultaneous", seed=seed)[2][:
 measured = np.array(runs) - best_loss  # (runs, steps), on all houses
 
 dynamics = dynamics_of(CURVE_BATCH_SIZE, "simultaneous")
-curve = dynamics.learning_curve(start_error, [1.0] * measured.shape[1])
+curve = learning_curve(dynamics, start_error, [1.0] * measured.shape[1])
 
 figure, axes = plt.subplots(figsize=(7, 5))
 low, high = 100 * curve.low / best_loss, 100 * curve.high / best_loss
@@ -1499,7 +1499,7 @@ for warmup_steps, colour, label in ((0, ORANGE, "no warm-up"), (40, GREEN, "40 s
     )
     metrics = pd.read_json(Path("runs", f"warm-up-{warmup_steps}", "metrics.jsonl"), lines=True)
     factors = [1 + 3 * min(1, step / warmup_steps) if warmup_steps else 4.0 for step in range(len(metrics))]
-    expected = dynamics_of(256, "simultaneous").learning_curve(start_error, factors)
+    expected = learning_curve(dynamics_of(256, "simultaneous"), start_error, factors)
     axes.plot(metrics["step"], metrics["loss"], ".", color=colour, markersize=7, label=f"{label}: trained")
     axes.plot(expected.steps, best_loss + expected.excess, color=colour, linewidth=1.5, label="predicted mean")
     low, high = best_loss + expected.low, best_loss + expected.high
