@@ -251,7 +251,7 @@ def test_the_verdict_comes_before_everything_else(page):
         "fastest to target",
         "what limits",
         "Trains correctly. All ",
-        "Strong scaling from 4 to 8 ranks: efficiency ",
+        "Strong scaling to 8 ranks: efficiency ",
         "What limits strong scaling at 8 ranks: ",
         "Fastest to 1 % above",
         "Caution: these numbers are of ",
@@ -304,7 +304,7 @@ def test_a_wrong_result_comes_first(status, shown, empty, tmp_path):
 def test_sentences_are_there_once(page, markdown):
     for shown in ("".join(page.text), markdown):
         for kind in ("Strong", "Weak"):
-            assert shown.count(f"{kind} scaling from ") == (kind == "Strong")
+            assert shown.count(f"{kind} scaling to ") == (kind == "Strong")
         # In the verdict, and with its setting and the next world size in the section on targets.
         assert shown.count("Fastest to 1 % above the optimum: ") == 1
         assert shown.count("Fastest to 1 % above the optimum (1 feature): ") == 1

@@ -70,7 +70,7 @@ def test_the_steps_that_are_timed_are_those_of_training(optimizer, tmp_path):
         training.take_steps(18)
         config = TrainConfig.of(
             optimizer=optimizer, global_batch_size=64, max_steps=30, lr_scaling="none", dtype="float64",
-            base_learning_rate=(reference.safe_learning_rate,) * 2, runs_dir=str(tmp_path),
+            base_learning_rate=(reference.safe_learning_rate,) * 2, last_batch_lr="full", runs_dir=str(tmp_path),
         )  # fmt: skip
         result = train(config, communicator)
     table = load_table("synthetic")

@@ -119,7 +119,7 @@ def _join(ranks: list[Any]) -> list[tuple[int, int]]:
         require_equal(name, values, "start all ranks with the same options")
     for rank, each in enumerate(ranks):
         if each["error"]:
-            raise ValueError(f"rank {rank} ({each['host']}): {each['device_error']}")
+            raise ValueError(f"rank {rank} ({each['host']}): {each['error']}")
     require_equal("device", [each["device"] for each in ranks], "name one with --device, or exclude the host")
     local_ranks, cpus_of = list[int](), defaultdict[str, list[int]](list)
     for each in ranks:

@@ -14,7 +14,7 @@ from torchreg.theory.moments import Matrix
 from torchreg.theory.steps import IndependentSteps, MatrixFreeSteps
 
 _RUNS = 400
-_MOST_SIMULATED = 3e8  # numbers read
+_MOST_SIMULATED = 3e7  # numbers read
 
 
 class ShuffledSteps:
