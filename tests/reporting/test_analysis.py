@@ -271,16 +271,16 @@ def series_with(*efficiencies):
 
 
 LIMITS = {
-    "shown": ([(0.95, 0.9, 0.99), (0.7, 0.6, 0.75)], (2, 2, 2), "at least 80 % up to 2 ranks"),
+    "shown": ([(0.95, 0.9, 0.99), (0.7, 0.6, 0.75)], (2, 2, 2), "≥ 80 % up to 2 ranks"),
     "to the end": (
         [(0.95, 0.9, 0.99), (0.9, 0.85, 0.95)],
         (4, 4, 4),
-        "at least 80 % up to 4 ranks",
+        "≥ 80 % up to 4 ranks",
     ),
     "about": (
         [(0.95, 0.9, 0.99), (0.82, 0.78, 0.86), (0.5, 0.4, 0.6)],
         (4, 2, 4),
-        "at least 80 % up to 2 ranks, about 80 % up to 4 ranks (the interval includes 80 %)",
+        "≥ 80 % up to 2 ranks, about 80 % up to 4 ranks (the interval includes 80 %)",
     ),
     "about, from below": (
         [(0.79, 0.77, 0.81), (0.5, 0.4, 0.6)],
@@ -326,7 +326,7 @@ def test_the_efficiency_that_counts_as_good_is_the_users():
     campaign = ARITHMETIC.write(Path("campaign"))
     for min_efficiency, reached, sentence in (
         (0.8, 1, "below 80 % from 2 ranks"),
-        (0.6, 2, "at least 60 % up to 2 ranks"),
+        (0.6, 2, "≥ 60 % up to 2 ranks"),
     ):
         report = analyse(read_records([campaign]), min_efficiency)
         (strong,) = series_of(report, "strong")
