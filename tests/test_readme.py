@@ -84,11 +84,12 @@ def in_one_process(text):
     return "\n".join(lines)
 
 
+@pytest.mark.timeout(520)  # beside two other workers
 @pytest.mark.parametrize("page", IN_A_SHELL)
 def test_commands_run_as_they_stand(page, run, tmp_path, after_the_demo):
     """T6's start-up: a newcomer has run the demo and activated .venv, and types the next line."""
     script = in_one_process(COMMANDS[page])
-    done = run("bash", "-euvo", "pipefail", "-c", script, cwd=tmp_path, timeout_s=280, PYTHONPATH=after_the_demo)
+    done = run("bash", "-euvo", "pipefail", "-c", script, cwd=tmp_path, timeout_s=500, PYTHONPATH=after_the_demo)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

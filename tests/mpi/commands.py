@@ -60,7 +60,9 @@ def begin(entry, number):
     if world_size is not None:
         if number > 1:  # the keys in the agent's store are taken
             os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-            os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+            # Below the ports that the system gives to the sockets of other tests.
+            port = os.environ.setdefault("FIRST_MASTER_PORT", os.environ["MASTER_PORT"])
+            os.environ["MASTER_PORT"] = str(10_000 + (17 * int(port) + number) % 10_000)
         if rank >= world_size:
             return False
         os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(world_size)

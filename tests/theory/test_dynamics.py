@@ -353,7 +353,9 @@ def test_shuffled_epochs_of_many_features_and_of_the_sequential_order_end_where_
     error = runs.std(ddof=1) / math.sqrt(num_runs)
     assert error < 0.06 * runs.mean()
     assert curve.excess[0] == pytest.approx(runs.mean(), rel=0.08, abs=3 * error)
-    assert curve.simulated[0] == pytest.approx(runs.mean(), abs=4 * math.hypot(error, curve.simulated_error[0]))
+    assert (curve.simulated is None) == (num_features == 64), "which costs too much to simulate"
+    if curve.simulated is not None:
+        assert curve.simulated[0] == pytest.approx(runs.mean(), abs=4 * math.hypot(error, curve.simulated_error[0]))
 
 
 def test_beyond_sixteen_features_random_batches_are_exact_against_the_map_written_out():
