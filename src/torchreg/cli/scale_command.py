@@ -214,7 +214,6 @@ class _Measure:
         from torchreg.cli.ranks import on_all_ranks, open_ranks
         from torchreg.scaling.campaign_run import MEASURED_FILE
         from torchreg.scaling.measure import measure_launch
-        from torchreg.verification.verify import verify
 
         campaign = campaign_of(Path(self.dir))
         launch = {launch.id: launch for launch in launches(campaign)}.get(self.launch)
@@ -228,9 +227,12 @@ class _Measure:
         start_up_s = time.time() - self.launched_at
 
         def work() -> dict[str, Any]:
-            fields = ("area", "name", "status", "measured", "expected")
-            rows = verify(communicator, str(folder), quick=True) if self.verify else ()
-            checks = [{field: getattr(row, field) for field in fields} for row in rows]
+            checks, fields = list[dict[str, str]](), ("area", "name", "status", "measured", "expected")
+            if self.verify:
+                from torchreg.verification.verify import verify
+
+                rows = verify(communicator, str(folder), quick=True)
+                checks = [{field: getattr(row, field) for field in fields} for row in rows]
             if any(one["status"] == "FAIL" for one in checks):
                 return {"verification": checks}
             return {"verification": checks or None, **measure_launch(campaign, launch, communicator, folder)}

@@ -10,7 +10,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from typing import Literal, NamedTuple
 
@@ -34,11 +34,7 @@ Sync = AnySync | Literal["fsdp"]
 
 _TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5}  # of the largest parameter; TF32 is off by 7e-5 or more
 _MANY_STEPS, _FEW_STEPS = 330, 6
-_LONG_WHEN_QUICK = [
-    ("sgd", "ddp", torch.float64),
-    ("manual", "allreduce", torch.float64),
-    ("manual", "mpi", torch.float64),
-]
+_LONG_WHEN_QUICK = ("sgd", "ddp"), ("manual", "allreduce"), ("manual", "mpi")  # and in float64
 _WIDTHS = (1, 64, 4_096)  # features
 _MOST_VALUES = 1 << 22  # of a table
 _BUCKETS_BYTES = 32 << 20  # beyond the 25 MiB of a bucket of DistributedDataParallel
@@ -177,21 +173,27 @@ def _initial_state(communicator: Communicator, seams: Seams, config: TrainConfig
         yield agree(communicator, "initial state", name, error, measured, "equal on all")
 
 
+@cache
+def _known(num_features: int, world_size: int, num_steps: int) -> tuple[KnownTraining, Matrix]:
+    known = KnownTraining.of(num_features, world_size)
+    return known, known.exact_path(num_steps)
+
+
 def _exact_path(
     communicator: Communicator, seams: Seams, optimizer: str, sync: Sync, dtype: torch.dtype, *, quick: bool
 ) -> Check:
     """The parameters after each step are exact to rounding, and the same bits on all ranks."""
-    tolerance, digest = _TOLERANCES[dtype], hashlib.sha256()
-    error, total, worst = None, 0, 0.0
+    tolerance, digest, error, total, worst = _TOLERANCES[dtype], hashlib.sha256(), None, 0, 0.0
     for num_features in _WIDTHS:
-        is_long = num_features == 1 and ((optimizer, sync, dtype) in _LONG_WHEN_QUICK or not (quick or sync == "fsdp"))
+        in_quick = (optimizer, sync) in _LONG_WHEN_QUICK and dtype == torch.float64
+        is_long = num_features == 1 and sync != "fsdp" and (in_quick or not quick)
         num_steps = _MANY_STEPS if is_long else _FEW_STEPS
-        known = KnownTraining.of(num_features, communicator.world_size)
-        path, exact = known.path(communicator, seams, optimizer, sync, dtype, num_steps), known.exact_path(num_steps)
+        known, exact = _known(num_features, communicator.world_size, num_steps)
+        path = known.path(communicator, seams, optimizer, sync, dtype, num_steps)
         off = np.abs(path - exact).max(axis=1) / np.abs(exact).max()
         wrong = np.flatnonzero(~(off <= tolerance))  # NaN too
         if len(wrong) and error is None:
-            error = f"off by {off[wrong[0]]:.2g} in step {wrong[0] + 1}, with {_features(num_features)}"
+            error = f"off by {off[wrong[0]]:.2g} in step {wrong[0] + 1}, num_features {num_features}"
         digest.update(path.tobytes())
         total, worst = total + num_steps, max(worst, off.max())
     if digest.digest() != communicator.gather(digest.digest())[0] and error is None:
@@ -214,9 +216,10 @@ def _bits_of_one_process(
             alone = known.path(communicator.alone(), Seams(), optimizer, sync, dtype, _FEW_STEPS)
             if error is None and together.tobytes() != alone.tobytes():
                 difference = np.abs(together - alone).max()
-                error = f"differs from one process by {difference:.2g}, with {_features(num_features)}"
-    name = f"{optimizer} × {sync}"
-    return agree(communicator, "bit for bit", name, error, "the bits of one process", "the same bits")
+                error = f"differs from one process by {difference:.2g}, num_features {num_features}"
+    return agree(
+        communicator, "bit for bit", f"{optimizer} × {sync}", error, "the bits of one process", "the same bits"
+    )
 
 
 def _average_of_buckets(communicator: Communicator, sync: AnySync, num_bytes: int) -> Check:
@@ -238,8 +241,7 @@ def _average_of_buckets(communicator: Communicator, sync: AnySync, num_bytes: in
             error = f"{gradient[index]:.6g} in place of {average[index]:.6g} at {index}, in {buckets}"
     measured, expected = f"{sum(sizes)} elements averaged", f"within {_BUCKET_TOLERANCE:.0e}"
     name = f"sgd × {sync}, {num_bytes >> 20} MiB"
-    row = agree(communicator, "large gradient", name, error, measured, expected)
-    return replace(row, message_bytes=num_bytes)
+    return replace(agree(communicator, "large gradient", name, error, measured, expected), message_bytes=num_bytes)
 
 
 def _closed_form(communicator: Communicator, seams: Seams, config: TrainConfig) -> Check:
@@ -252,7 +254,3 @@ def _closed_form(communicator: Communicator, seams: Seams, config: TrainConfig) 
     measured = "diverged" if excess is None else f"{percent(excess)} above"
     error = None if excess is not None and excess <= most else measured
     return agree(communicator, "closed form", "full batch", error, measured, f"at most {percent(most)}")
-
-
-def _features(number: int) -> str:
-    return f"{number} feature{'s' * (number > 1)}"
